@@ -1,0 +1,29 @@
+"""prompt_lab: soft prompts on frozen language models.
+
+Names are imported when first used, so that ``import prompt_lab`` and ``--help`` stay fast.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Backbone": "prompt_lab.backbone",
+    "CrossFitDataModule": "prompt_lab.data.crossfit",
+    "PromptTuning": "prompt_lab.methods.prompt_tuning",
+    "Prompt": "prompt_lab.prompt_file",
+    "PromptStore": "prompt_lab.prompt_file",
+    "load_prompt": "prompt_lab.prompt_file",
+    "save_prompt": "prompt_lab.prompt_file",
+}
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'prompt_lab' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)

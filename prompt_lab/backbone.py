@@ -1,0 +1,471 @@
+"""The one frozen language model: loss, label scores and generation under a bank of prompts.
+
+A prompt is prepended to the input embeddings: of the encoder for encoder-decoder models (T5, BART),
+of the decoder for decoder-only models (GPT-2, BLOOM, Llama, Qwen2). In a decoder-only model the
+rows of a prompt see only each other, so their keys and values are the same for every row of text
+that follows: they are computed once per prompt, with gradient, and shared by the rows that name it.
+Logits are made only where targets are. Both are exact.
+
+The backbone is frozen: evaluation mode, no gradients for its weights, no dropout. It does not
+train, choose prompts or read data; fine-tuning of its weights is another class's work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from prompt_lab.batch import IGNORE, Batch, make_batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ENCODER_DECODER = ("t5", "mt5", "bart")
+DECODER_ONLY = ("gpt2", "bloom", "llama", "qwen2")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SANDBOX = "sandbox"
+"""Reserved backbone name: the tiny T5 that ships with the package."""
+
+_POSITIONS = {"bart": "max_position_embeddings", "gpt2": "n_positions"}
+_POSITIONS |= dict.fromkeys(("llama", "qwen2"), "max_position_embeddings")
+
+
+class Backbone(nn.Module):
+    """A frozen Hugging Face model that runs rows of text under prompts of a bank.
+
+    Args:
+        model: an encoder-decoder (T5, mT5, BART) or decoder-only (GPT-2, BLOOM, Llama, Qwen2)
+            language model; it is frozen and put in evaluation mode.
+        tokenizer: its tokenizer.
+        name: hub id or folder, for messages and prompt files.
+
+    Raises:
+        ValueError: an architecture that is not supported, or T5 in float16.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "model"
+    ) -> None:
+        super().__init__()
+        kind = model.config.model_type
+        if kind not in ENCODER_DECODER + DECODER_ONLY:
+            known = ", ".join(ENCODER_DECODER + DECODER_ONLY)
+            raise ValueError(f"backbone {name!r} is of type {kind!r}; supported types: {known}")
+        _refuse_half_precision(kind, model.dtype, name)
+        self.model: Any = model.requires_grad_(False).eval()
+        self.tokenizer: Any = tokenizer
+        self.name = name
+        self.is_encoder_decoder = kind in ENCODER_DECODER
+        self.hidden_size: int = model.get_input_embeddings().weight.shape[1]
+        field = _POSITIONS.get(kind)
+        self.max_positions: int | None = getattr(model.config, field) if field else None
+        pad = tokenizer.pad_token_id
+        self.pad_id: int = tokenizer.eos_token_id if pad is None else pad
+        self._adds_space = tokenizer.tokenize("a")[:1] == ["▁a"]
+
+    @classmethod
+    def load(
+        cls,
+        name: str = SANDBOX,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa",
+    ) -> Backbone:
+        """Load a model and its tokenizer from the hub, its cache, or a local folder.
+
+        Args:
+            name: hub id, folder, or ``sandbox`` for the tiny model that ships with the package.
+            dtype: dtype of the frozen weights; prompts and losses stay float32.
+            attention: attention implementation of transformers. BLOOM has its own and ignores it.
+
+        Raises:
+            ValueError: no such model, an unsupported architecture, or T5 in float16.
+        """
+        from transformers import AutoConfig, AutoTokenizer
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
+        path = _sandbox_folder() if name == SANDBOX else name
+        try:
+            config = AutoConfig.from_pretrained(path)
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            kind = config.model_type
+            if kind in ENCODER_DECODER + DECODER_ONLY:
+                _refuse_half_precision(kind, DTYPES[dtype], name)
+            model = _load_model(path, config, attention)
+        except OSError as error:
+            raise ValueError(_missing_model(name, error)) from error
+        backbone = cls(model, tokenizer, name)
+        _ = backbone.digest  # of the weights as published, before the cast
+        backbone.model.to(DTYPES[dtype])
+        return backbone
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the names, shapes, dtypes and bytes of the weights when first asked."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.named_parameters()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    @cached_property
+    def tokenizer_digest(self) -> str:
+        """SHA-256 over the vocabulary and the special tokens."""
+        digest = hashlib.sha256(repr(sorted(self.tokenizer.get_vocab().items())).encode())
+        digest.update(repr(sorted(self.tokenizer.all_special_tokens)).encode())
+        return digest.hexdigest()
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Stay in evaluation mode, whatever a trainer asks: frozen means no dropout."""
+        return super().train(False)
+
+    # ---- text to tokens -------------------------------------------------------------------------
+
+    def encode_inputs(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
+        """Token ids of inputs, cut at the end to ``max_length`` tokens, specials included.
+
+        Encoder-decoder models get their tokenizer's special tokens (T5 ``text </s>``, BART
+        ``<s> text </s>``); decoder-only models ``[BOS] text``, where the tokenizer has a BOS.
+        """
+        if not texts:
+            return []
+        if self.is_encoder_decoder:
+            made = self.tokenizer(list(texts), truncation=True, max_length=max_length)
+            return made["input_ids"]
+        bos = self.tokenizer.bos_token_id
+        start = [] if bos is None else [bos]
+        made = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return [(start + ids)[:max_length] for ids in made]
+
+    def encode_targets(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of answers, never cut, with the end token.
+
+        Decoder-only answers follow their input after one space (which SentencePiece adds itself).
+        """
+        if not texts:
+            return []
+        if self.is_encoder_decoder:
+            return self.tokenizer(list(texts), verbose=False)["input_ids"]
+        space = "" if self._adds_space else " "
+        spaced = [space + text for text in texts]
+        made = self.tokenizer(spaced, add_special_tokens=False, verbose=False)["input_ids"]
+        return [[*ids, self.tokenizer.eos_token_id] for ids in made]
+
+    def batch(
+        self,
+        inputs: Sequence[str],
+        targets: Sequence[str] | None = None,
+        prompt_index: Sequence[int] | None = None,
+        max_input_length: int = 512,
+    ) -> Batch:
+        """Tokenise and pad texts into a :class:`Batch` on the backbone's device.
+
+        Rows are sorted by length; ``batch.rows`` tells the place of each in ``inputs``. Every row
+        runs under prompt 0 unless ``prompt_index`` says otherwise.
+        """
+        made = make_batch(
+            self.encode_inputs(inputs, max_input_length),
+            None if targets is None else self.encode_targets(targets),
+            [0] * len(inputs) if prompt_index is None else prompt_index,
+            pad_id=self.pad_id,
+            left_padded=not self.is_encoder_decoder,
+        )
+        return made.to(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.get_input_embeddings().weight.device
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Input embeddings of token ids as the model sees them (scaled for BART): (..., D)."""
+        return self.model.get_input_embeddings()(ids)
+
+    @torch.no_grad()
+    def embedding_table(self) -> Tensor:
+        """The input embeddings as the model sees them: (V, D) float32, on the CPU."""
+        count = self.model.get_input_embeddings().weight.shape[0]
+        return self.embed(torch.arange(count, device=self.device)).float().cpu()
+
+    # ---- the three verbs ------------------------------------------------------------------------
+
+    def loss(self, prompts: Tensor, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
+        """Mean negative log-likelihood of each row's target tokens, float32 (B,), in nats.
+
+        Args:
+            prompts: (R, N, D) bank; gradients flow into it.
+            batch: rows with targets; ``batch.prompt_index`` names the prompt of each.
+            label_smoothing: share of the probability spread evenly over the vocabulary.
+
+        Raises:
+            ValueError: a bank of another width, or rows longer than the model's positions.
+        """
+        return self.row_losses(self.prefix(prompts), batch, label_smoothing)
+
+    def prefix(self, prompts: Tensor) -> tuple[Tensor, ...]:
+        """What rows need of their prompts, computed once per prompt and with gradient.
+
+        The bank (R, N, D) itself for encoder-decoder models; for decoder-only models the keys and
+        values of all layers, alternating, each (R, heads, N, head size). All are in the weights'
+        dtype. Differentiating a loss with respect to these and pulling the result back through
+        them gives the prompts' gradient; so micro-batches share one pass over the prompts.
+        """
+        if prompts.dim() != 3 or prompts.shape[2] != self.hidden_size:
+            raise ValueError(
+                f"prompts have shape {tuple(prompts.shape)}; backbone {self.name!r} takes "
+                f"(R, N, {self.hidden_size})"
+            )
+        cast = prompts.to(self.model.dtype)
+        if self.is_encoder_decoder or prompts.shape[1] == 0:
+            return (cast,)
+        self._check_positions(prompts.shape[1])
+        cache = self.model.base_model(inputs_embeds=cast, use_cache=True).past_key_values
+        return tuple(part for layer in cache.layers for part in (layer.keys, layer.values))
+
+    def row_losses(
+        self, prefix: tuple[Tensor, ...], batch: Batch, label_smoothing: float = 0.0
+    ) -> Tensor:
+        """As :meth:`loss`, given what :meth:`prefix` returned: (B,)."""
+        if self.is_encoder_decoder:
+            logits = self._decode(*self._encode(prefix, batch), self._shift(batch.target_ids))
+        else:
+            logits = self._target_logits(prefix, batch)
+        losses = F.cross_entropy(
+            logits.float().transpose(1, 2),  # (B, V, T)
+            batch.target_ids,
+            ignore_index=IGNORE,
+            reduction="none",
+            label_smoothing=label_smoothing,
+        )
+        return losses.sum(1) / (batch.target_ids != IGNORE).sum(1)
+
+    @torch.no_grad()
+    def score(self, prompts: Tensor, batch: Batch, candidates: Sequence[str]) -> Tensor:
+        """Log-likelihood of every candidate answer, end token included: float32 (B, C), in nats.
+
+        Args:
+            prompts: (R, N, D) bank.
+            batch: rows; their targets are not looked at.
+            candidates: C answers, the same for all rows.
+
+        Raises:
+            ValueError: no candidates, or rows longer than the model's positions.
+        """
+        if not candidates:
+            raise ValueError("score needs at least one candidate answer")
+        encoded = self.encode_targets(candidates)
+        depth = max(map(len, encoded))
+        tokens = [[*ids, *[IGNORE] * (depth - len(ids))] for ids in encoded]
+        answers = torch.tensor(tokens, device=batch.input_ids.device)  # (C, T)
+        prefix = self.prefix(prompts)
+        if self.is_encoder_decoder:
+            return self._score_encoder_decoder(prefix, batch, answers)
+        return self._score_decoder_only(prefix, batch, answers)
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Tensor, batch: Batch, max_new_tokens: int = 64, num_beams: int = 1
+    ) -> list[str]:
+        """Greedy (or beam) answers, one per row in the batch's order, stripped of white space.
+
+        Raises:
+            ValueError: rows longer than the model's positions.
+        """
+        settings = {
+            "max_new_tokens": max_new_tokens,
+            "num_beams": num_beams,
+            "do_sample": False,
+            "pad_token_id": self.pad_id,
+        }
+        if self.is_encoder_decoder:
+            from transformers.modeling_outputs import BaseModelOutput
+
+            states, mask = self._encode((prompts.to(self.model.dtype),), batch)
+            output = BaseModelOutput(last_hidden_state=states)
+            made = self.model.generate(encoder_outputs=output, attention_mask=mask, **settings)
+        else:
+            embeddings, mask = self._prepend_left_padded(prompts, batch)
+            self._check_positions(embeddings.shape[1] + max_new_tokens)
+            made = self.model.generate(
+                inputs_embeds=embeddings, attention_mask=mask, use_cache=True, **settings
+            )
+        return [text.strip() for text in self.tokenizer.batch_decode(made, skip_special_tokens=True)]
+
+    # ---- encoder-decoder ------------------------------------------------------------------------
+
+    def _encode(self, prefix: tuple[Tensor, ...], batch: Batch) -> tuple[Tensor, Tensor]:
+        """Encoder states (B, N + S, D) and mask (B, N + S) of rows behind their prompts."""
+        (prompts,) = prefix
+        count = prompts.shape[1]
+        self._check_positions(count + batch.input_ids.shape[1])
+        chosen = prompts.index_select(0, batch.prompt_index)  # (B, N, D)
+        embeddings = torch.cat([chosen, self.embed(batch.input_ids)], dim=1)
+        mask = F.pad(batch.input_mask, (count, 0), value=1)
+        encoder = self.model.get_encoder()
+        states = encoder(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state
+        return states, mask
+
+    def _decode(self, states: Tensor, mask: Tensor, decoder_ids: Tensor) -> Tensor:
+        """Logits (B, T, V) of the decoder over given encoder states."""
+        self._check_positions(decoder_ids.shape[1])
+        made = self.model(
+            encoder_outputs=(states,),
+            attention_mask=mask,
+            decoder_input_ids=decoder_ids,
+            use_cache=False,
+        )
+        return made.logits
+
+    def _shift(self, target_ids: Tensor) -> Tensor:
+        """Decoder inputs (B, T): the start token, then the targets without their last."""
+        start = torch.full_like(target_ids[:, :1], self.model.config.decoder_start_token_id)
+        shifted = torch.cat([start, target_ids[:, :-1]], dim=1)
+        return shifted.masked_fill(shifted == IGNORE, self.pad_id)
+
+    def _score_encoder_decoder(
+        self, prefix: tuple[Tensor, ...], batch: Batch, answers: Tensor
+    ) -> Tensor:
+        """Scores (B, C): the encoder runs once, the decoder once per candidate."""
+        states, mask = self._encode(prefix, batch)
+        columns = []
+        for answer in answers:
+            targets = answer[answer != IGNORE].expand(len(batch), -1)
+            logits = self._decode(states, mask, self._shift(targets))
+            columns.append(_log_likelihood(logits, targets))
+        return torch.stack(columns, dim=1)
+
+    # ---- decoder-only ---------------------------------------------------------------------------
+
+    def _rows_cache(self, prefix: tuple[Tensor, ...], batch: Batch) -> tuple[Any, Tensor, Tensor]:
+        """Cache, mask (B, N + S) and positions (B, S) for text that follows its row's prompt."""
+        from transformers import DynamicCache
+
+        empty = len(prefix) == 1  # prompts of no tokens leave no keys
+        count = 0 if empty else prefix[0].shape[2]
+        parts = [] if empty else [part.index_select(0, batch.prompt_index) for part in prefix]
+        cache = DynamicCache(list(zip(parts[::2], parts[1::2], strict=True)) or None)
+        mask = F.pad(batch.input_mask, (count, 0), value=1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, count:]
+        return cache, mask, positions
+
+    def _follow(self, ids: Tensor, cache: Any, mask: Tensor, positions: Tensor) -> Tensor:
+        """Hidden states (B, L, D) of ids (B, L) behind a cache, which grows by them."""
+        extra = {} if self.model.config.model_type == "bloom" else {"position_ids": positions}
+        made = self.model.base_model(
+            inputs_embeds=self.embed(ids),
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            **extra,
+        )
+        return made.last_hidden_state
+
+    def _target_logits(self, prefix: tuple[Tensor, ...], batch: Batch) -> Tensor:
+        """Logits (B, T, V) at the target positions of rows ``[prompt] input target``."""
+        cache, mask, positions = self._rows_cache(prefix, batch)
+        width, depth = batch.input_ids.shape[1], batch.target_ids.shape[1]
+        self._check_positions(mask.shape[1] + depth)
+        known = batch.target_ids[:, :-1]  # the last target is only predicted
+        present = (known != IGNORE).long()
+        ids = torch.cat([batch.input_ids, known.masked_fill(known == IGNORE, self.pad_id)], dim=1)
+        mask = torch.cat([mask, present], dim=1)
+        positions = torch.cat([positions, positions[:, -1:] + present.cumsum(1)], dim=1)
+        states = self._follow(ids, cache, mask, positions)
+        return self.model.get_output_embeddings()(states[:, width - 1 : width - 1 + depth])
+
+    def _score_decoder_only(
+        self, prefix: tuple[Tensor, ...], batch: Batch, answers: Tensor
+    ) -> Tensor:
+        """Scores (B, C): the text runs once, each candidate on a copy of its cache."""
+        rows, (count, depth) = len(batch), answers.shape
+        cache, mask, positions = self._rows_cache(prefix, batch)
+        self._check_positions(mask.shape[1] + depth)
+        head = self.model.get_output_embeddings()
+        states = self._follow(batch.input_ids, cache, mask, positions)
+        first = head(states[:, -1:])  # (B, 1, V)
+        targets = answers.repeat(rows, 1)  # (B * C, T)
+        known = targets[:, :-1]
+        cache.batch_repeat_interleave(count)
+        present = (known != IGNORE).long()
+        mask = torch.cat([mask.repeat_interleave(count, dim=0), present], dim=1)
+        last = positions[:, -1:].repeat_interleave(count, dim=0)
+        ids = known.masked_fill(known == IGNORE, self.pad_id)
+        later = head(self._follow(ids, cache, mask, last + present.cumsum(1)))
+        logits = torch.cat([first.repeat_interleave(count, dim=0), later], dim=1)
+        return _log_likelihood(logits, targets).view(rows, count)
+
+    def _prepend_left_padded(self, prompts: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, S + N, D) ``[padding] prompt input`` and their mask, for generation."""
+        text = self.embed(batch.input_ids)
+        chosen = prompts.to(text.dtype).index_select(0, batch.prompt_index)
+        width, count = batch.input_ids.shape[1], prompts.shape[1]
+        joined = torch.cat([chosen, text], dim=1)  # prompt, padding, input
+        padding = width - batch.input_mask.sum(1, keepdim=True)  # (B, 1)
+        place = torch.arange(count + width, device=text.device)[None]
+        source = (place - padding).clamp(min=0)  # the prompt moves right behind the padding
+        source = torch.where(place < padding + count, source, place)
+        joined = joined.gather(1, source[..., None].expand_as(joined))
+        return joined, (place >= padding).long()
+
+    def _check_positions(self, length: int) -> None:
+        """Refuse rows that are longer than the model's positions."""
+        if self.max_positions is not None and length > self.max_positions:
+            raise ValueError(
+                f"rows of {length} positions (prompt, input and answer) do not fit backbone "
+                f"{self.name!r}, which has {self.max_positions}: lower max_input_length, "
+                "num_virtual_tokens or max_new_tokens"
+            )
+
+
+def _log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum over target tokens of their log-probability: (B, T, V), (B, T) to float32 (B,)."""
+    losses = F.cross_entropy(
+        logits.float().transpose(1, 2), targets, ignore_index=IGNORE, reduction="none"
+    )
+    return -losses.sum(1)
+
+
+def _refuse_half_precision(kind: str, dtype: torch.dtype, name: str) -> None:
+    """T5 was trained in bfloat16 and overflows in float16 (transformers issue 9295)."""
+    if kind in ("t5", "mt5") and dtype == torch.float16:
+        raise ValueError(
+            f"backbone {name!r} is a T5, whose activations overflow in float16: use "
+            "dtype bfloat16 or float32"
+        )
+
+
+def _sandbox_folder() -> Path:
+    """Folder of the tiny backbone that ships with the package."""
+    from prompt_lab.sandbox import ASSETS
+
+    return ASSETS
+
+
+def _load_model(path: str | Path, config: Any, attention: str) -> PreTrainedModel:
+    """The model in its published dtype, BLOOM with its own attention."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    chosen = {} if config.model_type == "bloom" else {"attn_implementation": attention}
+    return kind.from_pretrained(path, config=config, dtype="auto", **chosen)
+
+
+def _missing_model(name: str, error: OSError) -> str:
+    """What to do when a model cannot be found."""
+    reason = str(error).strip().splitlines()[0]
+    return (
+        f"no backbone {name!r}: it is neither a folder with config.json, tokenizer and weights, "
+        f"nor could it be had from the hub or its cache ({reason}). Without network, first run "
+        f"`hf download {name}` on a machine that has it and copy the cache folder (HF_HOME), or "
+        "give the path of a local copy; `sandbox` is the model that ships with the package"
+    )

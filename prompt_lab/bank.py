@@ -1,0 +1,107 @@
+"""One step of a bank: the gradient of R runs at once, in bounded memory.
+
+Loss of a step = sum over rows of weight x mean row loss; with weight 1 / batch size that is the sum
+over runs of each run's own mean loss, and the gradient of a run's prompt is what it would be alone.
+Rows run in micro-batches of at most ``tokens_per_forward`` padded tokens; a pass over the prompts
+themselves (decoder-only models) is made once per prompt and shared by its micro-batches.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prompt_lab.backbone import Backbone
+from prompt_lab.batch import Batch, micro_batches
+
+
+def bank_gradient(
+    backbone: Backbone,
+    prompts: Tensor,
+    batch: Batch,
+    tokens_per_forward: int,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Weighted loss of every prompt and the gradient of their sum.
+
+    Args:
+        backbone: the frozen model.
+        prompts: (R, N, D) bank, float32.
+        batch: rows with targets, sorted by length, longest first.
+        tokens_per_forward: most padded tokens of one forward pass.
+        label_smoothing: passed to :meth:`Backbone.loss`.
+
+    Returns:
+        Losses (R,), 0 for a prompt without rows, and gradient (R, N, D), both float32, detached.
+    """
+    losses = prompts.new_zeros(len(prompts))
+    gradient = torch.zeros_like(prompts)
+    for group in _groups(backbone, prompts, batch, tokens_per_forward):
+        used = sorted(set(group.prompts))
+        at = torch.tensor(used, device=prompts.device)
+        leaf = prompts.detach().index_select(0, at).requires_grad_()
+        group = renumber(group, used)
+        group_losses, group_gradient = _group_gradient(
+            backbone, leaf, group, tokens_per_forward, label_smoothing
+        )
+        losses = losses.index_add(0, at, group_losses)
+        gradient = gradient.index_copy(0, at, group_gradient)
+    return losses, gradient
+
+
+def with_gradient(value: Tensor, prompts: Tensor, gradient: Tensor) -> Tensor:
+    """A loss of the given value whose gradient with respect to ``prompts`` is ``gradient``.
+
+    So a step that computed its gradient by micro-batches stays in Lightning's automatic loop:
+    value + sum((p - p.detach()) * g), with value and gradient constants.
+    """
+    return value.detach() + ((prompts - prompts.detach()) * gradient.detach()).sum()
+
+
+def renumber(batch: Batch, used: list[int]) -> Batch:
+    """The same rows with prompts numbered by their place in ``used``."""
+    place = {prompt: at for at, prompt in enumerate(used)}
+    prompts = [place[prompt] for prompt in batch.prompts]
+    index = torch.tensor(prompts, device=batch.prompt_index.device)
+    return Batch(**{**vars(batch), "prompts": prompts, "prompt_index": index})
+
+
+def _group_gradient(
+    backbone: Backbone, leaf: Tensor, batch: Batch, tokens_per_forward: int, smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """Losses (R,) and gradient (R, N, D) of prompts that share one pass over themselves."""
+    prefix = backbone.prefix(leaf)
+    cut = [part.detach().requires_grad_() for part in prefix]
+    total = [torch.zeros_like(part) for part in prefix]
+    losses = leaf.new_zeros(len(leaf))
+    extra = leaf.shape[1] if backbone.is_encoder_decoder else 0
+    for part in micro_batches(batch, tokens_per_forward, extra):
+        weighted = backbone.row_losses(tuple(cut), part, smoothing) * part.weight
+        for sum_, new in zip(total, torch.autograd.grad(weighted.sum(), cut), strict=True):
+            sum_ += new
+        losses = losses.index_add(0, part.prompt_index, weighted.detach())
+    (gradient,) = torch.autograd.grad(prefix, leaf, total)
+    return losses, gradient
+
+
+def _groups(
+    backbone: Backbone, prompts: Tensor, batch: Batch, tokens_per_forward: int
+) -> list[Batch]:
+    """The batch cut by prompt, where prompts are run themselves and too many for one forward."""
+    if len(batch) == 0:
+        return []
+    used = sorted(set(batch.prompts))
+    size = max(1, tokens_per_forward // max(1, prompts.shape[1]))
+    if backbone.is_encoder_decoder or len(used) <= size:
+        return [batch]
+    chunks = [set(used[at : at + size]) for at in range(0, len(used), size)]
+    return [_take(batch, [i for i, p in enumerate(batch.prompts) if p in c]) for c in chunks]
+
+
+def _take(batch: Batch, rows: list[int]) -> Batch:
+    """Some rows of a batch, in their order."""
+    at = torch.tensor(rows, device=batch.weight.device)
+    fields = vars(batch)
+    tensors = {k: v.index_select(0, at) for k, v in fields.items() if isinstance(v, Tensor)}
+    lists = {k: [v[i] for i in rows] for k, v in fields.items() if isinstance(v, list)}
+    return Batch(**{**fields, **tensors, **lists}).slice(0, len(rows))

@@ -1,0 +1,161 @@
+"""A batch of tokenised rows, each naming its prompt: what every method feeds the backbone.
+
+Rows are kept sorted by length, longest first, so that a slice of a batch is a micro-batch with
+little padding. Lengths, runs and row numbers stand beside the tensors as plain lists: cutting and
+bookkeeping never wait for the device. It holds no text and knows no tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""Marks padding in ``target_ids``; the value that PyTorch's cross entropy skips."""
+
+
+@dataclass
+class Batch:
+    """B padded rows.
+
+    Attributes:
+        input_ids: (B, S) token ids; padded on the left where ``left_padded``, else on the right.
+        input_mask: (B, S) long, 1 for tokens and 0 for padding.
+        target_ids: (B, T) token ids padded on the right with ``IGNORE``; T is 0 without targets.
+        prompt_index: (B,) the prompt of the bank that each row runs under.
+        weight: (B,) float32, what the row's mean loss counts in the loss of the step.
+        prompts: ``prompt_index`` as a list on the host.
+        rows: the row numbers within their split, on the host.
+        input_lengths: tokens of each input.
+        target_lengths: tokens of each target.
+        left_padded: on which side the inputs are padded.
+    """
+
+    input_ids: Tensor
+    input_mask: Tensor
+    target_ids: Tensor
+    prompt_index: Tensor
+    weight: Tensor
+    prompts: list[int]
+    rows: list[int]
+    input_lengths: list[int]
+    target_lengths: list[int]
+    left_padded: bool
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The batch with its tensors on ``device``."""
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=non_blocking)
+            for name in ("input_ids", "input_mask", "target_ids", "prompt_index", "weight")
+        }
+        return Batch(**{**vars(self), **moved})
+
+    def slice(self, start: int, stop: int) -> Batch:
+        """Rows ``start`` to ``stop`` (exclusive), with the padding that they do not need cut off."""
+        inputs = max(self.input_lengths[start:stop], default=0)
+        targets = max(self.target_lengths[start:stop], default=0)
+        width = self.input_ids.shape[1]
+        columns = slice(width - inputs, width) if self.left_padded else slice(0, inputs)
+        return Batch(
+            input_ids=self.input_ids[start:stop, columns],
+            input_mask=self.input_mask[start:stop, columns],
+            target_ids=self.target_ids[start:stop, :targets],
+            prompt_index=self.prompt_index[start:stop],
+            weight=self.weight[start:stop],
+            prompts=self.prompts[start:stop],
+            rows=self.rows[start:stop],
+            input_lengths=self.input_lengths[start:stop],
+            target_lengths=self.target_lengths[start:stop],
+            left_padded=self.left_padded,
+        )
+
+
+def make_batch(
+    inputs: Sequence[Sequence[int]],
+    targets: Sequence[Sequence[int]] | None,
+    prompts: Sequence[int],
+    *,
+    pad_id: int,
+    left_padded: bool,
+    weight: Sequence[float] | None = None,
+    rows: Sequence[int] | None = None,
+) -> Batch:
+    """Pad B token lists into a :class:`Batch`, longest row (input and target) first.
+
+    Args:
+        inputs: B lists of input ids.
+        targets: B lists of target ids, or None for rows without targets.
+        prompts: the prompt of each row.
+        pad_id: id that fills the inputs' padding.
+        left_padded: pad inputs on the left (decoder-only backbones) or the right.
+        weight: weight of each row; 1 by default.
+        rows: number of each row within its split; its place in ``inputs`` by default.
+
+    Raises:
+        ValueError: the lists differ in length.
+    """
+    count = len(inputs)
+    targets = [[]] * count if targets is None else targets
+    weight = [1.0] * count if weight is None else weight
+    rows = range(count) if rows is None else rows
+    sizes = {"targets": len(targets), "prompts": len(prompts), "weight": len(weight)}
+    wrong = {name: size for name, size in {**sizes, "rows": len(rows)}.items() if size != count}
+    if wrong:
+        raise ValueError(f"{count} inputs, but {wrong}: give one of each for every row")
+    order = sorted(range(count), key=lambda i: -(len(inputs[i]) + len(targets[i])))
+    input_lengths = [len(inputs[i]) for i in order]
+    target_lengths = [len(targets[i]) for i in order]
+    width, depth = max(input_lengths, default=0), max(target_lengths, default=0)
+    input_ids = torch.full((count, width), pad_id, dtype=torch.long)
+    input_mask = torch.zeros((count, width), dtype=torch.long)
+    target_ids = torch.full((count, depth), IGNORE, dtype=torch.long)
+    for at, i in enumerate(order):
+        start = width - input_lengths[at] if left_padded else 0
+        columns = slice(start, start + input_lengths[at])
+        input_ids[at, columns] = torch.as_tensor(inputs[i], dtype=torch.long)
+        input_mask[at, columns] = 1
+        target_ids[at, : target_lengths[at]] = torch.as_tensor(targets[i], dtype=torch.long)
+    return Batch(
+        input_ids=input_ids,
+        input_mask=input_mask,
+        target_ids=target_ids,
+        prompt_index=torch.tensor([prompts[i] for i in order], dtype=torch.long),
+        weight=torch.tensor([weight[i] for i in order], dtype=torch.float32),
+        prompts=[prompts[i] for i in order],
+        rows=[rows[i] for i in order],
+        input_lengths=input_lengths,
+        target_lengths=target_lengths,
+        left_padded=left_padded,
+    )
+
+
+def micro_batches(batch: Batch, tokens_per_forward: int, extra_per_row: int = 0) -> list[Batch]:
+    """Cut a batch into consecutive slices of at most ``tokens_per_forward`` padded tokens.
+
+    A row costs its slice's widest input plus widest target plus ``extra_per_row`` (the virtual
+    tokens, where the backbone runs them once per row). One row is always taken, however long.
+
+    Raises:
+        ValueError: ``tokens_per_forward`` is not positive.
+    """
+    if tokens_per_forward < 1:
+        raise ValueError(f"tokens_per_forward is {tokens_per_forward}: give at least 1")
+    slices, start = [], 0
+    widest_input = widest_target = 0
+    for at in range(len(batch)):
+        inputs = max(widest_input, batch.input_lengths[at])
+        targets = max(widest_target, batch.target_lengths[at])
+        cost = (at - start + 1) * (inputs + targets + extra_per_row)
+        if at > start and cost > tokens_per_forward:
+            slices.append(batch.slice(start, at))
+            start, inputs, targets = at, batch.input_lengths[at], batch.target_lengths[at]
+        widest_input, widest_target = inputs, targets
+    if start < len(batch):
+        slices.append(batch.slice(start, len(batch)))
+    return slices

@@ -1,0 +1,1 @@
+"""Data for training: the task table and the few-shot files."""

@@ -1,0 +1,238 @@
+"""Which rows a bank sees: each run's own data order, and the rows of an evaluation.
+
+A run reads an endless stream of its training rows: one seeded permutation after another, cut into
+its batches. The stream is a function of (order seed, task, sample) alone, and the rows of a step a
+function of the step's number, so nothing about it needs to be saved, and a bank of any size sees
+what its runs would see alone. Runs that have finished ask for no rows. Ranks share the rows of a
+step or of an evaluation; none is padded or repeated.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from prompt_lab.batch import Batch, make_batch
+from prompt_lab.data.tasks import Task
+from prompt_lab.run import Run
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The tokenised rows of one split.
+
+    Attributes:
+        task: the task.
+        inputs: token ids of each input.
+        targets: token ids of each of a row's references; empty where they are not trained on.
+        references: the accepted answers as text.
+        longest_target: tokens of the longest reference.
+    """
+
+    task: Task
+    inputs: list[list[int]]
+    targets: list[list[list[int]]]
+    references: list[list[str]]
+    longest_target: int
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the backbone wants its rows: padding id, and padding side."""
+
+    pad_id: int
+    left_padded: bool
+
+
+@lru_cache(maxsize=4096)
+def epoch_order(
+    order_seed: int, task: str, sample: int, epoch: int, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Order of the rows in one epoch, and a draw per row that picks among its references.
+
+    Returns:
+        A permutation (size,) and non-negative integers (size,).
+    """
+    rng = np.random.default_rng([order_seed, zlib.crc32(task.encode()), sample, epoch])
+    return rng.permutation(size), rng.integers(2**31, size=size)
+
+
+def step_rows(run: Run, order_seed: int, step: int, size: int) -> list[tuple[int, int]]:
+    """Row number and reference draw of a run's rows at one optimizer step, counted from 0."""
+    start = step * run.batch_size
+    picked = []
+    for position in range(start, start + run.batch_size):
+        epoch, at = divmod(position, size)
+        order, draws = epoch_order(order_seed, run.task, run.sample, epoch, size)
+        picked.append((int(order[at]), int(draws[at])))
+    return picked
+
+
+class TrainSteps:
+    """The batch of every optimizer step; its length is the number of steps.
+
+    A batch is made when it is asked for, from the step's number and the runs that are live then.
+
+    Args:
+        runs: all runs of the bank.
+        rows: training rows by (task, sample).
+        order_seed: seed of the data order.
+        layout: padding.
+        steps: number of steps.
+        step: returns the number of the next step.
+        live: returns the indices of the runs that still train.
+        rank: this process.
+        world: number of processes.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        rows: Mapping[tuple[str, int], Rows],
+        order_seed: int,
+        layout: Layout,
+        steps: int,
+        step: Callable[[], int],
+        live: Callable[[], list[int]],
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.runs, self.rows, self.order_seed, self.layout = runs, rows, order_seed, layout
+        self.steps, self.step, self.live = steps, step, live
+        self.rank, self.world = rank, world
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            yield self.batch(self.step(), self.live())
+
+    def batch(self, step: int, live: Sequence[int]) -> Batch:
+        """This rank's rows of one step: every ``world``-th, sorted by length, weight 1/batch size."""
+        inputs, targets, prompts, weight, numbers = [], [], [], [], []
+        for index in live:
+            run = self.runs[index]
+            rows = self.rows[run.task, run.sample]
+            for row, draw in step_rows(run, self.order_seed, step, len(rows)):
+                references = rows.targets[row]
+                inputs.append(rows.inputs[row])
+                targets.append(references[draw % len(references)])
+                prompts.append(index)
+                weight.append(1 / run.batch_size)
+                numbers.append(row)
+        mine = _by_length(inputs, targets)[self.rank :: self.world]
+        return make_batch(
+            [inputs[i] for i in mine],
+            [targets[i] for i in mine],
+            [prompts[i] for i in mine],
+            pad_id=self.layout.pad_id,
+            left_padded=self.layout.left_padded,
+            weight=[weight[i] for i in mine],
+            rows=[numbers[i] for i in mine],
+        )
+
+
+@dataclass
+class EvaluationBatch:
+    """Rows of one task (no targets), under prompts of the runs of that task.
+
+    Attributes:
+        task: name of the task.
+        batch: the rows; ``batch.prompts`` are indices of runs.
+        max_new_tokens: longest answer to generate.
+    """
+
+    task: str
+    batch: Batch
+    max_new_tokens: int
+
+    def to(self, device: object, non_blocking: bool = False) -> EvaluationBatch:
+        """The same with its tensors on ``device``."""
+        moved = self.batch.to(device, non_blocking)  # type: ignore[arg-type]
+        return EvaluationBatch(self.task, moved, self.max_new_tokens)
+
+
+class EvaluationSteps:
+    """All rows of a split under every live run of their task and sample, task by task.
+
+    Args:
+        runs: all runs of the bank.
+        rows: rows by (task, sample).
+        layout: padding.
+        tokens_per_forward: most padded tokens of a batch.
+        extra_per_row: tokens that a row costs besides its input.
+        live: returns the indices of the runs to evaluate.
+        rank: this process.
+        world: number of processes.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        rows: Mapping[tuple[str, int], Rows],
+        layout: Layout,
+        tokens_per_forward: int,
+        extra_per_row: Callable[[Rows], int],
+        live: Callable[[], list[int]],
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.runs, self.rows, self.layout, self.live = runs, rows, layout, live
+        self.tokens_per_forward, self.extra_per_row = tokens_per_forward, extra_per_row
+        self.rank, self.world = rank, world
+
+    def __iter__(self) -> Iterator[EvaluationBatch]:
+        live = self.live()
+        for task in dict.fromkeys(self.runs[index].task for index in live):
+            yield from self._task_batches([i for i in live if self.runs[i].task == task])
+
+    def _task_batches(self, live: list[int]) -> Iterator[EvaluationBatch]:
+        """Batches of one task: rows grouped by prompt (decoder-only) or by length."""
+        chosen = {index: self.rows[self.runs[index].task, self.runs[index].sample] for index in live}
+        pairs = [(index, row) for index, rows in chosen.items() for row in range(len(rows))]
+
+        def length(pair: tuple[int, int]) -> int:
+            return len(chosen[pair[0]].inputs[pair[1]])
+
+        grouped = self.layout.left_padded
+        pairs.sort(key=lambda pair: (pair[0] if grouped else 0, -length(pair)))
+        pairs = pairs[self.rank :: self.world]
+        longest = max(rows.longest_target for rows in chosen.values())
+        extra = max(self.extra_per_row(rows) for rows in chosen.values())
+        for start, stop in cut(list(map(length, pairs)), self.tokens_per_forward, extra):
+            part = pairs[start:stop]
+            batch = make_batch(
+                [chosen[index].inputs[row] for index, row in part],
+                None,
+                [index for index, _ in part],
+                pad_id=self.layout.pad_id,
+                left_padded=self.layout.left_padded,
+                rows=[row for _, row in part],
+            )
+            yield EvaluationBatch(chosen[live[0]].task.name, batch, longest)
+
+
+def cut(lengths: Sequence[int], tokens: int, extra_per_row: int) -> list[tuple[int, int]]:
+    """Consecutive spans of at most ``tokens`` padded tokens; one row is always taken."""
+    spans, start, widest = [], 0, 0
+    for at, length in enumerate(lengths):
+        widest = max(widest, length)
+        if at > start and (at - start + 1) * (widest + extra_per_row) > tokens:
+            spans.append((start, at))
+            start, widest = at, length
+    if start < len(lengths):
+        spans.append((start, len(lengths)))
+    return spans
+
+
+def _by_length(inputs: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> list[int]:
+    """Row numbers, longest row first; equal lengths keep their order."""
+    return sorted(range(len(inputs)), key=lambda i: -(len(inputs[i]) + len(targets[i])))

@@ -1,0 +1,252 @@
+r"""Few-shot files: strict reading, with errors that say file, line and reason.
+
+A file is ``<root>/<task>/<task>_<K>_<sample>_<split>.tsv``: UTF-8, no header, no quoting, one row a
+line, the input in the first column and one or more references in the others. Lines end in ``\n`` or
+``\r\n``, and a byte-order mark at the start is dropped. Spaces around a field are dropped too, so
+that an answer can equal its reference. No field may be empty: the reader of the CrossFit gym strips
+the whole line before it splits it, which shifts the columns of such rows; here they are errors.
+
+Files are neither downloaded nor written here, and rows are not tokenised.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Literal
+
+from prompt_lab.data.tasks import Task
+
+SplitName = Literal["train", "dev", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "dev", "test")
+
+
+class DataError(ValueError):
+    """A few-shot file that cannot be used; the message says which one, where and why."""
+
+
+class MissingDataError(DataError, FileNotFoundError):
+    """A few-shot file, its folder or the data root is not there."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows of one few-shot file; row i stands on line i + 1.
+
+    Attributes:
+        inputs: Input text of each row.
+        references: Accepted answers of each row, at least one; training uses them as targets.
+        path: The file.
+        digest: SHA-256 of the file's bytes, in hexadecimal.
+    """
+
+    inputs: list[str]
+    references: list[list[str]]
+    path: Path
+    digest: str
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.inputs)
+
+
+def read_task(
+    root: str | Path, task: Task, sample: int, allow_overlap: bool = False
+) -> dict[SplitName, Split]:
+    """Read the three splits of one sample of a task, and check labels and overlap.
+
+    Args:
+        root: Data root, the folder that holds one folder per task.
+        task: Row of the task table.
+        sample: Number of the few-shot sample, as in the file names.
+        allow_overlap: Accept rows that stand in two splits.
+
+    Returns:
+        The splits under the keys "train", "dev" and "test".
+
+    Raises:
+        DataError: A file is missing or bad, has a label outside the task's set, or shares a row
+            with another split.
+    """
+    splits = {name: read_split(root, task, sample, name) for name in SPLITS}
+    for split in splits.values():
+        check_labels(split, task)
+    if not allow_overlap:
+        check_overlap(splits["train"], splits["dev"], splits["test"])
+    return splits
+
+
+def read_split(root: str | Path, task: Task, sample: int, split: SplitName) -> Split:
+    """Read one few-shot file.
+
+    Args:
+        root: Data root, the folder that holds one folder per task.
+        task: Row of the task table. Where its ``shots`` is None, the only K in the folder is taken.
+        sample: Number of the few-shot sample, as in the file names.
+        split: "train", "dev" or "test".
+
+    Returns:
+        The rows of the file.
+
+    Raises:
+        MissingDataError: File, task folder or root is not there; the message says what is.
+        DataError: The file is empty, is not UTF-8, or has a bad row.
+    """
+    path = _find_file(Path(root), task, sample, split)
+    data = path.read_bytes()
+    rows = [_parse_line(path, number, line) for number, line in enumerate(_lines(path, data), 1)]
+    return Split(
+        inputs=[row[0] for row in rows],
+        references=[row[1:] for row in rows],
+        path=path,
+        digest=hashlib.sha256(data).hexdigest(),
+    )
+
+
+def check_overlap(train: Split, dev: Split, test: Split | None) -> None:
+    """Check that no row stands in two splits.
+
+    Rows are the same when their inputs are equal and they share a reference. Repeated rows within
+    one split are allowed, and so is one input with different answers.
+
+    Raises:
+        DataError: Two splits share a row; the message names both files and lines.
+    """
+    splits = [split for split in (train, dev, test) if split is not None]
+    located = [(split.path, _row_lines(split)) for split in splits]
+    for (first, first_lines), (second, second_lines) in combinations(located, 2):
+        shared = first_lines.keys() & second_lines.keys()
+        if shared:
+            row = min(shared, key=lambda row: second_lines[row])
+            raise DataError(
+                f"{second}, line {second_lines[row]}: the same row stands in {first}, "
+                f"line {first_lines[row]}; remove it from one of the files, or set "
+                "data.allow_overlap"
+            )
+
+
+def check_labels(split: Split, task: Task) -> None:
+    """Check that every reference is one of the task's labels; open tasks always pass.
+
+    Raises:
+        DataError: A reference is outside the closed set; the message names file, line and label.
+    """
+    if task.labels is None:
+        return
+    allowed = set(task.labels)
+    for line, references in enumerate(split.references, 1):
+        for label in references:
+            if label not in allowed:
+                raise DataError(
+                    f"{split.path}, line {line}: {label!r} is not a label of {task.name}; "
+                    f"allowed: {', '.join(repr(known) for known in task.labels)}"
+                )
+
+
+def _row_lines(split: Split) -> dict[tuple[str, str], int]:
+    """Pairs of input and reference, with the first line on which each stands."""
+    lines: dict[tuple[str, str], int] = {}
+    for line, (text, references) in enumerate(zip(split.inputs, split.references, strict=True), 1):
+        for reference in references:
+            lines.setdefault((text, reference), line)
+    return lines
+
+
+def _lines(path: Path, data: bytes) -> list[str]:
+    """Decode a file and cut it at line feeds only; other Unicode line breaks are text."""
+    try:
+        text = data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        reason = f"byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8"
+        raise DataError(f"{path}, line {line}: {reason}") from None
+    if not text:
+        raise DataError(f"{path}, line 1: the file is empty")
+    return text.removesuffix("\n").split("\n")
+
+
+def _parse_line(path: Path, number: int, line: str) -> list[str]:
+    """Cut a line into its fields: the input, then one or more references."""
+    line = line.removesuffix("\r")
+    fields = [field.strip() for field in line.split("\t")]
+    reason = _fault(line, fields)
+    if reason:
+        raise DataError(f"{path}, line {number}: {reason}")
+    return fields
+
+
+def _fault(line: str, fields: list[str]) -> str | None:
+    """What is wrong with a line, or None."""
+    if "\0" in line:
+        return "the line holds a NUL character; remove it"
+    if "\r" in line:
+        return "a carriage return stands inside the line; end lines with \\n or \\r\\n"
+    if all(fields) and len(fields) > 1:
+        return None
+    if not any(fields):
+        return "the line is empty; remove it"
+    if len(fields) == 1:
+        return "the target column is missing; write the input, a tab, the target"
+    if not fields[0]:
+        return "the input (column 1) is empty"
+    if not fields[1]:
+        return "the target (column 2) is empty"
+    return f"column {fields.index('') + 1} is empty; remove the tab or write a reference"
+
+
+def _find_file(root: Path, task: Task, sample: int, split: SplitName) -> Path:
+    """Path of a few-shot file that exists; otherwise say what is there instead."""
+    folder = root / task.name
+    if not folder.is_dir():
+        raise MissingDataError(_describe_missing_folder(root, task.name))
+    shots = task.shots
+    if shots is None:
+        shots = _only_shots(folder)
+    path = folder / f"{task.name}_{shots}_{sample}_{split}.tsv"
+    if not path.is_file():
+        raise MissingDataError(f"no file {path}; {_describe_folder(folder)}")
+    return path
+
+
+def _only_shots(folder: Path) -> int:
+    """The one K that the files of a task folder have."""
+    found = sorted({shots for shots, _, _ in _list_files(folder)})
+    if not found:
+        expected = f"{folder / folder.name}_<K>_<sample>_<split>.tsv"
+        raise MissingDataError(f"no file {expected}; {_describe_folder(folder)}")
+    if len(found) > 1:
+        numbers = ", ".join(map(str, found))
+        raise DataError(f"{folder} holds files for K = {numbers}; say which with shots in the row")
+    return found[0]
+
+
+def _list_files(folder: Path) -> list[tuple[int, int, str]]:
+    """K, sample and split of every few-shot file in a task folder, sorted."""
+    name = re.compile(re.escape(folder.name) + r"_([0-9]+)_([0-9]+)_(train|dev|test)\.tsv")
+    matches = [name.fullmatch(path.name) for path in folder.iterdir()]
+    return sorted((int(m[1]), int(m[2]), m[3]) for m in matches if m)
+
+
+def _describe_folder(folder: Path) -> str:
+    """List the samples of each K and split that a task folder holds."""
+    held: dict[tuple[int, str], list[str]] = {}
+    for shots, sample, split in _list_files(folder):
+        held.setdefault((shots, split), []).append(str(sample))
+    groups = [f"K = {k} {split}: {', '.join(held[k, split])}" for k, split in sorted(held)]
+    if not groups:
+        return f"{folder} holds no files of this form"
+    return f"the samples in {folder} are: {'; '.join(groups)}"
+
+
+def _describe_missing_folder(root: Path, name: str) -> str:
+    """Say that a task folder is missing, and which folders come nearest."""
+    if not root.is_dir():
+        return f"no folder {root}: the data root does not exist (looked for {root / name})"
+    held = sorted(path.name for path in root.iterdir() if path.is_dir())
+    near = ", ".join(difflib.get_close_matches(name, held, n=3, cutoff=0.4))
+    hint = f"the nearest names there are {near}" if near else "no name there is near to it"
+    return f"no folder {root / name}; {hint}"

@@ -1,0 +1,1 @@
+"""The LightningModules: one class per method, all children of ``PromptMethod``."""

@@ -1,0 +1,233 @@
+"""One pass over dev or test: the answers of every run, its scores, and the files of a test.
+
+Metric states are tensors that sum over ranks, each row answered by one rank, so scores are those of
+one process however the rows are shared.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from prompt_lab.data.batches import EvaluationBatch
+from prompt_lab.data.files import SplitName
+from prompt_lab.metrics import BankMetric, chance_score, majority_score
+from prompt_lab.prompt_file import PromptStore, write_atomically
+from prompt_lab.results import (
+    RESULT_COLUMNS,
+    summary_table,
+    write_csv,
+    write_predictions,
+)
+
+if TYPE_CHECKING:
+    from prompt_lab.methods.prompt_tuning import PromptTuning
+
+Key = tuple[str, int]
+
+
+class Evaluation:
+    """Answers and scores of the runs of a bank on one split.
+
+    Args:
+        method: the method whose runs are evaluated.
+        split: ``dev`` or ``test``.
+    """
+
+    def __init__(self, method: PromptTuning, split: SplitName) -> None:
+        self.method, self.split = method, split
+        self.members: dict[Key, list[int]] = defaultdict(list)
+        for i, run in enumerate(method.runs):
+            self.members[run.task, run.sample].append(i)
+        self.place = {i: at for of_key in self.members.values() for at, i in enumerate(of_key)}
+        self.metrics = {key: self._metric(key, len(runs)) for key, runs in self.members.items()}
+        self.predictions: list[tuple[int, int, str]] = []
+
+    def _metric(self, key: Key, prompts: int) -> BankMetric:
+        """The metric of a task's sample for so many prompts."""
+        task, rows = self.method.datamodule.tasks[key[0]], self.references(key)
+        variant = self.method.metric_variant
+        metric = BankMetric(task.metric, prompts, rows, task.labels, variant)
+        return metric.to(self.method.device)
+
+    def references(self, key: Key) -> list[list[str]]:
+        """Accepted answers of the rows of a task's sample."""
+        return self.method.datamodule.splits[key][self.split].references
+
+    def add(self, step: EvaluationBatch, prompts: Tensor) -> None:
+        """Answer a batch under its runs' prompts (R, N, D) and take the answers."""
+        texts = self.method.answers(prompts, step)
+        by_key: dict[Key, list[tuple[int, int, str]]] = defaultdict(list)
+        for i, row, text in zip(step.batch.prompts, step.batch.rows, texts, strict=True):
+            run = self.method.runs[i]
+            by_key[run.task, run.sample].append((i, row, text))
+        for key, answers in by_key.items():
+            runs, rows, found = zip(*answers, strict=True)
+            self.metrics[key].update([self.place[i] for i in runs], rows, found)
+            self.predictions += answers
+
+    def scores(self) -> Tensor:
+        """Score of every run (R,), float64 on the CPU; NaN for runs that were not evaluated."""
+        scores = torch.full((len(self.method.runs),), torch.nan, dtype=torch.float64)
+        for key, runs in self.members.items():
+            scores[runs] = self.metrics[key].compute().cpu()
+        return scores
+
+    def constant_runs(self) -> list[int]:
+        """Runs that gave this rank one and the same answer to rows with different references."""
+        answers: dict[int, set[str]] = defaultdict(set)
+        golds: dict[int, set[str]] = defaultdict(set)
+        for i, row, text in self.predictions:
+            run = self.method.runs[i]
+            answers[i].add(text)
+            golds[i].add(self.references((run.task, run.sample))[row][0])
+        return [i for i, texts in answers.items() if len(texts) == 1 and len(golds[i]) > 1]
+
+    # ---- files ----------------------------------------------------------------------------------
+
+    def report(self, scores: Tensor, stage: str) -> None:
+        """Print the table; on ``test`` also write results, predictions and scored prompts."""
+        rows = self._result_rows(scores, stage)
+        if stage == "test":
+            if self.method.test_baselines:
+                rows += self._baseline_rows()
+            self._write(rows, scores)
+        self._print(rows, stage)
+
+    def _print(self, rows: list[dict[str, Any]], stage: str) -> None:
+        """The table on the terminal; ``validate`` shows dev scores in it."""
+        if stage == "validate":
+            rows = [{**row, "test": row["dev"]} for row in rows]
+        rank_zero_info(f"\n{self.split} scores\n{summary_table(rows)}\n")
+
+    def _result_rows(self, scores: Tensor, stage: str) -> list[dict[str, Any]]:
+        """A line of results per run."""
+        lines = []
+        for i, prompt in enumerate(self.method.best_prompts()):
+            run = self.method.runs[i]
+            line = self._common((run.task, run.sample), stage) | {
+                "variant": "tuned",
+                "init_seed": run.init_seed,
+                "order_seed": self.method.datamodule.order_seed,
+                "initialised": prompt.initialised,
+                "num_virtual_tokens": self.method.num_virtual_tokens,
+                "optimizer": self.method.optim_config.name,
+                "learning_rate": run.learning_rate,
+                "batch_size": run.batch_size,
+                "dev": prompt.dev_score if stage == "test" else scores[i].item(),
+                "test": scores[i].item() if stage == "test" else None,
+                "best_step": prompt.steps,
+                "seconds": prompt.seconds,
+                "status": prompt.status,
+                "prompt_file": f"prompts/{run.name}.safetensors",
+            }
+            lines.append(line)
+        return lines
+
+    def _common(self, key: Key, stage: str) -> dict[str, Any]:
+        """What all lines of a task's sample share."""
+        from prompt_lab import __version__
+
+        method = self.method
+        assert method.backbone is not None
+        task = method.datamodule.tasks[key[0]]
+        return {
+            "fit_id": method.fit_id(),
+            "method": type(method).__name__,
+            "stage": stage,
+            "backbone": method.backbone.name,
+            "task": task.name,
+            "ontology": task.ontology,
+            "sample": key[1],
+            "shots": task.shots,
+            "decoding": method.describe_decoding(task),
+            "metric": task.metric,
+            "metric_variant": method.metric_variant,
+            "test_rows": len(self.references(key)) if self.split == "test" else None,
+            "version": __version__,
+        }
+
+    def _baseline_rows(self) -> list[dict[str, Any]]:
+        """Lines for no prompt, the initial prompt, chance and the majority class."""
+        lines = []
+        for variant in ("no_prompt", "initial_prompt"):
+            chosen = self._distinct(by_seed=variant == "initial_prompt")
+            scores = self._score_variant(variant, chosen)
+            for i in chosen:
+                run = self.method.runs[i]
+                line = self._common((run.task, run.sample), "test") | {"variant": variant}
+                if variant == "initial_prompt":
+                    line["init_seed"] = run.init_seed
+                    line["initialised"] = self.method.init_config.describe()
+                lines.append(line | {"test": scores[i].item()})
+        for key in self.members:
+            task, variant = self.method.datamodule.tasks[key[0]], self.method.metric_variant
+            test = self.references(key)
+            train = self.method.datamodule.splits[key]["train"].references
+            chance = chance_score(task.metric, task.labels, test, variant)
+            common = [answers[0] for answers in train]
+            majority = majority_score(task.metric, common, test, task.labels, variant)
+            for name, value in (("chance", chance), ("majority", majority)):
+                lines.append(self._common(key, "test") | {"variant": name, "test": value})
+        return lines
+
+    def _distinct(self, by_seed: bool) -> list[int]:
+        """One run per (task, sample), or per (task, sample, initial seed)."""
+        first: dict[tuple[Any, ...], int] = {}
+        for i, run in enumerate(self.method.runs):
+            first.setdefault((run.task, run.sample, run.init_seed if by_seed else 0), i)
+        return list(first.values())
+
+    def _score_variant(self, variant: str, chosen: list[int]) -> Tensor:
+        """Scores (R,) of chosen runs with no prompt or with their initial prompt."""
+        method = self.method
+        prompts = method.init if variant == "initial_prompt" else method.init[:, :0]
+        other = Evaluation(method, self.split)
+        for step in method._evaluation_steps(self.split, lambda: chosen):
+            other.add(step.to(method.device), prompts)
+        scores = other.scores()
+        self.predictions_of = {**getattr(self, "predictions_of", {}), variant: other.predictions}
+        return scores
+
+    def _write(self, rows: list[dict[str, Any]], scores: Tensor) -> None:
+        """Write what a test leaves behind, once, by the first process."""
+        import json
+
+        method = self.method
+        everything = [("tuned", self.predictions), *getattr(self, "predictions_of", {}).items()]
+        gathered = _gather([(variant, *p) for variant, found in everything for p in found])
+        if not method.trainer.is_global_zero:
+            return
+        folder = Path(method.run_dir)
+        write_csv(folder / "results.csv", RESULT_COLUMNS, rows)
+        write_predictions(folder / "predictions.jsonl", map(self._prediction, sorted(gathered)))
+        digests = json.dumps(method.digests(), indent=1)
+        write_atomically(folder / "digests.json", digests.encode())
+        PromptStore(folder / "prompts").save(method.best_prompts(scores))
+
+    def _prediction(self, found: tuple[str, int, int, str]) -> dict[str, Any]:
+        """One line of the predictions file."""
+        variant, i, row, text = found
+        run = self.method.runs[i]
+        return {
+            "variant": variant,
+            "run": run.name,
+            "task": run.task,
+            "row": row,
+            "prediction": text,
+            "references": self.references((run.task, run.sample))[row],
+        }
+
+
+def _gather(values: list[Any]) -> list[Any]:
+    """The values of all processes, on each of them."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return values
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, values)
+    return [value for part in parts for value in part]

@@ -1,0 +1,151 @@
+"""The initial prompts of a bank of runs, by whichever way the config names.
+
+A vocabulary, text or noise prompt depends on (seed, backbone, N) alone; class labels add the task.
+Prompts from a file serve every run; from a store each run takes the one of its own task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from prompt_lab import prompts
+from prompt_lab.backbone import Backbone
+from prompt_lab.data.tasks import Task
+from prompt_lab.prompt_file import PromptStore, load_prompt
+from prompt_lab.run import Run
+
+
+@dataclass
+class InitConfig:
+    """How prompts are initialised.
+
+    Args:
+        name: ``vocab`` samples frequent tokens, ``text`` takes the tokens of a text, ``labels`` the
+            task's class labels (then ``vocab``), ``normal`` and ``uniform`` noise, ``file`` a
+            prompt file or a prompt store.
+        vocab_size: how many low ids ``vocab`` draws from; null for the whole vocabulary.
+        text: the text of ``text``; cut to N tokens, or repeated.
+        std: standard deviation of ``normal``.
+        limit: largest magnitude of ``uniform``.
+        path: prompt file, or folder of a prompt store, for ``file``.
+    """
+
+    name: Literal["vocab", "text", "labels", "normal", "uniform", "file"] = "vocab"
+    vocab_size: int | None = 5000
+    text: str | None = None
+    std: float = 0.02
+    limit: float = 0.5
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check that what the chosen way needs is there."""
+        if self.name == "text" and not self.text:
+            raise ValueError("init.name is text: give the text with init.text")
+        if self.name == "file" and not self.path:
+            raise ValueError("init.name is file: give a prompt file or store with init.path")
+
+    def describe(self) -> str:
+        """The way in a few words, for results and prompt files."""
+        details = {
+            "vocab": f"{self.vocab_size or 'all'}",
+            "text": f"{self.text!r}",
+            "labels": f"{self.vocab_size or 'all'}",
+            "normal": f"std {self.std:g}",
+            "uniform": f"limit {self.limit:g}",
+            "file": f"{self.path}",
+        }
+        return f"{self.name} {details[self.name]}"
+
+
+def initial_prompts(
+    config: InitConfig,
+    backbone: Backbone,
+    runs: Sequence[Run],
+    tasks: Mapping[str, Task],
+    num_virtual_tokens: int,
+) -> Tensor:
+    """The initial prompt of every run: (R, N, D) float32, on the CPU.
+
+    Raises:
+        FileNotFoundError: a prompt file or store that is not there.
+        ValueError: prompts that a store lacks or has twice, of another shape or backbone; a task
+            without labels for ``labels``; too small a vocabulary.
+    """
+    if config.name == "file":
+        made = _from_files(Path(config.path or ""), backbone, runs)
+        for run, prompt in zip(runs, made, strict=True):
+            if len(prompt) != num_virtual_tokens:
+                raise ValueError(
+                    f"run {run.name}: the prompt in {config.path} has {len(prompt)} virtual "
+                    f"tokens, model.num_virtual_tokens is {num_virtual_tokens}"
+                )
+        return torch.stack(made)
+    keys = [(run.init_seed, run.task if config.name == "labels" else "") for run in runs]
+    unique = {
+        key: _make(config, backbone, key[0], tasks.get(key[1]), num_virtual_tokens)
+        for key in dict.fromkeys(keys)
+    }
+    return torch.stack([unique[key] for key in keys])
+
+
+def _make(
+    config: InitConfig, backbone: Backbone, seed: int, task: Task | None, count: int
+) -> Tensor:
+    """One initial prompt (N, D) float32."""
+    if config.name == "normal":
+        return prompts.normal_prompt(count, backbone.hidden_size, config.std, seed)
+    if config.name == "uniform":
+        return prompts.uniform_prompt(count, backbone.hidden_size, config.limit, seed)
+    table = backbone.embedding_table()  # (V, D)
+    if config.name == "text":
+        return table[prompts.text_ids(_tokens(backbone, config.text or ""), count)]
+    special = backbone.tokenizer.all_special_ids
+    size = min(len(table), len(backbone.tokenizer))
+    ids = prompts.frequent_ids(size, special, config.vocab_size)
+    sampled = prompts.vocabulary_sample(ids, count, seed)
+    if config.name == "vocab":
+        return table[sampled]
+    if task is None or task.labels is None:
+        raise ValueError(f"init.name is labels, but task {task and task.name!r} has no label set")
+    labels = [_tokens(backbone, label) for label in task.labels]
+    return prompts.label_prompt(table, labels, sampled, count)
+
+
+def _tokens(backbone: Backbone, text: str) -> list[int]:
+    """Token ids of a text without special tokens."""
+    return backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _from_files(path: Path, backbone: Backbone, runs: Sequence[Run]) -> list[Tensor]:
+    """A prompt per run, from one file or from a store."""
+    if not path.is_dir():
+        return [load_prompt(path, backbone).prompt] * len(runs)
+    store = PromptStore(path)
+    index = store.index()
+    names = [_matches(index, run) for run in runs]
+    missing = [run.name for run, found in zip(runs, names, strict=True) if not found]
+    if missing:
+        raise ValueError(f"{path} has no prompt for {len(missing)} runs: {', '.join(missing)}")
+    several = [run.name for run, found in zip(runs, names, strict=True) if len(found) > 1]
+    if several:
+        raise ValueError(
+            f"{path} has several prompts for {', '.join(several)}: use a store with one per task, "
+            "sample and seed"
+        )
+    loaded = {name: load_prompt(store.path(name), backbone).prompt for (name,) in set(map(tuple, names))}
+    return [loaded[found[0]] for found in names]
+
+
+def _matches(index: Sequence[Mapping[str, object]], run: Run) -> list[str]:
+    """Names of the prompts of a run's task; narrowed to its sample and seed where that is needed."""
+    found = [row for row in index if row["task"] == run.task]
+    for key, value in (("sample", run.sample), ("init_seed", run.init_seed)):
+        if len(found) > 1:
+            found = [row for row in found if row[key] == value] or found
+    return [str(row["name"]) for row in found]

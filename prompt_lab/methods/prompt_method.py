@@ -1,0 +1,212 @@
+"""``PromptMethod``: what every method shares, whatever it trains.
+
+It owns the frozen backbone, turns rows into answers, and keeps the backbone out of checkpoints and
+out of DDP. It neither trains nor chooses a prompt; the methods do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from prompt_lab.backbone import SANDBOX, Backbone
+from prompt_lab.data.batches import EvaluationBatch, Rows
+from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.data.tasks import Task
+
+_FROZEN = "backbone."
+
+
+@dataclass
+class BackboneConfig:
+    """Which frozen model, and how it runs.
+
+    Args:
+        name: hub id, folder, or ``sandbox`` for the tiny model that ships with the package.
+        dtype: dtype of the frozen weights; prompts, optimizer and losses stay float32.
+        attention: attention implementation of transformers.
+    """
+
+    name: str = SANDBOX
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+
+    def load(self) -> Backbone:
+        """The backbone, frozen."""
+        return Backbone.load(self.name, self.dtype, self.attention)
+
+
+class PromptMethod(LightningModule):
+    """Parent of the methods: a frozen backbone, answers, and checkpoints without it.
+
+    Args:
+        backbone: which frozen model.
+        tokens_per_forward: most padded tokens of one forward pass; bounds memory, not results.
+        decoding: ``score`` chooses among the labels of tasks that have them by log-likelihood, and
+            generates other answers; ``generate`` generates all answers.
+        num_beams: beams of generated answers; 1 is greedy.
+        max_new_tokens: longest generated answer; null for the longest answer in train and dev.
+        metric_variant: ``crossfit`` computes metrics as CrossFit does, ``corrected`` without traps.
+    """
+
+    def __init__(
+        self,
+        backbone: BackboneConfig = BackboneConfig(),  # noqa: B008
+        tokens_per_forward: int = 16384,
+        decoding: Literal["score", "generate"] = "score",
+        num_beams: int = 1,
+        max_new_tokens: int | None = None,
+        metric_variant: Literal["crossfit", "corrected"] = "crossfit",
+    ) -> None:
+        super().__init__()
+        given = {"tokens_per_forward": tokens_per_forward, "num_beams": num_beams}
+        for name, value in {**given, "max_new_tokens": max_new_tokens}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"model.{name} is {value}: give at least 1")
+        self.backbone_config = as_config(BackboneConfig, backbone)
+        self.tokens_per_forward = tokens_per_forward
+        self.decoding, self.num_beams = decoding, num_beams
+        self.max_new_tokens, self.metric_variant = max_new_tokens, metric_variant
+        self.backbone: Backbone | None = None
+
+    # ---- set-up ---------------------------------------------------------------------------------
+
+    @property
+    def datamodule(self) -> CrossFitDataModule:
+        """The trainer's data.
+
+        Raises:
+            ValueError: the trainer was not given a ``CrossFitDataModule``.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, CrossFitDataModule):
+            raise ValueError(
+                f"{type(self).__name__} needs a CrossFitDataModule: pass datamodule= to the trainer"
+            )
+        return data
+
+    def load_backbone(self, data: CrossFitDataModule) -> Backbone:
+        """Load the backbone, once, and let the data be tokenised by its rules."""
+        if self.backbone is None:
+            self.backbone = self.backbone_config.load()
+        data.connect(self.backbone)
+        return self.backbone
+
+    def keep_backbone_out_of_ddp(self) -> None:
+        """Frozen weights are neither broadcast nor reduced; call when all parameters are made."""
+        named = [*self.named_parameters(), *self.named_buffers()]
+        ignored = [name for name, _ in named if name.startswith(_FROZEN)]
+        self._ddp_params_and_buffers_to_ignore = ignored
+
+    def check_trainer(self) -> None:
+        """Refuse trainer settings that would quietly change the result.
+
+        Raises:
+            ValueError: the setting, and what to use instead.
+        """
+        trainer = self.trainer
+        if trainer.precision in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"trainer.precision {trainer.precision} would round the prompts and their "
+                "optimizer: use trainer.precision 32-true with model.backbone.dtype bfloat16"
+            )
+        if trainer.gradient_clip_val:
+            raise ValueError(
+                "trainer.gradient_clip_val clips over all runs of the bank together and so couples "
+                "them: use model.optim.clip, which clips each run by itself"
+            )
+        if trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                "trainer.accumulate_grad_batches is not needed: a step is cut into micro-batches "
+                "of model.tokens_per_forward tokens; set model.batch_size instead"
+            )
+
+    # ---- answers --------------------------------------------------------------------------------
+
+    def scored(self, task: Task) -> bool:
+        """Whether answers of a task are chosen by score (else generated)."""
+        return self.decoding == "score" and task.labels is not None
+
+    def describe_decoding(self, task: Task) -> str:
+        """The way of answering, for the results."""
+        if self.scored(task):
+            return "score"
+        length = self.max_new_tokens or "longest"
+        return f"generate beams={self.num_beams} tokens={length}"
+
+    def answers(self, prompts: Tensor, step: EvaluationBatch) -> list[str]:
+        """One answer per row of an evaluation batch, under prompts (R, N, D)."""
+        assert self.backbone is not None
+        task = self.datamodule.tasks[step.task]
+        prompts, batch = only_used(prompts, step)
+        if self.scored(task):
+            labels = task.labels or ()
+            best = self.backbone.score(prompts, batch, labels).argmax(1).tolist()
+            return [labels[choice] for choice in best]
+        length = self.max_new_tokens or step.max_new_tokens
+        return self.backbone.generate(prompts, batch, length, self.num_beams)
+
+    def tokens_beside_input(self, num_virtual_tokens: int, rows: Rows) -> int:
+        """Tokens that an evaluated row costs besides its input, for cutting batches."""
+        assert self.backbone is not None
+        prompt = num_virtual_tokens if self.backbone.is_encoder_decoder else 0
+        copies = len(rows.task.labels or ()) if self.scored(rows.task) else self.num_beams
+        return prompt + copies * rows.longest_target
+
+    # ---- checkpoints ----------------------------------------------------------------------------
+
+    def simplify_settings(self) -> None:
+        """Make the saved constructor arguments plain values, which checkpoints can hold."""
+        for name in list(self.hparams):
+            self.hparams[name] = plain(self.hparams[name])
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The state without the frozen backbone."""
+        state = super().state_dict(*args, **kwargs)
+        for name in [name for name in state if name.startswith(_FROZEN)]:
+            del state[name]
+        return state
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load everything but the backbone, which must not be there.
+
+        Raises:
+            RuntimeError: anything else is missing or left over, or has another shape.
+        """
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        missing = [name for name in result.missing_keys if not name.startswith(_FROZEN)]
+        if strict and (missing or result.unexpected_keys):
+            raise RuntimeError(
+                f"the checkpoint does not fit: missing {missing}, unexpected "
+                f"{result.unexpected_keys}; was it made with other settings or by another method?"
+            )
+        return type(result)(missing, result.unexpected_keys)
+
+
+def only_used(prompts: Tensor, step: EvaluationBatch) -> tuple[Tensor, Any]:
+    """The prompts that a batch names, and the batch naming them by their new places."""
+    from prompt_lab.bank import renumber
+
+    used = sorted(set(step.batch.prompts))
+    at = torch.tensor(used, device=prompts.device)
+    return prompts.index_select(0, at), renumber(step.batch, used)
+
+
+def as_config(kind: Any, value: Any) -> Any:
+    """A dataclass from itself or from the dict that a checkpoint keeps of it."""
+    return kind(**value) if isinstance(value, dict) else value
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses and namespaces as dicts and lists of simple values, fit for a checkpoint."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value

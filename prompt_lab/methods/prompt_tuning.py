@@ -1,0 +1,488 @@
+"""``PromptTuning``: train a bank of soft prompts, each as if it were alone.
+
+Prompt tuning (Lester et al. 2021, arXiv 2104.08691) trains an (N, D) prompt in front of a frozen
+model. One fit trains a grid of runs, tasks x samples x seeds x learning rates x batch sizes, in one
+(R, N, D) parameter: the loss of a step is the sum of the runs' own mean losses, and optimizer,
+schedule, best prompt, early stop and failure belong to the run. Which rows a run sees at step t is
+a function of (order seed, task, sample, t), so a bank follows its single runs, and a resumed fit
+the uninterrupted one.
+
+Test data is never looked at before ``test``, and then only under each run's best prompt by dev.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from prompt_lab.bank import bank_gradient, with_gradient
+from prompt_lab.batch import Batch
+from prompt_lab.data.batches import EvaluationBatch, EvaluationSteps, TrainSteps
+from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.data.files import SplitName
+from prompt_lab.methods.evaluation import Evaluation
+from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts
+from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod, as_config
+from prompt_lab.optim import BankOptimizer, OptimConfig
+from prompt_lab.prompt_file import Prompt, PromptStore
+from prompt_lab.prompts import scale_ratio
+from prompt_lab.results import append_curves, start_curves
+from prompt_lab.run import Run, grid
+
+TRAINING, STOPPED, FAILED, FINISHED = range(4)
+STATUS = ("training", "stopped early", "failed: loss not finite", "finished")
+
+
+class PromptTuning(PromptMethod):
+    """Trains a bank of prompts and keeps the best of each run by its dev score.
+
+    The grid of runs is data.tasks x data.samples x init_seed x learning_rate x batch_size; with one
+    value each it is ordinary prompt tuning. ``trainer.max_steps`` is the budget of every run and
+    ``trainer.val_check_interval`` the number of steps between evaluations on dev.
+
+    Args:
+        backbone: which frozen model.
+        optim: optimizer, schedule and clip of every run.
+        init: how prompts are initialised.
+        num_virtual_tokens: N, the rows of a prompt.
+        init_seed: seed or seeds of the initial prompt.
+        learning_rate: peak learning rate or rates.
+        batch_size: rows per step and run, one value or several.
+        label_smoothing: share of each target's probability spread over the vocabulary.
+        patience: stop a run after so many evaluations without a better dev score; null for never.
+        test_baselines: ``test`` also scores no prompt, the initial prompt, chance and majority.
+        tokens_per_forward: most padded tokens of one forward pass; bounds memory, not results.
+        decoding: ``score`` chooses among the labels of tasks that have them by log-likelihood, and
+            generates other answers; ``generate`` generates all answers.
+        num_beams: beams of generated answers; 1 is greedy.
+        max_new_tokens: longest generated answer; null for the longest answer in train and dev.
+        metric_variant: ``crossfit`` computes metrics as CrossFit does, ``corrected`` without traps.
+    """
+
+    prompt: nn.Parameter
+    init: Tensor
+    best: Tensor
+    best_score: Tensor
+    best_step: Tensor
+    bad_evaluations: Tensor
+    status: Tensor
+    active: Tensor
+    loss_sum: Tensor
+    loss_steps: Tensor
+    seconds: Tensor
+
+    def __init__(
+        self,
+        backbone: BackboneConfig = BackboneConfig(),  # noqa: B008
+        optim: OptimConfig = OptimConfig(),  # noqa: B008
+        init: InitConfig = InitConfig(),  # noqa: B008
+        num_virtual_tokens: int = 100,
+        init_seed: int | list[int] = 0,
+        learning_rate: float | list[float] = 0.3,
+        batch_size: int | list[int] = 8,
+        label_smoothing: float = 0.0,
+        patience: int | None = None,
+        test_baselines: bool = False,
+        tokens_per_forward: int = 16384,
+        decoding: Literal["score", "generate"] = "score",
+        num_beams: int = 1,
+        max_new_tokens: int | None = None,
+        metric_variant: Literal["crossfit", "corrected"] = "crossfit",
+    ) -> None:
+        super().__init__(
+            backbone, tokens_per_forward, decoding, num_beams, max_new_tokens, metric_variant
+        )
+        self.save_hyperparameters(logger=False)
+        self.simplify_settings()
+        if num_virtual_tokens < 1:
+            raise ValueError(f"model.num_virtual_tokens is {num_virtual_tokens}: give at least 1")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"model.label_smoothing is {label_smoothing}: give 0 up to below 1")
+        if patience is not None and patience < 1:
+            raise ValueError(f"model.patience is {patience}: give at least 1, or null")
+        self.optim_config = as_config(OptimConfig, optim)
+        self.init_config = as_config(InitConfig, init)
+        self.num_virtual_tokens, self.label_smoothing = num_virtual_tokens, label_smoothing
+        self.init_seeds = init_seed if isinstance(init_seed, list) else [init_seed]
+        self.learning_rates = learning_rate if isinstance(learning_rate, list) else [learning_rate]
+        self.batch_sizes = batch_size if isinstance(batch_size, list) else [batch_size]
+        self.patience, self.test_baselines = patience, test_baselines
+        self.runs: list[Run] = []
+        self._live: list[int] = []
+        self._warned: set[str] = set()
+
+    # ---- set-up ---------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Load the backbone, tokenise the data and make the bank, once."""
+        self.check_trainer()
+        self.prepare(self.datamodule)
+
+    def prepare(self, data: CrossFitDataModule) -> None:
+        """As :meth:`setup`, without a trainer: for a look at the grid before anything is trained."""
+        backbone = self.load_backbone(data)
+        if self.runs:
+            return
+        self.runs = grid(
+            list(data.tasks), data.samples, self.init_seeds, self.learning_rates, self.batch_sizes
+        )
+        init = initial_prompts(
+            self.init_config, backbone, self.runs, data.tasks, self.num_virtual_tokens
+        )
+        count = len(self.runs)
+        self.prompt = nn.Parameter(init.clone())
+        for name, value in {
+            "init": init,
+            "best": init.clone(),
+            "best_score": torch.full((count,), -torch.inf, dtype=torch.float64),
+            "best_step": torch.full((count,), -1, dtype=torch.long),
+            "bad_evaluations": torch.zeros(count, dtype=torch.long),
+            "status": torch.full((count,), TRAINING, dtype=torch.long),
+            "active": torch.ones(count, dtype=torch.bool),
+            "loss_sum": torch.zeros(count),
+            "loss_steps": torch.zeros((), dtype=torch.long),
+            "seconds": torch.zeros((), dtype=torch.float64),
+        }.items():
+            self.register_buffer(name, value)
+        self._live = list(range(count))
+        self.keep_backbone_out_of_ddp()
+        self._warn_of_scale(init)
+
+    def configure_optimizers(self) -> BankOptimizer:
+        """The bank's optimizer; it holds the prompts and nothing else."""
+        rates = [run.learning_rate for run in self.runs]
+        steps = self.trainer.max_steps
+        if steps < 1:
+            raise ValueError("trainer.max_steps is not set: give the number of optimizer steps")
+        return self.optim_config.build([self.prompt], rates, self.active, steps)
+
+    def live(self) -> list[int]:
+        """Indices of the runs that still train."""
+        return self._live
+
+    # ---- data -----------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> TrainSteps:
+        """The batch of every step, made from the trainer's step count when it is asked for."""
+        trainer = self.trainer
+        return self.datamodule.train_steps(
+            self.runs,
+            trainer.max_steps,
+            lambda: trainer.global_step,
+            self.live,
+            trainer.global_rank,
+            trainer.world_size,
+        )
+
+    def val_dataloader(self) -> EvaluationSteps:
+        """Dev rows of the live runs, or of all runs outside a fit."""
+        fitting = self.trainer.state.fn == "fit"
+        everyone = list(range(len(self.runs)))
+        return self._evaluation_steps("dev", lambda: self._live if fitting else everyone)
+
+    def test_dataloader(self) -> EvaluationSteps:
+        """Test rows of all runs."""
+        return self._evaluation_steps("test", lambda: list(range(len(self.runs))))
+
+    def _evaluation_steps(self, split: SplitName, live: Any) -> EvaluationSteps:
+        """Evaluation batches on one split."""
+        trainer = self.trainer
+        return self.datamodule.evaluation_steps(
+            self.runs,
+            split,
+            self.tokens_per_forward,
+            lambda rows: self.tokens_beside_input(self.num_virtual_tokens, rows),
+            live,
+            trainer.global_rank,
+            trainer.world_size,
+        )
+
+    # ---- training -------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Take up the state of a checkpoint, if one was loaded."""
+        self._live = [i for i, s in enumerate(self.status.tolist()) if s == TRAINING]
+        self._clock = time.monotonic()
+        if self.trainer.is_global_zero:
+            start_curves(self.run_dir / "curves.csv", self.trainer.global_step)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of all live runs; a run whose loss or gradient is not finite rests from here on."""
+        assert self.backbone is not None
+        losses, gradient = bank_gradient(
+            self.backbone, self.prompt, batch, self.tokens_per_forward, self.label_smoothing
+        )
+        finite = losses.isfinite() & gradient.flatten(1).isfinite().all(1)
+        world = self.trainer.world_size
+        if world > 1:
+            failures = self.trainer.strategy.reduce((~finite).float(), reduce_op="sum")
+            finite = failures == 0
+        self.active &= finite
+        losses = torch.where(self.active, losses, 0)
+        gradient = torch.where(self.active[:, None, None], gradient, 0)
+        self.loss_sum += losses
+        self.loss_steps += 1
+        return with_gradient(losses.sum() * world, self.prompt, gradient * world)
+
+    def on_validation_start(self) -> None:
+        """Begin an evaluation: of the current prompts in a fit, else of the best ones."""
+        if self.trainer.state.fn != "fit":
+            self._restore_best()
+        self.evaluation = Evaluation(self, "dev")
+
+    def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+        """Answer a batch of dev rows."""
+        fitting = self.trainer.state.fn == "fit"
+        self.evaluation.add(batch, self.prompt if fitting else self.best)
+
+    def on_validation_epoch_end(self) -> None:
+        """Score dev; in a fit, keep better prompts and stop runs that are done."""
+        scores = self.evaluation.scores()
+        if self.trainer.state.fn != "fit":
+            self.evaluation.report(scores, "validate")
+            return
+        if self.trainer.sanity_checking:
+            return
+        self._keep_better(scores)
+        self._stop_runs()
+        self._warn_of_answers()
+        self._log_evaluation(scores)
+        self.loss_sum.zero_()
+        self.loss_steps.zero_()
+        if not self._live:
+            self.trainer.should_stop = True
+
+    def _keep_better(self, scores: Tensor) -> None:
+        """Update the best prompt of each live run; ties keep the earlier, NaN counts as the worst."""
+        live = torch.zeros_like(self.active)
+        live[self._live] = True
+        scores = scores.nan_to_num(nan=-torch.inf)
+        better = live & self.active & ((scores > self.best_score) | (self.best_step < 0))
+        self.best_score.copy_(torch.where(better, scores, self.best_score))
+        self.best_step.masked_fill_(better, self.trainer.global_step)
+        self.best.copy_(torch.where(better[:, None, None], self.prompt.detach(), self.best))
+        bad = torch.where(better, 0, self.bad_evaluations + 1)
+        self.bad_evaluations.copy_(torch.where(live, bad, self.bad_evaluations))
+
+    def _stop_runs(self) -> None:
+        """End runs that failed, lost patience or reached the budget."""
+        training = self.status == TRAINING
+        self.status.masked_fill_(training & ~self.active, FAILED)
+        if self.patience is not None:
+            stopped = training & self.active & (self.bad_evaluations >= self.patience)
+            self.status.masked_fill_(stopped, STOPPED)
+        if self.trainer.global_step >= self.trainer.max_steps:
+            self.status.masked_fill_(self.status == TRAINING, FINISHED)
+        self.active &= self.status == TRAINING
+        status = self.status.tolist()
+        failed = [self.runs[i].name for i in self._live if status[i] == FAILED]
+        if failed:
+            rank_zero_warn(
+                f"loss or gradient not finite by step {self.trainer.global_step}: "
+                f"{', '.join(failed)}; these runs stop, with their best prompt so far. A lower "
+                "learning_rate or optim.clip may help"
+            )
+        self._evaluated, self._live = self._live, [i for i in self._live if status[i] == TRAINING]
+
+    def _log_evaluation(self, scores: Tensor) -> None:
+        """Log the spread over runs, and each run's own line in ``curves.csv``."""
+        now = time.monotonic()
+        self.seconds += now - self._clock
+        self._clock = now
+        dev, best = scores.tolist(), self.best_score.tolist()
+        losses = (self._over_ranks(self.loss_sum) / self.loss_steps.clamp(min=1)).tolist()
+        logged: dict[str, float] = {"runs_alive": float(len(self._live))}
+        for task in self.datamodule.tasks:
+            values = [dev[i] for i in self._evaluated if self.runs[i].task == task]
+            known = [value for value in values if value == value]
+            if known:
+                logged[f"dev/{task}/min"] = min(known)
+                logged[f"dev/{task}/mean"] = sum(known) / len(known)
+                logged[f"dev/{task}/max"] = max(known)
+        alive = [losses[i] for i in self._evaluated]
+        logged["train/loss"] = sum(alive) / max(1, len(alive))
+        finite = [value for value in best if value > -torch.inf]
+        logged["best/val_score"] = sum(finite) / len(finite) if finite else float("nan")
+        bar = ("runs_alive", "train/loss", "best/val_score")
+        self.log_dict({k: v for k, v in logged.items() if k not in bar}, rank_zero_only=False)
+        self.log_dict({k: logged[k] for k in bar}, prog_bar=True, rank_zero_only=False)
+        if self.trainer.is_global_zero:
+            append_curves(self.run_dir / "curves.csv", self._curve_rows(losses, dev))
+
+    def _curve_rows(self, losses: list[float], dev: list[float]) -> Iterator[dict[str, Any]]:
+        """A line per evaluated run."""
+        moved, best, steps = self._moved().tolist(), self.best_score.tolist(), self.best_step.tolist()
+        status = self.status.tolist()
+        for i in self._evaluated:
+            yield {
+                "step": self.trainer.global_step,
+                "run": self.runs[i].name,
+                "train_loss": losses[i],
+                "dev": dev[i],
+                "best_dev": best[i] if best[i] > -torch.inf else None,
+                "best_step": steps[i],
+                "moved": moved[i],
+                "status": STATUS[status[i]],
+            }
+
+    def _over_ranks(self, values: Tensor) -> Tensor:
+        """Sum over processes."""
+        if self.trainer.world_size == 1:
+            return values
+        return self.trainer.strategy.reduce(values.clone(), reduce_op="sum")
+
+    def _moved(self) -> Tensor:
+        """Distance of each prompt from its start, relative to the start's norm: (R,)."""
+        change = (self.prompt.detach() - self.init).flatten(1).norm(dim=1)
+        return change / self.init.flatten(1).norm(dim=1).clamp(min=1e-12)
+
+    def on_train_end(self) -> None:
+        """Write the best prompt of every run to the store."""
+        if self.trainer.is_global_zero:
+            PromptStore(self.run_dir / "prompts").save(self.best_prompts())
+        self.trainer.strategy.barrier("prompts written")
+
+    # ---- test -----------------------------------------------------------------------------------
+
+    def on_test_start(self) -> None:
+        """Take each run's best prompt from this fit, the checkpoint, or the prompt store."""
+        self._restore_best()
+        self.evaluation = Evaluation(self, "test")
+
+    def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+        """Answer a batch of test rows under the best prompts."""
+        self.evaluation.add(batch, self.best)
+
+    def on_test_epoch_end(self) -> None:
+        """Score test, add the baselines, and write results, predictions and prompts."""
+        self.evaluation.report(self.evaluation.scores(), "test")
+
+    def _restore_best(self) -> None:
+        """Fill the buffers from the prompt store, unless a fit or checkpoint has filled them."""
+        if int(self.best_step.max()) >= 0:
+            return
+        assert self.backbone is not None
+        store = PromptStore(self.run_dir / "prompts")
+        for i, saved in enumerate(store.load([run.name for run in self.runs], self.backbone)):
+            if saved.prompt.shape != self.best[i].shape:
+                raise ValueError(
+                    f"{store.path(saved.name)} has shape {tuple(saved.prompt.shape)}, the config "
+                    f"asks for {tuple(self.best[i].shape)}: use the config of the fit"
+                )
+            self.best[i], self.init[i] = saved.prompt, saved.init
+            self.best_step[i] = -1 if saved.steps is None else saved.steps
+            self.best_score[i] = -torch.inf if saved.dev_score is None else saved.dev_score
+            self.status[i] = STATUS.index(saved.status) if saved.status in STATUS else FINISHED
+            self.seconds.fill_(saved.seconds or 0)
+
+    def best_prompts(self, test_scores: Tensor | None = None) -> list[Prompt]:
+        """The best prompt of every run, ready to be stored."""
+        from prompt_lab import __version__
+
+        backbone, data = self.backbone, self.datamodule
+        assert backbone is not None
+        score, step = self.best_score.tolist(), self.best_step.tolist()
+        status = self.status.tolist()
+        return [
+            Prompt(
+                prompt=self.best[i].detach().cpu(),
+                init=self.init[i].detach().cpu(),
+                name=run.name,
+                backbone=backbone.name,
+                backbone_digest=backbone.digest,
+                tokenizer_digest=backbone.tokenizer_digest,
+                task=run.task,
+                sample=run.sample,
+                initialised=self.init_config.describe(),
+                init_seed=run.init_seed,
+                order_seed=data.order_seed,
+                learning_rate=run.learning_rate,
+                batch_size=run.batch_size,
+                steps=step[i],
+                dev_score=score[i] if score[i] > -torch.inf else None,
+                test_score=None if test_scores is None else test_scores[i].item(),
+                metric=data.tasks[run.task].metric,
+                status=STATUS[status[i]],
+                seconds=round(self.seconds.item(), 3),
+                version=__version__,
+            )
+            for i, run in enumerate(self.runs)
+        ]
+
+    # ---- identity, warnings ---------------------------------------------------------------------
+
+    @property
+    def run_dir(self) -> Path:
+        """Where everything of this fit lands."""
+        return Path(self.trainer.default_root_dir)
+
+    def digests(self) -> dict[str, Any]:
+        """Digests of backbone weights, tokenizer and data files."""
+        assert self.backbone is not None
+        files = {
+            str(split.path): split.digest
+            for splits in self.datamodule.splits.values()
+            for split in splits.values()
+        }
+        return {
+            "backbone": self.backbone.digest,
+            "tokenizer": self.backbone.tokenizer_digest,
+            "data": files,
+        }
+
+    def fit_id(self) -> str:
+        """A name for this fit: equal settings, weights and data give equal names."""
+        identity = {"settings": dict(self.hparams), "max_steps": self.trainer.max_steps}
+        identity |= {"digests": self.digests(), "runs": [run.name for run in self.runs]}
+        text = json.dumps(identity, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def _warn_once(self, key: str, message: str) -> None:
+        """Warn about one thing once per fit."""
+        if key not in self._warned:
+            self._warned.add(key)
+            rank_zero_warn(message)
+
+    def _warn_of_scale(self, init: Tensor) -> None:
+        """Warn of initial prompts off the scale of the embeddings."""
+        assert self.backbone is not None
+        ratio = scale_ratio(init, self.backbone.embedding_table())
+        if not 1 / 3 <= ratio <= 3:
+            self._warn_once(
+                "scale",
+                f"the initial prompts have {ratio:.3g} times the standard deviation of the "
+                "backbone's embeddings; prompts off that scale often train badly (init.name vocab "
+                "starts on it)",
+            )
+
+    def _warn_of_answers(self) -> None:
+        """Warn of runs that answer every dev row alike, and of prompts that do not move."""
+        constant = [self.runs[i].name for i in self.evaluation.constant_runs()]
+        if constant and self.trainer.global_step > self.trainer.max_steps // 4:
+            self._warn_once(
+                "constant",
+                f"step {self.trainer.global_step}: the same answer to every dev row from "
+                f"{_some(constant)}; the score is that of a constant. Try another learning_rate",
+            )
+        moved = self._moved().tolist()
+        still = [self.runs[i].name for i in self._evaluated if moved[i] < 1e-3]
+        if still:
+            self._warn_once(
+                "still",
+                f"step {self.trainer.global_step}: prompts within 0.1 % of their start: "
+                f"{_some(still)}. Soft prompts need large learning rates (0.3 is usual for T5)",
+            )
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    """The first few names and how many more there are."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

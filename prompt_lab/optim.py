@@ -1,0 +1,220 @@
+"""AdamW and Adafactor over a bank: one learning rate, warm-up, step count and clip per run.
+
+The first axis of every parameter is the run; no arithmetic crosses it. Each run follows
+``torch.optim.AdamW``, or transformers' ``Adafactor`` with a given learning rate, step by step, as
+if it were trained alone; a run that is not active does not move at all, its state included. The
+learning rate schedule is part of the optimizer, because it differs from run to run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class OptimConfig:
+    """How the runs of a bank are optimised; learning rate and batch size belong to the run.
+
+    Args:
+        name: optimizer.
+        weight_decay: decoupled weight decay, times the learning rate per step.
+        betas: AdamW's decay of the two moments.
+        eps: AdamW's term beside the root of the second moment.
+        schedule: learning rate after the warm-up: constant, or linear or cosine to zero at
+            ``trainer.max_steps``.
+        warmup_steps: steps over which the learning rate rises linearly from zero.
+        clip: largest gradient norm of each run, or null for none.
+    """
+
+    name: Literal["adamw", "adafactor"] = "adamw"
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values, since they come from files and flags."""
+        for field, allowed in (
+            ("name", ("adamw", "adafactor")),
+            ("schedule", ("constant", "linear", "cosine")),
+        ):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"optim.{field} is {getattr(self, field)!r}; allowed: {allowed}")
+        if self.warmup_steps < 0 or self.weight_decay < 0:
+            raise ValueError("optim.warmup_steps and optim.weight_decay must not be negative")
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"optim.clip is {self.clip}: give a positive norm, or null for none")
+
+    def build(
+        self,
+        parameters: Sequence[Tensor],
+        learning_rates: Sequence[float],
+        active: Tensor,
+        total_steps: int,
+    ) -> BankOptimizer:
+        """The optimizer of a bank.
+
+        Args:
+            parameters: tensors whose first axis is the run, (R, ...).
+            learning_rates: R peak learning rates.
+            active: (R,) bool tensor that is read at every step; runs where it is False rest.
+            total_steps: steps at which a linear or cosine schedule reaches zero.
+        """
+        kind = BankAdamW if self.name == "adamw" else BankAdafactor
+        return kind(parameters, learning_rates, active, total_steps, self)
+
+
+class BankOptimizer(torch.optim.Optimizer):
+    """What both optimizers share: per-run step counts, schedule, clip and rest."""
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        learning_rates: Sequence[float],
+        active: Tensor,
+        total_steps: int,
+        config: OptimConfig,
+    ) -> None:
+        runs = len(learning_rates)
+        for parameter in parameters:
+            if parameter.shape[0] != runs:
+                raise ValueError(f"{runs} learning rates for a bank of {parameter.shape[0]} runs")
+        if any(not rate > 0 for rate in learning_rates):
+            raise ValueError(f"learning rates must be positive; given: {sorted(learning_rates)}")
+        super().__init__(list(parameters), {})
+        self.learning_rates = torch.tensor(learning_rates, device=active.device)
+        self.active = active
+        self.total_steps = total_steps
+        self.config = config
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step of every active run whose parameter has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step(parameter, self.state[parameter])
+        return loss
+
+    def _step(self, parameter: Tensor, state: dict[str, Any]) -> None:
+        """Advance one parameter; resting runs keep parameter and state as they are."""
+        if not state:
+            state["step"] = torch.zeros(len(parameter), device=parameter.device)
+            state.update(self._fresh_state(parameter))
+        gradient = parameter.grad
+        if self.config.clip is not None:
+            norm = gradient.flatten(1).norm(dim=1)
+            gradient = gradient * _align((self.config.clip / (norm + 1e-6)).clamp(max=1), gradient)
+        rate = self.learning_rates * schedule_factor(
+            state["step"], self.config.schedule, self.config.warmup_steps, self.total_steps
+        )
+        moved, changed = self._update(parameter, gradient, rate, state)
+        changed["step"] = state["step"] + 1
+        for name, new in changed.items():
+            state[name].copy_(torch.where(_align(self.active, new), new, state[name]))
+        parameter.copy_(torch.where(_align(self.active, moved), moved, parameter))
+
+    def _fresh_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """State before the first step."""
+        raise NotImplementedError
+
+    def _update(
+        self, parameter: Tensor, gradient: Tensor, rate: Tensor, state: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """New parameter and new state of all runs, as if all were active."""
+        raise NotImplementedError
+
+
+class BankAdamW(BankOptimizer):
+    """``torch.optim.AdamW``, run by run (Loshchilov and Hutter, arXiv 1711.05101)."""
+
+    def _fresh_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        return {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+
+    def _update(
+        self, parameter: Tensor, gradient: Tensor, rate: Tensor, state: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        beta1, beta2 = self.config.betas
+        first = torch.lerp(state["exp_avg"], gradient, 1 - beta1)
+        second = state["exp_avg_sq"] * beta2 + gradient * gradient * (1 - beta2)
+        step = state["step"] + 1
+        size = _align(rate / (1 - beta1**step), parameter)
+        root = _align((1 - beta2**step).sqrt(), parameter)
+        kept = parameter * _align(1 - rate * self.config.weight_decay, parameter)
+        moved = kept - size * first / (second.sqrt() / root + self.config.eps)
+        return moved, {"exp_avg": first, "exp_avg_sq": second}
+
+
+class BankAdafactor(BankOptimizer):
+    """Adafactor with a given learning rate, run by run (Shazeer and Stern, arXiv 1804.04235).
+
+    As transformers' ``Adafactor(scale_parameter=False, relative_step=False, beta1=None)`` with its
+    defaults: decay ``1 - t^-0.8``, updates clipped to a root mean square of 1, where the mean is
+    over one run. A (R, N, D) bank is factored over N and D; a (R, I) bank is not factored.
+    """
+
+    def _fresh_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        if parameter.dim() < 3:
+            return {"exp_avg_sq": torch.zeros_like(parameter)}
+        return {
+            "exp_avg_sq_row": torch.zeros_like(parameter[..., 0]),
+            "exp_avg_sq_col": torch.zeros_like(parameter[..., 0, :]),
+        }
+
+    def _update(
+        self, parameter: Tensor, gradient: Tensor, rate: Tensor, state: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        decay = 1 - (state["step"] + 1) ** -0.8
+        square = gradient * gradient + 1e-30
+        new: dict[str, Tensor] = {}
+        means = {"exp_avg_sq_row": lambda: square.mean(-1), "exp_avg_sq_col": lambda: square.mean(-2)}
+        for name in state.keys() - {"step"}:
+            now = means.get(name, lambda: square)()
+            weight = _align(decay, now)
+            new[name] = state[name] * weight + now * (1 - weight)
+        if "exp_avg_sq" in new:
+            update = gradient * new["exp_avg_sq"].rsqrt()
+        else:
+            row, column = new["exp_avg_sq_row"], new["exp_avg_sq_col"]
+            scale = (row / row.mean(-1, keepdim=True)).rsqrt().unsqueeze(-1)
+            update = scale * column.rsqrt().unsqueeze(-2) * gradient
+        size = update.flatten(1).square().mean(1).sqrt()
+        update = update / _align(size.clamp(min=1.0), update)
+        kept = parameter * _align(1 - rate * self.config.weight_decay, parameter)
+        return kept - update * _align(rate, update), new
+
+
+def schedule_factor(
+    step: Tensor, schedule: str, warmup_steps: int, total_steps: int
+) -> Tensor:
+    """What the learning rate is multiplied by at each run's step, counted from 0: (R,).
+
+    The formulas of transformers' ``get_scheduler``: a linear rise from 0 over the warm-up, then
+    constant, or linear or half a cosine to 0 at ``total_steps``.
+    """
+    rising = step / max(1, warmup_steps)
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    if schedule == "linear":
+        falling = (1 - done).clamp(min=0)
+    elif schedule == "cosine":
+        falling = (0.5 * (1 + torch.cos(math.pi * done))).clamp(min=0)
+    else:
+        falling = torch.ones_like(step)
+    return torch.where(step < warmup_steps, rising, falling)
+
+
+def _align(values: Tensor, like: Tensor) -> Tensor:
+    """(R,) values with trailing axes of length one, to combine with (R, ...) tensors."""
+    return values.view(-1, *[1] * (like.dim() - 1))

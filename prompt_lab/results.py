@@ -1,0 +1,148 @@
+"""What a fit leaves behind: ``results.csv``, ``curves.csv``, predictions and a printed table.
+
+Every ``test`` writes one line per run and variant to ``results.csv``; reports read only such files,
+and only they choose a learning rate by dev. ``curves.csv`` has one line per run and evaluation.
+Files are written whole or not at all. Nothing here computes a metric.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from prompt_lab.prompt_file import write_atomically
+
+RESULT_COLUMNS = (
+    "fit_id",
+    "method",
+    "variant",
+    "stage",
+    "backbone",
+    "task",
+    "ontology",
+    "sample",
+    "shots",
+    "init_seed",
+    "order_seed",
+    "initialised",
+    "num_virtual_tokens",
+    "intrinsic_dim",
+    "optimizer",
+    "learning_rate",
+    "batch_size",
+    "decoding",
+    "metric",
+    "metric_variant",
+    "dev",
+    "test",
+    "test_rows",
+    "best_step",
+    "seconds",
+    "status",
+    "prompt_file",
+    "version",
+)
+CURVE_COLUMNS = ("step", "run", "train_loss", "dev", "best_dev", "best_step", "moved", "status")
+BASELINES = ("no_prompt", "initial_prompt", "chance", "majority")
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as CSV, whole or not at all; None and NaN become empty cells."""
+    buffer = StringIO()
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: _cell(row.get(name)) for name in columns})
+    write_atomically(path, buffer.getvalue().encode())
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file as text, by column name.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def start_curves(path: Path, step: int) -> None:
+    """Begin ``curves.csv``, keeping what a fit that is resumed at ``step`` has already written."""
+    kept = read_csv(path) if path.is_file() and step > 0 else []
+    write_csv(path, CURVE_COLUMNS, [row for row in kept if int(row["step"]) <= step])
+
+
+def append_curves(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add the lines of one evaluation to ``curves.csv``."""
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, CURVE_COLUMNS, lineterminator="\n")
+        for row in rows:
+            writer.writerow({name: _cell(row.get(name)) for name in CURVE_COLUMNS})
+
+
+def write_predictions(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object per line: run, variant, row, prediction, references."""
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    write_atomically(path, ("\n".join(lines) + "\n").encode())
+
+
+def best_by_dev(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Of the tuned runs of each (task, sample, seed), the one with the best dev score.
+
+    Runs without a dev score lose to all others; of equal scores the first stays.
+    """
+    best: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+    for row in rows:
+        key = (row["task"], row["sample"], row["init_seed"])
+        if key not in best or _number(row["dev"]) > _number(best[key]["dev"]):
+            best[key] = row
+    return list(best.values())
+
+
+def summary_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table that ``test`` prints: a line per task, the baselines beside the tuned prompts.
+
+    Tuned is the mean over samples and seeds of the run that dev chose among learning rates and
+    batch sizes, with the standard deviation (ddof 1) and the number of prompts.
+    """
+    columns = [name for name in BASELINES if any(row["variant"] == name for row in rows)]
+    header = ["task", "metric", *(name.replace("_", " ") for name in columns), "tuned", "prompts"]
+    lines = [header]
+    for task in dict.fromkeys(row["task"] for row in rows):
+        of_task = [row for row in rows if row["task"] == task]
+        cells = [task, of_task[0]["metric"]]
+        for name in columns:
+            cells.append(_mean_cell([r["test"] for r in of_task if r["variant"] == name]))
+        tuned = [r["test"] for r in best_by_dev(r for r in of_task if r["variant"] == "tuned")]
+        lines.append([*cells, _mean_cell(tuned, spread=True), str(len(tuned))])
+    widths = [max(len(line[at]) for line in lines) for at in range(len(header))]
+    padded = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join([padded[0], "  ".join("-" * w for w in widths), *padded[1:]])
+
+
+def _mean_cell(values: Sequence[float], spread: bool = False) -> str:
+    """Mean of scores, with their standard deviation where there are several; ``-`` without any."""
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    if not known:
+        return "-"
+    mean = f"{statistics.mean(known):.3f}"
+    if spread and len(known) > 1:
+        mean += f" ± {statistics.stdev(known):.3f}"
+    return mean
+
+
+def _number(value: Any) -> float:
+    """A score as a number, minus infinity where there is none."""
+    number = float("nan") if value in (None, "") else float(value)
+    return -math.inf if math.isnan(number) else number
+
+
+def _cell(value: Any) -> Any:
+    """What a CSV cell holds."""
+    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else value

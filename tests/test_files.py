@@ -1,0 +1,232 @@
+"""Few-shot files: what is read, and what is refused with file, line and reason."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from prompt_lab.data.files import (
+    SPLITS,
+    DataError,
+    Split,
+    check_labels,
+    check_overlap,
+    read_split,
+    read_task,
+)
+from prompt_lab.data.tasks import Task, load_tasks
+
+OPEN = Task("my-task_a", "custom", "EM", 16, None)
+CLOSED = Task("my-task_a", "custom", "ACC", 16, ("good", "bad"))
+
+
+def write(root: Path, data: bytes, name: str = "my-task_a_16_13_train.tsv") -> Path:
+    """Write one few-shot file of the task."""
+    path = root / "my-task_a" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def make_split(name: str, *rows: tuple[str, ...]) -> Split:
+    """A split in memory; each row is the input and its references."""
+    return Split([row[0] for row in rows], [list(row[1:]) for row in rows], Path(name), "")
+
+
+def real_root() -> Path:
+    """The few-shot folders of the test data."""
+    data = os.environ.get("PROMPT_LAB_TEST_DATA")
+    if not data:
+        pytest.skip("PROMPT_LAB_TEST_DATA is not set")
+    return Path(data, "crossfit")
+
+
+def test_rows_are_read_as_they_stand(tmp_path: Path) -> None:
+    """Quotes are text, further columns are references, no line is a header."""
+    data = b'a "b\tgood\n"c" d\tbad\tworse\n'
+    path = write(tmp_path, data)
+    split = read_split(tmp_path, OPEN, 13, "train")
+    assert split.inputs == ['a "b', '"c" d']
+    assert split.references == [["good"], ["bad", "worse"]]
+    assert len(split) == 2
+    assert split.path == path
+    assert split.digest == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"a\tgood\nb\tbad\n",
+        b"a\tgood\nb\tbad",
+        b"a\tgood\r\nb\tbad\r\n",
+        b"\xef\xbb\xbfa\tgood\nb\tbad\n",
+        b" a \t good\nb\tbad \n",
+    ],
+    ids=["plain", "no-last-line-end", "crlf", "byte-order-mark", "spaces"],
+)
+def test_line_ends_marks_and_outer_spaces_change_nothing(tmp_path: Path, data: bytes) -> None:
+    """Reference: the rows of the plain file."""
+    write(tmp_path, data)
+    split = read_split(tmp_path, OPEN, 13, "train")
+    assert (split.inputs, split.references) == (["a", "b"], [["good"], ["bad"]])
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\x0b", "\x0c", "\x85", "\x1c"])
+def test_unicode_line_breaks_do_not_cut_rows(tmp_path: Path, mark: str) -> None:
+    """Only a line feed ends a row; `str.splitlines` would cut here."""
+    write(tmp_path, f"a{mark}b\tgood\n".encode())
+    assert read_split(tmp_path, OPEN, 13, "train").inputs == [f"a{mark}b"]
+
+
+@pytest.mark.parametrize(
+    ("data", "line", "reason"),
+    [
+        (b"a\tgood\nb\n", 2, "the target column is missing"),
+        (b"a\tgood\n\tgood\n", 2, "the input .column 1. is empty"),
+        (b"a\tgood\n \tgood\n", 2, "the input .column 1. is empty"),
+        (b"a\tgood\nb\t\n", 2, "the target .column 2. is empty"),
+        (b"a\t\tgood\n", 1, "the target .column 2. is empty"),
+        (b"a\tgood\t\n", 1, "column 3 is empty"),
+        (b"a\tgood\t \tbad\n", 1, "column 3 is empty"),
+        (b"a\tgood\n\nb\tbad\n", 2, "the line is empty"),
+        (b"a\tgood\n\n", 2, "the line is empty"),
+        (b"a\tgood\nb\tb\xe9te\n", 2, "byte 0xe9 is not UTF-8"),
+        ("a\tgood\n".encode("utf-16"), 1, "byte 0xff is not UTF-8"),
+        (b"a\tgood\nb\0\tbad\n", 2, "NUL"),
+        (b"a\tgood\rb\tbad\r", 1, "carriage return"),
+        (b"", 1, "the file is empty"),
+        (b"\xef\xbb\xbf", 1, "the file is empty"),
+        (b"\n", 1, "the line is empty"),
+    ],
+)
+def test_bad_files_are_refused_with_file_line_and_reason(
+    tmp_path: Path, data: bytes, line: int, reason: str
+) -> None:
+    """The message is `FILE, line N: reason`; columns never shift."""
+    path = write(tmp_path, data)
+    with pytest.raises(DataError, match=reason) as caught:
+        read_split(tmp_path, OPEN, 13, "train")
+    assert str(caught.value).startswith(f"{path}, line {line}: ")
+
+
+def test_missing_file_names_the_samples_there_are(tmp_path: Path) -> None:
+    """The path that was expected, and every K and sample of the folder."""
+    write(tmp_path, b"a\tgood\n", "my-task_a_16_13_train.tsv")
+    write(tmp_path, b"a\tgood\n", "my-task_a_16_100_train.tsv")
+    write(tmp_path, b"a\tgood\n", "my-task_a_32_42_dev.tsv")
+    with pytest.raises(FileNotFoundError, match=r"no file .*my-task_a_16_21_train\.tsv") as caught:
+        read_split(tmp_path, OPEN, 21, "train")
+    assert isinstance(caught.value, DataError)
+    assert str(caught.value).endswith("K = 16 train: 13, 100; K = 32 dev: 42")
+
+
+def test_missing_folder_names_the_nearest(tmp_path: Path) -> None:
+    """A misspelt folder is found, a missing root is named."""
+    (tmp_path / "my-task-a").mkdir()
+    with pytest.raises(DataError, match=r"no folder .*my-task_a; the nearest .* my-task-a$"):
+        read_split(tmp_path, OPEN, 13, "train")
+    with pytest.raises(DataError, match="gone: the data root does not exist"):
+        read_split(tmp_path / "gone", OPEN, 13, "train")
+
+
+def test_any_k_takes_the_only_one_there_is(tmp_path: Path) -> None:
+    """Without `shots`, one K is taken, none and several are errors."""
+    task = Task("my-task_a", "custom", "EM", None, None)
+    (tmp_path / "my-task_a").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"my-task_a_<K>_<sample>_<split>\.tsv"):
+        read_split(tmp_path, task, 13, "train")
+    path = write(tmp_path, b"a\tgood\n", "my-task_a_8_13_train.tsv")
+    assert read_split(tmp_path, task, 13, "train").path == path
+    write(tmp_path, b"a\tgood\n", "my-task_a_64_21_dev.tsv")
+    with pytest.raises(DataError, match="files for K = 8, 64; say which"):
+        read_split(tmp_path, task, 13, "train")
+
+
+def test_labels_outside_the_set_are_refused() -> None:
+    """Letter case counts; the message names file, line, label and what is allowed."""
+    split = make_split("f.tsv", ("a", "good"), ("b", "Bad"))
+    check_labels(split, OPEN)
+    with pytest.raises(DataError, match=r"f\.tsv, line 2: 'Bad' is not .*allowed: 'good', 'bad'"):
+        check_labels(split, CLOSED)
+    with pytest.raises(DataError, match="line 1: 'awful'"):
+        check_labels(make_split("f.tsv", ("a", "bad", "awful")), CLOSED)
+
+
+@pytest.mark.parametrize(
+    ("train", "dev", "test", "found"),
+    [
+        (("a", "x"), ("a", "x"), ("c", "z"), "dev, line 2: .* in train, line 2"),
+        (("a", "x"), ("b", "y"), ("a", "x"), "test, line 2: .* in train, line 2"),
+        (("a", "x"), ("b", "y"), ("b", "y"), "test, line 2: .* in dev, line 2"),
+        (("a", "x", "y"), ("a", "y"), ("c", "z"), "dev, line 2: .* in train, line 2"),
+    ],
+)
+def test_rows_shared_by_splits_are_refused(
+    train: tuple[str, ...], dev: tuple[str, ...], test: tuple[str, ...], found: str
+) -> None:
+    """Reference: rows put in by hand, on line 2 of both files."""
+    splits = [
+        make_split(name, (name, "own"), row)
+        for name, row in (("train", train), ("dev", dev), ("test", test))
+    ]
+    with pytest.raises(DataError, match=found):
+        check_overlap(*splits)
+
+
+def test_rows_that_differ_in_input_or_answer_are_not_shared() -> None:
+    """Repeats within a split and one input with two answers are allowed; test may be absent."""
+    train = make_split("train", ("a", "x"), ("a", "x"))
+    dev = make_split("dev", ("a", "y"), ("b", "x"))
+    check_overlap(train, dev, make_split("test", ("c", "x")))
+    check_overlap(train, dev, None)
+
+
+def test_read_task_reads_and_checks_three_splits(tmp_path: Path) -> None:
+    """Both checks are run on what was read."""
+    for number, split in enumerate(SPLITS):
+        write(tmp_path, b"row %d\tgood\n" % number, f"my-task_a_16_13_{split}.tsv")
+    splits = read_task(tmp_path, CLOSED, 13)
+    assert {name: split.inputs for name, split in splits.items()} == {
+        "train": ["row 0"],
+        "dev": ["row 1"],
+        "test": ["row 2"],
+    }
+    path = write(tmp_path, b"row 0\tgood\n", "my-task_a_16_13_test.tsv")
+    with pytest.raises(DataError, match=r"test\.tsv, line 1: the same row stands in .*train\.tsv"):
+        read_task(tmp_path, CLOSED, 13)
+    path.write_bytes(b"row 2\tugly\n")
+    with pytest.raises(DataError, match="'ugly' is not a label"):
+        read_task(tmp_path, CLOSED, 13)
+
+
+def test_all_real_tasks_load_and_pass_the_checks() -> None:
+    """Reference: the line counts of the files, and the reader of CrossFit up to outer spaces."""
+    root, tasks = real_root(), load_tasks()
+    names = sorted(path.parent.name for path in root.glob("*/*_100_train.tsv"))
+    assert names
+    for name in names:
+        for sample in (100, 13, 21, 42, 87):
+            splits = read_task(root, tasks[name], sample)
+            assert all(len(s) == s.path.read_bytes().count(b"\n") for s in splits.values())
+        train = read_split(root, tasks[name], 87, "train")
+        rows = [line.strip().split("\t") for line in train.path.open(encoding="utf-8")]
+        assert train.inputs == [row[0].strip() for row in rows]
+        assert train.references == [[field.strip() for field in row[1:]] for row in rows]
+
+
+def test_a_closed_set_has_no_label_that_real_files_lack() -> None:
+    """Reference: the union of the answers over all files of a task."""
+    root = real_root()
+    for task in load_tasks().values():
+        if task.labels is None or not (root / task.name).is_dir():
+            continue
+        lines = [
+            line
+            for path in (root / task.name).glob("*.tsv")
+            for line in path.read_text(encoding="utf-8").split("\n")
+            if line
+        ]
+        assert {line.split("\t")[1] for line in lines} == set(task.labels), task.name

@@ -1,0 +1,183 @@
+"""The task table: packaged rows, users' rows, look-up by name."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from prompt_lab.data import tasks as table
+from prompt_lab.data.tasks import Task, find_tasks, load_tasks
+
+
+def write(folder: Path, text: str) -> Path:
+    """Write a task file and return its path."""
+    path = folder / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def gym_rows() -> dict[str, Task]:
+    """The packaged rows of the gym: all but the sandbox, snli and sst5."""
+    names = yaml.safe_load(table._PACKAGE_TABLE.read_bytes())
+    return {name: task for name, task in load_tasks().items() if name in names}
+
+
+def test_table_has_the_gym_and_two_more_tasks() -> None:
+    """Reference: the counts of metrics and of ontology groups over the 160 tasks of CrossFit."""
+    rows = gym_rows()
+    assert len(rows) == 162
+    gym = [task for name, task in rows.items() if name not in ("snli", "sst5")]
+    assert Counter(task.metric for task in gym) == {
+        "Classification-F1": 51,
+        "ACC": 51,
+        "EM": 28,
+        "Rouge-L": 17,
+        "QA-F1": 9,
+        "Pearson-Correlation": 3,
+        "Matthew-Correlation": 1,
+    }
+    groups = Counter(task.ontology.split("/")[0] for task in gym)
+    assert groups == {"cls": 65, "qa": 51, "cg": 13, "other": 31}
+    assert Counter(task.shots for task in gym) == {16: 82, 32: 78}
+
+
+def test_tasks_sampled_per_label_are_closed_and_the_others_open() -> None:
+    """Reference: K is 16 for each label and 32 for each set; two of the latter are closed."""
+    for task in gym_rows().values():
+        closed_though_per_set = task.name in ("kilt_fever", "wiqa")
+        assert (task.labels is not None) == (task.shots == 16 or closed_though_per_set), task
+
+
+@pytest.mark.parametrize(
+    ("name", "labels"),
+    [
+        ("glue-sst2", ("negative", "positive")),
+        ("boolq", ("no", "yes")),
+        ("superglue-wic", ("false", "true")),
+        ("paws", ("0", "1")),
+        ("piqa", ("0", "1")),
+        ("yelp_review_full", ("1", "2", "3", "4", "5")),
+        ("scitail", ("entailment", "neutral")),
+        ("snli", ("entailment", "neutral", "contradiction")),
+    ],
+)
+def test_labels_are_the_words_of_the_files_in_label_order(
+    name: str, labels: tuple[str, ...]
+) -> None:
+    """Reference: the verbalisers of CrossFit; paws, piqa and the ratings have bare numbers."""
+    assert load_tasks()[name].labels == labels
+
+
+def test_large_label_sets_are_complete() -> None:
+    """Reference: the numbers of classes of the data sets."""
+    rows = load_tasks()
+    sizes = {name: len(rows[name].labels or ()) for name in ("discovery", "trec-finegrained")}
+    assert sizes == {"discovery": 174, "trec-finegrained": 47}
+    assert len(rows["tweet_eval-emoji"].labels or ()) == 20
+
+
+def test_few_shot_folders_are_all_in_the_table() -> None:
+    """Reference: the folders of the test data."""
+    data = os.environ.get("PROMPT_LAB_TEST_DATA")
+    if not data:
+        pytest.skip("PROMPT_LAB_TEST_DATA is not set")
+    folders = {path.parent.name for path in Path(data, "crossfit").glob("*/*_100_train.tsv")}
+    assert folders
+    assert folders <= load_tasks().keys()
+
+
+def test_user_rows_are_added_with_defaults(tmp_path: Path) -> None:
+    """A row needs a metric only."""
+    path = write(
+        tmp_path, 'open: {metric: EM}\nclosed: {metric: ACC, shots: 8, labels: ["no", si]}'
+    )
+    rows = load_tasks(path)
+    assert rows["open"] == Task("open", "custom", "EM", None, None)
+    assert rows["closed"] == Task("closed", "custom", "ACC", 8, ("no", "si"))
+    assert "glue-sst2" in rows
+    assert "open" not in load_tasks()
+
+
+def test_sandbox_rows_are_part_of_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sandbox's table has the same form and is read where it exists."""
+    path = write(tmp_path, "toy: {ontology: cls/toy, metric: ACC, shots: 16, labels: [a, b]}")
+    monkeypatch.setattr(table, "_SANDBOX_TABLE", path)
+    table._packaged_tasks.cache_clear()
+    try:
+        assert find_tasks(["toy"]) == [Task("toy", "cls/toy", "ACC", 16, ("a", "b"))]
+    finally:
+        table._packaged_tasks.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("mine: {metric: ACC, hub: x}", r"row 'mine': unknown key hub; allowed: ontology, metric"),
+        ("mine: {metric: Accuracy}", "row 'mine': metric is 'Accuracy'; allowed: ACC, EM"),
+        ("mine: {labels: [a, b]}", "row 'mine': metric is None; allowed: ACC"),
+        ("mine: {metric: ACC, labels: [no, yes]}", "read a label as False .bool.*quote it"),
+        ("mine: {metric: ACC, labels: [1, 2]}", "read a label as 1 .int.*quote it"),
+        ("mine: {metric: ACC, labels: yes}", "labels must be a list of two or more, not True"),
+        ("mine: {metric: ACC, labels: [a]}", "labels must be a list of two or more"),
+        ("mine: {metric: ACC, labels: [a, '']}", "label '' is empty"),
+        ("mine: {metric: ACC, labels: [a, ' b']}", "label ' b' .* spaces around it"),
+        ("mine: {metric: ACC, labels: [a, b, a]}", "labels occur twice: a"),
+        ("mine: {metric: ACC, shots: 0}", "shots must be a whole number above 0, not 0"),
+        ("mine: {metric: ACC, shots: true}", "shots must be a whole number above 0, not True"),
+        ("mine: {metric: ACC, ontology: 3}", "ontology must be text, not 3"),
+        ("mine: ACC", "row 'mine': must be a mapping"),
+        ("yes: {metric: ACC}", "row True: the name is not text but bool; quote it"),
+        ("a/b: {metric: ACC}", "row 'a/b': a name is also a folder name"),
+        ("glue-sst2: {metric: ACC}", "row 'glue-sst2': the package already has a task"),
+        ("mine: {metric: ACC}\nmine: {metric: EM}", "row 'mine': the name occurs twice"),
+        ("- mine", "must hold rows of the form"),
+        ("", "must hold rows of the form"),
+        ("mine: {metric: ACC", "not valid YAML: .*line 1"),
+    ],
+)
+def test_bad_rows_are_refused_with_file_row_and_reason(
+    tmp_path: Path, row: str, reason: str
+) -> None:
+    """Each fault gives one sentence that names the file."""
+    path = write(tmp_path, row)
+    with pytest.raises(ValueError, match=reason) as caught:
+        load_tasks(path)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_task_file_is_named(tmp_path: Path) -> None:
+    """A task file that is not there is an error, not an empty table."""
+    with pytest.raises(FileNotFoundError, match=r"no task file .*nowhere\.yaml"):
+        load_tasks(tmp_path / "nowhere.yaml")
+
+
+def test_tasks_are_found_in_the_order_given(tmp_path: Path) -> None:
+    """Order is the caller's, and users' rows count."""
+    path = write(tmp_path, "mine: {metric: EM}")
+    assert [task.name for task in find_tasks(["xsum", "mine", "anli"], path)] == [
+        "xsum",
+        "mine",
+        "anli",
+    ]
+
+
+def test_unknown_names_come_with_the_nearest_known_ones() -> None:
+    """All unknown names are listed, each with help."""
+    with pytest.raises(ValueError, match=r"unknown task 'glue-sst'.*glue-sst2") as caught:
+        find_tasks(["glue-sst", "anli", "qqqqqq"])
+    assert "unknown task 'qqqqqq': add a row" in str(caught.value)
+
+
+def test_names_given_twice_are_refused() -> None:
+    """A name twice would train the same run twice; one text is not a list of names."""
+    with pytest.raises(ValueError, match="more than once: anli"):
+        find_tasks(["anli", "xsum", "anli"])
+    with pytest.raises(ValueError, match="must be a list"):
+        find_tasks("anli")
