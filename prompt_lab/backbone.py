@@ -154,12 +154,14 @@ class Backbone(nn.Module):
         """
         if not texts:
             return []
-        if self.is_encoder_decoder:
-            return self.tokenizer(list(texts), verbose=False)["input_ids"]
-        space = "" if self._adds_space else " "
-        spaced = [space + text for text in texts]
-        made = self.tokenizer(spaced, add_special_tokens=False, verbose=False)["input_ids"]
-        return [[*ids, self.tokenizer.eos_token_id] for ids in made]
+        space = "" if self.is_encoder_decoder or self._adds_space else " "
+        made = self.tokenizer(
+            [space + text for text in texts],
+            add_special_tokens=self.is_encoder_decoder,
+            verbose=False,
+        )["input_ids"]
+        end = self.tokenizer.eos_token_id
+        return [ids if ids[-1:] == [end] else [*ids, end] for ids in made]
 
     def batch(
         self,
@@ -241,7 +243,7 @@ class Backbone(nn.Module):
         else:
             logits = self._target_logits(prefix, batch)
         losses = F.cross_entropy(
-            logits.float().transpose(1, 2),  # (B, V, T)
+            _at_least_float32(logits).transpose(1, 2),  # (B, V, T)
             batch.target_ids,
             ignore_index=IGNORE,
             reduction="none",
@@ -430,7 +432,7 @@ class Backbone(nn.Module):
 def _log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
     """Sum over target tokens of their log-probability: (B, T, V), (B, T) to float32 (B,)."""
     losses = F.cross_entropy(
-        logits.float().transpose(1, 2), targets, ignore_index=IGNORE, reduction="none"
+        _at_least_float32(logits).transpose(1, 2), targets, ignore_index=IGNORE, reduction="none"
     )
     return -losses.sum(1)
 
@@ -469,3 +471,8 @@ def _missing_model(name: str, error: OSError) -> str:
         f"`hf download {name}` on a machine that has it and copy the cache folder (HF_HOME), or "
         "give the path of a local copy; `sandbox` is the model that ships with the package"
     )
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    """Logits in float32, or as they are where they are wider."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

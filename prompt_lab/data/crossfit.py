@@ -123,6 +123,21 @@ class CrossFitDataModule(LightningDataModule):
         """Tokens of the longest answer in train and dev, which caps what is generated."""
         return max(self.rows(task, sample, split).longest_target for split in ("train", "dev"))
 
+    # A method knows which runs need rows, so it is asked for the batches; it makes them with the
+    # two functions below.
+
+    def train_dataloader(self) -> TrainSteps:
+        """The batches of every training step."""
+        return self.trainer.lightning_module.train_steps()
+
+    def val_dataloader(self) -> EvaluationSteps:
+        """The batches of an evaluation on dev."""
+        return self.trainer.lightning_module.dev_steps()
+
+    def test_dataloader(self) -> EvaluationSteps:
+        """The batches of the evaluation on test."""
+        return self.trainer.lightning_module.test_steps()
+
     def train_steps(
         self,
         runs: Sequence[Run],

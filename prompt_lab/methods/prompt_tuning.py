@@ -170,7 +170,7 @@ class PromptTuning(PromptMethod):
 
     # ---- data -----------------------------------------------------------------------------------
 
-    def train_dataloader(self) -> TrainSteps:
+    def train_steps(self) -> TrainSteps:
         """The batch of every step, made from the trainer's step count when it is asked for."""
         trainer = self.trainer
         return self.datamodule.train_steps(
@@ -182,13 +182,13 @@ class PromptTuning(PromptMethod):
             trainer.world_size,
         )
 
-    def val_dataloader(self) -> EvaluationSteps:
+    def dev_steps(self) -> EvaluationSteps:
         """Dev rows of the live runs, or of all runs outside a fit."""
         fitting = self.trainer.state.fn == "fit"
         everyone = list(range(len(self.runs)))
         return self._evaluation_steps("dev", lambda: self._live if fitting else everyone)
 
-    def test_dataloader(self) -> EvaluationSteps:
+    def test_steps(self) -> EvaluationSteps:
         """Test rows of all runs."""
         return self._evaluation_steps("test", lambda: list(range(len(self.runs))))
 
