@@ -55,10 +55,7 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         kind = model.config.model_type
-        if kind not in ENCODER_DECODER + DECODER_ONLY:
-            known = ", ".join(ENCODER_DECODER + DECODER_ONLY)
-            raise ValueError(f"backbone {name!r} is of type {kind!r}; supported types: {known}")
-        _refuse_half_precision(kind, model.dtype, name)
+        _refuse_unsupported(kind, model.dtype, name)
         self.model: Any = model.requires_grad_(False).eval()
         self.tokenizer: Any = tokenizer
         self.name = name
@@ -85,7 +82,8 @@ class Backbone(nn.Module):
             attention: attention implementation of transformers. BLOOM has its own and ignores it.
 
         Raises:
-            ValueError: no such model, an unsupported architecture, or T5 in float16.
+            ValueError: no such model, a folder without tokenizer, an unsupported architecture, or
+                T5 in float16.
         """
         from transformers import AutoConfig, AutoTokenizer
         from transformers.utils import logging
@@ -96,27 +94,21 @@ class Backbone(nn.Module):
         path = _sandbox_folder() if name == SANDBOX else name
         try:
             config = AutoConfig.from_pretrained(path)
+            _refuse_unsupported(config.model_type, DTYPES[dtype], name)
+            _refuse_without_tokenizer(path)
             tokenizer = AutoTokenizer.from_pretrained(path)
-            kind = config.model_type
-            if kind in ENCODER_DECODER + DECODER_ONLY:
-                _refuse_half_precision(kind, DTYPES[dtype], name)
-            model = _load_model(path, config, attention)
+            model: Any = _load_model(path, config, attention)
         except OSError as error:
             raise ValueError(_missing_model(name, error)) from error
-        backbone = cls(model, tokenizer, name)
-        _ = backbone.digest  # of the weights as published, before the cast
-        backbone.model.to(DTYPES[dtype])
+        digest = _digest(model)  # of the weights as published, before the cast
+        backbone = cls(model.to(DTYPES[dtype]), tokenizer, name)
+        backbone.digest = digest
         return backbone
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the names, shapes, dtypes and bytes of the weights when first asked."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.named_parameters()):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return _digest(self.model)
 
     @cached_property
     def tokenizer_digest(self) -> str:
@@ -222,11 +214,7 @@ class Backbone(nn.Module):
         dtype. Differentiating a loss with respect to these and pulling the result back through
         them gives the prompts' gradient; so micro-batches share one pass over the prompts.
         """
-        if prompts.dim() != 3 or prompts.shape[2] != self.hidden_size:
-            raise ValueError(
-                f"prompts have shape {tuple(prompts.shape)}; backbone {self.name!r} takes "
-                f"(R, N, {self.hidden_size})"
-            )
+        self._check_prompts(prompts)
         cast = prompts.to(self.model.dtype)
         if self.is_encoder_decoder or prompts.shape[1] == 0:
             return (cast,)
@@ -261,7 +249,8 @@ class Backbone(nn.Module):
             candidates: C answers, the same for all rows.
 
         Raises:
-            ValueError: no candidates, or rows longer than the model's positions.
+            ValueError: no candidates, a bank of another width, or rows longer than the model's
+                positions.
         """
         if not candidates:
             raise ValueError("score needs at least one candidate answer")
@@ -281,8 +270,9 @@ class Backbone(nn.Module):
         """Greedy (or beam) answers, one per row in the batch's order, stripped of white space.
 
         Raises:
-            ValueError: rows longer than the model's positions.
+            ValueError: a bank of another width, or rows longer than the model's positions.
         """
+        self._check_prompts(prompts)
         settings = {
             "max_new_tokens": max_new_tokens,
             "num_beams": num_beams,
@@ -292,6 +282,7 @@ class Backbone(nn.Module):
         if self.is_encoder_decoder:
             from transformers.modeling_outputs import BaseModelOutput
 
+            self._check_positions(max_new_tokens)
             states, mask = self._encode((prompts.to(self.model.dtype),), batch)
             output = BaseModelOutput(last_hidden_state=states)
             made = self.model.generate(encoder_outputs=output, attention_mask=mask, **settings)
@@ -301,7 +292,8 @@ class Backbone(nn.Module):
             made = self.model.generate(
                 inputs_embeds=embeddings, attention_mask=mask, use_cache=True, **settings
             )
-        return [text.strip() for text in self.tokenizer.batch_decode(made, skip_special_tokens=True)]
+        texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)
+        return [text.strip() for text in texts]
 
     # ---- encoder-decoder ------------------------------------------------------------------------
 
@@ -376,7 +368,8 @@ class Backbone(nn.Module):
         """Logits (B, T, V) at the target positions of rows ``[prompt] input target``."""
         cache, mask, positions = self._rows_cache(prefix, batch)
         width, depth = batch.input_ids.shape[1], batch.target_ids.shape[1]
-        self._check_positions(mask.shape[1] + depth)
+        rows = zip(batch.input_lengths, batch.target_lengths, strict=True)
+        self._check_positions(mask.shape[1] - width + max(map(sum, rows)))  # padding takes none
         known = batch.target_ids[:, :-1]  # the last target is only predicted
         present = (known != IGNORE).long()
         ids = torch.cat([batch.input_ids, known.masked_fill(known == IGNORE, self.pad_id)], dim=1)
@@ -419,6 +412,14 @@ class Backbone(nn.Module):
         joined = joined.gather(1, source[..., None].expand_as(joined))
         return joined, (place >= padding).long()
 
+    def _check_prompts(self, prompts: Tensor) -> None:
+        """Refuse what is not a bank of this model's width."""
+        if prompts.dim() != 3 or prompts.shape[2] != self.hidden_size:
+            raise ValueError(
+                f"prompts have shape {tuple(prompts.shape)}; backbone {self.name!r} takes "
+                f"(R, N, {self.hidden_size})"
+            )
+
     def _check_positions(self, length: int) -> None:
         """Refuse rows that are longer than the model's positions."""
         if self.max_positions is not None and length > self.max_positions:
@@ -437,12 +438,39 @@ def _log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
     return -losses.sum(1)
 
 
-def _refuse_half_precision(kind: str, dtype: torch.dtype, name: str) -> None:
-    """T5 was trained in bfloat16 and overflows in float16 (transformers issue 9295)."""
+def _digest(model: nn.Module) -> str:
+    """SHA-256 over the names, shapes, dtypes and bytes of a model's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _refuse_unsupported(kind: str, dtype: torch.dtype, name: str) -> None:
+    """Refuse other architectures, and T5 in float16.
+
+    T5 was trained in bfloat16 and overflows in float16 (transformers issue 9295).
+    """
+    if kind not in ENCODER_DECODER + DECODER_ONLY:
+        known = ", ".join(ENCODER_DECODER + DECODER_ONLY)
+        raise ValueError(f"backbone {name!r} is of type {kind!r}; supported types: {known}")
     if kind in ("t5", "mt5") and dtype == torch.float16:
         raise ValueError(
             f"backbone {name!r} is a T5, whose activations overflow in float16: use "
             "dtype bfloat16 or float32"
+        )
+
+
+def _refuse_without_tokenizer(path: str | Path) -> None:
+    """Refuse a folder without tokenizer, for which transformers would make up an empty one."""
+    folder = Path(path)
+    files = ("tokenizer*", "vocab*", "*.model")
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in files):
+        raise ValueError(
+            f"backbone folder {str(path)!r} holds no tokenizer: put the tokenizer's files beside "
+            "the weights (tokenizer.save_pretrained writes them)"
         )
 
 

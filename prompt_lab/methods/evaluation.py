@@ -104,6 +104,8 @@ class Evaluation:
         if stage == "validate":
             rows = [{**row, "test": row["dev"]} for row in rows]
         rank_zero_info(f"\n{self.split} scores\n{summary_table(rows)}\n")
+        if stage == "test":
+            rank_zero_info(f"results, predictions and prompts are in {self.method.run_dir}")
 
     def _result_rows(self, scores: Tensor, stage: str) -> list[dict[str, Any]]:
         """A line of results per run."""

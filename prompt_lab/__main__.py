@@ -1,0 +1,56 @@
+"""The command ``prompt-lab``, also ``python -m prompt_lab``.
+
+It only finds the command that was asked for, so that ``--help`` needs no heavy import.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+
+COMMANDS = {
+    "fit": "train a bank of prompts from a YAML config",
+    "validate": "score the best prompts of a fit on dev",
+    "test": "score the best prompts of a fit on test, write results.csv",
+}
+
+
+def main() -> int:
+    """Run a command; returns the exit status."""
+    from prompt_lab import __version__
+
+    given = sys.argv[1:]
+    if not given or given[0] in ("-h", "--help"):
+        print(_help(__version__))
+        return 0
+    if given[0] == "--version":
+        print(f"prompt-lab {__version__}")
+        return 0
+    names = [word for word in given if word in COMMANDS]
+    if given[0] not in COMMANDS and not (given[0].startswith("-") and names):
+        near = difflib.get_close_matches(given[0], COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
+        print(f"prompt-lab: no command {given[0]!r}; {hint}", file=sys.stderr)
+        return 2
+    from prompt_lab.cli import run
+
+    return run()
+
+
+def _help(version: str) -> str:
+    """What ``prompt-lab --help`` prints."""
+    lines = [
+        f"prompt-lab {version}: soft prompts on frozen language models",
+        "",
+        "usage: prompt-lab COMMAND --config FILE.yaml [--run_dir DIR] [--any.setting value ...]",
+        "",
+        *(f"  {name:<10}{text}" for name, text in COMMANDS.items()),
+        "",
+        "prompt-lab COMMAND --help lists all settings; --print_config shows them with their values.",
+        "A first run: prompt-lab fit --config configs/quickstart.yaml",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""What a fit would cost: the grid, rows and tokens per step, memory; nothing is trained.
+
+Memory is counted, not guessed: weights and bank by their bytes, activations as the bytes that
+autograd keeps for the largest micro-batch of the first step, which is run once for that.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.pytorch import Trainer
+
+from prompt_lab.batch import Batch, micro_batches
+
+if TYPE_CHECKING:
+    from prompt_lab.data.crossfit import CrossFitDataModule
+    from prompt_lab.methods.prompt_tuning import PromptTuning
+
+
+def describe_grid(method: PromptTuning, data: CrossFitDataModule, trainer: Trainer) -> str:
+    """The text of ``fit --dry_run``."""
+    method.prepare(data)
+    assert method.backbone is not None
+    steps = data.train_steps(method.runs, trainer.max_steps, lambda: 0, method.live, 0, 1)
+    batch = steps.batch(0, method.live())
+    extra = method.num_virtual_tokens if method.backbone.is_encoder_decoder else 0
+    parts = micro_batches(batch, method.tokens_per_forward, extra)
+    prompt_tokens = 0 if extra else len(method.runs) * method.num_virtual_tokens
+    padded = sum(_tokens(part, extra) for part in parts) + prompt_tokens
+    weights = sum(p.numel() * p.element_size() for p in method.backbone.parameters())
+    bank = method.prompt.numel() * 4
+    optimizer = bank * (2 if method.optim_config.name == "adamw" else 0)
+    activations = max(_saved_bytes(method, part) for part in parts)
+    axes = (
+        ("tasks", list(data.tasks)),
+        ("samples", data.samples),
+        ("init_seed", method.init_seeds),
+        ("learning_rate", method.learning_rates),
+        ("batch_size", method.batch_sizes),
+    )
+    lines = [
+        f"{len(method.runs)} runs = " + " x ".join(f"{len(v)} {name}" for name, v in axes),
+        *(f"  {name}: {', '.join(map(str, values))}" for name, values in axes),
+        f"prompt: {method.num_virtual_tokens} x {method.backbone.hidden_size}, "
+        f"initialised {method.init_config.describe()}",
+        f"backbone: {method.backbone.name}",
+        f"steps: {trainer.max_steps}, evaluation every {trainer.val_check_interval}",
+        f"first step: {len(batch)} rows, {padded} padded tokens in {len(parts)} micro-batches",
+        f"memory: weights {_size(weights)}, bank {_size(3 * bank)} and optimizer "
+        f"{_size(optimizer)}, activations of the largest micro-batch {_size(activations)}",
+    ]
+    return "\n".join(lines)
+
+
+def _tokens(part: Batch, extra: int) -> int:
+    """Padded tokens of a micro-batch."""
+    return len(part) * (part.input_ids.shape[1] + part.target_ids.shape[1] + extra)
+
+
+def _saved_bytes(method: PromptTuning, part: Batch) -> int:
+    """Bytes that autograd keeps for a micro-batch, weights not counted."""
+    backbone = method.backbone
+    assert backbone is not None
+    weights = {p.untyped_storage().data_ptr() for p in backbone.parameters()}
+    seen: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        # The loss is kept until the count is done, so that no storage is freed and used again.
+        loss = backbone.loss(method.prompt, part.to(backbone.device), method.label_smoothing)
+    del loss
+    return sum(seen.values())
+
+
+def _size(count: int) -> str:
+    """Bytes in a readable unit."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} B"

@@ -1,0 +1,15 @@
+"""The embedded sandbox: a tiny pretrained T5 and small tasks, for runs without any download.
+
+`ASSETS` is an ordinary Hugging Face folder, `rows` makes the data of a task. Left out: any claim
+about real models or real text.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prompt_lab.sandbox.tasks import TASKS, SandboxTask, rows
+
+ASSETS: Path = Path(__file__).parent / "assets"
+
+__all__ = ["ASSETS", "TASKS", "SandboxTask", "rows"]

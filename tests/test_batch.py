@@ -1,0 +1,163 @@
+"""Padding, slicing and cutting of rows, against the plain lists they were made from."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from prompt_lab.batch import IGNORE, Batch, make_batch, micro_batches
+
+PAD = 9
+
+
+def random_rows(count: int, seed: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Inputs of 1 to 12 ids and targets of 1 to 6."""
+    rng = random.Random(seed)
+    inputs = [[rng.randrange(1, 8) for _ in range(rng.randint(1, 12))] for _ in range(count)]
+    targets = [[rng.randrange(1, 8) for _ in range(rng.randint(1, 6))] for _ in range(count)]
+    return inputs, targets
+
+
+def make(inputs: list[list[int]], targets: list[list[int]] | None, left: bool) -> Batch:
+    count = len(inputs)
+    return make_batch(
+        inputs,
+        targets,
+        [i % 3 for i in range(count)],
+        pad_id=PAD,
+        left_padded=left,
+        weight=[i / 8 for i in range(count)],
+        rows=[100 + i for i in range(count)],
+    )
+
+
+def unpadded(batch: Batch) -> list[tuple[list[int], list[int]]]:
+    """Inputs and targets of the rows, read from the tensors by their masks alone."""
+    return [
+        (ids[mask.bool()].tolist(), target[target != IGNORE].tolist())
+        for ids, mask, target in zip(
+            batch.input_ids, batch.input_mask, batch.target_ids, strict=True
+        )
+    ]
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_a_batch_holds_its_rows_longest_first(left: bool) -> None:
+    inputs, targets = random_rows(20, seed=1)
+    batch = make(inputs, targets, left)
+    places = [row - 100 for row in batch.rows]
+    lengths = [len(inputs[i]) + len(targets[i]) for i in places]
+    assert sorted(places) == list(range(20))
+    assert lengths == sorted(lengths, reverse=True)
+    assert unpadded(batch) == [(inputs[i], targets[i]) for i in places]
+    assert batch.prompts == batch.prompt_index.tolist() == [i % 3 for i in places]
+    assert batch.weight.tolist() == [i / 8 for i in places]
+    assert batch.input_lengths == [len(inputs[i]) for i in places]
+    assert batch.target_lengths == [len(targets[i]) for i in places]
+    assert len(batch) == 20
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_padding_stands_on_the_side_that_was_asked_for(left: bool) -> None:
+    batch = make([[1, 2, 3], [4]], [[5], [6, 7]], left)
+    assert batch.input_ids.tolist() == [[1, 2, 3], [PAD, PAD, 4] if left else [4, PAD, PAD]]
+    assert batch.input_mask.tolist() == [[1, 1, 1], [0, 0, 1] if left else [1, 0, 0]]
+    assert batch.target_ids.tolist() == [[5, IGNORE], [6, 7]]
+
+
+def test_rows_of_one_length_keep_their_order() -> None:
+    batch = make([[i] for i in range(1, 8)], None, left=True)
+    assert batch.rows == [100 + i for i in range(7)]
+
+
+def test_rows_without_targets_have_targets_of_width_0() -> None:
+    batch = make([[1], [2, 3]], None, left=False)
+    assert batch.target_ids.shape == (2, 0)
+    assert batch.target_lengths == [0, 0]
+
+
+def test_defaults_are_weight_1_and_the_place_as_row() -> None:
+    batch = make_batch([[1], [2, 3]], None, [0, 0], pad_id=PAD, left_padded=False)
+    assert batch.rows == [1, 0]
+    assert batch.weight.tolist() == [1, 1]
+    assert batch.weight.dtype == torch.float32
+
+
+def test_a_batch_of_no_rows_is_a_batch() -> None:
+    batch = make_batch([], [], [], pad_id=PAD, left_padded=True)
+    assert len(batch) == 0
+    assert batch.input_ids.shape == (0, 0)
+    assert micro_batches(batch, 10) == []
+
+
+def test_lists_of_unequal_length_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 inputs, but .*'prompts': 1.*'weight': 3"):
+        make_batch([[1], [2]], None, [0], pad_id=PAD, left_padded=True, weight=[1, 1, 1])
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_a_slice_equals_a_batch_of_its_rows(left: bool) -> None:
+    """Reference: the batch made from these rows alone; so no padding is left over."""
+    inputs, targets = random_rows(15, seed=2)
+    batch = make(inputs, targets, left)
+    part = batch.slice(4, 11)
+    places = [row - 100 for row in part.rows]
+    alone = make_batch(
+        [inputs[i] for i in places],
+        [targets[i] for i in places],
+        [i % 3 for i in places],
+        pad_id=PAD,
+        left_padded=left,
+        weight=[i / 8 for i in places],
+        rows=part.rows,
+    )
+    assert vars(part).keys() == vars(alone).keys()
+    for name, value in vars(alone).items():
+        found = getattr(part, name)
+        same = torch.equal(found, value) if isinstance(value, torch.Tensor) else found == value
+        assert same, name
+
+
+def test_moving_a_batch_keeps_all_it_holds() -> None:
+    batch = make(*random_rows(4, seed=3), left=True)
+    moved = batch.to("meta")
+    assert moved.input_ids.device.type == moved.weight.device.type == "meta"
+    assert moved.rows == batch.rows
+    assert moved.left_padded
+    assert batch.input_ids.device.type == "cpu"
+
+
+@pytest.mark.parametrize("extra", [0, 5])
+@pytest.mark.parametrize("tokens", [1, 7, 30, 100, 10**6])
+def test_micro_batches_hold_all_rows_in_order_within_the_bound(tokens: int, extra: int) -> None:
+    """Reference: padded size of each slice, counted from its tensors."""
+    batch = make(*random_rows(40, seed=4), left=True)
+    parts = micro_batches(batch, tokens, extra)
+    assert [row for part in parts for row in part.rows] == batch.rows
+    for part in parts:
+        width = part.input_ids.shape[1] + part.target_ids.shape[1] + extra
+        assert len(part) * width <= tokens or len(part) == 1
+    if tokens == 1:
+        assert len(parts) == len(batch)
+    if tokens == 10**6:
+        assert len(parts) == 1
+
+
+def test_micro_batches_are_no_smaller_than_they_must_be() -> None:
+    """A slice and the first row of the next one together would break the bound."""
+    batch = make(*random_rows(40, seed=5), left=False)
+    parts = micro_batches(batch, 60)
+    start = 0
+    for part in parts[:-1]:
+        wider = batch.slice(start, start + len(part) + 1)
+        width = wider.input_ids.shape[1] + wider.target_ids.shape[1]
+        assert len(wider) * width > 60
+        start += len(part)
+
+
+def test_micro_batches_need_a_positive_bound() -> None:
+    batch = make([[1]], None, left=True)
+    with pytest.raises(ValueError, match="tokens_per_forward is 0: give at least 1"):
+        micro_batches(batch, 0)

@@ -1,0 +1,141 @@
+"""Imports inside the package point only downward, from layer 4 to layer 0.
+
+``LAYERS`` is the picture of the package: a module may import its own layer and those below it.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import prompt_lab
+
+ROOT = Path(prompt_lab.__file__).parent
+LAYERS = {
+    0: "prompts prompt_file subspace optim meta_gradient arithmetic similarity selection "
+    "interpretation metrics statistics batch run results",
+    1: "backbone bank data sandbox",
+    2: "methods",
+    3: "plots report callbacks",
+    4: "cli __main__",
+}
+LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
+HEAVY = ("transformers", "lightning", "pytorch_lightning", "datasets")
+
+Import = tuple[str, int, bool]
+"""Full name of an imported module, line, and whether it is imported when the file is loaded."""
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package but its lazy ``__init__``, by its name below the package."""
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = list(path.relative_to(ROOT).with_suffix("").parts)
+        if parts[-1] == "__init__":
+            parts.pop()
+        if parts:
+            found[".".join(parts)] = path
+    return found
+
+
+def imports(path: Path) -> list[Import]:
+    """All imports of a file but those for type checkers only, at whatever depth."""
+    package = ["prompt_lab", *path.relative_to(ROOT).parts[:-1]]
+    return list(_walk(ast.parse(path.read_text(encoding="utf-8")), package, True))
+
+
+def _walk(node: ast.AST, package: list[str], at_load: bool) -> Iterator[Import]:
+    """Imports below a node of the syntax tree of a module of ``package``."""
+    if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+        children: list[ast.AST] = [*node.orelse]
+    else:
+        children = list(ast.iter_child_nodes(node))
+    if isinstance(node, ast.Import):
+        yield from ((alias.name, node.lineno, at_load) for alias in node.names)
+    if isinstance(node, ast.ImportFrom):
+        base = package[: len(package) - node.level + 1] if node.level else []
+        source = ".".join([*base, *([node.module] if node.module else [])])
+        yield from ((name, node.lineno, at_load) for name in _sources(source, node.names))
+    inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+    for child in children:
+        yield from _walk(child, package, at_load and not inside)
+
+
+def _sources(source: str, names: list[ast.alias]) -> list[str]:
+    """The modules that ``from source import names`` reads: submodules where names are such."""
+    if source != "prompt_lab":
+        return [source]
+    lazy = {name: module for name, module in prompt_lab._PUBLIC.items()}
+    found = [lazy.get(alias.name, f"{source}.{alias.name}") for alias in names]
+    return [name for name in found if name != "prompt_lab.__version__"]
+
+
+def layer(name: str) -> int | None:
+    """Layer of a module by its name below the package, or None where the table lacks it."""
+    return LAYER_OF.get(name.split(".")[0])
+
+
+def test_every_module_has_a_layer() -> None:
+    """A new file needs a place in ``LAYERS``; a folder's place serves all its files."""
+    homeless = [name for name in modules() if layer(name) is None]
+    assert not homeless, f"add {homeless} to a layer in LAYERS of {Path(__file__).name}"
+
+
+def test_imports_point_only_downward() -> None:
+    wrong = []
+    for name, path in modules().items():
+        for source, line, _ in imports(path):
+            if not source.startswith("prompt_lab."):
+                continue
+            theirs, ours = layer(source.removeprefix("prompt_lab.")), layer(name)
+            if theirs is None or ours is None or theirs > ours:
+                wrong.append(f"{path}:{line}: layer {ours} imports {source} of layer {theirs}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_layer_0_loads_no_heavy_library() -> None:
+    """The lowest modules import them, if at all, inside the functions that use them."""
+    wrong = [
+        f"{path}:{line}: imports {source} at module level"
+        for name, path in modules().items()
+        if layer(name) == 0
+        for source, line, at_load in imports(path)
+        if at_load and source.split(".")[0] in HEAVY
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_walk_sees_every_form_of_import() -> None:
+    """Guards the two tests above: absolute, from, relative, inside functions; not for typing."""
+    text = """
+import prompt_lab.cli
+from prompt_lab.bank import x
+from prompt_lab import optim, Backbone, __version__
+from . import a
+from .b import c
+from ..d import e
+def f():
+    import transformers
+if TYPE_CHECKING:
+    import hidden
+else:
+    import seen
+try:
+    import tried
+except ImportError:
+    pass
+"""
+    found = [(name, load) for name, _, load in _walk(ast.parse(text), ["prompt_lab", "data"], True)]
+    assert found == [
+        ("prompt_lab.cli", True),
+        ("prompt_lab.bank", True),
+        ("prompt_lab.optim", True),
+        ("prompt_lab.backbone", True),
+        ("prompt_lab.data", True),
+        ("prompt_lab.data.b", True),
+        ("prompt_lab.d", True),
+        ("transformers", False),
+        ("seen", True),
+        ("tried", True),
+    ]
