@@ -46,7 +46,7 @@ def _help(version: str) -> str:
         "",
         *(f"  {name:<10}{text}" for name, text in COMMANDS.items()),
         "",
-        "prompt-lab COMMAND --help lists all settings; --print_config shows them with their values.",
+        "prompt-lab COMMAND --help lists all settings; --print_config shows their values.",
         "A first run: prompt-lab fit --config configs/quickstart.yaml",
     ]
     return "\n".join(lines)

@@ -60,11 +60,11 @@ class Backbone(nn.Module):
         self.tokenizer: Any = tokenizer
         self.name = name
         self.is_encoder_decoder = kind in ENCODER_DECODER
-        self.hidden_size: int = model.get_input_embeddings().weight.shape[1]
+        self.hidden_size: int = self.model.get_input_embeddings().weight.shape[1]
         field = _POSITIONS.get(kind)
         self.max_positions: int | None = getattr(model.config, field) if field else None
-        pad = tokenizer.pad_token_id
-        self.pad_id: int = tokenizer.eos_token_id if pad is None else pad
+        pad: int | None = self.tokenizer.pad_token_id
+        self.pad_id: int = self.tokenizer.eos_token_id if pad is None else pad
         self._adds_space = tokenizer.tokenize("a")[:1] == ["▁a"]
 
     @classmethod

@@ -57,7 +57,7 @@ class Batch:
         return Batch(**{**vars(self), **moved})
 
     def slice(self, start: int, stop: int) -> Batch:
-        """Rows ``start`` to ``stop`` (exclusive), with the padding that they do not need cut off."""
+        """Rows ``start`` to ``stop`` (exclusive), without the padding that they do not need."""
         inputs = max(self.input_lengths[start:stop], default=0)
         targets = max(self.target_lengths[start:stop], default=0)
         width = self.input_ids.shape[1]

@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from prompt_lab.prompt_file import write_atomically
 from prompt_lab.results import CURVE_COLUMNS, read_csv
+from prompt_lab.run import Run
 
 NOT_SAVED = ("ckpt_path", "dry_run", "run_dir", "weights_only")
 
@@ -28,10 +29,11 @@ class EvaluationLines(Callback):
         """Note the time, and say what is trained."""
         self.started = time.monotonic()
         if trainer.is_global_zero:
-            runs, size = len(pl_module.runs), pl_module.num_virtual_tokens
+            runs, size = len(_runs(pl_module)), pl_module.num_virtual_tokens
             print(
                 f"{runs} runs of {size} virtual tokens on {trainer.world_size} x "
-                f"{pl_module.device.type}, {trainer.max_steps} steps, in {trainer.default_root_dir}",
+                f"{pl_module.device.type}, {trainer.max_steps} steps, "
+                f"in {trainer.default_root_dir}",
                 flush=True,
             )
 
@@ -42,7 +44,7 @@ class EvaluationLines(Callback):
         seen = trainer.callback_metrics
         print(
             f"step {trainer.global_step:>6}/{trainer.max_steps}"
-            f"  alive {int(seen['runs_alive'])}/{len(pl_module.runs)}"
+            f"  alive {int(seen['runs_alive'])}/{len(_runs(pl_module))}"
             f"  loss {seen['train/loss']:.4f}"
             f"  best dev {seen['best/val_score']:.3f}"
             f"  {time.monotonic() - self.started:.0f} s",
@@ -67,7 +69,7 @@ class SaveRunConfig(SaveConfigCallback):
             settings.pop(name, None)
         # The run folder was put in these by the command line.
         settings["trainer"].pop("default_root_dir", None)
-        name = f"config-{trainer.state.fn.value}.yaml"
+        name = f"config-{getattr(trainer.state.fn, 'value', 'run')}.yaml"
         text = yaml.safe_dump(settings, sort_keys=False)
         write_atomically(Path(trainer.default_root_dir) / name, text.encode())
         for logger in trainer.loggers:
@@ -88,6 +90,11 @@ class WandbCurves(Callback):
                 rows = read_csv(Path(trainer.default_root_dir) / "curves.csv")
                 data = [[row[name] for name in CURVE_COLUMNS] for row in rows]
                 logger.log_table("curves", columns=list(CURVE_COLUMNS), data=data)
+
+
+def _runs(method: Any) -> list[Run]:
+    """The runs of the bank."""
+    return method.runs
 
 
 def flag_names(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

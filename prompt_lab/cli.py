@@ -102,7 +102,9 @@ class PromptLabCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; ``--dry_run`` alone means true."""
         given = sys.argv[1:] if args is None else list(args)
-        given = [f"{word}=true" if word in ("--dry_run", "--test_after_fit") else word for word in given]
+        given = [
+            f"{word}=true" if word in ("--dry_run", "--test_after_fit") else word for word in given
+        ]
         self.config = parser.parse_args(_join_booleans(given))
 
     def _parse_ckpt_path(self) -> None:
@@ -177,7 +179,10 @@ class PromptLabCLI(LightningCLI):
                 enable_version_counter=False,
                 save_on_train_epoch_end=False,
             )
-            kwargs["callbacks"] = [*(self.config_init[self.config.subcommand].trainer.callbacks or []), checkpoint]
+            kwargs["callbacks"] = [
+                *(self.config_init[self.config.subcommand].trainer.callbacks or []),
+                checkpoint,
+            ]
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
@@ -211,7 +216,11 @@ def _new_run_dir() -> str:
     if RUN_DIR_VARIABLE in os.environ:
         return os.environ[RUN_DIR_VARIABLE]
     job = next(
-        (os.environ[name] for name in ("WANDB_RUN_ID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID") if name in os.environ),
+        (
+            os.environ[name]
+            for name in ("WANDB_RUN_ID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
+            if name in os.environ
+        ),
         None,
     )
     return f"runs/{job or time.strftime('%Y%m%d-%H%M%S') + f'-{os.getpid()}'}"
@@ -247,7 +256,11 @@ def _join_booleans(words: list[str]) -> list[str]:
     """``--flag=true false`` (from ``--flag false``) back to ``--flag=false``."""
     joined: list[str] = []
     for word in words:
-        if word in ("true", "false") and joined and joined[-1] in ("--dry_run=true", "--test_after_fit=true"):
+        if (
+            word in ("true", "false")
+            and joined
+            and joined[-1] in ("--dry_run=true", "--test_after_fit=true")
+        ):
             joined[-1] = joined[-1].replace("true", word)
         else:
             joined.append(word)
@@ -258,7 +271,9 @@ def _plain_error(message: str) -> str:
     """A parser's message without its nested repetitions, with the nearest known name."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     text = " ".join(lines)
-    unknown = re.search(r"import path string: (\w+)", text) or re.search(r"class_path.*?'(\w+)'", text)
+    unknown = re.search(r"import path string: (\w+)", text) or re.search(
+        r"class_path.*?'(\w+)'", text
+    )
     if unknown and unknown[1] not in METHODS and "model" in text:
         near = difflib.get_close_matches(unknown[1], METHODS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -271,7 +286,9 @@ def _quieten() -> None:
 
     class Advert(logging.Filter):
         def filter(self, record: logging.LogRecord) -> bool:
-            return not re.match(r"💡|GPU available|TPU available|HPU available", record.getMessage())
+            return not re.match(
+                r"💡|GPU available|TPU available|HPU available", record.getMessage()
+            )
 
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(Advert())

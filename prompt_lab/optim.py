@@ -105,15 +105,14 @@ class BankOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step(parameter, self.state[parameter])
+                    self._step(parameter, parameter.grad, self.state[parameter])
         return loss
 
-    def _step(self, parameter: Tensor, state: dict[str, Any]) -> None:
+    def _step(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any]) -> None:
         """Advance one parameter; resting runs keep parameter and state as they are."""
         if not state:
             state["step"] = torch.zeros(len(parameter), device=parameter.device)
             state.update(self._fresh_state(parameter))
-        gradient = parameter.grad
         if self.config.clip is not None:
             norm = gradient.flatten(1).norm(dim=1)
             gradient = gradient * _align((self.config.clip / (norm + 1e-6)).clamp(max=1), gradient)
@@ -179,7 +178,10 @@ class BankAdafactor(BankOptimizer):
         decay = 1 - (state["step"] + 1) ** -0.8
         square = gradient * gradient + 1e-30
         new: dict[str, Tensor] = {}
-        means = {"exp_avg_sq_row": lambda: square.mean(-1), "exp_avg_sq_col": lambda: square.mean(-2)}
+        means = {
+            "exp_avg_sq_row": lambda: square.mean(-1),
+            "exp_avg_sq_col": lambda: square.mean(-2),
+        }
         for name in state.keys() - {"step"}:
             now = means.get(name, lambda: square)()
             weight = _align(decay, now)
@@ -196,9 +198,7 @@ class BankAdafactor(BankOptimizer):
         return kept - update * _align(rate, update), new
 
 
-def schedule_factor(
-    step: Tensor, schedule: str, warmup_steps: int, total_steps: int
-) -> Tensor:
+def schedule_factor(step: Tensor, schedule: str, warmup_steps: int, total_steps: int) -> Tensor:
     """What the learning rate is multiplied by at each run's step, counted from 0: (R,).
 
     The formulas of transformers' ``get_scheduler``: a linear rise from 0 over the warm-up, then

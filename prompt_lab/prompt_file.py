@@ -196,7 +196,7 @@ class PromptStore:
         Raises:
             ValueError: a name that would leave the folder.
         """
-        if Path(name).name != name or name.startswith("."):
+        if not name or Path(name).name != name or name.startswith("."):
             raise ValueError(f"{name!r} cannot be the name of a prompt: it is not a plain name")
         return self.folder / f"{name}.safetensors"
 

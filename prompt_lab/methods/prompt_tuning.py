@@ -127,7 +127,7 @@ class PromptTuning(PromptMethod):
         self.prepare(self.datamodule)
 
     def prepare(self, data: CrossFitDataModule) -> None:
-        """As :meth:`setup`, without a trainer: for a look at the grid before anything is trained."""
+        """As :meth:`setup`, without a trainer: for a look at the grid before training."""
         backbone = self.load_backbone(data)
         if self.runs:
             return
@@ -261,7 +261,7 @@ class PromptTuning(PromptMethod):
             self.trainer.should_stop = True
 
     def _keep_better(self, scores: Tensor) -> None:
-        """Update the best prompt of each live run; ties keep the earlier, NaN counts as the worst."""
+        """Update each live run's best prompt; ties keep the earlier, NaN counts as the worst."""
         live = torch.zeros_like(self.active)
         live[self._live] = True
         scores = scores.nan_to_num(nan=-torch.inf)
@@ -319,7 +319,11 @@ class PromptTuning(PromptMethod):
 
     def _curve_rows(self, losses: list[float], dev: list[float]) -> Iterator[dict[str, Any]]:
         """A line per evaluated run."""
-        moved, best, steps = self._moved().tolist(), self.best_score.tolist(), self.best_step.tolist()
+        moved, best, steps = (
+            self._moved().tolist(),
+            self.best_score.tolist(),
+            self.best_step.tolist(),
+        )
         status = self.status.tolist()
         for i in self._evaluated:
             yield {
