@@ -213,7 +213,9 @@ def run(args: list[str] | None = None) -> int:
 
 def _new_run_dir() -> str:
     """A new folder below ``runs/``, the same on all processes of a job."""
-    if RUN_DIR_VARIABLE in os.environ:
+    if (
+        "LOCAL_RANK" in os.environ and RUN_DIR_VARIABLE in os.environ
+    ):  # started by the first process
         return os.environ[RUN_DIR_VARIABLE]
     job = next(
         (

@@ -168,7 +168,8 @@ class EvaluationSteps:
         rows: rows by (task, sample).
         layout: padding.
         tokens_per_forward: most padded tokens of a batch.
-        extra_per_row: tokens that a row costs besides its input.
+        longest_answer: most tokens to generate, by (task, sample).
+        extra_per_row: tokens that a row of a task costs besides its input, given the longest answer.
         live: returns the indices of the runs to evaluate.
         rank: this process.
         world: number of processes.
@@ -180,13 +181,15 @@ class EvaluationSteps:
         rows: Mapping[tuple[str, int], Rows],
         layout: Layout,
         tokens_per_forward: int,
-        extra_per_row: Callable[[Rows], int],
+        longest_answer: Mapping[tuple[str, int], int],
+        extra_per_row: Callable[[Task, int], int],
         live: Callable[[], list[int]],
         rank: int = 0,
         world: int = 1,
     ) -> None:
         self.runs, self.rows, self.layout, self.live = runs, rows, layout, live
         self.tokens_per_forward, self.extra_per_row = tokens_per_forward, extra_per_row
+        self.longest_answer = longest_answer
         self.rank, self.world = rank, world
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
@@ -207,8 +210,9 @@ class EvaluationSteps:
         grouped = self.layout.left_padded
         pairs.sort(key=lambda pair: (pair[0] if grouped else 0, -length(pair)))
         pairs = pairs[self.rank :: self.world]
-        longest = max(rows.longest_target for rows in chosen.values())
-        extra = max(self.extra_per_row(rows) for rows in chosen.values())
+        task = chosen[live[0]].task
+        longest = max(self.longest_answer[task.name, self.runs[index].sample] for index in live)
+        extra = self.extra_per_row(task, longest)
         for start, stop in cut(list(map(length, pairs)), self.tokens_per_forward, extra):
             part = pairs[start:stop]
             batch = make_batch(
@@ -219,7 +223,7 @@ class EvaluationSteps:
                 left_padded=self.layout.left_padded,
                 rows=[row for _, row in part],
             )
-            yield EvaluationBatch(chosen[live[0]].task.name, batch, longest)
+            yield EvaluationBatch(task.name, batch, longest)
 
 
 def cut(lengths: Sequence[int], tokens: int, extra_per_row: int) -> list[tuple[int, int]]:

@@ -164,16 +164,17 @@ class CrossFitDataModule(LightningDataModule):
         runs: Sequence[Run],
         split: SplitName,
         tokens_per_forward: int,
-        extra_per_row: Callable[[Rows], int],
+        extra_per_row: Callable[[Task, int], int],
         live: Callable[[], list[int]],
         rank: int,
         world: int,
     ) -> EvaluationSteps:
         """The evaluation batches of a bank of runs (see :class:`EvaluationSteps`)."""
         rows = self.rows_of(runs, split)
+        longest = {key: self.longest_answer(*key) for key in rows}
         assert self.layout is not None
         return EvaluationSteps(
-            runs, rows, self.layout, tokens_per_forward, extra_per_row, live, rank, world
+            runs, rows, self.layout, tokens_per_forward, longest, extra_per_row, live, rank, world
         )
 
 

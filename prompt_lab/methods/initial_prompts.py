@@ -21,7 +21,7 @@ from prompt_lab.prompt_file import PromptStore, load_prompt
 from prompt_lab.run import Run
 
 
-INITS = Literal["vocab", "text", "labels", "normal", "uniform", "file"]
+InitName = Literal["vocab", "text", "labels", "normal", "uniform", "file"]
 
 
 @dataclass
@@ -39,7 +39,7 @@ class InitConfig:
         path: prompt file, or folder of a prompt store, for ``file``.
     """
 
-    name: INITS = "vocab"
+    name: InitName = "vocab"
     vocab_size: int | None = 5000
     text: str | None = None
     std: float = 0.02
@@ -48,8 +48,8 @@ class InitConfig:
 
     def __post_init__(self) -> None:
         """Check that the way is known and what it needs is there."""
-        if self.name not in get_args(INITS):
-            raise ValueError(f"init.name is {self.name!r}; allowed: {get_args(INITS)}")
+        if self.name not in get_args(InitName):
+            raise ValueError(f"init.name is {self.name!r}; allowed: {get_args(InitName)}")
         if self.name == "text" and not self.text:
             raise ValueError("init.name is text: give the text with init.text")
         if self.name == "file" and not self.path:

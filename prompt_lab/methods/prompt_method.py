@@ -6,6 +6,7 @@ out of DDP. It neither trains nor chooses a prompt; the methods do.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any, Literal
 
@@ -119,6 +120,11 @@ class PromptMethod(LightningModule):
                 "trainer.gradient_clip_val clips over all runs of the bank together and so couples "
                 "them: use model.optim.clip, which clips each run by itself"
             )
+        if trainer.fast_dev_run or trainer.limit_val_batches not in (None, 1.0):
+            raise ValueError(
+                "trainer.fast_dev_run and limit_val_batches would score part of the rows: for a "
+                "quick look use --dry_run, or a small trainer.max_steps"
+            )
         if trainer.accumulate_grad_batches != 1:
             raise ValueError(
                 "trainer.accumulate_grad_batches is not needed: a step is cut into micro-batches "
@@ -150,12 +156,33 @@ class PromptMethod(LightningModule):
         length = self.max_new_tokens or step.max_new_tokens
         return self.backbone.generate(prompts, batch, length, self.num_beams)
 
-    def tokens_beside_input(self, num_virtual_tokens: int, rows: Rows) -> int:
+    def tokens_beside_input(self, num_virtual_tokens: int, task: Task, longest: int) -> int:
         """Tokens that an evaluated row costs besides its input, for cutting batches."""
         assert self.backbone is not None
         prompt = num_virtual_tokens if self.backbone.is_encoder_decoder else 0
-        copies = len(rows.task.labels or ()) if self.scored(rows.task) else self.num_beams
-        return prompt + copies * rows.longest_target
+        if self.scored(task):
+            return prompt + len(task.labels or ()) * longest
+        return prompt + self.num_beams * (self.max_new_tokens or longest)
+
+    def check_lengths(self, rows: Iterable[Rows], num_virtual_tokens: int) -> None:
+        """Refuse rows that do not fit the backbone's positions, before anything is computed.
+
+        Raises:
+            ValueError: naming the task, the lengths and what to lower.
+        """
+        assert self.backbone is not None
+        positions = self.backbone.max_positions
+        for part in rows if positions is not None else ():
+            answer = max(part.longest_target, self.max_new_tokens or 0)
+            longest = max(map(len, part.inputs))
+            after = 0 if self.backbone.is_encoder_decoder else answer
+            if max(num_virtual_tokens + longest + after, answer) > positions:
+                raise ValueError(
+                    f"task {part.task.name}: {num_virtual_tokens} virtual tokens, inputs of up to "
+                    f"{longest} tokens and answers of up to {answer} do not fit the {positions} "
+                    f"positions of backbone {self.backbone.name!r}: lower data.max_input_length, "
+                    "model.num_virtual_tokens or model.max_new_tokens"
+                )
 
     # ---- checkpoints ----------------------------------------------------------------------------
 

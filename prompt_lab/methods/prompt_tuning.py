@@ -124,6 +124,8 @@ class PromptTuning(PromptMethod):
     def setup(self, stage: str) -> None:
         """Load the backbone, tokenise the data and make the bank, once."""
         self.check_trainer()
+        if stage == "fit":
+            self._check_budget()
         self.prepare(self.datamodule)
 
     def prepare(self, data: CrossFitDataModule) -> None:
@@ -156,13 +158,26 @@ class PromptTuning(PromptMethod):
         self.keep_backbone_out_of_ddp()
         self._warn_of_scale(init)
 
+    def _check_budget(self) -> None:
+        """Refuse a budget that is missing, or whose last step would not be evaluated.
+
+        Raises:
+            ValueError: naming both settings.
+        """
+        steps, interval = self.trainer.max_steps, self.trainer.val_check_interval
+        if steps < 1:
+            raise ValueError("trainer.max_steps is not set: give the number of optimizer steps")
+        every = interval if isinstance(interval, int) else max(1, int(steps * interval))
+        if steps % every:
+            raise ValueError(
+                f"trainer.max_steps {steps} is not a multiple of trainer.val_check_interval "
+                f"{interval}, so the last steps would not be evaluated: change one of them"
+            )
+
     def configure_optimizers(self) -> BankOptimizer:
         """The bank's optimizer; it holds the prompts and nothing else."""
         rates = [run.learning_rate for run in self.runs]
-        steps = self.trainer.max_steps
-        if steps < 1:
-            raise ValueError("trainer.max_steps is not set: give the number of optimizer steps")
-        return self.optim_config.build([self.prompt], rates, self.active, steps)
+        return self.optim_config.build([self.prompt], rates, self.active, self.trainer.max_steps)
 
     def live(self) -> list[int]:
         """Indices of the runs that still train."""
@@ -173,6 +188,8 @@ class PromptTuning(PromptMethod):
     def train_steps(self) -> TrainSteps:
         """The batch of every step, made from the trainer's step count when it is asked for."""
         trainer = self.trainer
+        rows = self.datamodule.rows_of(self.runs, "train")
+        self.check_lengths(rows.values(), self.num_virtual_tokens)
         return self.datamodule.train_steps(
             self.runs,
             trainer.max_steps,
@@ -195,11 +212,13 @@ class PromptTuning(PromptMethod):
     def _evaluation_steps(self, split: SplitName, live: Any) -> EvaluationSteps:
         """Evaluation batches on one split."""
         trainer = self.trainer
+        rows = self.datamodule.rows_of(self.runs, split)
+        self.check_lengths(rows.values(), self.num_virtual_tokens)
         return self.datamodule.evaluation_steps(
             self.runs,
             split,
             self.tokens_per_forward,
-            lambda rows: self.tokens_beside_input(self.num_virtual_tokens, rows),
+            lambda task, longest: self.tokens_beside_input(self.num_virtual_tokens, task, longest),
             live,
             trainer.global_rank,
             trainer.world_size,
@@ -207,7 +226,7 @@ class PromptTuning(PromptMethod):
 
     # ---- training -------------------------------------------------------------------------------
 
-    def on_fit_start(self) -> None:
+    def on_train_start(self) -> None:
         """Take up the state of a checkpoint, if one was loaded."""
         self._live = [i for i, s in enumerate(self.status.tolist()) if s == TRAINING]
         self._clock = time.monotonic()

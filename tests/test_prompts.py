@@ -1,0 +1,277 @@
+"""Initial prompts: rows of the embedding table, noise of the stated size, files; and their errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import HIDDEN
+from torch import Tensor
+
+from prompt_lab import prompts
+from prompt_lab.backbone import Backbone
+from prompt_lab.data.tasks import Task
+from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts
+from prompt_lab.prompt_file import Prompt, PromptStore, save_prompt
+from prompt_lab.run import Run
+
+Factory = Callable[..., Backbone]
+
+TASKS = {
+    "tone": Task("tone", "custom", "ACC", 16, ("negative", "positive", "maybe yes")),
+    "other": Task("other", "custom", "ACC", 16, ("no", "yes")),
+    "open": Task("open", "custom", "EM", 32, None),
+}
+
+
+def run(task: str = "tone", seed: int = 0, rate: float = 0.3, sample: int = 13) -> Run:
+    return Run(task, sample, seed, rate, 8)
+
+
+def one(config: InitConfig, model: Backbone, count: int, task: str = "tone", seed: int = 0) -> Tensor:
+    """The initial prompt (N, D) of a single run."""
+    return initial_prompts(config, model, [run(task, seed)], TASKS, count)[0]
+
+
+def ids_of(model: Backbone, rows: Tensor) -> list[int]:
+    """The token whose embedding each row equals; fails where there is none."""
+    equal = (rows[:, None] == model.embedding_table()[None]).all(-1)
+    assert equal.any(1).all()
+    return equal.int().argmax(1).tolist()
+
+
+# ---- vocabulary ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart", "gpt2", "llama"])
+def test_rows_equal_distinct_embeddings_of_ordinary_tokens(backbone: Factory, kind: str) -> None:
+    """No special token, none twice; for BART the embeddings as the model scales them."""
+    model = backbone(kind)
+    ids = ids_of(model, one(InitConfig(), model, 100))
+    assert len(set(ids)) == 100
+    assert not set(ids) & set(model.tokenizer.all_special_ids)
+
+
+def test_every_ordinary_token_can_be_drawn(backbone: Factory) -> None:
+    model = backbone("t5")
+    ordinary = set(range(len(model.tokenizer))) - set(model.tokenizer.all_special_ids)
+    drawn = ids_of(model, one(InitConfig(vocab_size=None), model, len(ordinary)))
+    assert set(drawn) == ordinary
+
+
+def test_only_the_first_ids_are_drawn_where_the_vocabulary_is_limited(backbone: Factory) -> None:
+    model = backbone("t5")
+    drawn = ids_of(model, one(InitConfig(vocab_size=40), model, 37))
+    assert set(drawn) == set(range(40)) - set(model.tokenizer.all_special_ids)
+
+
+def test_rows_of_the_table_that_no_token_has_are_not_drawn() -> None:
+    """Published T5 models have embeddings beyond their tokenizer's vocabulary."""
+    from conftest import make_model, make_tokenizer
+
+    model = make_model("t5")
+    model.resize_token_embeddings(400)
+    frozen = Backbone(model, make_tokenizer("t5"))
+    ids = ids_of(frozen, one(InitConfig(vocab_size=None), frozen, 100))
+    assert max(ids) < len(frozen.tokenizer) < 400
+
+
+@pytest.mark.parametrize(
+    "config", [InitConfig(), InitConfig("normal"), InitConfig("uniform")], ids=lambda c: c.name
+)
+def test_a_prompt_depends_on_seed_and_length_but_not_on_the_task(
+    backbone: Factory, config: InitConfig
+) -> None:
+    """Decision 6: nor on learning rate, sample, the other runs or the global generator."""
+    model = backbone("gpt2")
+    runs = [run("tone"), run("other"), run("open", rate=0.1, sample=42), run("tone", seed=1)]
+    torch.manual_seed(1)
+    made = initial_prompts(config, model, runs, TASKS, 8)
+    torch.manual_seed(2)
+    assert made.shape == (4, 8, HIDDEN)
+    assert made.dtype == torch.float32
+    assert torch.equal(made[0], made[1])
+    assert torch.equal(made[0], made[2])
+    assert (made[0] != made[3]).any()
+    assert torch.equal(one(config, model, 8, "open"), made[0])
+    assert torch.equal(one(config, model, 8, seed=1), made[3])
+
+
+def test_prompts_are_float32_for_bf16_weights(backbone: Factory) -> None:
+    assert one(InitConfig(), backbone("t5", torch.bfloat16), 5).dtype == torch.float32
+
+
+def test_a_vocabulary_too_small_is_refused(backbone: Factory) -> None:
+    with pytest.raises(ValueError, match="20 virtual tokens cannot be drawn without .* from 7 tok"):
+        one(InitConfig(vocab_size=10), backbone("t5"), 20)
+
+
+def test_frequent_ids_are_the_low_ones_without_specials() -> None:
+    assert prompts.frequent_ids(10, [0, 3], top=6).tolist() == [1, 2, 4, 5]
+    assert prompts.frequent_ids(5, [4], top=6).tolist() == [0, 1, 2, 3]
+    assert prompts.frequent_ids(4, [], top=None).tolist() == [0, 1, 2, 3]
+
+
+# ---- text, labels, noise ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["t5", "gpt2"])
+def test_a_text_gives_its_tokens_cut_or_repeated(backbone: Factory, kind: str) -> None:
+    """No special tokens, which would stand in the middle of the prompt."""
+    model, text = backbone(kind), "the small dog likes"
+    tokens = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    count = len(tokens)
+    assert ids_of(model, one(InitConfig("text", text=text), model, count)) == tokens
+    assert ids_of(model, one(InitConfig("text", text=text), model, count - 1)) == tokens[:-1]
+    longer = ids_of(model, one(InitConfig("text", text=text), model, 2 * count + 1))
+    assert longer == tokens + tokens + tokens[:1]
+
+
+def test_labels_come_first_each_the_mean_of_its_tokens(backbone: Factory) -> None:
+    """Reference: means over the embedding table; the rest is the vocabulary prompt's start."""
+    model = backbone("t5")
+    made = one(InitConfig("labels"), model, 8)
+    table = model.embedding_table()
+    for row, label in enumerate(TASKS["tone"].labels or ()):
+        ids = model.tokenizer(label, add_special_tokens=False)["input_ids"]
+        assert torch.allclose(made[row], table[ids].mean(0))
+    assert torch.equal(made[3:], one(InitConfig(), model, 8)[:5])
+    both = initial_prompts(InitConfig("labels"), model, [run("tone"), run("other")], TASKS, 8)
+    assert torch.equal(both[0], made)
+    assert (both[1][:2] != made[:2]).any()
+
+
+def test_labels_beyond_the_prompt_are_left_out(backbone: Factory) -> None:
+    model = backbone("t5")
+    assert torch.equal(one(InitConfig("labels"), model, 2), one(InitConfig("labels"), model, 8)[:2])
+
+
+def test_noise_has_the_stated_size(backbone: Factory) -> None:
+    """Of 2,000 x 32 numbers: mean and standard deviation within 2 %, limits exactly."""
+    model = backbone("t5")
+    normal = one(InitConfig("normal", std=0.7), model, 2000)
+    uniform = one(InitConfig("uniform", limit=0.25), model, 2000)
+    assert normal.std().item() == pytest.approx(0.7, rel=0.02)
+    assert abs(normal.mean().item()) < 0.02
+    assert uniform.abs().max().item() <= 0.25
+    assert uniform.std().item() == pytest.approx(0.25 / 3**0.5, rel=0.02)
+    assert abs(uniform.mean().item()) < 0.01
+
+
+def test_the_scale_ratio_is_that_of_standard_deviations() -> None:
+    table = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    assert prompts.scale_ratio(3 * table, table) == pytest.approx(3)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({}, "vocab 5000"),
+        ({"vocab_size": None}, "vocab all"),
+        ({"name": "text", "text": "good or bad"}, "text 'good or bad'"),
+        ({"name": "labels"}, "labels 5000"),
+        ({"name": "normal"}, "normal std 0.02"),
+        ({"name": "uniform"}, "uniform limit 0.5"),
+        ({"name": "file", "path": "a.safetensors"}, "file a.safetensors"),
+    ],
+)
+def test_every_way_describes_itself(values: dict[str, Any], words: str) -> None:
+    assert InitConfig(**values).describe() == words
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": "text"}, "init.name is text: give the text with init.text"),
+        ({"name": "file"}, "init.name is file: give a prompt file or store with init.path"),
+        ({"name": "vocabulary"}, r"init.name is 'vocabulary'; allowed: \('vocab', "),
+    ],
+)
+def test_incomplete_settings_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        InitConfig(**values)
+
+
+def test_a_task_without_labels_is_refused(backbone: Factory) -> None:
+    with pytest.raises(ValueError, match="init.name is labels, but task 'open' has no label set"):
+        one(InitConfig("labels"), backbone("t5"), 8, "open")
+
+
+def test_a_text_without_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"init.text has no tokens"):
+        prompts.text_ids([], 4)
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+def stored(model: Backbone, name: str, value: float, count: int = 3, **meta: Any) -> Prompt:
+    """A prompt file's content, made for a backbone, filled with one value."""
+    return Prompt(
+        prompt=torch.full((count, HIDDEN), value),
+        init=torch.zeros(count, HIDDEN),
+        name=name,
+        backbone=model.name,
+        backbone_digest=model.digest,
+        tokenizer_digest=model.tokenizer_digest,
+        **meta,
+    )
+
+
+def test_one_file_serves_every_run(backbone: Factory, tmp_path: Path) -> None:
+    model, path = backbone("t5"), tmp_path / "p.safetensors"
+    save_prompt(path, stored(model, "p", 2.0))
+    made = initial_prompts(
+        InitConfig("file", path=str(path)), model, [run("tone"), run("other")], TASKS, 3
+    )
+    assert torch.equal(made, torch.full((2, 3, HIDDEN), 2.0))
+
+
+def test_a_store_gives_each_run_the_prompt_of_its_task(backbone: Factory, tmp_path: Path) -> None:
+    """Sample, then seed, choose among several of one task."""
+    model = backbone("t5")
+    PromptStore(tmp_path).save(
+        [
+            stored(model, "a", 1.0, task="tone", sample=13, init_seed=0),
+            stored(model, "b", 2.0, task="tone", sample=42, init_seed=0),
+            stored(model, "c", 3.0, task="tone", sample=42, init_seed=1),
+            stored(model, "d", 4.0, task="other", sample=100, init_seed=7),
+        ]
+    )
+    runs = [run("tone"), run("tone", sample=42), run("tone", 1, sample=42), run("other", seed=3)]
+    made = initial_prompts(InitConfig("file", path=str(tmp_path)), model, runs, TASKS, 3)
+    assert made[:, 0, 0].tolist() == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_all_prompts_that_a_store_lacks_are_named(backbone: Factory, tmp_path: Path) -> None:
+    model = backbone("t5")
+    PromptStore(tmp_path).save([stored(model, "a", 1.0, task="tone")])
+    runs = [run("tone"), run("other"), run("open")]
+    with pytest.raises(ValueError, match="has no prompt for 2 runs: other_13.*, open_13"):
+        initial_prompts(InitConfig("file", path=str(tmp_path)), model, runs, TASKS, 3)
+
+
+def test_a_choice_among_several_prompts_is_refused(backbone: Factory, tmp_path: Path) -> None:
+    model = backbone("t5")
+    PromptStore(tmp_path).save(
+        stored(model, name, 1.0, task="tone", sample=13, init_seed=0) for name in ("a", "b")
+    )
+    with pytest.raises(ValueError, match="has several prompts for tone_13_seed0"):
+        one(InitConfig("file", path=str(tmp_path)), model, 3)
+
+
+def test_files_of_another_shape_or_backbone_or_nowhere_are_refused(
+    backbone: Factory, tmp_path: Path
+) -> None:
+    model, path = backbone("t5"), tmp_path / "p.safetensors"
+    save_prompt(path, stored(model, "p", 2.0))
+    config = InitConfig("file", path=str(path))
+    with pytest.raises(ValueError, match=r"has 3 virtual tokens, model.num_virtual_tokens is 5"):
+        one(config, model, 5)
+    with pytest.raises(ValueError, match="made for backbone 'tiny-t5' .* but 'tiny-gpt2'"):
+        one(config, backbone("gpt2"), 3)
+    with pytest.raises(FileNotFoundError, match="no prompt file"):
+        one(InitConfig("file", path=str(tmp_path / "q.safetensors")), model, 3)
