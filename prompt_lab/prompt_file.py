@@ -96,7 +96,7 @@ def save_prompt(path: str | Path, prompt: Prompt) -> None:
             "be (N, D)"
         )
     tensors = {
-        name: getattr(prompt, name).detach().to("cpu", torch.float32).contiguous()
+        name: getattr(prompt, name).detach().to("cpu", torch.float32, copy=True).contiguous()
         for name in ("prompt", "init")
     }
     count, width = prompt.prompt.shape

@@ -154,7 +154,7 @@ def test_renumbering_changes_nothing_but_the_prompts_numbers(backbone: Factory) 
 def test_a_step_repeats_bit_for_bit_on_two_threads(backbone: Factory, kind: str) -> None:
     """Decision 3: gathering prompts must not make the backward pass depend on the threads."""
     model, prompts = backbone(kind), bank()
-    rows = [i % 6 for i in range(48)]
+    rows = [i % 6 for i in range(24)]
     batch = weighted_batch(model, rows)
     first = bank_gradient(model, prompts, batch, 10**6)
     for _ in range(10):
@@ -204,7 +204,7 @@ def rows_of_step(model: Backbone, tokens: Tokens, runs: list[int], step: int) ->
     )
 
 
-def train(model: Backbone, runs: list[int], name: str, steps: int) -> Tensor:
+def train(model: Backbone, runs: list[int], name: str, steps: int, per_forward: int) -> Tensor:
     """Prompts of some of the runs after all steps, trained side by side."""
     tokens = model.encode_inputs(TEXTS, 8), model.encode_targets(TARGETS)
     generator = torch.Generator().manual_seed(0)
@@ -215,7 +215,7 @@ def train(model: Backbone, runs: list[int], name: str, steps: int) -> Tensor:
     optimizer = config.build([prompts], [RATES[run] for run in runs], active, steps)
     for step in range(steps):
         batch = rows_of_step(model, tokens, runs, step)
-        losses, gradient = bank_gradient(model, prompts, batch, tokens_per_forward=60)
+        losses, gradient = bank_gradient(model, prompts, batch, per_forward)
         prompts.grad = None
         with_gradient(losses.sum(), prompts, gradient).backward()
         optimizer.step()
@@ -224,9 +224,9 @@ def train(model: Backbone, runs: list[int], name: str, steps: int) -> Tensor:
 
 @pytest.mark.parametrize(("name", "steps"), [("adamw", 300), ("adafactor", 60)])
 def test_a_bank_of_runs_follows_its_runs_trained_alone(name: str, steps: int) -> None:
-    """Equality 1: 300 steps in float64, four learning rates and four batch sizes."""
+    """Equality 1: 300 steps in float64, four learning rates and batch sizes."""
     model = tiny_gpt2()
-    together = train(model, [0, 1, 2, 3], name, steps)
+    together = train(model, [0, 1, 2, 3], name, steps, per_forward=60)
     for run in range(len(RATES)):
-        (alone,) = train(model, [run], name, steps)
+        (alone,) = train(model, [run], name, steps, per_forward=10**6)
         assert (together[run] - alone).abs().max() <= 1e-9

@@ -1,4 +1,4 @@
-"""Initial prompts: rows of the embedding table, noise of the stated size, files; and their errors."""
+"""Initial prompts: rows of the embedding table, noise of the stated size, files, errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def run(task: str = "tone", seed: int = 0, rate: float = 0.3, sample: int = 13) 
     return Run(task, sample, seed, rate, 8)
 
 
-def one(config: InitConfig, model: Backbone, count: int, task: str = "tone", seed: int = 0) -> Tensor:
+def one(
+    config: InitConfig, model: Backbone, count: int, task: str = "tone", seed: int = 0
+) -> Tensor:
     """The initial prompt (N, D) of a single run."""
     return initial_prompts(config, model, [run(task, seed)], TASKS, count)[0]
 
@@ -105,7 +107,7 @@ def test_prompts_are_float32_for_bf16_weights(backbone: Factory) -> None:
 
 
 def test_a_vocabulary_too_small_is_refused(backbone: Factory) -> None:
-    with pytest.raises(ValueError, match="20 virtual tokens cannot be drawn without .* from 7 tok"):
+    with pytest.raises(ValueError, match=r"20 virtual tokens cannot be drawn .* from 7 tok"):
         one(InitConfig(vocab_size=10), backbone("t5"), 20)
 
 
@@ -196,7 +198,7 @@ def test_incomplete_settings_are_refused(values: dict[str, Any], message: str) -
 
 
 def test_a_task_without_labels_is_refused(backbone: Factory) -> None:
-    with pytest.raises(ValueError, match="init.name is labels, but task 'open' has no label set"):
+    with pytest.raises(ValueError, match=r"init.name is labels, but task 'open' has no label set"):
         one(InitConfig("labels"), backbone("t5"), 8, "open")
 
 
@@ -250,7 +252,7 @@ def test_all_prompts_that_a_store_lacks_are_named(backbone: Factory, tmp_path: P
     model = backbone("t5")
     PromptStore(tmp_path).save([stored(model, "a", 1.0, task="tone")])
     runs = [run("tone"), run("other"), run("open")]
-    with pytest.raises(ValueError, match="has no prompt for 2 runs: other_13.*, open_13"):
+    with pytest.raises(ValueError, match=r"has no prompt for 2 runs: other_13.*, open_13"):
         initial_prompts(InitConfig("file", path=str(tmp_path)), model, runs, TASKS, 3)
 
 
@@ -271,7 +273,7 @@ def test_files_of_another_shape_or_backbone_or_nowhere_are_refused(
     config = InitConfig("file", path=str(path))
     with pytest.raises(ValueError, match=r"has 3 virtual tokens, model.num_virtual_tokens is 5"):
         one(config, model, 5)
-    with pytest.raises(ValueError, match="made for backbone 'tiny-t5' .* but 'tiny-gpt2'"):
+    with pytest.raises(ValueError, match=r"made for backbone 'tiny-t5' .* but 'tiny-gpt2'"):
         one(config, backbone("gpt2"), 3)
     with pytest.raises(FileNotFoundError, match="no prompt file"):
         one(InitConfig("file", path=str(tmp_path / "q.safetensors")), model, 3)

@@ -169,7 +169,7 @@ class EvaluationSteps:
         layout: padding.
         tokens_per_forward: most padded tokens of a batch.
         longest_answer: most tokens to generate, by (task, sample).
-        extra_per_row: tokens that a row of a task costs besides its input, given the longest answer.
+        extra_per_row: tokens of a task's row besides its input, given the longest answer.
         live: returns the indices of the runs to evaluate.
         rank: this process.
         world: number of processes.

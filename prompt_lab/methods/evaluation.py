@@ -74,10 +74,11 @@ class Evaluation:
             self.predictions += answers
 
     def scores(self) -> Tensor:
-        """Score of every run (R,), float64 on the CPU; NaN for runs that were not evaluated."""
-        scores = torch.full((len(self.method.runs),), torch.nan, dtype=torch.float64)
+        """Score of every run (R,), float64; NaN for runs that were not evaluated."""
+        shape, device = (len(self.method.runs),), self.method.device
+        scores = torch.full(shape, torch.nan, dtype=torch.float64, device=device)
         for key, runs in self.members.items():
-            scores[runs] = self.metrics[key].compute().cpu()
+            scores[runs] = self.metrics[key].compute()
         return scores
 
     def constant_runs(self) -> list[int]:

@@ -20,7 +20,6 @@ from prompt_lab.data.tasks import Task
 from prompt_lab.prompt_file import PromptStore, load_prompt
 from prompt_lab.run import Run
 
-
 InitName = Literal["vocab", "text", "labels", "normal", "uniform", "file"]
 
 

@@ -1,0 +1,464 @@
+"""``PromptTuning`` under a Lightning trainer: bank against single runs, failures, what is kept.
+
+The references are the same runs trained alone, the files on disk, and sums over bytes made here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TASKS, make_backbone
+from lightning.pytorch import Callback, Trainer
+
+from prompt_lab.backbone import Backbone
+from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.methods.initial_prompts import InitConfig
+from prompt_lab.methods.prompt_method import BackboneConfig
+from prompt_lab.methods.prompt_tuning import FAILED, FINISHED, STOPPED, PromptTuning
+from prompt_lab.optim import OptimConfig
+from prompt_lab.prompt_file import PromptStore
+from prompt_lab.results import read_csv
+
+Factory = Callable[..., Backbone]
+Folders = Callable[[str], Path]
+
+MIXED = ["glue-cola", "e2e_nlg_cleaned"]  # scored and generated
+GRIDS = {  # rates at which 30 steps do not amplify rounding, and a seed at which dev scores differ
+    "t5": ([0.01, 0.003], 1),
+    "bart": ([0.03, 0.01], 0),
+    "gpt2": ([0.1, 0.03], 2),
+    "bloom": ([0.03, 0.01], 0),
+    "llama": ([0.03, 0.01], 0),
+}
+
+
+class AskedRows(Callback):
+    """Notes which runs have rows in each step and each evaluation."""
+
+    def __init__(self) -> None:
+        self.train: dict[int, set[int]] = {}
+        self.dev: dict[int, set[int]] = {}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.train[trainer.global_step] = set(batch.prompts)
+
+    def on_validation_batch_start(
+        self, trainer, pl_module, batch, batch_idx, dataloader_idx=0
+    ) -> None:
+        self.dev.setdefault(trainer.global_step, set()).update(batch.batch.prompts)
+
+
+def make_trainer(run_dir: Path, steps: int = 6, every: int = 3, **settings: Any) -> Trainer:
+    """A trainer with the settings of the command line, without its outputs."""
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "max_epochs": -1,
+        "max_steps": steps,
+        "val_check_interval": every,
+        "check_val_every_n_epoch": None,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+        "inference_mode": False,
+        "logger": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+        "default_root_dir": run_dir,
+    }
+    return Trainer(**{**defaults, **settings})
+
+
+def make_method(backbone: Backbone | None = None, **settings: Any) -> PromptTuning:
+    """A method on a backbone that is already loaded."""
+    given = {"num_virtual_tokens": 5, "learning_rate": 0.03, "batch_size": 4, **settings}
+    method = PromptTuning(**given)
+    method.backbone = backbone
+    return method
+
+
+def make_data(root: Path, tasks: list[str], samples: list[int]) -> CrossFitDataModule:
+    return CrossFitDataModule(tasks, root=str(root), samples=samples)
+
+
+@pytest.fixture
+def fit(backbone: Factory, fewshot_root: Path, tmp_path: Path) -> Callable[..., PromptTuning]:
+    """Function that fits a bank on a tiny model and returns the method, its trainer attached."""
+
+    def run(
+        kind: str = "t5",
+        tasks: list[str] = ["glue-sst2"],  # noqa: B006
+        samples: list[int] = [13],  # noqa: B006
+        model: Backbone | None = None,
+        root: Path = fewshot_root,
+        run_dir: Path | None = None,
+        trainer: dict[str, Any] | None = None,
+        **method: Any,
+    ) -> PromptTuning:
+        if run_dir is None:
+            run_dir = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
+        made = make_method(model or backbone(kind), **method)
+        trainer_ = make_trainer(run_dir, **(trainer or {}))
+        trainer_.fit(made, datamodule=make_data(root, tasks, samples))
+        return made
+
+    return run
+
+
+# ---- equality 1: a bank follows its single runs --------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", GRIDS)
+def test_a_bank_of_runs_follows_the_separate_single_runs(fit, kind):
+    """Reference: each run of the grid trained alone; 30 float32 steps."""
+    rates, seed = GRIDS[kind]
+    settings = {"kind": kind, "patience": 4, "init_seed": seed}
+    settings["trainer"] = {"max_steps": 30, "val_check_interval": 3}
+    bank = fit(tasks=MIXED, learning_rate=rates, batch_size=[3, 4], **settings)
+    assert len(bank.runs) == 8
+    assert {STOPPED, FINISHED} >= set(bank.status.tolist())
+    assert len(set(bank.best_step.tolist())) > 1  # else it would show little
+    assert bank._moved().min() > 1e-3
+    for i, run in enumerate(bank.runs):
+        rate, rows = run.learning_rate, run.batch_size
+        alone = fit(tasks=[run.task], learning_rate=rate, batch_size=rows, **settings)
+        assert alone.runs == [run]
+        assert alone.status.item() == bank.status[i]
+        assert alone.best_step.item() == bank.best_step[i]
+        assert alone.best_score.item() == bank.best_score[i]
+        torch.testing.assert_close(bank.prompt[i], alone.prompt[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(bank.best[i], alone.best[0], rtol=0, atol=1e-5)
+
+
+def test_runs_that_have_stopped_ask_for_no_rows(fit):
+    """Reference: the runs that ``curves.csv`` calls training after each evaluation."""
+    asked = AskedRows()
+    rates, seed = GRIDS["bloom"]
+    trainer = {"max_steps": 30, "val_check_interval": 3, "callbacks": [asked]}
+    settings = {"learning_rate": rates, "batch_size": [3, 4], "init_seed": seed, "patience": 3}
+    bank = fit(kind="bloom", tasks=MIXED, trainer=trainer, **settings)
+    place = {run.name: i for i, run in enumerate(bank.runs)}
+    live = dict.fromkeys(range(3), set(place.values()))
+    evaluated: dict[int, set[int]] = {}
+    for row in read_csv(bank.run_dir / "curves.csv"):
+        step, i = int(row["step"]), place[row["run"]]
+        evaluated.setdefault(step, set()).add(i)
+        for later in range(step, step + 3):
+            live.setdefault(later, set())
+            if row["status"] == "training":
+                live[later].add(i)
+    sizes = {len(runs) for runs in live.values()}
+    assert len(sizes) > 2  # runs stop at different times
+    assert asked.train == {step: runs for step, runs in live.items() if runs}
+    assert asked.dev == evaluated
+
+
+@pytest.mark.parametrize("kind", ["t5", "gpt2"])
+def test_tokens_per_forward_bounds_memory_and_changes_no_result(fit, kind):
+    """Reference: the same fit with all rows in one forward pass."""
+    settings = {"kind": kind, "tasks": MIXED, "learning_rate": [0.01, 0.003], "batch_size": [3, 4]}
+    whole, cut = fit(**settings), fit(**settings, tokens_per_forward=64)
+    torch.testing.assert_close(cut.prompt, whole.prompt, rtol=0, atol=1e-5)
+    assert cut.best_score.tolist() == whole.best_score.tolist()
+    assert cut.best_step.tolist() == whole.best_step.tolist()
+
+
+# ---- equality 5: the backbone is frozen ----------------------------------------------------------
+
+
+def weights_digest(backbone: Backbone) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(backbone.model.state_dict().items()):
+        digest.update(name.encode() + value.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart", "gpt2"])
+def test_a_fit_leaves_every_byte_of_the_backbone_and_optimizes_the_prompts_alone(fit, kind):
+    """Reference: SHA-256 over all weights and buffers before and after."""
+    model = make_backbone(kind)
+    before = weights_digest(model)
+    method = fit(kind=kind, model=model, tasks=MIXED)
+    assert weights_digest(model) == before
+    (group,) = method.trainer.optimizers[0].param_groups
+    assert [id(parameter) for parameter in group["params"]] == [id(method.prompt)]
+    assert [name for name, p in method.named_parameters() if p.requires_grad] == ["prompt"]
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module.training for module in model.modules())
+
+
+# ---- failures ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [1e30, 3e38])
+def test_a_run_that_diverges_stops_alone_and_says_so(fit, rate):
+    """Reference: the bank without it."""
+    trainer = {"max_steps": 9, "val_check_interval": 3}
+    with pytest.warns(UserWarning, match=rf"not finite by step 3: glue-sst2_13_seed0_lr{rate:g}_"):
+        bank = fit(kind="gpt2", learning_rate=[0.03, rate, 0.01], trainer=trainer)
+    without = fit(kind="gpt2", learning_rate=[0.03, 0.01], trainer=trainer)
+    assert bank.status.tolist() == [FINISHED, FAILED, FINISHED]
+    torch.testing.assert_close(bank.prompt[[0, 2]], without.prompt, rtol=0, atol=1e-6)
+    torch.testing.assert_close(bank.best[[0, 2]], without.best, rtol=0, atol=1e-6)
+    assert bank.best_score[[0, 2]].tolist() == without.best_score.tolist()
+    assert read_csv(bank.run_dir / "curves.csv")[1]["status"] == "failed: loss not finite"
+    (stored,) = PromptStore(bank.run_dir / "prompts").load([bank.runs[1].name])
+    assert stored.status == "failed: loss not finite"
+    assert stored.dev_score is None
+
+
+@pytest.fixture
+def poisoned_store(fit, tmp_path) -> Path:
+    """A store with a good prompt for sample 13 and one of NaN for sample 42."""
+    source = fit(kind="t5", samples=[13, 42], trainer={"max_steps": 1, "val_check_interval": 1})
+    prompts = source.best_prompts()
+    prompts[1].prompt = torch.full_like(prompts[1].prompt, torch.nan)
+    store = PromptStore(tmp_path / "poisoned")
+    store.save(prompts)
+    return store.folder
+
+
+def test_a_run_that_starts_from_a_poisoned_prompt_fails_alone(fit, poisoned_store):
+    """Reference: the bank of the other sample alone."""
+    settings = {"init": InitConfig("file", path=str(poisoned_store))}
+    with pytest.warns(UserWarning, match="not finite by step 3: glue-sst2_42"):
+        bank = fit(samples=[13, 42], **settings)
+    alone = fit(samples=[13], **settings)
+    assert bank.status.tolist() == [FINISHED, FAILED]
+    assert bank.best_step.tolist() == [alone.best_step.item(), -1]
+    torch.testing.assert_close(bank.prompt[:1], alone.prompt, rtol=0, atol=1e-6)
+
+
+def test_a_fit_of_failed_runs_alone_ends_early(fit, poisoned_store):
+    with pytest.warns(UserWarning, match="not finite"):
+        method = fit(samples=[42], init=InitConfig("file", path=str(poisoned_store)))
+    assert method.trainer.global_step == 3
+
+
+# ---- what is kept --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fitted(fit) -> PromptTuning:
+    """Eight GPT-2 runs whose best steps differ, evaluated every 3 of 15 steps."""
+    rates, seed = GRIDS["gpt2"]
+    settings = {"learning_rate": rates, "batch_size": [3, 4], "init_seed": seed}
+    settings["trainer"] = {"max_steps": 15, "val_check_interval": 3}
+    return fit(kind="gpt2", tasks=MIXED, test_baselines=True, **settings)
+
+
+def fresh(method: PromptTuning, fewshot_root: Path) -> tuple[PromptTuning, dict[str, Any]]:
+    """The same method anew, with a trainer in the same run folder, as another process has it."""
+    again = PromptTuning(**method.hparams)
+    again.backbone = method.backbone
+    trainer = make_trainer(method.run_dir, steps=15)
+    return again, {"trainer": trainer, "data": make_data(fewshot_root, MIXED, [13])}
+
+
+def test_the_stored_prompt_of_each_run_has_the_stored_dev_score(fitted, fewshot_root):
+    """Reference: the best of each run's lines in ``curves.csv``, and an evaluation anew."""
+    assert len(set(fitted.best_step.tolist())) > 1
+    stored = PromptStore(fitted.run_dir / "prompts").load([run.name for run in fitted.runs])
+    curves = read_csv(fitted.run_dir / "curves.csv")
+    again, with_ = fresh(fitted, fewshot_root)
+    with_["trainer"].validate(again, datamodule=with_["data"], verbose=False)
+    scores = again.evaluation.scores().tolist()
+    for prompt, score in zip(stored, scores, strict=True):
+        lines = [row for row in curves if row["run"] == prompt.name]
+        best = max(lines, key=lambda row: float(row["dev"]))  # max keeps the first of equals
+        assert prompt.dev_score == score == float(best["dev"])
+        assert prompt.steps == int(best["step"])
+
+
+def results_without_time(folder: Path) -> list[dict[str, str]]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_csv(folder)]
+
+
+def test_testing_after_the_fit_equals_testing_from_the_store(fitted, fewshot_root):
+    """Reference: another method object that reads the prompt files."""
+    folder = fitted.run_dir
+    data = make_data(fewshot_root, MIXED, [13])
+    fitted.trainer.test(fitted, datamodule=data, verbose=False)
+    names = ("results.csv", "predictions.jsonl", "digests.json")
+    first = {name: (folder / name).read_bytes() for name in names}
+    rows = results_without_time(folder / "results.csv")
+    again, with_ = fresh(fitted, fewshot_root)
+    with_["trainer"].test(again, datamodule=with_["data"], verbose=False)
+    assert results_without_time(folder / "results.csv") == rows
+    assert {name: (folder / name).read_bytes() for name in names[1:]} == {
+        name: first[name] for name in names[1:]
+    }
+    assert {row["variant"] for row in rows} == {
+        "tuned",
+        "no_prompt",
+        "initial_prompt",
+        "chance",
+        "majority",
+    }
+
+
+def test_missing_prompts_are_all_named(fitted, fewshot_root):
+    gone = [fitted.runs[i].name for i in (1, 6)]
+    for name in gone:
+        (fitted.run_dir / "prompts" / f"{name}.safetensors").unlink()
+    again, with_ = fresh(fitted, fewshot_root)
+    with pytest.raises(FileNotFoundError, match=rf"2 of 8 prompts .*{gone[0]}, {gone[1]}"):
+        with_["trainer"].test(again, datamodule=with_["data"], verbose=False)
+
+
+def test_a_prompt_of_another_length_is_refused(fitted, fewshot_root):
+    again, with_ = fresh(fitted, fewshot_root)
+    longer = PromptTuning(**{**again.hparams, "num_virtual_tokens": 7})
+    longer.backbone = fitted.backbone
+    with pytest.raises(ValueError, match=r"shape \(5, 32\), the config asks for \(7, 32\)"):
+        with_["trainer"].test(longer, datamodule=with_["data"], verbose=False)
+
+
+def test_test_rows_play_no_part_in_training_and_choosing(fit, fewshot_root, tmp_path):
+    """Reference: the same fit with other test files."""
+    other = tmp_path / "other"
+    shutil.copytree(fewshot_root, other)
+    for path in other.glob("*/*_test.tsv"):
+        rows = [line.split("\t") for line in path.read_text().splitlines()]
+        answers = [row[1] for row in rows]
+        moved = [f"changed {row[0]}\t{new}\n" for row, new in zip(rows, answers[1:], strict=False)]
+        path.write_text("".join(moved))
+    settings = {"kind": "llama", "tasks": MIXED, "learning_rate": [0.03, 0.01]}
+    first, second = fit(**settings), fit(**settings, root=other)
+    assert first.best.equal(second.best)
+    assert first.prompt.equal(second.prompt)
+    assert (first.run_dir / "curves.csv").read_bytes() == (
+        second.run_dir / "curves.csv"
+    ).read_bytes()
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_holds_no_backbone_and_stays_small(fit, tmp_path):
+    """Reference: 5 times the bytes of the prompts, 64 KB, and 256 bytes per run."""
+    method = fit(
+        kind="gpt2",
+        tasks=list(TASKS),
+        samples=[13, 42],
+        num_virtual_tokens=40,
+        init_seed=[0, 1, 2],
+        learning_rate=[0.03, 0.02],
+        batch_size=1,
+        trainer={"max_steps": 1, "val_check_interval": 1},
+    )
+    assert len(method.runs) == 48
+    path = tmp_path / "last.ckpt"
+    method.trainer.save_checkpoint(path)
+    prompts = method.prompt.numel() * 4
+    assert path.stat().st_size <= 5 * prompts + 64 * 1024 + 256 * len(method.runs)
+    saved = torch.load(path, weights_only=True)
+    assert {"prompt", "init", "best"} <= set(saved["state_dict"])
+    assert not [name for name in saved["state_dict"] if name.startswith("backbone")]
+
+
+def test_a_state_that_does_not_fit_is_refused(fit):
+    method = fit()
+    state = method.state_dict()
+    method.load_state_dict(state)
+    for name in ("prompt", "best_score"):
+        with pytest.raises(RuntimeError, match=rf"does not fit: missing \['{name}'\]"):
+            method.load_state_dict({k: v for k, v in state.items() if k != name})
+    with pytest.raises(RuntimeError, match=r"unexpected \['other'\]"):
+        method.load_state_dict({**state, "other": torch.zeros(1)})
+    with pytest.raises(RuntimeError, match="size mismatch for prompt"):
+        method.load_state_dict({**state, "prompt": torch.zeros(1, 6, 32)})
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({"precision": "bf16-true"}, "32-true with model.backbone.dtype bfloat16"),
+        ({"precision": "16-true"}, "32-true with model.backbone.dtype bfloat16"),
+        ({"gradient_clip_val": 1.0}, "model.optim.clip"),
+        ({"accumulate_grad_batches": 2}, "model.batch_size"),
+        ({"max_steps": -1, "max_epochs": 1}, "max_steps is not set"),
+        ({"max_steps": 7}, "not a multiple of trainer.val_check_interval 3"),
+    ],
+)
+def test_trainer_settings_that_would_change_the_result_are_refused(fit, settings, advice):
+    with pytest.raises(ValueError, match=advice):
+        fit(trainer=settings)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(torch.float32, "bf16-mixed"), (torch.bfloat16, "32-true"), (torch.bfloat16, "bf16-mixed")],
+)
+@pytest.mark.parametrize("kind", ["t5", "gpt2"])
+def test_low_precision_leaves_prompts_and_optimizer_in_float32(fit, backbone, kind, dtype, precision):
+    """Reference: the float32 fit; bfloat16 keeps 8 bits, so it is near, not equal."""
+    method = fit(
+        kind=kind, model=backbone(kind, dtype), trainer={"precision": precision}, learning_rate=0.01
+    )
+    plain = fit(kind=kind, learning_rate=0.01)
+    assert method.backbone.model.dtype == dtype
+    state = method.trainer.optimizers[0].state[method.prompt]
+    assert {method.prompt.dtype, method.best.dtype, state["exp_avg"].dtype} == {torch.float32}
+    assert method.prompt.isfinite().all()
+    change, wanted = (m.prompt.detach() - m.init for m in (method, plain))
+    assert torch.cosine_similarity(change.flatten(), wanted.flatten(), dim=0) > 0.8
+
+
+def test_the_backbone_config_loads_weights_in_its_dtype(model_folder: Folders):
+    loaded = BackboneConfig(str(model_folder("gpt2")), dtype="bfloat16").load()
+    assert loaded.model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"label_smoothing": 0.1},
+        {"optim": OptimConfig("adafactor")},
+        {"optim": OptimConfig(schedule="linear", warmup_steps=2, clip=0.1, weight_decay=0.01)},
+    ],
+    ids=["label smoothing", "adafactor", "schedule and clip"],
+)
+def test_training_settings_reach_the_training(fit, settings):
+    """Reference: the fit without the setting, which ends elsewhere."""
+    plain, changed = fit(), fit(**settings)
+    assert changed.prompt.isfinite().all()
+    assert changed._moved().item() > 1e-4
+    assert not torch.allclose(plain.prompt, changed.prompt, atol=1e-5)
+
+
+# ---- warnings ------------------------------------------------------------------------------------
+
+
+def test_prompts_that_answer_alike_are_told(fit):
+    with pytest.warns(UserWarning, match="the same answer to every dev row from glue-sst2_13"):
+        fit(learning_rate=0.003)
+
+
+def test_prompts_that_do_not_move_are_told(fit):
+    with pytest.warns(UserWarning, match=r"within 0\.1 % of their start: glue-sst2_13.*lr1e-06"):
+        fit(learning_rate=[0.03, 1e-6])
+
+
+def test_initial_prompts_off_the_scale_of_embeddings_are_told(fit):
+    with pytest.warns(UserWarning, match="times the standard deviation of the backbone's"):
+        fit(init=InitConfig("normal", std=10.0))
+
+
+def test_a_healthy_fit_warns_of_nothing(fit):
+    rates, seed = GRIDS["llama"]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fit(kind="llama", tasks=["e2e_nlg_cleaned"], learning_rate=rates[0], init_seed=seed)
+    texts = [str(warning.message) for warning in told]
+    for text in ("same answer", "of their start", "standard deviation", "not finite"):
+        assert not [found for found in texts if text in found]

@@ -1,0 +1,105 @@
+"""What the README says can be done is done here: its commands, its Python, the quickstart's claim."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands() -> list[str]:
+    """The ``prompt-lab`` commands of the README's shell blocks, without comments."""
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    lines = [line.split("   #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line.split("&&")[-1].strip() for line in lines if "prompt-lab" in line]
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """The folder of a quickstart as a user runs it, and what it printed."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    command = [sys.executable, "-m", "prompt_lab", *shlex.split(quickstart_command())[1:]]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    made = subprocess.run(
+        [*command, "--run_dir", str(folder / "quickstart")],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert made.returncode == 0, made.stderr
+    return folder, made.stdout + made.stderr
+
+
+def quickstart_command() -> str:
+    """The README's first command."""
+    return next(command for command in commands() if "quickstart" in command)
+
+
+def test_set_up_takes_exactly_two_commands():
+    assert len(re.findall(r"^pip install", README, re.MULTILINE)) == 2
+
+
+def test_quickstart_tunes_two_held_out_tasks_above_080_for_every_seed(quickstart):
+    folder, printed = quickstart
+    with (folder / "quickstart" / "results.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    tuned = defaultdict(list)
+    for row in rows:
+        if row["variant"] == "tuned":
+            tuned[row["task"]].append(float(row["test"]))
+    assert len(tuned) >= 3
+    assert all(len(scores) == 3 for scores in tuned.values())
+    assert sum(min(scores) > 0.8 for scores in tuned.values()) >= 2, dict(tuned)
+    assert {row["variant"] for row in rows} >= {"no_prompt", "initial_prompt", "chance", "tuned"}
+    assert "no prompt" in printed
+    assert "tuned" in printed
+
+
+def test_python_example_runs(quickstart):
+    folder, _ = quickstart
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    made = subprocess.run(
+        [sys.executable, "-c", code.replace("runs/quickstart", str(folder / "quickstart"))],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.strip()
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_parse(command, tmp_path, monkeypatch):
+    """Every command of the README is understood by the real command line, up to running it."""
+    from prompt_lab.cli import PromptLabCLI
+
+    for name in ("instantiate_classes", "_run_subcommand", "_parse_ckpt_path"):
+        monkeypatch.setattr(PromptLabCLI, name, lambda self, *a: None)
+    monkeypatch.setattr(PromptLabCLI, "before_instantiate_classes", lambda self: None)
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command)[1:]
+    words = ["configs/quickstart.yaml" if "config-fit.yaml" in word else word for word in words]
+    cli = PromptLabCLI(words)
+    assert cli.config.subcommand == words[0]
+
+
+def test_layout_names_files_that_exist():
+    tree = README.split("## Layout")[1].split("```")[1]
+    names = re.findall(r"\b[\w/]+(?:\.py|/)", tree)
+    package = ROOT / "prompt_lab"
+    assert len(names) > 10
+    missing = [n for n in names if not ((package / n).exists() or (ROOT / n).exists())]
+    assert not missing
