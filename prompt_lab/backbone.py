@@ -496,7 +496,8 @@ def _missing_model(name: str, error: OSError) -> str:
     return (
         f"no backbone {name!r}: it is neither a folder with config.json, tokenizer and weights, "
         f"nor could it be had from the hub or its cache ({reason}). Without network, first run "
-        f"`hf download {name}` on a machine that has it and copy the cache folder (HF_HOME), or "
+        f"`hf download {name}` on a machine that has it, copy the cache folder (HF_HOME) and set "
+        "HF_HUB_OFFLINE=1, or "
         "give the path of a local copy; `sandbox` is the model that ships with the package"
     )
 

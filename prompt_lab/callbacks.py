@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
-from prompt_lab.prompt_file import write_atomically
+from prompt_lab.atomic_file import write_atomically
 from prompt_lab.results import CURVE_COLUMNS, read_csv
 from prompt_lab.run import Run
 

@@ -9,9 +9,7 @@ Nothing is ever unpickled, and nothing that is missing is silently replaced.
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from prompt_lab.atomic_file import write_atomically, write_csv
 
 if TYPE_CHECKING:
     from prompt_lab.backbone import Backbone
@@ -235,11 +235,7 @@ class PromptStore:
 
     def write_index(self) -> None:
         """Rebuild ``index.csv`` from the files."""
-        rows = self.index()
-        lines = [",".join(METADATA_FIELDS)]
-        for row in rows:
-            lines.append(_csv_line([row.get(name) for name in METADATA_FIELDS]))
-        write_atomically(self.folder / "index.csv", ("\n".join(lines) + "\n").encode())
+        write_csv(self.folder / "index.csv", METADATA_FIELDS, self.index())
 
     def find(self, **wanted: object) -> list[str]:
         """Names of the prompts whose metadata equals all given values, e.g. ``task="imdb"``."""
@@ -248,24 +244,3 @@ class PromptStore:
             for row in self.index()
             if all(row.get(key) == value for key, value in wanted.items())
         ]
-
-
-def write_atomically(path: str | Path, content: bytes) -> None:
-    """Write a file so that readers see the old one or the new one, never a part."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        draft.write_bytes(content)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def _csv_line(values: Sequence[object]) -> str:
-    """One line of a CSV file, without its end."""
-    from io import StringIO
-
-    buffer = StringIO()
-    csv.writer(buffer, lineterminator="").writerow(["" if v is None else v for v in values])
-    return buffer.getvalue()

@@ -12,11 +12,10 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from prompt_lab.prompt_file import write_atomically
+from prompt_lab.atomic_file import cell, write_atomically, write_csv
 
 RESULT_COLUMNS = (
     "fit_id",
@@ -52,16 +51,6 @@ CURVE_COLUMNS = ("step", "run", "train_loss", "dev", "best_dev", "best_step", "m
 BASELINES = ("no_prompt", "initial_prompt", "chance", "majority")
 
 
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows as CSV, whole or not at all; None and NaN become empty cells."""
-    buffer = StringIO()
-    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: _cell(row.get(name)) for name in columns})
-    write_atomically(path, buffer.getvalue().encode())
-
-
 def read_csv(path: Path) -> list[dict[str, str]]:
     """Rows of a CSV file as text, by column name.
 
@@ -83,7 +72,7 @@ def append_curves(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     with path.open("a", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, CURVE_COLUMNS, lineterminator="\n")
         for row in rows:
-            writer.writerow({name: _cell(row.get(name)) for name in CURVE_COLUMNS})
+            writer.writerow({name: cell(row.get(name)) for name in CURVE_COLUMNS})
 
 
 def write_predictions(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -141,8 +130,3 @@ def _number(value: Any) -> float:
     """A score as a number, minus infinity where there is none."""
     number = float("nan") if value in (None, "") else float(value)
     return -math.inf if math.isnan(number) else number
-
-
-def _cell(value: Any) -> Any:
-    """What a CSV cell holds."""
-    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else value

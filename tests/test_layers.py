@@ -13,8 +13,8 @@ import prompt_lab
 
 ROOT = Path(prompt_lab.__file__).parent
 LAYERS = {
-    0: "prompts prompt_file subspace optim meta_gradient arithmetic similarity selection "
-    "interpretation metrics statistics batch run results",
+    0: "atomic_file prompts prompt_file subspace optim meta_gradient arithmetic similarity "
+    "selection interpretation metrics statistics batch run results",
     1: "backbone bank data sandbox",
     2: "methods",
     3: "plots report callbacks",

@@ -6,6 +6,7 @@ The references are the same runs trained alone, the files on disk, and sums over
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -30,8 +31,10 @@ Factory = Callable[..., Backbone]
 Folders = Callable[[str], Path]
 
 MIXED = ["glue-cola", "e2e_nlg_cleaned"]  # scored and generated
-GRIDS = {  # rates at which 30 steps do not amplify rounding, and a seed at which dev scores differ
-    "t5": ([0.01, 0.003], 1),
+# Rates and an initial seed at which dev scores differ and rounding stays small: a prompt that 1e-7
+# takes over a kink of T5's ReLU has a gradient that differs by 1e-2.
+GRIDS = {
+    "t5": ([0.003, 0.001], 4),
     "bart": ([0.03, 0.01], 0),
     "gpt2": ([0.1, 0.03], 2),
     "bloom": ([0.03, 0.01], 0),
@@ -144,7 +147,7 @@ def test_runs_that_have_stopped_ask_for_no_rows(fit):
     settings = {"learning_rate": rates, "batch_size": [3, 4], "init_seed": seed, "patience": 3}
     bank = fit(kind="bloom", tasks=MIXED, trainer=trainer, **settings)
     place = {run.name: i for i, run in enumerate(bank.runs)}
-    live = dict.fromkeys(range(3), set(place.values()))
+    live = {step: set(place.values()) for step in range(3)}
     evaluated: dict[int, set[int]] = {}
     for row in read_csv(bank.run_dir / "curves.csv"):
         step, i = int(row["step"]), place[row["run"]]
@@ -162,8 +165,9 @@ def test_runs_that_have_stopped_ask_for_no_rows(fit):
 @pytest.mark.parametrize("kind", ["t5", "gpt2"])
 def test_tokens_per_forward_bounds_memory_and_changes_no_result(fit, kind):
     """Reference: the same fit with all rows in one forward pass."""
-    settings = {"kind": kind, "tasks": MIXED, "learning_rate": [0.01, 0.003], "batch_size": [3, 4]}
-    whole, cut = fit(**settings), fit(**settings, tokens_per_forward=64)
+    settings = {"kind": kind, "tasks": MIXED, "learning_rate": [0.01, 0.003], "batch_size": 3}
+    settings["trainer"] = {"max_steps": 4, "val_check_interval": 2}
+    whole, cut = fit(**settings), fit(**settings, tokens_per_forward=100)
     torch.testing.assert_close(cut.prompt, whole.prompt, rtol=0, atol=1e-5)
     assert cut.best_score.tolist() == whole.best_score.tolist()
     assert cut.best_step.tolist() == whole.best_step.tolist()
@@ -190,7 +194,7 @@ def test_a_fit_leaves_every_byte_of_the_backbone_and_optimizes_the_prompts_alone
     assert [id(parameter) for parameter in group["params"]] == [id(method.prompt)]
     assert [name for name, p in method.named_parameters() if p.requires_grad] == ["prompt"]
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert not any(module.training for module in model.modules())
+    assert not any(module.training for module in model.model.modules())
 
 
 # ---- failures ------------------------------------------------------------------------------------
@@ -200,7 +204,8 @@ def test_a_fit_leaves_every_byte_of_the_backbone_and_optimizes_the_prompts_alone
 def test_a_run_that_diverges_stops_alone_and_says_so(fit, rate):
     """Reference: the bank without it."""
     trainer = {"max_steps": 9, "val_check_interval": 3}
-    with pytest.warns(UserWarning, match=rf"not finite by step 3: glue-sst2_13_seed0_lr{rate:g}_"):
+    name = f"glue-sst2_13_seed0_lr{rate:g}_bs4"
+    with pytest.warns(UserWarning, match=re.escape(f"not finite by step 3: {name};")):
         bank = fit(kind="gpt2", learning_rate=[0.03, rate, 0.01], trainer=trainer)
     without = fit(kind="gpt2", learning_rate=[0.03, 0.01], trainer=trainer)
     assert bank.status.tolist() == [FINISHED, FAILED, FINISHED]
@@ -216,7 +221,7 @@ def test_a_run_that_diverges_stops_alone_and_says_so(fit, rate):
 @pytest.fixture
 def poisoned_store(fit, tmp_path) -> Path:
     """A store with a good prompt for sample 13 and one of NaN for sample 42."""
-    source = fit(kind="t5", samples=[13, 42], trainer={"max_steps": 1, "val_check_interval": 1})
+    source = fit(kind="gpt2", samples=[13, 42], trainer={"max_steps": 1, "val_check_interval": 1})
     prompts = source.best_prompts()
     prompts[1].prompt = torch.full_like(prompts[1].prompt, torch.nan)
     store = PromptStore(tmp_path / "poisoned")
@@ -228,8 +233,8 @@ def test_a_run_that_starts_from_a_poisoned_prompt_fails_alone(fit, poisoned_stor
     """Reference: the bank of the other sample alone."""
     settings = {"init": InitConfig("file", path=str(poisoned_store))}
     with pytest.warns(UserWarning, match="not finite by step 3: glue-sst2_42"):
-        bank = fit(samples=[13, 42], **settings)
-    alone = fit(samples=[13], **settings)
+        bank = fit(kind="gpt2", samples=[13, 42], **settings)
+    alone = fit(kind="gpt2", samples=[13], **settings)
     assert bank.status.tolist() == [FINISHED, FAILED]
     assert bank.best_step.tolist() == [alone.best_step.item(), -1]
     torch.testing.assert_close(bank.prompt[:1], alone.prompt, rtol=0, atol=1e-6)
@@ -237,7 +242,7 @@ def test_a_run_that_starts_from_a_poisoned_prompt_fails_alone(fit, poisoned_stor
 
 def test_a_fit_of_failed_runs_alone_ends_early(fit, poisoned_store):
     with pytest.warns(UserWarning, match="not finite"):
-        method = fit(samples=[42], init=InitConfig("file", path=str(poisoned_store)))
+        method = fit(kind="gpt2", samples=[42], init=InitConfig("file", path=str(poisoned_store)))
     assert method.trainer.global_step == 3
 
 
@@ -400,7 +405,9 @@ def test_trainer_settings_that_would_change_the_result_are_refused(fit, settings
     [(torch.float32, "bf16-mixed"), (torch.bfloat16, "32-true"), (torch.bfloat16, "bf16-mixed")],
 )
 @pytest.mark.parametrize("kind", ["t5", "gpt2"])
-def test_low_precision_leaves_prompts_and_optimizer_in_float32(fit, backbone, kind, dtype, precision):
+def test_low_precision_leaves_prompts_and_optimizer_in_float32(
+    fit, backbone, kind, dtype, precision
+):
     """Reference: the float32 fit; bfloat16 keeps 8 bits, so it is near, not equal."""
     method = fit(
         kind=kind, model=backbone(kind, dtype), trainer={"precision": precision}, learning_rate=0.01

@@ -14,14 +14,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from prompt_lab.atomic_file import write_atomically, write_csv
 from prompt_lab.data.batches import EvaluationBatch
 from prompt_lab.data.files import SplitName
 from prompt_lab.metrics import BankMetric, chance_score, majority_score
-from prompt_lab.prompt_file import PromptStore, write_atomically
+from prompt_lab.prompt_file import PromptStore
 from prompt_lab.results import (
     RESULT_COLUMNS,
     summary_table,
-    write_csv,
     write_predictions,
 )
 

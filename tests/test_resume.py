@@ -1,0 +1,145 @@
+"""Equality 6: a fit that is killed and resumed equals one that was not, bit for bit.
+
+A process of its own runs the real command on two threads and is killed by ``os._exit``, which runs
+no clean-up; another one resumes. Both are forks of one process, so that imports are paid once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from prompt_lab.prompt_file import PromptStore, load_prompt
+from prompt_lab.results import read_csv
+
+STEPS, EVERY = 12, 3
+# Where the process dies: a hook of the method and the step at which it is called.
+KILLS = {
+    "between evaluations": ("on_train_batch_end", 8),
+    "right after an evaluation": ("on_train_batch_start", 6),
+    "between scoring and saving": ("_log_evaluation", 9),
+}
+SCRIPT = '''
+import json, os, sys
+import torch
+from prompt_lab import cli
+from prompt_lab.methods.prompt_tuning import PromptTuning
+
+def die_at(hook, step):
+    """Let the process die when the hook has been called at that step."""
+    original = getattr(PromptTuning, hook)
+    def called(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        if self.trainer.global_step == step:
+            os._exit(9)
+        return result
+    setattr(PromptTuning, hook, called)
+
+for job in json.loads(sys.argv[1]):
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(2)
+        if job["die"]:
+            die_at(*job["die"])
+        sys.argv = ["prompt-lab", *job["words"]]
+        os._exit(cli.run())
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code != (9 if job["die"] else 0):
+        sys.exit(f"{job} ended with {code}")
+'''
+
+
+def words(kind: str, model: Path, root: Path, run_dir: Path) -> list[str]:
+    """The command: a mixed grid in which runs stop at different times."""
+    rates = {"gpt2": "[0.1, 0.03]", "t5": "[0.03, 0.01]"}[kind]
+    return [
+        *("fit", f"--model.backbone.name={model}", "--model.num_virtual_tokens=5"),
+        *(f"--model.learning_rate={rates}", "--model.batch_size=[3, 4]", "--model.init_seed=2"),
+        *("--model.patience=2", "--model.optim.schedule=linear", "--model.optim.warmup_steps=2"),
+        *(
+            f"--data.root={root}",
+            "--data.tasks=[glue-cola, e2e_nlg_cleaned]",
+            "--data.samples=[13]",
+        ),
+        *(f"--trainer.max_steps={STEPS}", f"--trainer.val_check_interval={EVERY}"),
+        *("--trainer.accelerator=cpu", "--trainer.logger=false", f"--run_dir={run_dir}"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def folders(
+    tmp_path_factory: pytest.TempPathFactory,
+    model_folder: Callable[[str], Path],
+    fewshot_root: Path,
+) -> Callable[[str, str], Path]:
+    """Function that gives the run folder of a kind of model and a way to die, all made at once."""
+    base = tmp_path_factory.mktemp("resume")
+    jobs = []
+    for kind in ("gpt2", "t5"):
+        whole = words(kind, model_folder(kind), fewshot_root, base / f"{kind}-whole")
+        jobs.append({"words": whole, "die": None})
+        for at, kill in enumerate(KILLS.values()):
+            given = words(kind, model_folder(kind), fewshot_root, base / f"{kind}-{at}")
+            jobs.append({"words": given, "die": kill})
+            jobs.append({"words": [*given, "--ckpt_path=last"], "die": None})
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
+    environment["OMP_WAIT_POLICY"] = "passive"  # threads that wait leave the cores to others
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(jobs)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return lambda kind, name: base / f"{kind}-{name}"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+@pytest.mark.parametrize("at", range(len(KILLS)), ids=list(KILLS))
+def test_a_killed_fit_that_is_resumed_equals_the_uninterrupted_one(folders, kind, at):
+    """Reference: the files of the fit that nothing interrupted, to the byte but for seconds."""
+    whole, resumed = folders(kind, "whole"), folders(kind, str(at))
+    assert (resumed / "curves.csv").read_bytes() == (whole / "curves.csv").read_bytes()
+    names = sorted(path.name for path in (whole / "prompts").glob("*.safetensors"))
+    assert len(names) == 8
+    assert names == sorted(path.name for path in (resumed / "prompts").glob("*.safetensors"))
+    for name in names:
+        first, second = (load_prompt(folder / "prompts" / name) for folder in (whole, resumed))
+        assert first.prompt.numpy().tobytes() == second.prompt.numpy().tobytes()
+        assert first.init.numpy().tobytes() == second.init.numpy().tobytes()
+        assert {**first.metadata(), "seconds": 0} == {**second.metadata(), "seconds": 0}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+@pytest.mark.parametrize("at", range(len(KILLS)), ids=list(KILLS))
+def test_the_last_state_of_bank_and_optimizer_is_that_of_the_uninterrupted_fit(folders, kind, at):
+    """Reference: every tensor of the uninterrupted fit's last checkpoint."""
+    first, second = (
+        torch.load(folders(kind, name) / "checkpoints" / "last.ckpt", weights_only=True)
+        for name in ("whole", str(at))
+    )
+    for name, value in first["state_dict"].items():
+        if name != "seconds":
+            assert value.equal(second["state_dict"][name]), name
+    moments, again = (saved["optimizer_states"][0]["state"][0] for saved in (first, second))
+    assert moments.keys() == again.keys()
+    for name, value in moments.items():
+        assert value.equal(again[name]), name
+
+
+def test_the_fits_that_are_compared_stop_runs_at_different_times(folders):
+    """Else the tests above would say little about stops and patience."""
+    for kind in ("gpt2", "t5"):
+        rows = read_csv(folders(kind, "whole") / "curves.csv")
+        ended = {int(row["step"]) for row in rows if row["status"] != "training"}
+        assert len(ended) > 1
+        index = PromptStore(folders(kind, "whole") / "prompts").index()
+        assert len({row["steps"] for row in index}) > 1
