@@ -67,9 +67,14 @@ class SaveRunConfig(SaveConfigCallback):
         settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         for name in NOT_SAVED:
             settings.pop(name, None)
-        # The run folder was put in these by the command line.
-        settings["trainer"].pop("default_root_dir", None)
-        name = f"config-{getattr(trainer.state.fn, 'value', 'run')}.yaml"
+        # The command line put the run folder in these; a later call may have another.
+        run_dir = settings["trainer"].pop("default_root_dir", None)
+        loggers = settings["trainer"]["logger"]
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            if logger and logger.get("init_args", {}).get("save_dir") == run_dir:
+                logger["init_args"]["save_dir"] = "."
+        assert trainer.state.fn is not None
+        name = f"config-{trainer.state.fn.value}.yaml"
         text = yaml.safe_dump(settings, sort_keys=False)
         write_atomically(Path(trainer.default_root_dir) / name, text.encode())
         for logger in trainer.loggers:

@@ -299,6 +299,8 @@ def _quieten() -> None:
         r".*LeafSpec.*",
         r".*recommended to use .*sync_dist.*",
         r".*does not have many workers.*",
+        r"The ``compute`` method of metric BankMetric was called before.*",
+        r"Checkpoint directory .* exists and is not empty",
         r".*instantiate_classes.*",
         r"You're resuming from a checkpoint that ended before the epoch ended.*",
         r"The number of training batches .* is smaller than the logging interval.*",

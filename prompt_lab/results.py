@@ -98,7 +98,7 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table that ``test`` prints: a line per task, the baselines beside the tuned prompts.
 
     Tuned is the mean over samples and seeds of the run that dev chose among learning rates and
-    batch sizes, with the standard deviation (ddof 1) and the number of prompts.
+    batch sizes, with the standard deviation (ddof 1) and the number of prompts that have a score.
     """
     columns = [name for name in BASELINES if any(row["variant"] == name for row in rows)]
     header = ["task", "metric", *(name.replace("_", " ") for name in columns), "tuned", "prompts"]
@@ -109,15 +109,22 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> str:
         for name in columns:
             cells.append(_mean_cell([r["test"] for r in of_task if r["variant"] == name]))
         tuned = [r["test"] for r in best_by_dev(r for r in of_task if r["variant"] == "tuned")]
-        lines.append([*cells, _mean_cell(tuned, spread=True), str(len(tuned))])
+        scored = len(_known(tuned))
+        count = str(scored) if scored == len(tuned) else f"{scored} of {len(tuned)}"
+        lines.append([*cells, _mean_cell(tuned, spread=True), count])
     widths = [max(len(line[at]) for line in lines) for at in range(len(header))]
     padded = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
     return "\n".join([padded[0], "  ".join("-" * w for w in widths), *padded[1:]])
 
 
+def _known(values: Sequence[float]) -> list[float]:
+    """The scores that are numbers."""
+    return [value for value in values if value is not None and not math.isnan(value)]
+
+
 def _mean_cell(values: Sequence[float], spread: bool = False) -> str:
     """Mean of scores, with their standard deviation where there are several; ``-`` without any."""
-    known = [value for value in values if value is not None and not math.isnan(value)]
+    known = _known(values)
     if not known:
         return "-"
     mean = f"{statistics.mean(known):.3f}"

@@ -373,11 +373,11 @@ def test_a_state_that_does_not_fit_is_refused(fit):
     state = method.state_dict()
     method.load_state_dict(state)
     for name in ("prompt", "best_score"):
-        with pytest.raises(RuntimeError, match=rf"does not fit: missing \['{name}'\]"):
+        with pytest.raises(ValueError, match=rf"does not fit: missing \['{name}'\]"):
             method.load_state_dict({k: v for k, v in state.items() if k != name})
-    with pytest.raises(RuntimeError, match=r"unexpected \['other'\]"):
+    with pytest.raises(ValueError, match=r"unexpected \['other'\]"):
         method.load_state_dict({**state, "other": torch.zeros(1)})
-    with pytest.raises(RuntimeError, match="size mismatch for prompt"):
+    with pytest.raises(ValueError, match=r"prompt has shape \(1, 6, 32\) there and \(1, 5, 32\) here"):
         method.load_state_dict({**state, "prompt": torch.zeros(1, 6, 32)})
 
 

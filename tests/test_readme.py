@@ -1,4 +1,4 @@
-"""What the README says can be done is done here: its commands, its Python, the quickstart's claim."""
+"""What the README says is done here: its commands, its Python, the quickstart's claim."""
 
 from __future__ import annotations
 

@@ -289,7 +289,7 @@ def test_a_tuned_prompt_steers_the_frozen_backbone_on_an_unseen_task(
     model: Any, tokenizer: Any
 ) -> None:
     """Without a prompt the score is near 0; a few steps of AdamW on 8 vectors pass label chance."""
-    data = rows("sandbox-season", 13, "train")[:128]
+    data = rows("sandbox-season", 13, "train")[:64]
     source = tokenizer([text for text, _ in data], return_tensors="pt", padding=True)
     labels = torch.tensor([[token_ids()[target], 1] for _, target in data])
     table = model.get_input_embeddings().weight.detach()

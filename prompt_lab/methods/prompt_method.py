@@ -202,12 +202,19 @@ class PromptMethod(LightningModule):
         """Load everything but the backbone, which must not be there.
 
         Raises:
-            RuntimeError: anything else is missing or left over, or has another shape.
+            ValueError: anything else is missing or left over, or has another shape.
         """
+        for name, own in self.state_dict().items():
+            given = state_dict.get(name, own)
+            if given.shape != own.shape:
+                raise ValueError(
+                    f"the checkpoint does not fit: {name} has shape {tuple(given.shape)} there and "
+                    f"{tuple(own.shape)} here; resume with the settings and the data of the fit"
+                )
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
         missing = [name for name in result.missing_keys if not name.startswith(_FROZEN)]
         if strict and (missing or result.unexpected_keys):
-            raise RuntimeError(
+            raise ValueError(
                 f"the checkpoint does not fit: missing {missing}, unexpected "
                 f"{result.unexpected_keys}; was it made with other settings or by another method?"
             )

@@ -227,11 +227,36 @@ class PromptTuning(PromptMethod):
     # ---- training -------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
-        """Take up the state of a checkpoint, if one was loaded."""
+        """Take up the state of a checkpoint, if one was loaded; a larger budget revives runs."""
+        if self.trainer.global_step < self.trainer.max_steps:
+            finished = self.status == FINISHED
+            self.status.masked_fill_(finished, TRAINING)
+            self.active |= finished
         self._live = [i for i, s in enumerate(self.status.tolist()) if s == TRAINING]
         self._clock = time.monotonic()
         if self.trainer.is_global_zero:
             start_curves(self.run_dir / "curves.csv", self.trainer.global_step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note what each prompt of the bank is trained on."""
+        checkpoint["trained_on"] = self._trained_on()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the bank of other data or seeds, which would only look like this one.
+
+        Raises:
+            ValueError: naming both sides.
+        """
+        saved, own = checkpoint.get("trained_on"), self._trained_on()
+        if saved is not None and saved != own:
+            raise ValueError(
+                f"the checkpoint is of {len(saved)} runs ({_some(saved)}), the settings ask for "
+                f"{len(own)} ({_some(own)}): resume with the tasks, samples and seeds of the fit"
+            )
+
+    def _trained_on(self) -> list[str]:
+        """Task, sample and initial seed of every run."""
+        return [f"{run.task} {run.sample} seed {run.init_seed}" for run in self.runs]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of all live runs; a run whose loss or gradient is not finite rests from here on."""
