@@ -206,9 +206,15 @@ def run(args: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         if os.environ.get("PROMPT_LAB_TRACEBACK"):
             raise
-        print(f"prompt-lab: {error}", file=sys.stderr)
+        print(f"prompt-lab: {_reason(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _reason(error: Exception) -> str:
+    """What a constructor said, without the parser's account of all types that it tried."""
+    said = re.search(r"^Errors:\n  - (?!Expected a )(.+)$", str(error), re.MULTILINE)
+    return said[1] if said else str(error)
 
 
 def _new_run_dir() -> str:

@@ -154,7 +154,8 @@ def test_a_step_repeats_bit_for_bit_on_two_threads(backbone: Factory, kind: str)
     """
     model = backbone(kind)
     prompts = torch.randn(2, 32, HIDDEN, generator=torch.Generator().manual_seed(2))
-    batch = model.batch(["no"] * 40, ["yes"] * 40, [row % 2 for row in range(40)])
+    texts = ["no", "a", "dog", "cat", "the", "sea", "red", "by"] * 5
+    batch = model.batch(texts, texts[::-1], [row // 4 % 2 for row in range(40)])
     first = bank_gradient(model, prompts, batch, 10**6)
     for _ in range(10):
         again = bank_gradient(model, prompts, batch, 10**6)

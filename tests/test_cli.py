@@ -6,8 +6,8 @@ depends on a fresh process (help without torch, ``python -m``, test from files) 
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -20,8 +20,7 @@ import torch
 import yaml
 
 from prompt_lab import cli
-from prompt_lab.callbacks import flag_names
-from prompt_lab.prompt_file import PromptStore, load_prompt
+from prompt_lab.prompt_file import load_prompt
 from prompt_lab.results import read_csv
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -105,3 +104,341 @@ def shell(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
 def only_prompt(folder: Path) -> torch.Tensor:
     (path,) = (folder / "prompts").glob("*.safetensors")
     return load_prompt(path).prompt
+
+
+def status(command: Command, *words: str) -> int:
+    """Exit status of a command, also where the parser exits."""
+    try:
+        return command(*words)
+    except SystemExit as leaving:
+        return int(leaving.code or 0)
+
+
+# ---- the entry -----------------------------------------------------------------------------------
+
+
+def test_help_comes_within_two_seconds_and_without_torch():
+    code = (
+        "import sys; sys.argv = ['prompt-lab', '--help']; from prompt_lab.__main__ import main; "
+        "main(); print(sorted({'torch', 'lightning', 'transformers', 'numpy'} & set(sys.modules)))"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert time.monotonic() - started < 2
+    assert done.stdout.splitlines()[-1] == "[]"
+    for word in ("fit", "validate", "test", "--config", "configs/quickstart.yaml"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("word", "answer"), [("tets", "did you mean test?"), ("x", "commands: fit, validate, test")]
+)
+def test_an_unknown_command_gets_the_nearest_one(word, answer):
+    done = shell(word)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"prompt-lab: no command {word!r}; {answer}")
+    assert len(done.stderr.splitlines()) == 1
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
+
+def printed_config(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    capsys.readouterr()
+    assert status(lambda *w: cli.run(["fit", *w]), *words, "--print_config") == 0
+    return capsys.readouterr().out
+
+
+def test_a_printed_config_parses_back_to_itself(tiny_file, capsys):
+    words = ("--model.patience=3", "--model.init.name=normal", "--data.max_input_length=9")
+    first = printed_config(capsys, "-c", tiny_file, *words)
+    Path("printed.yaml").write_text(first)
+    assert yaml.safe_load(first)["model"]["init_args"]["patience"] == 3
+    assert printed_config(capsys, "-c", "printed.yaml") == first
+
+
+def test_later_configs_and_flags_win():
+    Path("a.yaml").write_text(
+        "model: {class_path: PromptTuning, init_args: {learning_rate: 1.0, batch_size: 1}}\n"
+        "data: {tasks: [boolq], samples: [13]}\ntrainer: {max_steps: 10}\n"
+    )
+    Path("b.yaml").write_text("model: {init_args: {batch_size: 2}}\ndata: {samples: [42]}\n")
+    words = ["-c", "a.yaml", "-c", "b.yaml", "--trainer.max_steps=30", "--model.batch_size=3"]
+    config = ParseOnly(["fit", *words]).config.fit
+    assert config.model.init_args.learning_rate == 1.0  # from the first alone
+    assert config.data.samples == [42]  # the second over the first
+    assert config.model.init_args.batch_size == 3  # the flag over both
+    assert config.trainer.max_steps == 30
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_every_shipped_config_is_parsed(path):
+    config = ParseOnly(["fit", "-c", str(path)]).config.fit
+    assert config.model.class_path.startswith("prompt_lab.")
+    given = yaml.safe_load(path.read_text())["model"]["init_args"]
+    assert config.model.init_args.num_virtual_tokens == given["num_virtual_tokens"]
+
+
+@pytest.mark.parametrize("path", TUNING, ids=lambda path: path.stem)
+def test_every_prompt_tuning_config_runs_on_a_tiny_model(path, model_folder, fewshot_root):
+    """Reference: a model of the same architecture, with the config's other settings as they are."""
+    name = yaml.safe_load(path.read_text())["model"]["init_args"]["backbone"]["name"].lower()
+    architectures = {"t5": "t5", "bart": "bart", "gpt2": "gpt2", "bloom": "bloom"}
+    architectures["stories260k"] = "llama"
+    kind = next(kind for word, kind in architectures.items() if word in name)
+    words = [
+        *("fit", f"--config={path}", f"--model.backbone.name={model_folder(kind)}"),
+        *(
+            "--model.num_virtual_tokens=5",
+            "--trainer.max_steps=2",
+            "--trainer.val_check_interval=1",
+        ),
+        *(f"--data.root={fewshot_root}", "--data.tasks=[glue-sst2]", "--data.samples=[13]"),
+        *("--model.max_new_tokens=8", "--trainer.accelerator=cpu", "--run_dir=r"),
+    ]
+    assert cli.run(words) == 0
+    rows = [row for row in read_csv(Path("r/results.csv")) if row["variant"] == "tuned"]
+    assert len(rows) == len(list(Path("r/prompts").glob("*.safetensors"))) > 0
+    assert {row["status"] for row in rows} == {"finished"}
+
+
+# ---- what a run leaves ---------------------------------------------------------------------------
+
+
+def test_a_saved_config_reruns_to_the_same_prompt_and_serves_test_in_a_fresh_process(
+    fit, tiny_file
+):
+    """Reference: ``--test_after_fit``, which tests in the process of the fit."""
+    assert fit("--run_dir=first", "--test_after_fit", "--model.test_baselines=true") == 0
+    config = "first/config-fit.yaml"
+    saved = yaml.safe_load(Path(config).read_text())
+    assert not {"run_dir", "ckpt_path", "dry_run"} & set(saved)
+    assert cli.run(["fit", "-c", config, "--run_dir=second", "--test_after_fit=false"]) == 0
+    assert only_prompt(Path("first")).equal(only_prompt(Path("second")))
+    assert not Path("second/results.csv").exists()
+
+    done = shell("test", "-c", config, "--run_dir", "second")
+    assert done.returncode == 0, done.stderr
+    assert "test scores" in done.stderr + done.stdout
+    assert "glue-sst2  ACC" in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+    first, second = (
+        [{**row, "seconds": ""} for row in read_csv(Path(name))]
+        for name in ("first/results.csv", "second/results.csv")
+    )
+    assert first == second
+    for name in ("predictions.jsonl", "digests.json"):
+        assert Path("first", name).read_bytes() == Path("second", name).read_bytes()
+
+
+def test_a_second_fit_in_the_same_folder_sets_the_first_aside(fit, capsys):
+    assert fit("--run_dir=r") == 0
+    first = only_prompt(Path("r"))
+    assert fit("--run_dir=r", "--model.learning_rate=0.02") == 0
+    assert "r held an earlier run, now in r/previous-1" in capsys.readouterr().err
+    assert fit("--run_dir=r", "--model.learning_rate=0.01") == 0
+    assert only_prompt(Path("r/previous-1")).equal(first)
+    assert not only_prompt(Path("r/previous-2")).equal(first)
+    for name in ("config-fit.yaml", "curves.csv", "checkpoints/last.ckpt"):
+        assert Path("r/previous-1", name).is_file()
+        assert Path("r", name).is_file()
+    rates = [
+        yaml.safe_load(Path(folder, "config-fit.yaml").read_text())["model"]["init_args"]
+        for folder in ("r/previous-1", "r/previous-2", "r")
+    ]
+    assert [settings["learning_rate"] for settings in rates] == [0.05, 0.02, 0.01]
+
+
+def test_without_a_run_dir_each_fit_has_a_new_folder(fit):
+    assert fit() == 0
+    (folder,) = Path("runs").iterdir()
+    assert (folder / "curves.csv").is_file()
+
+
+def test_a_dry_run_prints_the_grid_and_writes_nothing(fit, capsys):
+    words = ("--model.learning_rate=[0.1, 0.2, 0.3]", "--data.samples=[13, 42]", "--dry_run")
+    assert status(fit, *words, "--run_dir=r") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("6 runs = 1 tasks x 2 samples x 1 init_seed x 3 learning_rate x 1 batch")
+    assert "prompt: 4 x 32" in out
+    assert "first step: 24 rows" in out
+    assert not list(Path().iterdir())
+
+
+def test_there_is_one_line_per_evaluation_and_none_per_step(fit, capfd):
+    assert fit("--trainer.max_steps=6", "--trainer.val_check_interval=2", "--run_dir=r") == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == "1 runs of 4 virtual tokens on 1 x cpu, 6 steps, in r"
+    assert [line.split()[:2] for line in lines[1:]] == [["step", f"{n}/6"] for n in (2, 4, 6)]
+
+
+# ---- resume --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_steps(tiny_file: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of the small fit; copy it before changing it."""
+    folder = tmp_path_factory.mktemp("fit") / "run"
+    assert cli.run(["fit", "-c", tiny_file, f"--run_dir={folder}"]) == 0
+    return folder
+
+
+def test_flags_win_over_a_checkpoint_and_the_difference_is_told(fit, two_steps, capsys):
+    """Reference: the same resume without the flag."""
+    for name in ("plain", "smooth"):
+        shutil.copytree(two_steps, name)
+    words = ("--trainer.max_steps=4", "--ckpt_path=last")
+    assert fit("--run_dir=plain", *words) == 0
+    assert "other settings" not in capsys.readouterr().err
+    assert fit("--run_dir=smooth", *words, "--model.label_smoothing=0.5") == 0
+    told = "the checkpoint had other settings: label_smoothing 0.0 -> 0.5\n"
+    assert told in capsys.readouterr().err
+    states = [
+        torch.load(f"{name}/checkpoints/last.ckpt", weights_only=True)
+        for name in ("plain", "smooth")
+    ]
+    assert [state["global_step"] for state in states] == [4, 4]
+    assert not states[0]["state_dict"]["prompt"].equal(states[1]["state_dict"]["prompt"])
+    assert states[1]["hyper_parameters"]["label_smoothing"] == 0.5
+
+
+def test_a_finished_fit_can_be_continued_with_a_larger_budget(fit, two_steps):
+    """Reference: a fit that had the larger budget from the start."""
+    shutil.copytree(two_steps, "longer")
+    assert fit("--run_dir=longer", "--trainer.max_steps=4", "--ckpt_path=last") == 0
+    assert fit("--run_dir=whole", "--trainer.max_steps=4") == 0
+    rows, wanted = (read_csv(Path(name, "curves.csv")) for name in ("longer", "whole"))
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
+    assert [{**row, "status": ""} for row in rows] == [{**row, "status": ""} for row in wanted]
+    assert only_prompt(Path("longer")).equal(only_prompt(Path("whole")))
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--model.num_virtual_tokens=7"], "prompt has shape (1, 4, 32) there and (1, 7, 32) here"),
+        (["--data.samples=[42]"], "(glue-sst2 13 seed 0), the settings ask for 1 (glue-sst2 42"),
+        (["--data.samples=[13, 42]"], "the checkpoint is of 1 runs"),
+    ],
+)
+def test_a_checkpoint_of_other_prompts_is_refused(fit, two_steps, capsys, words, sentence):
+    shutil.copytree(two_steps, "r")
+    assert fit("--run_dir=r", "--trainer.max_steps=4", "--ckpt_path=last", *words) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("prompt-lab: the checkpoint ")
+    assert sentence in last
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--data.tasks=[glue-sst]"], "unknown task 'glue-sst': did you mean glue-sst2"),
+        (["--model.learning_rat=3"], "'learning_rat' is not accepted"),
+        (["--model.optim.nme=adamw"], "optim.nme"),
+        (["--trainer.max_stepz=3"], "trainer.max_stepz"),
+        (["--model=PromtTuning"], "no method 'PromtTuning'; known: PromptTuning"),
+        (["--model.optim.name=sgd"], "'adamw', 'adafactor'"),
+        (["--model.backbone.name=nowhere"], "no backbone 'nowhere'"),
+        (["--data.root=nowhere"], "no folder nowhere: the data root does not exist"),
+        (["--data.samples=[77]"], "the samples in"),
+        (["--trainer.max_steps=-1"], "trainer.max_steps is not set"),
+        (["--trainer.max_steps=3", "--trainer.val_check_interval=2"], "not a multiple of"),
+        (["--trainer.precision=bf16-true"], "model.backbone.dtype bfloat16"),
+        (["--trainer.gradient_clip_val=1"], "use model.optim.clip"),
+        (["--trainer.default_root_dir=x"], "use --run_dir instead"),
+        (["--ckpt_path=last"], "no checkpoint r/checkpoints/last.ckpt"),
+        (["--model.init.name=file"], "give a prompt file or store with init.path"),
+        (["--model.num_virtual_tokens=0"], "model.num_virtual_tokens is 0: give at least 1"),
+        (["--data.samples=[13, 13]"], "data.samples must be distinct"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_setting_is_answered_with_one_sentence(fit, capsys, words, sentence):
+    assert status(fit, "--run_dir=r", *words) in (1, 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("prompt-lab: ")
+    assert sentence in line
+    assert not Path("r", "curves.csv").exists()
+
+
+def test_a_bad_row_is_named_by_file_and_line(fit, fewshot_root, capsys):
+    shutil.copytree(fewshot_root, "bad")
+    path = Path("bad/glue-sst2/glue-sst2_16_13_dev.tsv")
+    path.write_text(path.read_text() + "one column\n")
+    assert fit("--data.root=bad", "--run_dir=r") == 1
+    assert f"prompt-lab: {path}, line 13: the target column is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["test", "validate"])
+def test_test_and_validate_need_the_folder_of_a_fit(tiny_file, two_steps, capsys, command):
+    assert cli.run([command, "-c", tiny_file]) == 1
+    assert f"{command} needs --run_dir, the folder of the fit" in capsys.readouterr().err
+    assert cli.run([command, "-c", tiny_file, "--run_dir=none"]) == 1
+    assert "1 of 1 prompts are not in none/prompts: glue-sst2_13" in capsys.readouterr().err
+    shutil.copytree(two_steps, "r")
+    longer = [command, "-c", tiny_file, "--run_dir=r", "--model.num_virtual_tokens=7"]
+    assert cli.run(longer) == 1
+    assert "has shape (4, 32), the config asks for (7, 32)" in capsys.readouterr().err
+
+
+# ---- own tasks, wandb ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_task() -> tuple[str, ...]:
+    """Words that name a user's task: a folder of files for five samples, and a row of YAML."""
+    folder = Path("mine/weather")
+    folder.mkdir(parents=True)
+    for sample in (100, 13, 21, 42, 87):
+        for split in ("train", "dev", "test"):
+            rows = [f"{split} {sample} day {n}\t{'wet' if n % 2 else 'dry'}\n" for n in range(6)]
+            (folder / f"weather_3_{sample}_{split}.tsv").write_text("".join(rows))
+    Path("tasks.yaml").write_text("weather: {metric: ACC, labels: [wet, dry]}\n")
+    return ("--data.task_file=tasks.yaml", "--data.root=mine", "--data.tasks=[weather]")
+
+
+def test_a_task_of_the_user_trains_and_tests(fit, own_task):
+    assert fit(*own_task, "--data.samples=[42]", "--run_dir=r", "--test_after_fit") == 0
+    (row,) = read_csv(Path("r/results.csv"))
+    assert (row["task"], row["ontology"], row["metric"]) == ("weather", "custom", "ACC")
+    assert row["test_rows"] == "6"
+    assert 0 <= float(row["test"]) <= 1
+
+
+def test_five_samples_of_a_task_train_side_by_side(fit, own_task):
+    """Reference: the fit of one sample alone."""
+    samples = "--data.samples=[100, 13, 21, 42, 87]"
+    assert fit(*own_task, samples, "--run_dir=five", "--test_after_fit") == 0
+    assert fit(*own_task, "--data.samples=[21]", "--run_dir=one", "--test_after_fit") == 0
+    rows = {row["sample"]: row for row in read_csv(Path("five/results.csv"))}
+    assert list(rows) == ["100", "13", "21", "42", "87"]
+    (alone,) = read_csv(Path("one/results.csv"))
+    assert rows["21"]["test"] == alone["test"]
+    name = alone["prompt_file"]
+    first, second = (load_prompt(Path(folder, name)).prompt for folder in ("five", "one"))
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
+
+
+def test_wandb_gets_the_config_under_the_names_of_the_flags(fit, monkeypatch):
+    """Reference: the settings given; wandb runs offline and sends nothing."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    try:
+        assert fit("--trainer.logger=WandbLogger", "--run_dir=r", "--model.optim.clip=2") == 0
+        config, summary = dict(wandb.run.config), dict(wandb.run.summary)
+        assert Path(wandb.run.dir).is_relative_to("r")
+    finally:
+        wandb.finish()
+    assert config["model"] == "PromptTuning"
+    assert config["model.learning_rate"] == 0.05
+    assert config["model.optim.clip"] == 2
+    assert config["data.tasks"] == ["glue-sst2"]
+    assert config["trainer.max_steps"] == 2
+    assert config["seed_everything"] == 0
+    best = max(float(row["dev"]) for row in read_csv(Path("r/curves.csv")))
+    assert summary["best/val_score"] == pytest.approx(best)
+    assert "curves" in summary

@@ -1,0 +1,155 @@
+"""Equality 7: two gloo processes through the real command line equal one.
+
+Rows never divide evenly: nine a step for three runs of GPT-2, one a step for one run of T5, where
+the second process has none at all; eleven rows of dev and of test. The reference is one process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import make_backbone
+from lightning.pytorch import Trainer
+
+from prompt_lab import cli
+from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.methods.prompt_tuning import PromptTuning
+from prompt_lab.prompt_file import load_prompt
+from prompt_lab.results import read_csv
+
+JOBS = {
+    "three runs": (
+        "gpt2",
+        ["--data.tasks=[glue-cola, emotion, e2e_nlg_cleaned]", "--model.batch_size=3"],
+    ),
+    "one row a step": ("t5", ["--data.tasks=[glue-sst2]", "--model.batch_size=1"]),
+}
+RATES = {"gpt2": "0.1", "t5": "0.003"}
+EVAL_ROWS = 11
+
+
+class Pair(NamedTuple):
+    """Run folders of the same fit and test on one and on two processes, and what the two said."""
+
+    one: Path
+    two: Path
+    said: str
+
+
+@pytest.fixture(scope="module")
+def odd_root(fewshot_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The few-shot files with eleven rows of dev and test."""
+    root = tmp_path_factory.mktemp("odd") / "root"
+    shutil.copytree(fewshot_root, root)
+    for path in [*root.glob("*/*_dev.tsv"), *root.glob("*/*_test.tsv")]:
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:EVAL_ROWS]))
+    return root
+
+
+@pytest.fixture(scope="module", params=JOBS)
+def pair(
+    request: pytest.FixtureRequest,
+    model_folder: Callable[[str], Path],
+    odd_root: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Pair:
+    """Fit and test a job on one process, here, and on two processes of their own."""
+    kind, more = JOBS[request.param]
+    folder = tmp_path_factory.mktemp("ddp")
+    words = [
+        *("fit", f"--model.backbone.name={model_folder(kind)}", "--model.num_virtual_tokens=5"),
+        *(f"--model.learning_rate={RATES[kind]}", "--model.init_seed=2", *more),
+        *(f"--data.root={odd_root}", "--data.samples=[13]", "--test_after_fit"),
+        *("--trainer.max_steps=6", "--trainer.val_check_interval=2", "--model.test_baselines=true"),
+        *("--trainer.accelerator=cpu", "--trainer.logger=false"),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(cli.RUN_DIR_VARIABLE, "")  # taken back after the fit
+        assert cli.run([*words, f"--run_dir={folder / 'one'}"]) == 0
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp", f"--run_dir={folder / 'two'}"]
+    done = subprocess.run(  # a job that hangs ignores the plain signal
+        ["timeout", "-k", "5", "150", sys.executable, "-m", "prompt_lab", *words, *two],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return Pair(folder / "one", folder / "two", done.stdout + done.stderr)
+
+
+def test_two_processes_train_the_prompts_of_one(pair):
+    names = sorted(path.name for path in (pair.one / "prompts").glob("*.safetensors"))
+    assert names == sorted(path.name for path in (pair.two / "prompts").glob("*.safetensors"))
+    for name in names:
+        one, two = (load_prompt(folder / "prompts" / name) for folder in (pair.one, pair.two))
+        torch.testing.assert_close(two.prompt, one.prompt, rtol=0, atol=1e-5)
+        assert not two.prompt.equal(two.init)
+        assert (two.steps, two.dev_score) == (one.steps, one.dev_score)
+    last, again = (
+        torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]["prompt"]
+        for folder in (pair.one, pair.two)
+    )
+    torch.testing.assert_close(again, last, rtol=0, atol=1e-5)
+
+
+def test_two_processes_give_the_scores_of_one(pair):
+    """Reference: results.csv but for seconds, and every evaluation in curves.csv."""
+    one, two = (
+        [{**row, "seconds": ""} for row in read_csv(folder / "results.csv")]
+        for folder in (pair.one, pair.two)
+    )
+    assert one == two
+    assert {row["variant"] for row in one} >= {"tuned", "no_prompt", "initial_prompt"}
+    curves, again = (read_csv(folder / "curves.csv") for folder in (pair.one, pair.two))
+    assert len(curves) == len(again) > 0
+    for row, other in zip(curves, again, strict=True):
+        for name in ("step", "run", "dev", "best_dev", "best_step", "status"):
+            assert row[name] == other[name]
+        assert float(row["train_loss"]) == pytest.approx(float(other["train_loss"]), rel=1e-4)
+
+
+def test_two_processes_answer_every_row_once(pair):
+    rows = [json.loads(line) for line in (pair.two / "predictions.jsonl").open()]
+    seen = [(row["variant"], row["run"], row["row"]) for row in rows]
+    runs = {row["run"] for row in rows}
+    variants = ("tuned", "no_prompt", "initial_prompt")
+    wanted = [(v, run, n) for v in variants for run in runs for n in range(EVAL_ROWS)]
+    assert sorted(seen) == sorted(wanted)
+    assert (pair.two / "predictions.jsonl").read_bytes() == (
+        pair.one / "predictions.jsonl"
+    ).read_bytes()
+
+
+def test_two_processes_print_and_write_once(pair):
+    assert pair.said.count("test scores\n") == 1
+    assert pair.said.count("on 2 x cpu, 6 steps") == 1
+    assert "Traceback" not in pair.said
+    names = {path.name for path in pair.two.iterdir()}
+    assert names == {path.name for path in pair.one.iterdir()}
+    assert not any(name.startswith("previous") for name in names)
+
+
+def test_the_backbone_is_no_part_of_the_ddp_module(fewshot_root, tmp_path):
+    """Reference: the names of all parameters and buffers of the backbone, and of nothing else."""
+    method = PromptTuning(num_virtual_tokens=3)
+    method.backbone = make_backbone("bart")
+    data = CrossFitDataModule(["glue-sst2"], root=str(fewshot_root), samples=[13])
+    settings = {"max_epochs": -1, "max_steps": 1, "val_check_interval": 1}
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(
+        accelerator="cpu", default_root_dir=tmp_path, inference_mode=False, **settings, **quiet
+    )
+    trainer.fit(method, datamodule=data)
+    model = method.backbone.model
+    frozen = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
+    ignored = method._ddp_params_and_buffers_to_ignore
+    assert sorted(ignored) == sorted(f"backbone.model.{name}" for name in frozen)
