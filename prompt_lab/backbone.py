@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from prompt_lab.batch import IGNORE, Batch, make_batch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 ENCODER_DECODER = ("t5", "mt5", "bart")
 DECODER_ONLY = ("gpt2", "bloom", "llama", "qwen2")
@@ -57,6 +57,7 @@ class Backbone(nn.Module):
         kind = model.config.model_type
         _refuse_unsupported(kind, model.dtype, name)
         self.model: Any = model.requires_grad_(False).eval()
+        self.model.generation_config = _plain_generation(model)
         self.tokenizer: Any = tokenizer
         self.name = name
         self.is_encoder_decoder = kind in ENCODER_DECODER
@@ -65,7 +66,7 @@ class Backbone(nn.Module):
         self.max_positions: int | None = getattr(model.config, field) if field else None
         pad: int | None = self.tokenizer.pad_token_id
         self.pad_id: int = self.tokenizer.eos_token_id if pad is None else pad
-        self._adds_space = tokenizer.tokenize("a")[:1] == ["▁a"]
+        self._adds_space = "".join(self.tokenizer.tokenize("a")).startswith("▁")
 
     @classmethod
     def load(
@@ -128,6 +129,9 @@ class Backbone(nn.Module):
 
         Encoder-decoder models get their tokenizer's special tokens (T5 ``text </s>``, BART
         ``<s> text </s>``); decoder-only models ``[BOS] text``, where the tokenizer has a BOS.
+
+        Raises:
+            ValueError: a text without tokens where there is no BOS either.
         """
         if not texts:
             return []
@@ -137,6 +141,10 @@ class Backbone(nn.Module):
         bos = self.tokenizer.bos_token_id
         start = [] if bos is None else [bos]
         made = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        if any(not start + ids for ids in made):
+            raise ValueError(
+                f"an input has no tokens for backbone {self.name!r}: give it some text"
+            )
         return [(start + ids)[:max_length] for ids in made]
 
     def encode_targets(self, texts: Sequence[str]) -> list[list[int]]:
@@ -344,6 +352,8 @@ class Backbone(nn.Module):
         """Cache, mask (B, N + S) and positions (B, S) for text that follows its row's prompt."""
         from transformers import DynamicCache
 
+        if not batch.left_padded:
+            raise ValueError("decoder-only backbones take inputs padded on the left")
         empty = len(prefix) == 1  # prompts of no tokens leave no keys
         count = 0 if empty else prefix[0].shape[2]
         parts = [] if empty else [part.index_select(0, batch.prompt_index) for part in prefix]
@@ -490,9 +500,22 @@ def _load_model(path: str | Path, config: Any, attention: str) -> PreTrainedMode
     return kind.from_pretrained(path, config=config, dtype="auto", **chosen)
 
 
+def _plain_generation(model: PreTrainedModel) -> GenerationConfig:
+    """Generation settings with special ids only: published penalties would change the answers."""
+    from transformers import GenerationConfig
+
+    published = getattr(model, "generation_config", None)
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    own = {name: getattr(model.config, name, None) for name in names}
+    ids = {name: getattr(published, name, None) for name in names}
+    return GenerationConfig(**{k: own[k] if v is None else v for k, v in ids.items()})
+
+
 def _missing_model(name: str, error: OSError) -> str:
     """What to do when a model cannot be found."""
     reason = str(error).strip().splitlines()[0]
+    if Path(name).is_dir():
+        return f"no backbone in folder {name}: {reason}"
     return (
         f"no backbone {name!r}: it is neither a folder with config.json, tokenizer and weights, "
         f"nor could it be had from the hub or its cache ({reason}). Without network, first run "

@@ -252,6 +252,7 @@ class BankMetric(Metric):
         references: accepted answers of each of the n rows, the gold answer first.
         labels: closed label list; needed by metrics on labels in variant `corrected`.
         variant: `crossfit` or `corrected`.
+        settings: those of `torchmetrics.Metric`, such as `sync_on_compute`.
 
     Raises:
         ValueError: for an unknown metric or variant, or unusable references or labels.
@@ -270,8 +271,9 @@ class BankMetric(Metric):
         references: list[list[str]],
         labels: Sequence[str] | None = None,
         variant: str = "crossfit",
+        **settings: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(**settings)
         _check_inputs(metric, num_prompts, references, labels, variant)
         self.metric, self.variant, self.references = metric, variant, references
         on_labels = metric in LABEL_METRICS
@@ -375,7 +377,8 @@ def chance_score(
     """Mean over `draws` of the score of labels drawn uniformly; NaN without a closed label list."""
     if not labels:
         return math.nan
-    scorer = BankMetric(metric, draws, references, labels, variant)
+    # Every rank scores all rows by itself, so there is nothing to sum.
+    scorer = BankMetric(metric, draws, references, labels, variant, sync_on_compute=False)
     prompts, rows = np.indices((draws, len(references))).reshape(2, -1)
     choice = np.random.default_rng(seed).integers(len(labels), size=len(rows))
     scorer.update(prompts.tolist(), rows.tolist(), [labels[int(i)] for i in choice])
@@ -394,7 +397,7 @@ def majority_score(
         raise ValueError("No train targets were given; give at least one.")
     counts = Counter(train_targets)
     answer = min(counts, key=lambda target: (-counts[target], target))
-    scorer = BankMetric(metric, 1, references, labels, variant)
+    scorer = BankMetric(metric, 1, references, labels, variant, sync_on_compute=False)
     n = len(references)
     scorer.update([0] * n, range(n), [answer] * n)
     return scorer.compute().item()

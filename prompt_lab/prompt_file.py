@@ -79,6 +79,7 @@ class Prompt:
         return {k: v for k, v in vars(self).items() if k not in ("prompt", "init")}
 
 
+REQUIRED_FIELDS = ("name", "backbone", "backbone_digest", "tokenizer_digest")
 METADATA_FIELDS = tuple(f.name for f in fields(Prompt) if f.name not in ("prompt", "init"))
 
 
@@ -125,8 +126,13 @@ def load_prompt(path: str | Path, backbone: Backbone | None = None) -> Prompt:
     from safetensors.torch import load
 
     tensors = load(Path(path).read_bytes())
-    if set(tensors) != {"prompt", "init"} or tensors["prompt"].shape != tensors["init"].shape:
-        raise ValueError(f"{path}: not a prompt file (needs tensors prompt and init of one shape)")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    count = len(next(iter(shapes.values()), ()))
+    if set(shapes) != {"prompt", "init"} or len(set(shapes.values())) > 1 or count != 2:
+        raise ValueError(
+            f"{path}: a prompt file holds prompt and init, both (N, D); here: {shapes}"
+        )
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
     prompt = Prompt(**tensors, **metadata)
     if backbone is not None:
         check_backbone(prompt, backbone, path)
@@ -157,6 +163,9 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
             f"{path}: prompt file format {version}; this version of prompt_lab reads up to "
             f"{FORMAT_VERSION}: upgrade prompt_lab"
         )
+    lacking = [name for name in REQUIRED_FIELDS if name not in raw]
+    if lacking:
+        raise ValueError(f"{path}: the prompt file's metadata lacks {', '.join(lacking)}")
     return {name: json.loads(raw[name]) for name in METADATA_FIELDS if name in raw}
 
 
@@ -236,11 +245,3 @@ class PromptStore:
     def write_index(self) -> None:
         """Rebuild ``index.csv`` from the files."""
         write_csv(self.folder / "index.csv", METADATA_FIELDS, self.index())
-
-    def find(self, **wanted: object) -> list[str]:
-        """Names of the prompts whose metadata equals all given values, e.g. ``task="imdb"``."""
-        return [
-            row["name"]
-            for row in self.index()
-            if all(row.get(key) == value for key, value in wanted.items())
-        ]

@@ -241,16 +241,14 @@ def test_beams_of_a_batch_equal_beams_of_its_rows(backbone: Factory, kind: str) 
     assert model.generate(prompts, batch, 6, num_beams=3) == alone
 
 
-@pytest.mark.xfail(reason="settings of the model's generation_config are taken over")
-@pytest.mark.filterwarnings("ignore:Passing `repetition_penalty`")
 @pytest.mark.parametrize("kind", ["t5", "gpt2"])
 def test_greedy_answers_ignore_the_generation_settings_of_a_model(kind: str) -> None:
     """Published models carry repetition penalties, minimal lengths and the like."""
-    model, prompts = make_backbone(kind), bank()
-    batch = model.batch(TEXTS, None, INDEX)
-    plain = model.generate(prompts, batch, 10)
-    model.model.generation_config.repetition_penalty = 5.0
-    assert model.generate(prompts, batch, 10) == plain
+    plain, strange = make_backbone(kind), make_model(kind)
+    strange.generation_config.repetition_penalty = 5.0
+    other = Backbone(strange, plain.tokenizer, kind)
+    batch, prompts = plain.batch(TEXTS, None, INDEX), bank()
+    assert other.generate(prompts, batch, 10) == plain.generate(prompts, batch, 10)
 
 
 # ---- frozen -------------------------------------------------------------------------------------
@@ -419,7 +417,7 @@ def test_an_incomplete_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no tokenizer"):
         Backbone.load(str(tmp_path))
     make_tokenizer("gpt2").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"neither a folder with config\.json, tokenizer and"):
+    with pytest.raises(ValueError, match="no backbone in folder"):
         Backbone.load(str(tmp_path))
 
 

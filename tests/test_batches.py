@@ -256,7 +256,6 @@ def test_answers_may_be_as_long_as_stated_for_their_task() -> None:
     assert {(part.task, part.max_new_tokens) for part in parts} == {("a", 3), ("b", 7)}
 
 
-@pytest.mark.xfail(reason="the longest answer is taken over all live runs of a task")
 def test_the_length_of_a_runs_answers_does_not_depend_on_other_runs() -> None:
     """A run in a bank is evaluated as if it were alone."""
     longest = {("a", 13): 3, ("a", 42): 9, ("b", 13): 7}

@@ -138,8 +138,8 @@ def test_two_processes_print_and_write_once(pair):
     assert not any(name.startswith("previous") for name in names)
 
 
-def test_the_backbone_is_no_part_of_the_ddp_module(fewshot_root, tmp_path):
-    """Reference: the names of all parameters and buffers of the backbone, and of nothing else."""
+def test_the_trained_prompts_are_all_that_ddp_handles(fewshot_root, tmp_path):
+    """Reference: the names of all parameters and buffers, those of the backbone included."""
     method = PromptTuning(num_virtual_tokens=3)
     method.backbone = make_backbone("bart")
     data = CrossFitDataModule(["glue-sst2"], root=str(fewshot_root), samples=[13])
@@ -149,7 +149,8 @@ def test_the_backbone_is_no_part_of_the_ddp_module(fewshot_root, tmp_path):
         accelerator="cpu", default_root_dir=tmp_path, inference_mode=False, **settings, **quiet
     )
     trainer.fit(method, datamodule=data)
+    names = {name for name, _ in [*method.named_parameters(), *method.named_buffers()]}
+    assert names - set(method._ddp_params_and_buffers_to_ignore) == {"prompt"}
     model = method.backbone.model
     frozen = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
-    ignored = method._ddp_params_and_buffers_to_ignore
-    assert sorted(ignored) == sorted(f"backbone.model.{name}" for name in frozen)
+    assert {f"backbone.model.{name}" for name in frozen} < names

@@ -377,7 +377,9 @@ def test_a_state_that_does_not_fit_is_refused(fit):
             method.load_state_dict({k: v for k, v in state.items() if k != name})
     with pytest.raises(ValueError, match=r"unexpected \['other'\]"):
         method.load_state_dict({**state, "other": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"prompt has shape \(1, 6, 32\) there and \(1, 5, 32\) here"):
+    with pytest.raises(
+        ValueError, match=r"prompt has shape \(1, 6, 32\) there and \(1, 5, 32\) here"
+    ):
         method.load_state_dict({**state, "prompt": torch.zeros(1, 6, 32)})
 
 

@@ -142,7 +142,7 @@ class TrainSteps:
 
 @dataclass
 class EvaluationBatch:
-    """Rows of one task (no targets), under prompts of the runs of that task.
+    """Rows of one task and sample (no targets), under prompts of its runs.
 
     Attributes:
         task: name of the task.
@@ -161,7 +161,7 @@ class EvaluationBatch:
 
 
 class EvaluationSteps:
-    """All rows of a split under every live run of their task and sample, task by task.
+    """All rows of a split under every live run of their task and sample, one after another.
 
     Args:
         runs: all runs of the bank.
@@ -194,36 +194,31 @@ class EvaluationSteps:
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
         live = self.live()
-        for task in dict.fromkeys(self.runs[index].task for index in live):
-            yield from self._task_batches([i for i in live if self.runs[i].task == task])
+        keys = [(self.runs[index].task, self.runs[index].sample) for index in live]
+        for key in dict.fromkeys(keys):
+            members = [index for index, own in zip(live, keys, strict=True) if own == key]
+            yield from self._batches(key, members)
 
-    def _task_batches(self, live: list[int]) -> Iterator[EvaluationBatch]:
-        """Batches of one task: rows grouped by prompt (decoder-only) or by length."""
-        chosen = {
-            index: self.rows[self.runs[index].task, self.runs[index].sample] for index in live
-        }
-        pairs = [(index, row) for index, rows in chosen.items() for row in range(len(rows))]
-
-        def length(pair: tuple[int, int]) -> int:
-            return len(chosen[pair[0]].inputs[pair[1]])
-
+    def _batches(self, key: tuple[str, int], members: list[int]) -> Iterator[EvaluationBatch]:
+        """Batches of one task's sample: rows grouped by prompt (decoder-only) or by length."""
+        rows, longest = self.rows[key], self.longest_answer[key]
+        pairs = [(index, row) for index in members for row in range(len(rows))]
         grouped = self.layout.left_padded
-        pairs.sort(key=lambda pair: (pair[0] if grouped else 0, -length(pair)))
+        pairs.sort(key=lambda pair: (pair[0] if grouped else 0, -len(rows.inputs[pair[1]])))
         pairs = pairs[self.rank :: self.world]
-        task = chosen[live[0]].task
-        longest = max(self.longest_answer[task.name, self.runs[index].sample] for index in live)
-        extra = self.extra_per_row(task, longest)
-        for start, stop in cut(list(map(length, pairs)), self.tokens_per_forward, extra):
+        lengths = [len(rows.inputs[row]) for _, row in pairs]
+        extra = self.extra_per_row(rows.task, longest)
+        for start, stop in cut(lengths, self.tokens_per_forward, extra):
             part = pairs[start:stop]
             batch = make_batch(
-                [chosen[index].inputs[row] for index, row in part],
+                [rows.inputs[row] for _, row in part],
                 None,
                 [index for index, _ in part],
                 pad_id=self.layout.pad_id,
                 left_padded=self.layout.left_padded,
                 rows=[row for _, row in part],
             )
-            yield EvaluationBatch(task.name, batch, longest)
+            yield EvaluationBatch(rows.task.name, batch, longest)
 
 
 def cut(lengths: Sequence[int], tokens: int, extra_per_row: int) -> list[tuple[int, int]]:

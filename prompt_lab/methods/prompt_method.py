@@ -98,10 +98,13 @@ class PromptMethod(LightningModule):
         return backbone
 
     def keep_backbone_out_of_ddp(self) -> None:
-        """Frozen weights are neither broadcast nor reduced; call when all parameters are made."""
-        named = [*self.named_parameters(), *self.named_buffers()]
-        ignored = [name for name, _ in named if name.startswith(_FROZEN)]
-        self._ddp_params_and_buffers_to_ignore = ignored
+        """Frozen weights are neither broadcast nor reduced; call when all parameters are made.
+
+        Buffers are not broadcast either: each rank has its own sums, and the others are equal.
+        """
+        frozen = [name for name, _ in self.named_parameters() if name.startswith(_FROZEN)]
+        buffers = [name for name, _ in self.named_buffers()]
+        self._ddp_params_and_buffers_to_ignore = frozen + buffers
 
     def check_trainer(self) -> None:
         """Refuse trainer settings that would quietly change the result.
