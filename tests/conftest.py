@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is first imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models run faster on one thread
 
 import pytest
 import torch

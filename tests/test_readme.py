@@ -30,6 +30,7 @@ def quickstart(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart")
     command = [sys.executable, "-m", "prompt_lab", *shlex.split(quickstart_command())[1:]]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment.pop("OMP_NUM_THREADS", None)  # all cores, as a user has them
     made = subprocess.run(
         [*command, "--run_dir", str(folder / "quickstart")],
         cwd=ROOT,
