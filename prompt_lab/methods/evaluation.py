@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from prompt_lab.atomic_file import write_atomically, write_csv
@@ -106,9 +105,11 @@ class Evaluation:
         """The table on the terminal; ``validate`` shows dev scores in it."""
         if stage == "validate":
             rows = [{**row, "test": row["dev"]} for row in rows]
-        rank_zero_info(f"\n{self.split} scores\n{summary_table(rows)}\n")
+        if not self.method.trainer.is_global_zero:
+            return
+        print(f"\n{self.split} scores\n{summary_table(rows)}\n", flush=True)
         if stage == "test":
-            rank_zero_info(f"results, predictions and prompts are in {self.method.run_dir}")
+            print(f"results, predictions and prompts are in {self.method.run_dir}", flush=True)
 
     def _result_rows(self, scores: Tensor, stage: str) -> list[dict[str, Any]]:
         """A line of results per run."""

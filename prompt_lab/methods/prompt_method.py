@@ -123,7 +123,7 @@ class PromptMethod(LightningModule):
                 "trainer.gradient_clip_val clips over all runs of the bank together and so couples "
                 "them: use model.optim.clip, which clips each run by itself"
             )
-        if trainer.fast_dev_run or trainer.limit_val_batches not in (None, 1.0):
+        if getattr(trainer, "fast_dev_run", False) or trainer.limit_val_batches not in (None, 1.0):
             raise ValueError(
                 "trainer.fast_dev_run and limit_val_batches would score part of the rows: for a "
                 "quick look use --dry_run, or a small trainer.max_steps"
@@ -175,7 +175,9 @@ class PromptMethod(LightningModule):
         """
         assert self.backbone is not None
         positions = self.backbone.max_positions
-        for part in rows if positions is not None else ():
+        if positions is None:
+            return
+        for part in rows:
             answer = max(part.longest_target, self.max_new_tokens or 0)
             longest = max(map(len, part.inputs))
             after = 0 if self.backbone.is_encoder_decoder else answer
