@@ -6,6 +6,7 @@ It only finds the command that was asked for, so that ``--help`` needs no heavy 
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 
 COMMANDS = {
@@ -32,6 +33,8 @@ def main() -> int:
         hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
         print(f"prompt-lab: no command {given[0]!r}; {hint}", file=sys.stderr)
         return 2
+    # On Intel processors matrix products repeat bit for bit from run to run, as exact resume needs.
+    os.environ.setdefault("MKL_CBWR", "AUTO")
     from prompt_lab.cli import run
 
     return run()

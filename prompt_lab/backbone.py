@@ -103,6 +103,9 @@ class Backbone(nn.Module):
             raise ValueError(_missing_model(name, error)) from error
         digest = _digest(model)  # of the weights as published, before the cast
         backbone = cls(model.to(DTYPES[dtype]), tokenizer, name)
+        for weight in backbone.model.parameters():
+            # Files are mapped at any address; matrix products repeat bit for bit on aligned memory.
+            weight.data = weight.data.clone()
         backbone.digest = digest
         return backbone
 

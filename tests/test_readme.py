@@ -99,7 +99,7 @@ def test_commands_parse(command, tmp_path, monkeypatch):
 
 def test_layout_names_files_that_exist():
     tree = README.split("## Layout")[1].split("```")[1]
-    names = re.findall(r"\b[\w/]+(?:\.py|/)", tree)
+    names = re.findall(r"(?<![\w.])[\w/]+(?:\.py|/)", tree)
     package = ROOT / "prompt_lab"
     assert len(names) > 10
     missing = [n for n in names if not ((package / n).exists() or (ROOT / n).exists())]

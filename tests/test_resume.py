@@ -93,6 +93,7 @@ def folders(
         jobs.append({"words": given, "die": KILLS[name]})
         jobs.append({"words": [*given, "--ckpt_path=last"], "die": None})
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
+    environment["MKL_CBWR"] = "AUTO"  # as `prompt-lab` sets it
     environment["OMP_WAIT_POLICY"] = "passive"  # threads that wait leave the cores to others
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(jobs)],
