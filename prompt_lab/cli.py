@@ -294,6 +294,7 @@ def _quieten() -> None:
 
     class Advert(logging.Filter):
         def filter(self, record: logging.LogRecord) -> bool:
+            """Let all but adverts and missing devices through."""
             return not re.match(
                 r"💡|GPU available|TPU available|HPU available", record.getMessage()
             )

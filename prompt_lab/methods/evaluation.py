@@ -7,6 +7,7 @@ one process however the rows are shared.
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,7 +144,7 @@ class Evaluation:
         assert method.backbone is not None
         task = method.datamodule.tasks[key[0]]
         return {
-            "fit_id": method.fit_id(),
+            "fit_id": self.fit_id,
             "method": type(method).__name__,
             "stage": stage,
             "backbone": method.backbone.name,
@@ -157,6 +158,11 @@ class Evaluation:
             "test_rows": len(self.references(key)) if self.split == "test" else None,
             "version": __version__,
         }
+
+    @cached_property
+    def fit_id(self) -> str:
+        """The name of the fit, made once for all lines."""
+        return self.method.fit_id()
 
     def _baseline_rows(self) -> list[dict[str, Any]]:
         """Lines for no prompt, the initial prompt, chance and the majority class."""

@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from prompt_lab.backbone import SANDBOX, Backbone
+from prompt_lab.bank import renumber
 from prompt_lab.data.batches import EvaluationBatch, Rows
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.data.tasks import Task
@@ -228,8 +229,6 @@ class PromptMethod(LightningModule):
 
 def only_used(prompts: Tensor, step: EvaluationBatch) -> tuple[Tensor, Any]:
     """The prompts that a batch names, and the batch naming them by their new places."""
-    from prompt_lab.bank import renumber
-
     used = sorted(set(step.batch.prompts))
     at = torch.tensor(used, device=prompts.device)
     return prompts.index_select(0, at), renumber(step.batch, used)
