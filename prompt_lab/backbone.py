@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prompt_lab.batch import IGNORE, Batch, make_batch
+from prompt_lab.candidates import Follow, candidate_scores
+from prompt_lab.training_forward import compile_training, recompute_layers
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -32,6 +34,9 @@ DECODER_ONLY = ("gpt2", "bloom", "llama", "qwen2")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SANDBOX = "sandbox"
 """Reserved backbone name: the tiny T5 that ships with the package."""
+
+Prefix = tuple[Tensor, ...]
+"""What :meth:`Backbone.prefix` returns."""
 
 _POSITIONS = {"bart": "max_position_embeddings", "gpt2": "n_positions"}
 _POSITIONS |= dict.fromkeys(("llama", "qwen2"), "max_position_embeddings")
@@ -66,6 +71,7 @@ class Backbone(nn.Module):
         self.max_positions: int | None = getattr(model.config, field) if field else None
         pad: int | None = self.tokenizer.pad_token_id
         self.pad_id: int = self.tokenizer.eos_token_id if pad is None else pad
+        self._candidates: dict[tuple[str, ...], Tensor] = {}
         self._adds_space = "".join(self.tokenizer.tokenize("a")).startswith("▁")
 
     @classmethod
@@ -124,6 +130,16 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> Backbone:
         """Stay in evaluation mode, whatever a trainer asks: frozen means no dropout."""
         return super().train(False)
+
+    def recompute_layers(self) -> None:
+        """Keep activations of one layer at a time in training: less memory, more time, exact."""
+        recompute_layers(self.model)
+
+    def compile_training(self) -> None:
+        """Compile the model's passes with ``torch.compile`` where gradients are asked for."""
+        model = self.model
+        parts = (model.get_encoder(), model.get_decoder()) if self.is_encoder_decoder else ()
+        compile_training(parts or (model.base_model,))
 
     # ---- text to tokens -------------------------------------------------------------------------
 
@@ -217,25 +233,27 @@ class Backbone(nn.Module):
         """
         return self.row_losses(self.prefix(prompts), batch, label_smoothing)
 
-    def prefix(self, prompts: Tensor) -> tuple[Tensor, ...]:
+    def prefix(self, prompts: Tensor) -> Prefix:
         """What rows need of their prompts, computed once per prompt and with gradient.
 
         The bank (R, N, D) itself for encoder-decoder models; for decoder-only models the keys and
         values of all layers, alternating, each (R, heads, N, head size). All are in the weights'
         dtype. Differentiating a loss with respect to these and pulling the result back through
-        them gives the prompts' gradient; so micro-batches share one pass over the prompts.
+        them gives the prompts' gradient; so micro-batches share one pass over the prompts, and
+        all batches of an evaluation do: ``score`` and ``generate`` take it in place of a bank.
         """
         self._check_prompts(prompts)
         cast = prompts.to(self.model.dtype)
         if self.is_encoder_decoder or prompts.shape[1] == 0:
             return (cast,)
+        from prompt_lab.prompt_cache import prompt_cache
+
         self._check_positions(prompts.shape[1])
-        cache = self.model.base_model(inputs_embeds=cast, use_cache=True).past_key_values
+        cache = prompt_cache(self.model.config.num_hidden_layers)
+        self.model.base_model(inputs_embeds=cast, past_key_values=cache, use_cache=True)
         return tuple(part for layer in cache.layers for part in (layer.keys, layer.values))
 
-    def row_losses(
-        self, prefix: tuple[Tensor, ...], batch: Batch, label_smoothing: float = 0.0
-    ) -> Tensor:
+    def row_losses(self, prefix: Prefix, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
         """As :meth:`loss`, given what :meth:`prefix` returned: (B,)."""
         if self.is_encoder_decoder:
             logits = self._decode(*self._encode(prefix, batch), self._shift(batch.target_ids))
@@ -251,11 +269,11 @@ class Backbone(nn.Module):
         return losses.sum(1) / (batch.target_ids != IGNORE).sum(1)
 
     @torch.no_grad()
-    def score(self, prompts: Tensor, batch: Batch, candidates: Sequence[str]) -> Tensor:
+    def score(self, prompts: Tensor | Prefix, batch: Batch, candidates: Sequence[str]) -> Tensor:
         """Log-likelihood of every candidate answer, end token included: float32 (B, C), in nats.
 
         Args:
-            prompts: (R, N, D) bank.
+            prompts: (R, N, D) bank, or what :meth:`prefix` made of it.
             batch: rows; their targets are not looked at.
             candidates: C answers, the same for all rows.
 
@@ -263,27 +281,47 @@ class Backbone(nn.Module):
             ValueError: no candidates, a bank of another width, or rows longer than the model's
                 positions.
         """
-        if not candidates:
-            raise ValueError("score needs at least one candidate answer")
-        encoded = self.encode_targets(candidates)
-        depth = max(map(len, encoded))
-        tokens = [[*ids, *[IGNORE] * (depth - len(ids))] for ids in encoded]
-        answers = torch.tensor(tokens, device=batch.input_ids.device)  # (C, T)
-        prefix = self.prefix(prompts)
-        if self.is_encoder_decoder:
-            return self._score_encoder_decoder(prefix, batch, answers)
-        return self._score_decoder_only(prefix, batch, answers)
+        return self._candidate_scores(prompts, batch, candidates, exhaustive=True)
+
+    @torch.no_grad()
+    def choose(
+        self, prompts: Tensor | Prefix, batch: Batch, candidates: Sequence[str]
+    ) -> list[int]:
+        """The place of each row's likeliest candidate: ``score(...).argmax(1)``, but faster.
+
+        Candidates that cannot win any more are not run to their end (``candidates.py``).
+
+        Args:
+            prompts: (R, N, D) bank, or what :meth:`prefix` made of it.
+            batch: rows; their targets are not looked at.
+            candidates: C answers, the same for all rows.
+
+        Raises:
+            ValueError: as :meth:`score`.
+        """
+        scores = self._candidate_scores(prompts, batch, candidates, exhaustive=False)
+        return scores.argmax(1).tolist()
 
     @torch.no_grad()
     def generate(
-        self, prompts: Tensor, batch: Batch, max_new_tokens: int = 64, num_beams: int = 1
+        self,
+        prompts: Tensor | Prefix,
+        batch: Batch,
+        max_new_tokens: int = 64,
+        num_beams: int = 1,
     ) -> list[str]:
         """Greedy (or beam) answers, one per row in the batch's order, stripped of white space.
+
+        Args:
+            prompts: (R, N, D) bank, or what :meth:`prefix` made of it.
+            batch: rows; their targets are not looked at.
+            max_new_tokens: longest answer, end token included.
+            num_beams: beams of each row; 1 is greedy.
 
         Raises:
             ValueError: a bank of another width, or rows longer than the model's positions.
         """
-        self._check_prompts(prompts)
+        prefix = self._as_prefix(prompts)
         settings = {
             "max_new_tokens": max_new_tokens,
             "num_beams": num_beams,
@@ -294,21 +332,57 @@ class Backbone(nn.Module):
             from transformers.modeling_outputs import BaseModelOutput
 
             self._check_positions(max_new_tokens)
-            states, mask = self._encode((prompts.to(self.model.dtype),), batch)
+            states, mask = self._encode(prefix, batch)
             output = BaseModelOutput(last_hidden_state=states)
             made = self.model.generate(encoder_outputs=output, attention_mask=mask, **settings)
         else:
-            embeddings, mask = self._prepend_left_padded(prompts, batch)
-            self._check_positions(embeddings.shape[1] + max_new_tokens)
+            batch = batch.padded_left()
+            cache, mask, _ = self._growing_cache(prefix, batch)
+            self._check_positions(mask.shape[1] + max_new_tokens)
+            if cache.get_seq_length():
+                cache.batch_repeat_interleave(num_beams)
             made = self.model.generate(
-                inputs_embeds=embeddings, attention_mask=mask, use_cache=True, **settings
-            )
+                batch.input_ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+                **settings,
+            )[:, batch.input_ids.shape[1] :]
         texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
+    def _candidate_scores(
+        self,
+        prompts: Tensor | Prefix,
+        batch: Batch,
+        candidates: Sequence[str],
+        exhaustive: bool,
+    ) -> Tensor:
+        """Scores (B, C), or bounds whose largest is exact."""
+        answers = self._encode_candidates(tuple(candidates)).to(batch.input_ids.device)
+        prefix = self._as_prefix(prompts)
+        start = self._start_answers if self.is_encoder_decoder else self._start_rows
+        first, follow = start(prefix, batch, answers.shape[1])
+        return candidate_scores(first, answers, follow, self.pad_id, exhaustive=exhaustive)
+
+    def _encode_candidates(self, candidates: tuple[str, ...]) -> Tensor:
+        """Token ids (C, T) of answers, padded on the right with ``IGNORE``; kept for next time."""
+        if not candidates:
+            raise ValueError("score needs at least one candidate answer")
+        if candidates not in self._candidates:
+            encoded = self.encode_targets(candidates)
+            depth = max(map(len, encoded))
+            rows = [[*ids, *[IGNORE] * (depth - len(ids))] for ids in encoded]
+            self._candidates[candidates] = torch.tensor(rows)
+        return self._candidates[candidates]
+
+    def _as_prefix(self, prompts: Tensor | Prefix) -> Prefix:
+        """The prefix of a bank, or the prefix that was given."""
+        return self.prefix(prompts) if isinstance(prompts, Tensor) else prompts
+
     # ---- encoder-decoder ------------------------------------------------------------------------
 
-    def _encode(self, prefix: tuple[Tensor, ...], batch: Batch) -> tuple[Tensor, Tensor]:
+    def _encode(self, prefix: Prefix, batch: Batch) -> tuple[Tensor, Tensor]:
         """Encoder states (B, N + S, D) and mask (B, N + S) of rows behind their prompts."""
         (prompts,) = prefix
         count = prompts.shape[1]
@@ -337,33 +411,62 @@ class Backbone(nn.Module):
         shifted = torch.cat([start, target_ids[:, :-1]], dim=1)
         return shifted.masked_fill(shifted == IGNORE, self.pad_id)
 
-    def _score_encoder_decoder(
-        self, prefix: tuple[Tensor, ...], batch: Batch, answers: Tensor
-    ) -> Tensor:
-        """Scores (B, C): the encoder runs once, the decoder once per candidate."""
+    def _start_answers(self, prefix: Prefix, batch: Batch, depth: int) -> tuple[Tensor, Follow]:
+        """Logits (B, V) of the first answer token, and a way to run answers behind the start.
+
+        The encoder and the cross-attention's keys and values are computed once for all answers.
+        """
+        from transformers import DynamicCache, EncoderDecoderCache
+
+        self._check_positions(depth)
         states, mask = self._encode(prefix, batch)
-        columns = []
-        for answer in answers:
-            targets = answer[answer != IGNORE].expand(len(batch), -1)
-            logits = self._decode(states, mask, self._shift(targets))
-            columns.append(_log_likelihood(logits, targets))
-        return torch.stack(columns, dim=1)
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+
+        def run(ids: Tensor) -> Tensor:
+            made = self.model(
+                encoder_outputs=(states,),
+                attention_mask=mask,
+                decoder_input_ids=ids,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            return made.logits
+
+        def follow(keep: Tensor | None, ids: Tensor) -> Tensor:
+            nonlocal states, mask
+            if keep is not None:
+                states, mask = states[keep], mask[keep]
+                cache.batch_select_indices(keep)
+            logits = run(ids)
+            cache.crop(-ids.shape[1])
+            return logits
+
+        start = torch.full_like(batch.input_ids[:, :1], self.model.config.decoder_start_token_id)
+        return run(start)[:, -1], follow
 
     # ---- decoder-only ---------------------------------------------------------------------------
 
-    def _rows_cache(self, prefix: tuple[Tensor, ...], batch: Batch) -> tuple[Any, Tensor, Tensor]:
-        """Cache, mask (B, N + S) and positions (B, S) for text that follows its row's prompt."""
-        from transformers import DynamicCache
+    def _growing_cache(self, prefix: Prefix, batch: Batch) -> tuple[Any, Tensor, Tensor]:
+        """Cache of each row's prompt that takes up what follows, mask, and positions.
 
-        if not batch.left_padded:
-            raise ValueError("decoder-only backbones take inputs padded on the left")
-        empty = len(prefix) == 1  # prompts of no tokens leave no keys
+        As :meth:`_rows` gives them.
+        """
+        from prompt_lab.prompt_cache import growing_cache
+
+        parts, mask, positions = self._rows(prefix, batch)
+        return growing_cache(parts), mask, positions
+
+    def _rows(self, prefix: Prefix, batch: Batch) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Keys and values of each row's prompt, mask (B, N + S) and positions (B, S) of its text.
+
+        The list is empty for prompts of no tokens, which leave no keys.
+        """
+        empty = len(prefix) == 1
         count = 0 if empty else prefix[0].shape[2]
         parts = [] if empty else [part.index_select(0, batch.prompt_index) for part in prefix]
-        cache = DynamicCache(list(zip(parts[::2], parts[1::2], strict=True)) or None)
         mask = F.pad(batch.input_mask, (count, 0), value=1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, count:]
-        return cache, mask, positions
+        return parts, mask, positions
 
     def _follow(self, ids: Tensor, cache: Any, mask: Tensor, positions: Tensor) -> Tensor:
         """Hidden states (B, L, D) of ids (B, L) behind a cache, which grows by them."""
@@ -377,9 +480,12 @@ class Backbone(nn.Module):
         )
         return made.last_hidden_state
 
-    def _target_logits(self, prefix: tuple[Tensor, ...], batch: Batch) -> Tensor:
+    def _target_logits(self, prefix: Prefix, batch: Batch) -> Tensor:
         """Logits (B, T, V) at the target positions of rows ``[prompt] input target``."""
-        cache, mask, positions = self._rows_cache(prefix, batch)
+        from prompt_lab.prompt_cache import row_cache
+
+        batch = batch.padded_left()
+        parts, mask, positions = self._rows(prefix, batch)
         width, depth = batch.input_ids.shape[1], batch.target_ids.shape[1]
         rows = zip(batch.input_lengths, batch.target_lengths, strict=True)
         self._check_positions(mask.shape[1] - width + max(map(sum, rows)))  # padding takes none
@@ -388,42 +494,32 @@ class Backbone(nn.Module):
         ids = torch.cat([batch.input_ids, known.masked_fill(known == IGNORE, self.pad_id)], dim=1)
         mask = torch.cat([mask, present], dim=1)
         positions = torch.cat([positions, positions[:, -1:] + present.cumsum(1)], dim=1)
-        states = self._follow(ids, cache, mask, positions)
+        states = self._follow(ids, row_cache(parts), mask, positions)
         return self.model.get_output_embeddings()(states[:, width - 1 : width - 1 + depth])
 
-    def _score_decoder_only(
-        self, prefix: tuple[Tensor, ...], batch: Batch, answers: Tensor
-    ) -> Tensor:
-        """Scores (B, C): the text runs once, each candidate on a copy of its cache."""
-        rows, (count, depth) = len(batch), answers.shape
-        cache, mask, positions = self._rows_cache(prefix, batch)
+    def _start_rows(self, prefix: Prefix, batch: Batch, depth: int) -> tuple[Tensor, Follow]:
+        """Logits (B, V) of the first answer token, and a way to run answers behind the text.
+
+        The text runs once behind its prompt's keys and values, for all answers.
+        """
+        batch = batch.padded_left()
+        cache, mask, positions = self._growing_cache(prefix, batch)
         self._check_positions(mask.shape[1] + depth)
         head = self.model.get_output_embeddings()
         states = self._follow(batch.input_ids, cache, mask, positions)
-        first = head(states[:, -1:])  # (B, 1, V)
-        targets = answers.repeat(rows, 1)  # (B * C, T)
-        known = targets[:, :-1]
-        cache.batch_repeat_interleave(count)
-        present = (known != IGNORE).long()
-        mask = torch.cat([mask.repeat_interleave(count, dim=0), present], dim=1)
-        last = positions[:, -1:].repeat_interleave(count, dim=0)
-        ids = known.masked_fill(known == IGNORE, self.pad_id)
-        later = head(self._follow(ids, cache, mask, last + present.cumsum(1)))
-        logits = torch.cat([first.repeat_interleave(count, dim=0), later], dim=1)
-        return _log_likelihood(logits, targets).view(rows, count)
+        last = positions[:, -1:]  # (B, 1)
 
-    def _prepend_left_padded(self, prompts: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, S + N, D) ``[padding] prompt input`` and their mask, for generation."""
-        text = self.embed(batch.input_ids)
-        chosen = prompts.to(text.dtype).index_select(0, batch.prompt_index)
-        width, count = batch.input_ids.shape[1], prompts.shape[1]
-        joined = torch.cat([chosen, text], dim=1)  # prompt, padding, input
-        padding = width - batch.input_mask.sum(1, keepdim=True)  # (B, 1)
-        place = torch.arange(count + width, device=text.device)[None]
-        source = (place - padding).clamp(min=0)  # the prompt moves right behind the padding
-        source = torch.where(place < padding + count, source, place)
-        joined = joined.gather(1, source[..., None].expand_as(joined))
-        return joined, (place >= padding).long()
+        def follow(keep: Tensor | None, ids: Tensor) -> Tensor:
+            nonlocal mask, last
+            if keep is not None:
+                mask, last = mask[keep], last[keep]
+                cache.batch_select_indices(keep)
+            ones = torch.ones_like(ids)
+            behind = self._follow(ids, cache, torch.cat([mask, ones], 1), last + ones.cumsum(1))
+            cache.crop(-ids.shape[1])
+            return head(behind)
+
+        return head(states[:, -1]), follow
 
     def _check_prompts(self, prompts: Tensor) -> None:
         """Refuse what is not a bank of this model's width."""
@@ -441,14 +537,6 @@ class Backbone(nn.Module):
                 f"{self.name!r}, which has {self.max_positions}: lower max_input_length, "
                 "num_virtual_tokens or max_new_tokens"
             )
-
-
-def _log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum over target tokens of their log-probability: (B, T, V), (B, T) to float32 (B,)."""
-    losses = F.cross_entropy(
-        _at_least_float32(logits).transpose(1, 2), targets, ignore_index=IGNORE, reduction="none"
-    )
-    return -losses.sum(1)
 
 
 def _digest(model: nn.Module) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prompt_lab.backbone import Backbone
+from prompt_lab.backbone import Backbone, Prefix
 from prompt_lab.batch import Batch, micro_batches
 
 
@@ -56,6 +56,53 @@ def with_gradient(value: Tensor, prompts: Tensor, gradient: Tensor) -> Tensor:
     value + sum((p - p.detach()) * g), with value and gradient constants.
     """
     return value.detach() + ((prompts - prompts.detach()) * gradient.detach()).sum()
+
+
+class Prefixes:
+    """What rows need of the prompts of a bank, computed once and kept while it is in use.
+
+    For evaluations: batches come grouped by prompt, so that each prompt of a decoder-only model is
+    run once, and no more prompts are held than a batch names.
+
+    Args:
+        backbone: the frozen model.
+        prompts: (R, N, D) bank; it does not change meanwhile.
+    """
+
+    def __init__(self, backbone: Backbone, prompts: Tensor) -> None:
+        self.backbone, self.prompts = backbone, prompts
+        self.used: list[int] = []
+        self.prefix: Prefix = ()
+
+    @torch.no_grad()
+    def of(self, used: list[int]) -> Prefix:
+        """The prefix of some of the prompts, in the order of ``used``."""
+        if used == self.used:
+            return self.prefix
+        kept = [prompt for prompt in used if prompt in self.used]
+        new = [prompt for prompt in used if prompt not in self.used]
+        parts = []
+        if kept:
+            parts.append(_select(self.prefix, [self.used.index(prompt) for prompt in kept]))
+        if new:
+            parts.append(self.backbone.prefix(*_select((self.prompts,), new)))
+        joined = tuple(torch.cat(part) for part in zip(*parts, strict=True))
+        made = [*kept, *new]
+        self.prefix = _select(joined, [made.index(prompt) for prompt in used])
+        self.used = used
+        return self.prefix
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the CPU."""
+    words = ("can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def _select(tensors: Prefix, places: list[int]) -> Prefix:
+    """Some places of the first dimension of every tensor."""
+    at = torch.tensor(places, device=tensors[0].device)
+    return tuple(tensor.index_select(0, at) for tensor in tensors)
 
 
 def renumber(batch: Batch, used: list[int]) -> Batch:

@@ -75,6 +75,16 @@ class Batch:
             left_padded=self.left_padded,
         )
 
+    def padded_left(self) -> Batch:
+        """The same rows with their inputs' padding on the left, as decoders need it."""
+        if self.left_padded:
+            return self
+        width = self.input_ids.shape[1]
+        place = torch.arange(width, device=self.input_ids.device)
+        source = (place + self.input_mask.sum(1, keepdim=True)) % width  # (B, S), cyclic shift
+        ids, mask = self.input_ids.gather(1, source), self.input_mask.gather(1, source)
+        return Batch(**{**vars(self), "input_ids": ids, "input_mask": mask, "left_padded": True})
+
 
 def make_batch(
     inputs: Sequence[Sequence[int]],

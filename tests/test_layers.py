@@ -13,10 +13,12 @@ import prompt_lab
 
 ROOT = Path(prompt_lab.__file__).parent
 LAYERS = {
-    0: "atomic_file prompts prompt_file subspace optim meta_gradient arithmetic similarity "
-    "selection interpretation metrics statistics batch run results",
-    1: "backbone bank data sandbox",
-    2: "methods",
+    0: "atomic_file prompts prompt_file peft_format checkpoint "
+    "subspace optim meta_gradient arithmetic similarity "
+    "selection interpretation metrics statistics batch run results "
+    "candidates training_forward",
+    1: "backbone prompt_cache bank data sandbox",
+    2: "methods exchange",
     3: "plots report callbacks",
     4: "cli __main__",
 }

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from prompt_lab.atomic_file import write_atomically, write_csv
+from prompt_lab.bank import Prefixes
 from prompt_lab.data.batches import EvaluationBatch
 from prompt_lab.data.files import SplitName
 from prompt_lab.metrics import BankMetric, chance_score, majority_score
@@ -37,10 +38,13 @@ class Evaluation:
     Args:
         method: the method whose runs are evaluated.
         split: ``dev`` or ``test``.
+        prompts: (R, N, D) the prompts of the runs; they do not change meanwhile.
     """
 
-    def __init__(self, method: PromptTuning, split: SplitName) -> None:
+    def __init__(self, method: PromptTuning, split: SplitName, prompts: Tensor) -> None:
+        assert method.backbone is not None
         self.method = method
+        self.prefixes = Prefixes(method.backbone, prompts)
         self.split: SplitName = split
         self.members: dict[Key, list[int]] = defaultdict(list)
         for i, run in enumerate(method.runs):
@@ -61,9 +65,9 @@ class Evaluation:
         """Accepted answers of the rows of a task's sample."""
         return self.method.datamodule.splits[key][self.split].references
 
-    def add(self, step: EvaluationBatch, prompts: Tensor) -> None:
-        """Answer a batch under its runs' prompts (R, N, D) and take the answers."""
-        texts = self.method.answers(prompts, step)
+    def add(self, step: EvaluationBatch) -> None:
+        """Answer a batch under its runs' prompts and take the answers."""
+        texts = self.method.answers(self.prefixes, step)
         by_key: dict[Key, list[tuple[int, int, str]]] = defaultdict(list)
         for i, row, text in zip(step.batch.prompts, step.batch.rows, texts, strict=True):
             run = self.method.runs[i]
@@ -199,9 +203,9 @@ class Evaluation:
         """Scores (R,) of chosen runs with no prompt or with their initial prompt."""
         method = self.method
         prompts = method.init if variant == "initial_prompt" else method.init[:, :0]
-        other = Evaluation(method, self.split)
+        other = Evaluation(method, self.split, prompts)
         for step in method._evaluation_steps(self.split, lambda: chosen):
-            other.add(step.to(method.device), prompts)
+            other.add(step.to(method.device))
         self.baseline_predictions[variant] = other.predictions
         return other.scores()
 

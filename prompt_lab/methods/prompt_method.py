@@ -7,15 +7,14 @@ out of DDP. It neither trains nor chooses a prompt; the methods do.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
 
-from prompt_lab.backbone import SANDBOX, Backbone
-from prompt_lab.bank import renumber
+from prompt_lab.backbone import SANDBOX, Backbone, Prefix
+from prompt_lab.bank import Prefixes, is_out_of_memory, renumber
+from prompt_lab.batch import Batch
 from prompt_lab.data.batches import EvaluationBatch, Rows
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.data.tasks import Task
@@ -31,15 +30,35 @@ class BackboneConfig:
         name: hub id, folder, or ``sandbox`` for the tiny model that ships with the package.
         dtype: dtype of the frozen weights; prompts, optimizer and losses stay float32.
         attention: attention implementation of transformers.
+        gradient_checkpointing: keep the activations of one layer at a time; exact, about a third
+            slower, for backbones whose activations do not fit.
+        compile: run training steps through ``torch.compile``; exact up to rounding, and the first
+            steps take minutes.
     """
 
     name: str = SANDBOX
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    gradient_checkpointing: bool = False
+    compile: bool = False
 
     def load(self) -> Backbone:
-        """The backbone, frozen."""
-        return Backbone.load(self.name, self.dtype, self.attention)
+        """The backbone, frozen.
+
+        Raises:
+            ValueError: as :meth:`Backbone.load`; or both checkpointing and compiling.
+        """
+        if self.gradient_checkpointing and self.compile:
+            raise ValueError(
+                "model.backbone.gradient_checkpointing and model.backbone.compile do not go "
+                "together: use checkpointing where memory is short, compile where it is not"
+            )
+        backbone = Backbone.load(self.name, self.dtype, self.attention)
+        if self.gradient_checkpointing:
+            backbone.recompute_layers()
+        if self.compile:
+            backbone.compile_training()
+        return backbone
 
 
 class PromptMethod(LightningModule):
@@ -148,24 +167,38 @@ class PromptMethod(LightningModule):
         length = self.max_new_tokens or "longest"
         return f"generate beams={self.num_beams} tokens={length}"
 
-    def answers(self, prompts: Tensor, step: EvaluationBatch) -> list[str]:
-        """One answer per row of an evaluation batch, under prompts (R, N, D)."""
+    def answers(self, prefixes: Prefixes, step: EvaluationBatch) -> list[str]:
+        """One answer per row of an evaluation batch; a batch too large for memory is halved."""
+        task, batch = self.datamodule.tasks[step.task], step.batch
+        used = sorted(set(batch.prompts))
+        try:
+            return self._answers(prefixes.of(used), renumber(batch, used), task, step)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or len(batch) < 2:
+                raise
+        half = len(batch) // 2
+        parts = (batch.slice(0, half), batch.slice(half, len(batch)))
+        return [
+            text for part in parts for text in self.answers(prefixes, replace(step, batch=part))
+        ]
+
+    def _answers(
+        self, prefix: Prefix, batch: Batch, task: Task, step: EvaluationBatch
+    ) -> list[str]:
+        """One answer per row of a batch whose prompts are those of the prefix."""
         assert self.backbone is not None
-        task = self.datamodule.tasks[step.task]
-        prompts, batch = only_used(prompts, step)
         if self.scored(task):
             labels = list(task.labels or [])
-            best = self.backbone.score(prompts, batch, labels).argmax(1).tolist()
-            return [labels[choice] for choice in best]
+            return [labels[choice] for choice in self.backbone.choose(prefix, batch, labels)]
         length = self.max_new_tokens or step.max_new_tokens
-        return self.backbone.generate(prompts, batch, length, self.num_beams)
+        return self.backbone.generate(prefix, batch, length, self.num_beams)
 
     def tokens_beside_input(self, num_virtual_tokens: int, task: Task, longest: int) -> int:
         """Tokens that an evaluated row costs besides its input, for cutting batches."""
         assert self.backbone is not None
         prompt = num_virtual_tokens if self.backbone.is_encoder_decoder else 0
         if self.scored(task):
-            return prompt + len(task.labels or ()) * longest
+            return prompt + longest
         return prompt + self.num_beams * (self.max_new_tokens or longest)
 
     def check_lengths(self, rows: Iterable[Rows], num_virtual_tokens: int) -> None:
@@ -225,13 +258,6 @@ class PromptMethod(LightningModule):
                 f"{result.unexpected_keys}; was it made with other settings or by another method?"
             )
         return type(result)(missing, result.unexpected_keys)
-
-
-def only_used(prompts: Tensor, step: EvaluationBatch) -> tuple[Tensor, Any]:
-    """The prompts that a batch names, and the batch naming them by their new places."""
-    used = sorted(set(step.batch.prompts))
-    at = torch.tensor(used, device=prompts.device)
-    return prompts.index_select(0, at), renumber(step.batch, used)
 
 
 def as_config(kind: Any, value: Any) -> Any:

@@ -23,7 +23,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from prompt_lab.bank import bank_gradient, with_gradient
+from prompt_lab.bank import bank_gradient, is_out_of_memory, with_gradient
 from prompt_lab.batch import Batch
 from prompt_lab.data.batches import EvaluationBatch, EvaluationSteps, TrainSteps
 from prompt_lab.data.crossfit import CrossFitDataModule
@@ -261,9 +261,7 @@ class PromptTuning(PromptMethod):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of all live runs; a run whose loss or gradient is not finite rests from here on."""
         assert self.backbone is not None
-        losses, gradient = bank_gradient(
-            self.backbone, self.prompt, batch, self.tokens_per_forward, self.label_smoothing
-        )
+        losses, gradient = self._bank_gradient(batch)
         finite = losses.isfinite() & gradient.flatten(1).isfinite().all(1)
         world = self.trainer.world_size
         if world > 1:
@@ -276,16 +274,50 @@ class PromptTuning(PromptMethod):
         self.loss_steps += 1
         return with_gradient(losses.sum() * world, self.prompt, gradient * world)
 
+    def _bank_gradient(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Losses (R,) and gradient (R, N, D); micro-batches are halved when memory runs out."""
+        assert self.backbone is not None
+        while True:
+            try:
+                return bank_gradient(
+                    self.backbone, self.prompt, batch, self.tokens_per_forward, self.label_smoothing
+                )
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            self._halve_tokens_per_forward(batch)  # here the failed step's tensors are gone
+
+    def _halve_tokens_per_forward(self, batch: Batch) -> None:
+        """Let micro-batches be smaller from here on.
+
+        Raises:
+            ValueError: they hold one row each already.
+        """
+        lengths = zip(batch.input_lengths, batch.target_lengths, strict=True)
+        if self.tokens_per_forward <= max(map(sum, lengths)):
+            raise ValueError(
+                "memory runs out with a single row in a forward pass: use a smaller "
+                "data.max_input_length or model.num_virtual_tokens, model.backbone.dtype bfloat16 "
+                "or model.backbone.gradient_checkpointing true"
+            )
+        self.tokens_per_forward //= 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        rank_zero_warn(
+            f"memory ran out: model.tokens_per_forward is {self.tokens_per_forward} from step "
+            f"{self.trainer.global_step} on; give that to start with it"
+        )
+
     def on_validation_start(self) -> None:
         """Begin an evaluation: of the current prompts in a fit, else of the best ones."""
-        if self.trainer.state.fn != "fit":
+        fitting = self.trainer.state.fn == "fit"
+        if not fitting:
             self._restore_best()
-        self.evaluation = Evaluation(self, "dev")
+        self.evaluation = Evaluation(self, "dev", self.prompt.detach() if fitting else self.best)
 
     def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """Answer a batch of dev rows."""
-        fitting = self.trainer.state.fn == "fit"
-        self.evaluation.add(batch, self.prompt if fitting else self.best)
+        self.evaluation.add(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Score dev; in a fit, keep better prompts and stop runs that are done."""
@@ -403,11 +435,11 @@ class PromptTuning(PromptMethod):
     def on_test_start(self) -> None:
         """Take each run's best prompt from this fit, the checkpoint, or the prompt store."""
         self._restore_best()
-        self.evaluation = Evaluation(self, "test")
+        self.evaluation = Evaluation(self, "test", self.best)
 
     def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """Answer a batch of test rows under the best prompts."""
-        self.evaluation.add(batch, self.best)
+        self.evaluation.add(batch)
 
     def on_test_epoch_end(self) -> None:
         """Score test, add the baselines, and write results, predictions and prompts."""

@@ -1,0 +1,48 @@
+"""Two ways to run a frozen model in training: with its layers recomputed, or compiled.
+
+Both leave the model as it is where no gradient is asked for, and both are exact. Gradient
+checkpointing keeps one layer's activations at a time, for about a third more time; transformers'
+own switch does not fit here, since it acts on models in training mode only and drops the prompt's
+keys and values. Compiling serves all lengths by a few graphs with dynamic shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def recompute_layers(model: nn.Module) -> None:
+    """Let every layer of a transformers model forget its activations and make them anew."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.forward = wraps(layer.forward)(partial(_recomputed, layer.forward))
+
+
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A layer's output, whose backward pass runs the layer again."""
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def compile_training(modules: Iterable[nn.Module]) -> None:
+    """Compile the forward pass of modules for training; evaluation stays as it is."""
+    for module in modules:
+        module.forward = wraps(module.forward)(
+            partial(_compiled, module.forward, torch.compile(module.forward))
+        )
+
+
+def _compiled(
+    eager: Callable[..., Any], compiled: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """The compiled pass where a gradient is asked for."""
+    return (compiled if torch.is_grad_enabled() else eager)(*args, **kwargs)
