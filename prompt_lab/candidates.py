@@ -63,10 +63,7 @@ def candidate_scores(
 
 def _next_choice(scores: Tensor, exact: Tensor, exhaustive: bool) -> Tensor:
     """The candidate that each row follows next (b,), or -1 for a row that is done."""
-    if exhaustive:
-        choice = exact.int().argmin(1)
-    else:
-        choice = scores.argmax(1)
+    choice = exact.int().argmin(1) if exhaustive else scores.argmax(1)
     return choice.masked_fill(exact.gather(1, choice[:, None]).squeeze(1), -1)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -22,7 +24,7 @@ class Bigrams:
         self.first = 2 * torch.randn(rows, VOCABULARY, generator=generator)
         self.table = torch.randn(VOCABULARY, VOCABULARY, generator=generator)
         for label in LABELS:  # a tuned prompt is sure of how a label goes on
-            for token, after in zip(label, label[1:], strict=False):
+            for token, after in pairwise(label):
                 self.table[token, after] += sure
         self.kept = torch.arange(rows)
         self.ran = 0
@@ -37,7 +39,7 @@ class Bigrams:
         """Log-likelihood of each label by the formula: (B, C)."""
         first = self.first.double().log_softmax(1).numpy()
         table = self.table.double().log_softmax(1).numpy()
-        later = [sum(table[a, b] for a, b in zip(x, x[1:], strict=False)) for x in LABELS]
+        later = [sum(table[a, b] for a, b in pairwise(x)) for x in LABELS]
         return np.stack([first[:, x[0]] + more for x, more in zip(LABELS, later, strict=True)], 1)
 
 

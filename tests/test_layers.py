@@ -19,8 +19,8 @@ LAYERS = {
     "candidates training_forward",
     1: "backbone prompt_cache bank data sandbox",
     2: "methods exchange",
-    3: "plots report callbacks",
-    4: "cli __main__",
+    3: "plots report callbacks prediction",
+    4: "cli offline __main__",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 HEAVY = ("transformers", "lightning", "pytorch_lightning", "datasets")

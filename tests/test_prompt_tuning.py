@@ -471,3 +471,65 @@ def test_a_healthy_fit_warns_of_nothing(fit):
     texts = [str(warning.message) for warning in told]
     for text in ("same answer", "of their start", "standard deviation", "not finite"):
         assert not [found for found in texts if text in found]
+
+
+# ---- memory and speed ---------------------------------------------------------------------------
+
+
+def test_micro_batches_are_halved_when_memory_runs_out(
+    fit: Callable[..., PromptTuning], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A forward pass of more than 60 tokens fails; reference: a fit that starts with what fits."""
+    from prompt_lab.methods import prompt_tuning
+
+    plain, asked = prompt_tuning.bank_gradient, []
+
+    def small(backbone, prompts, batch, tokens, smoothing):
+        asked.append(tokens)
+        if tokens > 60:
+            raise torch.OutOfMemoryError("out of memory")
+        return plain(backbone, prompts, batch, tokens, smoothing)
+
+    settings = {"kind": "gpt2", "learning_rate": [0.1, 0.03]}
+    monkeypatch.setattr(prompt_tuning, "bank_gradient", small)
+    with pytest.warns(UserWarning, match=r"tokens_per_forward is 50 from step 0 on"):
+        found = fit(**settings, tokens_per_forward=200)
+    assert asked[:4] == [200, 100, 50, 50]
+    expected = fit(**settings, tokens_per_forward=50)
+    assert torch.equal(found.best, expected.best)
+    monkeypatch.setattr(prompt_tuning, "bank_gradient", lambda *_: small(*_[:3], 61, 0.0))
+    with pytest.raises(ValueError, match="memory runs out with a single row in a forward pass"):
+        fit(**settings, tokens_per_forward=200)
+
+
+def test_an_evaluation_batch_too_large_for_memory_is_halved(
+    fit: Callable[..., PromptTuning], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = fit("gpt2", tasks=MIXED)
+    for verb in ("choose", "generate"):
+        plain = getattr(Backbone, verb)
+
+        def small(self, prefix, batch, *rest, plain=plain):
+            if len(batch) > 5:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
+            return plain(self, prefix, batch, *rest)
+
+        monkeypatch.setattr(Backbone, verb, small)
+    found = fit("gpt2", tasks=MIXED)
+    assert torch.equal(found.best, expected.best)
+    assert found.evaluation.predictions == expected.evaluation.predictions
+    monkeypatch.setattr(Backbone, "choose", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit("gpt2")
+
+
+def test_gradient_checkpointing_trains_the_same_prompt(
+    fit: Callable[..., PromptTuning], model_folder: Folders
+) -> None:
+    made = {}
+    for checkpointing in (False, True):
+        config = BackboneConfig(str(model_folder("llama")), gradient_checkpointing=checkpointing)
+        made[checkpointing] = fit("llama", model=config.load()).best
+    assert torch.equal(made[False], made[True])
+    with pytest.raises(ValueError, match="do not go together"):
+        BackboneConfig(gradient_checkpointing=True, compile=True).load()

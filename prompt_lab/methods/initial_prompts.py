@@ -1,7 +1,9 @@
 """The initial prompts of a bank of runs, by whichever way the config names.
 
 A vocabulary, text or noise prompt depends on (seed, backbone, N) alone; class labels add the task.
-Prompts from a file serve every run; from a store each run takes the one of its own task.
+A prompt from a prompt file or a PEFT folder serves every run; from a prompt store or a checkpoint
+each run takes the one of its own task. PEFT folders do not say for which weights they were made:
+their width is compared with the backbone's, the weights are not.
 """
 
 from __future__ import annotations
@@ -16,8 +18,11 @@ from torch import Tensor
 
 from prompt_lab import prompts
 from prompt_lab.backbone import Backbone
+from prompt_lab.checkpoint import load_checkpoint
 from prompt_lab.data.tasks import Task
-from prompt_lab.prompt_file import PromptStore, load_prompt
+from prompt_lab.exchange import adopt
+from prompt_lab.peft_format import is_peft, load_peft
+from prompt_lab.prompt_file import PromptStore, check_backbone, load_prompt
 from prompt_lab.run import Run
 
 InitName = Literal["vocab", "text", "labels", "normal", "uniform", "file"]
@@ -30,12 +35,12 @@ class InitConfig:
     Args:
         name: ``vocab`` samples frequent tokens, ``text`` takes the tokens of a text, ``labels`` the
             task's class labels (then ``vocab``), ``normal`` and ``uniform`` noise, ``file`` a
-            prompt file or a prompt store.
+            prompt file, a prompt store, a PEFT folder or a checkpoint of PromptTuning.
         vocab_size: how many low ids ``vocab`` draws from; null for the whole vocabulary.
         text: the text of ``text``; cut to N tokens, or repeated.
         std: standard deviation of ``normal``.
         limit: largest magnitude of ``uniform``.
-        path: prompt file, or folder of a prompt store, for ``file``.
+        path: prompt file, folder of a prompt store, PEFT folder or ``.ckpt`` file, for ``file``.
     """
 
     name: InitName = "vocab"
@@ -52,7 +57,10 @@ class InitConfig:
         if self.name == "text" and not self.text:
             raise ValueError("init.name is text: give the text with init.text")
         if self.name == "file" and not self.path:
-            raise ValueError("init.name is file: give a prompt file or store with init.path")
+            raise ValueError(
+                "init.name is file: give a prompt file or store with init.path, or a PEFT folder "
+                "or a checkpoint"
+            )
 
     def describe(self) -> str:
         """The way in a few words, for results and prompt files."""
@@ -77,9 +85,10 @@ def initial_prompts(
     """The initial prompt of every run: (R, N, D) float32, on the CPU.
 
     Raises:
-        FileNotFoundError: a prompt file or store that is not there.
-        ValueError: prompts that a store lacks or has twice, of another shape or backbone; a task
-            without labels for ``labels``; too small a vocabulary.
+        FileNotFoundError: a prompt file, store, folder or checkpoint that is not there.
+        ValueError: prompts that a store or checkpoint lacks or has twice, of another shape or
+            backbone; a PEFT adapter of another kind; a task without labels for ``labels``; too
+            small a vocabulary.
     """
     if config.name == "file":
         made = _from_files(Path(config.path or ""), backbone, runs)
@@ -127,11 +136,29 @@ def _tokens(backbone: Backbone, text: str) -> list[int]:
 
 
 def _from_files(path: Path, backbone: Backbone, runs: Sequence[Run]) -> list[Tensor]:
-    """A prompt per run, from one file or from a store."""
+    """A prompt per run: one for all from a file or PEFT folder, its own from a bank of them."""
+    if path.suffix == ".ckpt":
+        saved = {prompt.name: prompt for prompt in load_checkpoint(path)}
+        names = _names([prompt.metadata() for prompt in saved.values()], runs, path)
+        for name in names:
+            check_backbone(saved[name], backbone, path)
+        return [saved[name].prompt for name in names]
+    if is_peft(path):
+        return [adopt(load_peft(path), backbone, path).prompt] * len(runs)
     if not path.is_dir():
         return [load_prompt(path, backbone).prompt] * len(runs)
     store = PromptStore(path)
-    index = store.index()
+    names = _names(store.index(), runs, path)
+    loaded = {name: load_prompt(store.path(name), backbone).prompt for name in set(names)}
+    return [loaded[name] for name in names]
+
+
+def _names(index: Sequence[Mapping[str, object]], runs: Sequence[Run], path: Path) -> list[str]:
+    """Name of the prompt of every run's task, from the metadata of all prompts.
+
+    Raises:
+        ValueError: naming all runs without a prompt, or all with several.
+    """
     names = [_matches(index, run) for run in runs]
     missing = [run.name for run, found in zip(runs, names, strict=True) if not found]
     if missing:
@@ -142,10 +169,7 @@ def _from_files(path: Path, backbone: Backbone, runs: Sequence[Run]) -> list[Ten
             f"{path} has several prompts for {', '.join(several)}: use a store with one per task, "
             "sample and seed"
         )
-    loaded = {
-        name: load_prompt(store.path(name), backbone).prompt for (name,) in set(map(tuple, names))
-    }
-    return [loaded[found[0]] for found in names]
+    return [found[0] for found in names]
 
 
 def _matches(index: Sequence[Mapping[str, object]], run: Run) -> list[str]:

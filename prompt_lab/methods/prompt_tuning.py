@@ -15,7 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -238,25 +239,32 @@ class PromptTuning(PromptMethod):
             start_curves(self.run_dir / "curves.csv", self.trainer.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note what each prompt of the bank is trained on."""
-        checkpoint["trained_on"] = self._trained_on()
+        """Note what each prompt of the bank is trained on, and which weights and tokenizer."""
+        assert self.backbone is not None
+        checkpoint["runs"] = [asdict(run) for run in self.runs]
+        checkpoint["backbone_digest"] = self.backbone.digest
+        checkpoint["tokenizer_digest"] = self.backbone.tokenizer_digest
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the bank of other data or seeds, which would only look like this one.
+        """Refuse the bank of other data, seeds or weights, which would only look like this one.
 
         Raises:
             ValueError: naming both sides.
         """
-        saved, own = checkpoint.get("trained_on"), self._trained_on()
-        if saved is not None and saved != own:
+        assert self.backbone is not None
+        saved, own = _trained_on(checkpoint.get("runs", [])), _trained_on(map(asdict, self.runs))
+        if saved != own:
             raise ValueError(
                 f"the checkpoint is of {len(saved)} runs ({_some(saved)}), the settings ask for "
                 f"{len(own)} ({_some(own)}): resume with the tasks, samples and seeds of the fit"
             )
-
-    def _trained_on(self) -> list[str]:
-        """Task, sample and initial seed of every run."""
-        return [f"{run.task} {run.sample} seed {run.init_seed}" for run in self.runs]
+        weights = checkpoint.get("backbone_digest", "")
+        if weights != self.backbone.digest:
+            raise ValueError(
+                f"the checkpoint is of a backbone with weights {weights[:12]}, but "
+                f"{self.backbone.name!r} has weights {self.backbone.digest[:12]}: resume with the "
+                "backbone of the fit"
+            )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of all live runs; a run whose loss or gradient is not finite rests from here on."""
@@ -560,6 +568,11 @@ class PromptTuning(PromptMethod):
                 f"step {self.trainer.global_step}: prompts within 0.1 % of their start: "
                 f"{_some(still)}. Soft prompts need large learning rates (0.3 is usual for T5)",
             )
+
+
+def _trained_on(runs: Iterable[dict[str, Any]]) -> list[str]:
+    """Task, sample and initial seed of every run."""
+    return [f"{run['task']} {run['sample']} seed {run['init_seed']}" for run in runs]
 
 
 def _some(names: list[str], most: int = 3) -> str:
