@@ -56,19 +56,16 @@ def text_ids(ids: Sequence[int], num_virtual_tokens: int) -> Tensor:
     return torch.tensor([ids[i % len(ids)] for i in range(num_virtual_tokens)], dtype=torch.long)
 
 
-def label_prompt(
-    embeddings: Tensor, label_ids: Sequence[Sequence[int]], fill: Tensor, num_virtual_tokens: int
-) -> Tensor:
+def label_prompt(embeddings: Tensor, label_ids: Sequence[Sequence[int]], fill: Tensor) -> Tensor:
     """Class labels, one row each (the mean of a label's tokens), then vocabulary rows: (N, D).
 
     Args:
         embeddings: (V, D) input embeddings.
-        label_ids: token ids of each label.
-        fill: (N,) ids for the rows that labels do not use.
-        num_virtual_tokens: N; labels beyond the N-th are left out.
+        label_ids: token ids of each label; labels beyond the N-th are left out.
+        fill: (N, D) a vocabulary prompt, for the rows that labels do not use.
     """
-    rows = [embeddings[torch.tensor(ids)].mean(0) for ids in label_ids[:num_virtual_tokens]]
-    return torch.cat([torch.stack(rows), embeddings[fill[: num_virtual_tokens - len(rows)]]])
+    rows = [embeddings[torch.tensor(ids)].mean(0) for ids in label_ids[: len(fill)]]
+    return torch.cat([torch.stack(rows), fill[: len(fill) - len(rows)]])
 
 
 def normal_prompt(num_virtual_tokens: int, hidden_size: int, std: float, seed: int) -> Tensor:

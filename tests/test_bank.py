@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
-from conftest import HIDDEN, make_tokenizer
+from conftest import HIDDEN, make_backbone, make_tokenizer
 from torch import Tensor
 
 from prompt_lab.backbone import Backbone
@@ -248,3 +249,28 @@ def test_a_bank_of_runs_follows_its_runs_trained_alone(name: str, steps: int) ->
     for run in range(len(RATES)):
         (alone,) = train(model, [run], name, steps, per_forward=10**6)
         assert (together[run] - alone).abs().max() <= 1e-9
+
+
+@pytest.mark.parametrize("kind", ["t5", "gpt2"])
+def test_a_compiled_model_gives_the_same_gradient_from_few_graphs(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many lengths and numbers of rows, at most 8 graphs, no graph break; code is not generated."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    plain, compiled = make_backbone(kind), make_backbone(kind)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    compiled.compile_training()
+    prompts = bank().detach()
+    for rows, words in ((6, 1), (5, 3), (4, 7), (6, 12), (1, 5)):
+        texts = [f"{'a cat ' * words} {i}" for i in range(rows)]
+        batch = plain.batch(texts, TARGETS[:rows], INDEX[:rows])
+        found = bank_gradient(compiled, prompts, batch, 100)
+        expected = bank_gradient(plain, prompts, batch, 100)
+        assert_close(found[0], expected[0], 1e-5)
+        assert_close(found[1], expected[1], 3e-5)
+        assert compiled.generate(prompts, batch, 3) == plain.generate(prompts, batch, 3)
+    assert counters["stats"]["unique_graphs"] <= 8
+    assert not counters["graph_break"]

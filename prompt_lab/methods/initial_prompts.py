@@ -107,6 +107,28 @@ def initial_prompts(
     return torch.stack([unique[key] for key in keys])
 
 
+def vocabulary_prompt(
+    backbone: Backbone, num_virtual_tokens: int, seed: int = 0, vocab_size: int | None = 5000
+) -> Tensor:
+    """The default start: embeddings of N frequent tokens, drawn without replacement, seeded.
+
+    Lester et al. 2021 (arXiv 2104.08691), section 3.2; (N, D) float32, on the CPU.
+
+    Args:
+        backbone: whose embeddings.
+        num_virtual_tokens: N.
+        seed: seed of the draw.
+        vocab_size: how many low ids to draw from, special ones left out; None for all.
+
+    Raises:
+        ValueError: fewer such tokens than N.
+    """
+    table = backbone.embedding_table()  # (V, D)
+    size = min(len(table), len(backbone.tokenizer))
+    ids = prompts.frequent_ids(size, backbone.tokenizer.all_special_ids, vocab_size)
+    return table[prompts.vocabulary_sample(ids, num_virtual_tokens, seed)]
+
+
 def _make(
     config: InitConfig, backbone: Backbone, seed: int, task: Task | None, count: int
 ) -> Tensor:
@@ -115,19 +137,16 @@ def _make(
         return prompts.normal_prompt(count, backbone.hidden_size, config.std, seed)
     if config.name == "uniform":
         return prompts.uniform_prompt(count, backbone.hidden_size, config.limit, seed)
-    table = backbone.embedding_table()  # (V, D)
     if config.name == "text":
-        return table[prompts.text_ids(_tokens(backbone, config.text or ""), count)]
-    special = backbone.tokenizer.all_special_ids
-    size = min(len(table), len(backbone.tokenizer))
-    ids = prompts.frequent_ids(size, special, config.vocab_size)
-    sampled = prompts.vocabulary_sample(ids, count, seed)
+        ids = prompts.text_ids(_tokens(backbone, config.text or ""), count)
+        return backbone.embedding_table()[ids]
+    sampled = vocabulary_prompt(backbone, count, seed, config.vocab_size)
     if config.name == "vocab":
-        return table[sampled]
+        return sampled
     if task is None or task.labels is None:
         raise ValueError(f"init.name is labels, but task {task and task.name!r} has no label set")
     labels = [_tokens(backbone, label) for label in task.labels]
-    return prompts.label_prompt(table, labels, sampled, count)
+    return prompts.label_prompt(backbone.embedding_table(), labels, sampled)
 
 
 def _tokens(backbone: Backbone, text: str) -> list[int]:
