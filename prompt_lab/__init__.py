@@ -14,10 +14,13 @@ _PUBLIC = {
     "Backbone": "prompt_lab.backbone",
     "CrossFitDataModule": "prompt_lab.data.crossfit",
     "PromptTuning": "prompt_lab.methods.prompt_tuning",
+    "label_scores": "prompt_lab.prediction",
+    "predict": "prompt_lab.prediction",
     "Prompt": "prompt_lab.prompt_file",
     "PromptStore": "prompt_lab.prompt_file",
     "load_prompt": "prompt_lab.prompt_file",
     "save_prompt": "prompt_lab.prompt_file",
+    "vocabulary_prompt": "prompt_lab.methods.initial_prompts",
 }
 __all__ = ["__version__", *_PUBLIC]
 

@@ -9,11 +9,17 @@ import difflib
 import os
 import sys
 
-COMMANDS = {
+TRAINER_COMMANDS = {
     "fit": "train a bank of prompts from a YAML config",
     "validate": "score the best prompts of a fit on dev",
     "test": "score the best prompts of a fit on test, write results.csv",
 }
+OFFLINE_COMMANDS = {
+    "predict": "answer new inputs under one or many prompts",
+    "export": "write prompts for PEFT or as plain tensors",
+    "import": "make a prompt file of a PEFT folder or a tensor",
+}
+COMMANDS = TRAINER_COMMANDS | OFFLINE_COMMANDS
 
 
 def main() -> int:
@@ -27,7 +33,7 @@ def main() -> int:
     if given[0] == "--version":
         print(f"prompt-lab {__version__}")
         return 0
-    names = [word for word in given if word in COMMANDS]
+    names = [word for word in given if word in TRAINER_COMMANDS]
     if given[0] not in COMMANDS and not (given[0].startswith("-") and names):
         near = difflib.get_close_matches(given[0], COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
@@ -35,8 +41,10 @@ def main() -> int:
         return 2
     # On Intel processors matrix products repeat bit for bit from run to run, as exact resume needs.
     os.environ.setdefault("MKL_CBWR", "AUTO")
-    from prompt_lab.cli import run
-
+    if given[0] in OFFLINE_COMMANDS:
+        from prompt_lab.offline import run
+    else:
+        from prompt_lab.cli import run
     return run()
 
 
@@ -47,9 +55,14 @@ def _help(version: str) -> str:
         "",
         "usage: prompt-lab COMMAND --config FILE.yaml [--run_dir DIR] [--any.setting value ...]",
         "",
-        *(f"  {name:<10}{text}" for name, text in COMMANDS.items()),
+        *(f"  {name:<10}{text}" for name, text in TRAINER_COMMANDS.items()),
         "",
-        "prompt-lab COMMAND --help lists all settings; --print_config shows their values.",
+        "usage: prompt-lab COMMAND PROMPTS [--setting value ...]",
+        "",
+        *(f"  {name:<10}{text}" for name, text in OFFLINE_COMMANDS.items()),
+        "",
+        "prompt-lab COMMAND --help lists all settings; --print_config (fit, validate, test) shows",
+        "their values.",
         "A first run: prompt-lab fit --config configs/quickstart.yaml",
     ]
     return "\n".join(lines)

@@ -1,0 +1,124 @@
+"""``predict``, ``export`` and ``import``: the commands that run no trainer.
+
+Each is one function. Its flags are made from its signature and its docstring: the first parameter
+is positional, a list takes several words, and what has no default is required. Paths that a
+function returns are printed. The modules of the functions load torch only when they run, so that
+``--help`` is fast.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, NoReturn, get_args
+
+from docstring_parser import parse as parse_docstring
+from jsonargparse import ArgumentParser
+
+FUNCTIONS = {
+    "predict": ("prompt_lab.prediction", "predict_command"),
+    "export": ("prompt_lab.exchange", "export_prompts"),
+    "import": ("prompt_lab.exchange", "import_prompts"),
+}
+
+
+class OfflineParser(ArgumentParser):
+    """The flags of one command; says what is wrong in one sentence instead of the whole usage.
+
+    Attributes:
+        types: the type of each setting.
+    """
+
+    types: dict[str, Any]
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the sentence and exit with status 2."""
+        print(f"prompt-lab: {self._plain(message)}", file=sys.stderr)
+        sys.exit(2)
+
+    def _plain(self, message: str) -> str:
+        """A message without the parser's account of types, with the nearest known flag."""
+        bad = re.search(r'Parser key "(\w+)".*value: (.*)', message, re.DOTALL)
+        if bad:
+            return f"--{bad[1]} is {bad[2]!r}; allowed: {_allowed(self.types[bad[1]])}"
+        lacking = re.fullmatch(r"the following arguments are required: (.*)", message)
+        if lacking:
+            wanted = [a for a in self._actions if a.dest in lacking[1].split(", ")]
+            words = [word for a in wanted for word in (a.option_strings or [str(a.metavar)])]
+            return f"give {', '.join(words)}; {self.prog} --help says more"
+        unknown = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(unknown[1], flags, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"{self.prog} --help lists all"
+            return f"no setting {unknown[1]}; {hint}"
+        return " ".join(message.split())
+
+
+def run(words: list[str] | None = None) -> int:
+    """Run a command, its name first; errors of the user are one sentence and status 1.
+
+    A reader that closes the pipe early, as ``head`` does, ends the command quietly.
+    """
+    words = sys.argv[1:] if words is None else words
+    function = _function(words[0])
+    settings = make_parser(words[0]).parse_args(words[1:])
+    try:
+        written = function(**vars(settings))
+        for path in written if isinstance(written, list) else [written]:
+            if path is not None:
+                print(path)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+    except (ValueError, OSError) as error:
+        if os.environ.get("PROMPT_LAB_TRACEBACK"):
+            raise
+        print(f"prompt-lab: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def make_parser(command: str) -> OfflineParser:
+    """The parser of a command's words (without its name)."""
+    function = _function(command)
+    text = parse_docstring(function.__doc__ or "")
+    helps = {param.arg_name: param.description for param in text.params}
+    parser = OfflineParser(
+        prog=f"prompt-lab {command}",
+        description="\n\n".join(filter(None, (text.short_description, text.long_description))),
+        default_meta=False,
+        allow_abbrev=False,
+    )
+    parameters = inspect.signature(function, eval_str=True).parameters
+    parser.types = {name: parameter.annotation for name, parameter in parameters.items()}
+    for place, (name, parameter) in enumerate(parameters.items()):
+        settings: dict[str, Any] = {"type": parameter.annotation, "help": helps[name]}
+        if list[str] in (parameter.annotation, *get_args(parameter.annotation)):
+            settings |= {"type": str, "nargs": "+"}
+        if place == 0:
+            parser.add_argument(name, metavar=name.upper().removesuffix("S"), **settings)
+        elif parameter.default is inspect.Parameter.empty:
+            parser.add_argument(f"--{name}", required=True, **settings)
+        else:
+            parser.add_argument(f"--{name}", default=parameter.default, **settings)
+    return parser
+
+
+def _function(command: str) -> Callable[..., Any]:
+    """The function behind a command."""
+    module, name = FUNCTIONS[command]
+    return getattr(import_module(module), name)
+
+
+def _allowed(kind: Any) -> str:
+    """What a setting of a type may be, in words."""
+    choices = [value for value in get_args(kind) if isinstance(value, str)]
+    if choices:
+        return ", ".join(choices)
+    return "a whole number" if int in (kind, *get_args(kind)) else "a text"

@@ -1,0 +1,141 @@
+"""The commands without trainer: flags from functions, short errors, quiet ends, fast help."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import HIDDEN, make_backbone
+
+from prompt_lab import offline
+from prompt_lab.__main__ import OFFLINE_COMMANDS
+from prompt_lab.prompt_file import Prompt, load_prompt, save_prompt
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Run in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+def status(*words: str) -> int:
+    """Exit status of a command, also where the parser exits."""
+    try:
+        return offline.run(list(words))
+    except SystemExit as leaving:
+        return int(leaving.code or 0)
+
+
+def test_every_command_has_a_function():
+    assert list(offline.FUNCTIONS) == list(OFFLINE_COMMANDS)
+
+
+@pytest.mark.parametrize("command", offline.FUNCTIONS)
+def test_help_tells_every_setting_without_torch(command):
+    code = (
+        f"import sys; sys.argv = ['prompt-lab', '{command}', '--help']\n"
+        "from prompt_lab.__main__ import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'lightning', 'numpy'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+    for setting in offline.make_parser(command).types:
+        assert setting.upper().removesuffix("S") in done.stdout or f"--{setting}" in done.stdout
+    assert done.stdout.startswith(f"usage: prompt-lab {command}")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ((), "give PROMPT; prompt-lab predict --help says more"),
+        (("x", "--format", "xml"), "--format is 'xml'; allowed: auto, text, jsonl"),
+        (("x", "--num_beams", "two"), "--num_beams is 'two'; allowed: a whole number"),
+        (("x", "--num_beams", "1.5"), "--num_beams is '1.5'; allowed: a whole number"),
+        (("x", "--inputs", "f"), "no setting --inputs; did you mean --input?"),
+        (("x", "--labels"), "argument --labels: expected at least one argument"),
+    ],
+)
+def test_wrong_usage_is_one_sentence_and_status_2(words, sentence, capsys):
+    assert status("predict", *words) == 2
+    assert capsys.readouterr().err == f"prompt-lab: {sentence}\n"
+
+
+def test_what_is_required_is_named_as_a_flag(capsys):
+    assert status("export", "x") == 2
+    assert capsys.readouterr().err == "prompt-lab: give --out; prompt-lab export --help says more\n"
+
+
+def test_words_reach_the_function_as_they_are(monkeypatch):
+    def function(prompts: list[str], labels: list[str] | None = None, count: int | None = 3):
+        """Do.
+
+        Args:
+            prompts: some.
+            labels: some.
+            count: a number.
+        """
+        taken.append((prompts, labels, count))
+
+    taken: list[object] = []
+    monkeypatch.setattr(offline, "_function", lambda command: function)
+    assert status("predict", "a", "b", "--labels", "yes", "1", "null", "[x]") == 0
+    assert status("predict", "--count=null", "--", "c", "-d") == 0
+    assert taken == [(["a", "b"], ["yes", "1", "null", "[x]"], 3), (["c", "-d"], None, None)]
+
+
+def test_bad_input_is_status_1_and_a_traceback_only_on_request(capsys, monkeypatch):
+    assert status("export", "nothing", "--out", "x") == 1
+    assert capsys.readouterr().err == "prompt-lab: no prompt file nothing\n"
+    monkeypatch.setenv("PROMPT_LAB_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError):
+        status("export", "nothing", "--out", "x")
+
+
+def test_a_reader_that_leaves_early_ends_the_command_quietly():
+    code = (
+        "import sys\n"
+        "from prompt_lab import offline\n"
+        "def flood(word: str):\n"
+        "    '''Write.\n\n    Args:\n        word: a word.\n    '''\n"
+        "    for _ in range(100000): print(word)\n"
+        "offline._function = lambda command: flood\n"
+        "sys.exit(offline.run(['predict', 'word']))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline() == "word\n"
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(60)) == ("", 0)
+
+
+def test_a_prompt_goes_out_and_comes_back(model_folder, capsys):
+    """Export for PEFT, import into a store: the same numbers; both print what they wrote."""
+    backbone = make_backbone("gpt2")
+    given = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(0))
+    save_prompt(
+        "p.safetensors",
+        Prompt(
+            prompt=given,
+            init=given,
+            name="p",
+            backbone=str(model_folder("gpt2")),
+            backbone_digest=backbone.digest,
+            tokenizer_digest=backbone.tokenizer_digest,
+        ),
+    )
+    assert status("export", "p.safetensors", "--out", "peft", "--format", "peft") == 0
+    assert status("import", "peft", "--out", "store", "--name", "q", "--task", "mine") == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out == ["peft", str(Path("store/q.safetensors"))]
+    back = load_prompt(out[1], backbone)
+    assert torch.equal(back.prompt, given)
+    assert (back.name, back.task) == ("q", "mine")
