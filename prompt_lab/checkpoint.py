@@ -33,7 +33,7 @@ def load_checkpoint(path: str | Path) -> list[Prompt]:
         state, settings = saved["state_dict"], saved["hyper_parameters"]
         prompt, init, best, score, step = (state[name] for name in _TENSORS)
         backbone, initialised = (str(settings[name]["name"]) for name in ("backbone", "init"))
-        digests = {name: str(saved[name]) for name in ("backbone_digest", "tokenizer_digest")}
+        digest, tokenizer = str(saved["backbone_digest"]), str(saved["tokenizer_digest"])
         runs = [Run(**run) for run in saved["runs"]]
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
         raise ValueError(
@@ -51,7 +51,8 @@ def load_checkpoint(path: str | Path) -> list[Prompt]:
                 init=init[i].float(),
                 name=run.name,
                 backbone=backbone,
-                **digests,
+                backbone_digest=digest,
+                tokenizer_digest=tokenizer,
                 task=run.task,
                 sample=run.sample,
                 initialised=initialised,

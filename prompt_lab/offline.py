@@ -21,7 +21,7 @@ from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser
 
 FUNCTIONS = {
-    "predict": ("prompt_lab.prediction", "predict_command"),
+    "predict": ("prompt_lab.predict_command", "predict_command"),
     "export": ("prompt_lab.exchange", "export_prompts"),
     "import": ("prompt_lab.exchange", "import_prompts"),
 }

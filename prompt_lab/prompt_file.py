@@ -50,6 +50,12 @@ class Prompt:
         metric: name of the metric of both.
         status: how its training ended.
         seconds: wall-clock seconds of the fit it was part of.
+        decoding: ``score`` or ``generate``, how its answers were made when it was tested.
+        labels: what scored answers were chosen from.
+        max_new_tokens: longest generated answer.
+        num_beams: beams of generated answers.
+        max_input_length: inputs were cut to this many tokens.
+        task_prefix: whether the task's name stood in front of the inputs.
         version: version of the package that wrote it.
     """
 
@@ -72,6 +78,12 @@ class Prompt:
     metric: str = ""
     status: str = ""
     seconds: float | None = None
+    decoding: str = ""
+    labels: list[str] | None = None
+    max_new_tokens: int | None = None
+    num_beams: int | None = None
+    max_input_length: int | None = None
+    task_prefix: bool = False
     version: str = ""
 
     def metadata(self) -> dict[str, Any]:

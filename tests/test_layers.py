@@ -19,7 +19,7 @@ LAYERS = {
     "candidates training_forward",
     1: "backbone prompt_cache bank data sandbox",
     2: "methods exchange",
-    3: "plots report callbacks prediction",
+    3: "plots report callbacks predict_command prediction",
     4: "cli offline __main__",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}

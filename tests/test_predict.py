@@ -12,8 +12,9 @@ import torch
 from conftest import HIDDEN, POSITIONS, make_backbone
 
 import prompt_lab
-from prompt_lab import cli, offline, prediction
-from prompt_lab.prediction import label_scores, predict, read_lines
+from prompt_lab import cli, offline, predict_command
+from prompt_lab.predict_command import read_lines
+from prompt_lab.prediction import label_scores, predict
 from prompt_lab.prompt_file import Prompt, save_prompt
 
 TEXTS = ["a dog", "the small red house stands on the hill", "she likes", "yes", "no maybe yes no"]
@@ -178,7 +179,8 @@ def fit(folder: Path, root: Path) -> Path:
             *("fit", "--run_dir=r", f"--data.root={root}", "--data.samples=[13]"),
             "--data.tasks=[glue-cola, e2e_nlg_cleaned]",
             *("--model=PromptTuning", f"--model.backbone.name={folder}"),
-            *("--model.num_virtual_tokens=4", "--model.max_new_tokens=7", "--test_after_fit"),
+            *("--model.num_virtual_tokens=4", "--model.num_beams=2", "--test_after_fit"),
+            *("--data.task_prefix=true", "--data.max_input_length=40"),
             *("--model.init.name=normal", "--model.init.std=0.01", "--model.learning_rate=0.001"),
             *("--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.logger=false"),
             "--trainer.accelerator=cpu",
@@ -190,13 +192,16 @@ def fit(folder: Path, root: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["t5", "gpt2"])
 def test_answers_are_those_of_the_command_test(kind, model_folder, fewshot_root, monkeypatch):
-    """Reference: ``predictions.jsonl`` of a fit, for the same rows."""
+    """Reference: ``predictions.jsonl`` of a fit, for the same rows.
+
+    Without a word about labels, length, beams and prefix: the prompt files know.
+    """
     made = fit(model_folder(kind), fewshot_root)
     tested = [json.loads(line) for line in (made / "predictions.jsonl").read_text().splitlines()]
     for task, shots in (("glue-cola", 16), ("e2e_nlg_cleaned", 32)):
         rows = (fewshot_root / task / f"{task}_{shots}_13_test.tsv").read_text().splitlines()
         give(monkeypatch, "".join(row.split("\t")[0] + "\n" for row in rows).encode())
-        assert run(made / "prompts", "--max_new_tokens=7", "--out=answers.jsonl") == 0
+        assert run(made / "prompts", "--out=answers.jsonl") == 0
         answers = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
         assert len(answers) == 2 * len(rows)
         of_task = [row for row in tested if row["task"] == task and row["variant"] == "tuned"]
@@ -269,9 +274,11 @@ def test_answers_do_not_depend_on_the_chunks_and_come_before_the_input_ends(stor
             yield line
 
     monkeypatch.setattr("sys.stdout", out)
-    monkeypatch.setattr(prediction, "FIRST_CHUNK", 2)
-    monkeypatch.setattr(prediction, "LARGEST_CHUNK", 5)
-    monkeypatch.setattr(prediction, "_opened", lambda path: prediction.nullcontext(slow()))
+    monkeypatch.setattr(predict_command, "FIRST_CHUNK", 2)
+    monkeypatch.setattr(predict_command, "LARGEST_CHUNK", 5)
+    monkeypatch.setattr(
+        predict_command, "_opened", lambda path: predict_command.nullcontext(slow())
+    )
     assert run(*words, "--input=-") == 0
     assert out.getvalue() == Path("whole.txt").read_text()
     assert written[:8] == [0, 0, 2, 2, 2, 2, 6, 6]  # chunks of 2, 4, 5, 5, 4
@@ -280,7 +287,7 @@ def test_answers_do_not_depend_on_the_chunks_and_come_before_the_input_ends(stor
 def test_out_is_written_whole_or_not_at_all(store, capsys, monkeypatch):
     Path("out.txt").write_text("old")
     Path("in.txt").write_bytes(b"a\nb\nc\td\n")
-    monkeypatch.setattr(prediction, "FIRST_CHUNK", 1)
+    monkeypatch.setattr(predict_command, "FIRST_CHUNK", 1)
     words = (store / "glue-sst2.safetensors", "--input=in.txt", "--out=out.txt")
     assert run(*words) == 1
     assert "in.txt, line 3: the line holds a tab" in capsys.readouterr().err

@@ -167,6 +167,19 @@ class PromptMethod(LightningModule):
         length = self.max_new_tokens or "longest"
         return f"generate beams={self.num_beams} tokens={length}"
 
+    def way_of_answering(self, task: str, sample: int) -> dict[str, Any]:
+        """How answers to a task are made, as prompt files keep it for ``prompt-lab predict``."""
+        data = self.datamodule
+        scored, labels = self.scored(data.tasks[task]), data.tasks[task].labels
+        return {
+            "decoding": "score" if scored else "generate",
+            "labels": list(labels) if scored and labels else None,
+            "max_new_tokens": self.max_new_tokens or data.longest_answer(task, sample),
+            "num_beams": self.num_beams,
+            "max_input_length": data.max_input_length,
+            "task_prefix": data.task_prefix,
+        }
+
     def answers(self, prefixes: Prefixes, step: EvaluationBatch) -> list[str]:
         """One answer per row of an evaluation batch; a batch too large for memory is halved."""
         task, batch = self.datamodule.tasks[step.task], step.batch

@@ -500,6 +500,7 @@ class PromptTuning(PromptMethod):
                 metric=data.tasks[run.task].metric,
                 status=STATUS[status[i]],
                 seconds=round(self.seconds.item(), 3),
+                **self.way_of_answering(run.task, run.sample),
                 version=__version__,
             )
             for i, run in enumerate(self.runs)
