@@ -68,30 +68,55 @@ def test_quickstart_tunes_two_held_out_tasks_above_080_for_every_seed(quickstart
     assert "tuned" in printed
 
 
-def test_python_example_runs(quickstart):
-    folder, _ = quickstart
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    made = subprocess.run(
-        [sys.executable, "-c", code.replace("runs/quickstart", str(folder / "quickstart"))],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def run(folder, *command):
+    """What a command prints that a user of the README types in a folder."""
+    made = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
     assert made.returncode == 0, made.stderr
-    assert made.stdout.strip()
+    return made.stdout.strip()
+
+
+def test_python_example_reaches_a_good_accuracy(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    accuracy, *_ = run(tmp_path, sys.executable, "-c", code).splitlines()
+    assert float(accuracy) > 0.8
+
+
+def test_commands_on_the_prompts_of_the_quickstart_run(quickstart):
+    """Answers for a file, for all prompts, a PEFT folder of each, and one of them back again."""
+    folder, _ = quickstart
+    (folder / "runs").mkdir()
+    (folder / "runs" / "quickstart").symlink_to(folder / "quickstart")
+    (folder / "texts.txt").write_text("the cold soup was awful\nthe play was lovely\n")
+    (folder / "texts.jsonl").write_text('{"input": "the cold soup was awful"}\n')
+    used = [c for c in commands() if c.split()[1] in ("predict", "export", "import")]
+    printed = [
+        run(folder, sys.executable, "-m", "prompt_lab", *shlex.split(command)[1:])
+        for command in used
+        if "last.ckpt" not in command
+    ]
+    assert len(printed) == 4
+    assert all(printed[0].splitlines())
+    assert len(printed[0].splitlines()) == 2
+    assert len((folder / "answers.jsonl").read_text().splitlines()) == 9
+    assert len(list((folder / "exported").glob("*/adapter_model.safetensors"))) == 9
+    assert len(list((folder / "mine").glob("*.safetensors"))) == 1
 
 
 @pytest.mark.parametrize("command", commands())
 def test_commands_parse(command, tmp_path, monkeypatch):
     """Every command of the README is understood by the real command line, up to running it."""
+    from prompt_lab import offline
     from prompt_lab.cli import PromptLabCLI
 
+    words = shlex.split(command)[1:]
+    if words[0] in offline.FUNCTIONS:
+        settings = offline.make_parser(words[0]).parse_args(words[1:])
+        assert vars(settings)
+        return
     for name in ("instantiate_classes", "_run_subcommand", "_parse_ckpt_path"):
         monkeypatch.setattr(PromptLabCLI, name, lambda self, *a: None)
     monkeypatch.setattr(PromptLabCLI, "before_instantiate_classes", lambda self: None)
     monkeypatch.chdir(ROOT)
-    words = shlex.split(command)[1:]
     words = ["configs/quickstart.yaml" if "config-fit.yaml" in word else word for word in words]
     cli = PromptLabCLI(words)
     assert cli.config.subcommand == words[0]
