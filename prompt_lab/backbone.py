@@ -260,12 +260,12 @@ class Backbone(nn.Module):
         else:
             logits = self._target_logits(prefix, batch)
         losses = F.cross_entropy(
-            _at_least_float32(logits).transpose(1, 2),  # (B, V, T)
-            batch.target_ids,
+            _at_least_float32(logits).flatten(0, 1),  # (B * T, V)
+            batch.target_ids.flatten(),
             ignore_index=IGNORE,
             reduction="none",
             label_smoothing=label_smoothing,
-        )
+        ).view_as(batch.target_ids)
         return losses.sum(1) / (batch.target_ids != IGNORE).sum(1)
 
     @torch.no_grad()

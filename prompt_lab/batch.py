@@ -145,27 +145,54 @@ def make_batch(
     )
 
 
-def micro_batches(batch: Batch, tokens_per_forward: int, extra_per_row: int = 0) -> list[Batch]:
-    """Cut a batch into consecutive slices of at most ``tokens_per_forward`` padded tokens.
+def default_tokens_per_forward(device: torch.device) -> int:
+    """Padded tokens of a forward pass where none are given: what a CPU's caches and a GPU like.
 
-    A row costs its slice's widest input plus widest target plus ``extra_per_row`` (the virtual
-    tokens, where the backbone runs them once per row). One row is always taken, however long.
+    On a CPU larger passes are slower, and short rows are padded to longer ones.
+    """
+    return 2048 if device.type == "cpu" else 16384
+
+
+def micro_batches(batch: Batch, tokens_per_forward: int, extra_per_row: int = 0) -> list[Batch]:
+    """Cut a batch into the slices that :func:`spans` gives.
+
+    Raises:
+        ValueError: ``tokens_per_forward`` is not positive.
+    """
+    cuts = spans(batch.input_lengths, batch.target_lengths, tokens_per_forward, extra_per_row)
+    return [batch.slice(start, stop) for start, stop in cuts]
+
+
+def spans(
+    inputs: Sequence[int], targets: Sequence[int], tokens_per_forward: int, extra_per_row: int = 0
+) -> list[tuple[int, int]]:
+    """Consecutive spans of rows of at most ``tokens_per_forward`` padded tokens.
+
+    A row costs its span's widest input plus widest target plus ``extra_per_row`` (the virtual
+    tokens, where the backbone runs them once per row). One row is always taken, however long. A
+    span that is an eighth full ends before a row of less than half its width, which would be
+    mostly padding.
+
+    Args:
+        inputs: tokens of each row's input, longest rows first for little padding.
+        targets: tokens of each row's target.
+        tokens_per_forward: the bound.
+        extra_per_row: tokens of a row beside input and target.
 
     Raises:
         ValueError: ``tokens_per_forward`` is not positive.
     """
     if tokens_per_forward < 1:
         raise ValueError(f"tokens_per_forward is {tokens_per_forward}: give at least 1")
-    slices, start = [], 0
+    found, start = [], 0
     widest_input = widest_target = 0
-    for at in range(len(batch)):
-        inputs = max(widest_input, batch.input_lengths[at])
-        targets = max(widest_target, batch.target_lengths[at])
-        cost = (at - start + 1) * (inputs + targets + extra_per_row)
-        if at > start and cost > tokens_per_forward:
-            slices.append(batch.slice(start, at))
-            start, inputs, targets = at, batch.input_lengths[at], batch.target_lengths[at]
-        widest_input, widest_target = inputs, targets
-    if start < len(batch):
-        slices.append(batch.slice(start, len(batch)))
-    return slices
+    for at, (own_input, own_target) in enumerate(zip(inputs, targets, strict=True)):
+        width = widest_input + widest_target + extra_per_row
+        next_input, next_target = max(widest_input, own_input), max(widest_target, own_target)
+        over = (at - start + 1) * (next_input + next_target + extra_per_row) > tokens_per_forward
+        short = 2 * (own_input + own_target + extra_per_row) < width
+        if at > start and (over or (short and 8 * (at - start) * width >= tokens_per_forward)):
+            found.append((start, at))
+            start, next_input, next_target = at, own_input, own_target
+        widest_input, widest_target = next_input, next_target
+    return [*found, (start, len(inputs))] if start < len(inputs) else found

@@ -19,8 +19,8 @@ from torch import Tensor
 from prompt_lab.batch import IGNORE
 
 Follow = Callable[[Tensor | None, Tensor], Tensor]
-"""Takes the rows to keep (b,), places among those kept so far or None for all, and a tuple of
-tokens for each (b, T - 1); returns the logits (b, T - 1, V) behind them."""
+"""Takes the rows to keep (b,), places among those kept so far or None for all, and up to T - 1
+tokens of each (b, t); returns the logits (b, t, V) behind them."""
 
 
 def candidate_scores(
@@ -51,10 +51,11 @@ def candidate_scores(
             return scores
         all_stay = len(keep) == len(rows)
         rows, choice = rows[keep], through[choice[keep]]
-        logits = follow(None if all_stay else keep, tokens[choice, :-1])
+        depths = int(lengths[choice].max())
+        logits = follow(None if all_stay else keep, tokens[choice, : depths - 1])
         told = shared[choice]  # (b, C) tokens that a candidate has in common with the choice
         total = starts[rows]
-        for depth in range(1, answers.shape[1]):
+        for depth in range(1, depths):
             step = _picked(logits[:, depth - 1], tokens[:, depth])
             total = total + torch.where((told >= depth) & (lengths > depth), step, 0)
         scores[rows] = torch.minimum(scores[rows], total)

@@ -82,7 +82,7 @@ def predict_command(
     max_new_tokens: int | None = None,
     num_beams: int | None = None,
     max_input_length: int | None = None,
-    tokens_per_forward: int = 16384,
+    tokens_per_forward: int | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> None:
     """Answer new inputs under one or many prompts, in the order of the input.
@@ -110,7 +110,8 @@ def predict_command(
         num_beams: beams of generated answers; by default as the prompt was tested, or else 1.
         max_input_length: longer inputs are cut to so many tokens, and to what the backbone's
             positions leave; by default as the prompt was trained, or else 512.
-        tokens_per_forward: most padded tokens of one forward pass; bounds memory, not results.
+        tokens_per_forward: most padded tokens of one forward pass; bounds memory, not results; by
+            default 2048 on a CPU and 16384 on a GPU.
         device: auto takes a GPU where there is one.
 
     Raises:
@@ -120,7 +121,9 @@ def predict_command(
     numbers = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
     numbers |= {"max_input_length": max_input_length}
     given = {name: number for name, number in numbers.items() if number is not None}
-    check_at_least_one(tokens_per_forward=tokens_per_forward, **given)
+    if tokens_per_forward is not None:
+        check_at_least_one(tokens_per_forward=tokens_per_forward)
+    check_at_least_one(**given)
     if labels is not None:
         check_labels(labels)
         if decoding == "generate":
@@ -334,12 +337,15 @@ def _answers(
     way: Way,
     prompts: list[Tensor],
     texts: list[str],
-    tokens_per_forward: int,
+    tokens_per_forward: int | None,
     with_scores: bool,
 ) -> list[list[Answer]]:
     """For every text its answers under prompts that answer alike."""
     inputs = [way.prefix + text for text in texts]
-    limits = {"tokens_per_forward": tokens_per_forward, "max_input_length": way.max_input_length}
+    limits: dict[str, Any] = {
+        "tokens_per_forward": tokens_per_forward,
+        "max_input_length": way.max_input_length,
+    }
     if way.labels is not None and with_scores:
         scores = label_scores(model, prompts, inputs, way.labels, **limits).tolist()
         return [[_best(way.labels, row) for row in of_text] for of_text in scores]

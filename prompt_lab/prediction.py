@@ -25,7 +25,7 @@ def predict(
     *,
     max_new_tokens: int = 64,
     num_beams: int = 1,
-    tokens_per_forward: int = 16384,
+    tokens_per_forward: int | None = None,
     max_input_length: int = 512,
 ) -> list[list[str]]:
     """Answer B inputs under R prompts: B lists of R texts.
@@ -37,7 +37,8 @@ def predict(
         labels: C answers to choose from by log-likelihood; without them answers are generated.
         max_new_tokens: longest generated answer.
         num_beams: beams of generated answers; 1 is greedy.
-        tokens_per_forward: most padded tokens of one forward pass; bounds memory, not results.
+        tokens_per_forward: most padded tokens of one forward pass; bounds memory, not results; None
+            for 2048 on a CPU and 16384 on a GPU.
         max_input_length: longer inputs are cut to so many tokens, and to what the positions of the
             backbone leave beside prompt and answer.
 
@@ -72,7 +73,7 @@ def label_scores(
     inputs: Sequence[str],
     labels: Sequence[str],
     *,
-    tokens_per_forward: int = 16384,
+    tokens_per_forward: int | None = None,
     max_input_length: int = 512,
 ) -> Tensor:
     """Log-likelihoods of C labels for B inputs under R prompts: (B, R, C) float32, on the CPU.
@@ -100,7 +101,7 @@ def _batches(
     longest: int,
     *,
     beams: int = 1,
-    tokens_per_forward: int,
+    tokens_per_forward: int | None,
     max_input_length: int,
 ) -> Iterator[tuple[tuple[Tensor, ...], Batch, list[int]]]:
     """Every input under every prompt, longest first: the prompts' prefix, rows, prompt numbers.
@@ -109,9 +110,10 @@ def _batches(
     """
     import torch
 
-    from prompt_lab.batch import make_batch
-    from prompt_lab.data.batches import cut
+    from prompt_lab.batch import default_tokens_per_forward, make_batch, spans
 
+    if tokens_per_forward is None:
+        tokens_per_forward = default_tokens_per_forward(backbone.device)
     check_at_least_one(tokens_per_forward=tokens_per_forward, max_input_length=max_input_length)
     if isinstance(inputs, str):
         raise ValueError(f"inputs is one text, {inputs[:40]!r}: give a list of texts")
@@ -123,8 +125,9 @@ def _batches(
         ids = backbone.encode_inputs(inputs, room)
         pairs = [(at, row) for row in range(len(ids)) for at in range(len(places))]
         pairs.sort(key=lambda pair: -len(ids[pair[1]]))
-        extra = bank.shape[1] + beams * longest
-        for start, stop in cut([len(ids[row]) for _, row in pairs], tokens_per_forward, extra):
+        extra = beams * longest + (bank.shape[1] if backbone.is_encoder_decoder else 0)
+        lengths = [len(ids[row]) for _, row in pairs]
+        for start, stop in spans(lengths, [0] * len(pairs), tokens_per_forward, extra):
             part = pairs[start:stop]
             batch = make_batch(
                 [ids[row] for _, row in part],

@@ -15,7 +15,7 @@ from conftest import TASKS as FEWSHOT_TASKS
 
 from prompt_lab.backbone import Backbone
 from prompt_lab.batch import IGNORE, Batch
-from prompt_lab.data.batches import EvaluationSteps, Layout, Rows, TrainSteps, cut, step_rows
+from prompt_lab.data.batches import EvaluationSteps, Layout, Rows, TrainSteps, step_rows
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.data.tasks import Task
 from prompt_lab.run import Run
@@ -262,14 +262,6 @@ def test_the_length_of_a_runs_answers_does_not_depend_on_other_runs() -> None:
     (alone,) = {part.max_new_tokens for part in evaluate(EVALUATED, [0], longest_answer=longest)}
     for part in evaluate(EVALUATED, [0, 2], longest_answer=longest):
         assert 0 not in part.batch.prompts or part.max_new_tokens == alone
-
-
-def test_cutting_takes_rows_in_order_within_the_bound() -> None:
-    assert cut([], 10, 0) == []
-    assert cut([5, 5, 5], 10, 0) == [(0, 2), (2, 3)]
-    assert cut([5, 5, 5], 10, 1) == [(0, 1), (1, 2), (2, 3)]
-    assert cut([50, 1, 1], 10, 0) == [(0, 1), (1, 3)]
-    assert cut([1, 9, 1], 10, 0) == [(0, 1), (1, 2), (2, 3)]
 
 
 # ---- from files ---------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from prompt_lab.batch import Batch, make_batch
+from prompt_lab.batch import Batch, make_batch, spans
 from prompt_lab.data.tasks import Task
 from prompt_lab.run import Run
 
@@ -208,7 +208,7 @@ class EvaluationSteps:
         pairs = pairs[self.rank :: self.world]
         lengths = [len(rows.inputs[row]) for _, row in pairs]
         extra = self.extra_per_row(rows.task, longest)
-        for start, stop in cut(lengths, self.tokens_per_forward, extra):
+        for start, stop in spans(lengths, [0] * len(pairs), self.tokens_per_forward, extra):
             part = pairs[start:stop]
             batch = make_batch(
                 [rows.inputs[row] for _, row in part],
@@ -219,19 +219,6 @@ class EvaluationSteps:
                 rows=[row for _, row in part],
             )
             yield EvaluationBatch(rows.task.name, batch, longest)
-
-
-def cut(lengths: Sequence[int], tokens: int, extra_per_row: int) -> list[tuple[int, int]]:
-    """Consecutive spans of at most ``tokens`` padded tokens; one row is always taken."""
-    spans, start, widest = [], 0, 0
-    for at, length in enumerate(lengths):
-        widest = max(widest, length)
-        if at > start and (at - start + 1) * (widest + extra_per_row) > tokens:
-            spans.append((start, at))
-            start, widest = at, length
-    if start < len(lengths):
-        spans.append((start, len(lengths)))
-    return spans
 
 
 def _by_length(inputs: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> list[int]:

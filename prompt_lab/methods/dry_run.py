@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 def describe_grid(method: PromptTuning, data: CrossFitDataModule, trainer: Trainer) -> str:
     """The text of ``fit --dry_run``."""
     method.prepare(data)
+    method.to(trainer.strategy.root_device)
     assert method.backbone is not None
     steps = data.train_steps(method.runs, trainer.max_steps, lambda: 0, method.live, 0, 1)
     batch = steps.batch(0, method.live())

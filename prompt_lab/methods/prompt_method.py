@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule
 
 from prompt_lab.backbone import SANDBOX, Backbone, Prefix
 from prompt_lab.bank import Prefixes, is_out_of_memory, renumber
-from prompt_lab.batch import Batch
+from prompt_lab.batch import Batch, default_tokens_per_forward
 from prompt_lab.data.batches import EvaluationBatch, Rows
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.data.tasks import Task
@@ -66,7 +66,8 @@ class PromptMethod(LightningModule):
 
     Args:
         backbone: which frozen model.
-        tokens_per_forward: most padded tokens of one forward pass; bounds memory, not results.
+        tokens_per_forward: most padded tokens of one forward pass; bounds memory, not results; null
+            for 2048 on a CPU and 16384 on a GPU.
         decoding: ``score`` chooses among the labels of tasks that have them by log-likelihood, and
             generates other answers; ``generate`` generates all answers.
         num_beams: beams of generated answers; 1 is greedy.
@@ -77,7 +78,7 @@ class PromptMethod(LightningModule):
     def __init__(
         self,
         backbone: BackboneConfig = BackboneConfig(),  # noqa: B008
-        tokens_per_forward: int = 16384,
+        tokens_per_forward: int | None = None,
         decoding: Literal["score", "generate"] = "score",
         num_beams: int = 1,
         max_new_tokens: int | None = None,
@@ -89,7 +90,7 @@ class PromptMethod(LightningModule):
             if value is not None and value < 1:
                 raise ValueError(f"model.{name} is {value}: give at least 1")
         self.backbone_config = as_config(BackboneConfig, backbone)
-        self.tokens_per_forward = tokens_per_forward
+        self._tokens_per_forward = tokens_per_forward
         self.decoding, self.num_beams = decoding, num_beams
         self.max_new_tokens, self.metric_variant = max_new_tokens, metric_variant
         self.backbone: Backbone | None = None
@@ -109,6 +110,11 @@ class PromptMethod(LightningModule):
                 f"{type(self).__name__} needs a CrossFitDataModule: pass datamodule= to the trainer"
             )
         return data
+
+    @property
+    def tokens_per_forward(self) -> int:
+        """Most padded tokens of one forward pass."""
+        return self._tokens_per_forward or default_tokens_per_forward(self.device)
 
     def load_backbone(self, data: CrossFitDataModule) -> Backbone:
         """Load the backbone, once, and let the data be tokenised by its rules."""

@@ -1,0 +1,182 @@
+"""G7 and G8: answering the rows of a classification set, PEFT's ``generate`` against ours.
+
+PEFT's side is what its users write: rows in file order in batches of 16, padded on the left for
+decoder-only models, greedy, at most 4 new tokens, decoded. Our side is what ``prompt-lab test``
+does: longest rows first, batches cut by tokens, labels chosen by log-likelihood. The two answer
+differently, so ours is first held against the log-likelihoods of plain calls of the model, one row
+at a time and without padding.
+
+A random model seldom ends an answer, so PEFT generates all 4 tokens; a tuned one would stop after
+the longest label, of 1 to 3 tokens and the end token here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from models import (
+    DECODER,
+    T5,
+    make_backbone,
+    make_model,
+    make_prompts,
+    make_rows,
+    pad,
+    peft_model,
+    task_lengths,
+)
+from pairs import Settings, measure
+from steps import Result, virtual_tokens
+from torch import Tensor
+
+from prompt_lab.backbone import Backbone
+from prompt_lab.bank import Prefixes
+from prompt_lab.batch import default_tokens_per_forward
+from prompt_lab.data.batches import EvaluationSteps, Layout, Rows
+from prompt_lab.data.tasks import Task
+from prompt_lab.run import Run
+
+LABELS = {
+    2: ("acceptable", "unacceptable"),
+    6: ("positive", "negative", "maybe", "no", "dog", "house"),  # words of the tests' tokenizer
+}
+PEFT_BATCH, PEFT_NEW_TOKENS = 16, 4
+CLOSE = 1e-3  # nats within which two labels count as equal, where weights are float32
+
+
+def causal_answers(settings: Settings) -> Iterator[Result]:
+    """G7."""
+    goal = settings.goal(2.5, 8.0)
+    yield from _answers("gpt2", "GPT-2-like", DECODER[settings.size], goal, settings)
+
+
+def t5_answers(settings: Settings) -> Iterator[Result]:
+    """G8."""
+    yield from _answers("t5", "T5-like", T5[settings.size], settings.goal(1.2, 4.0), settings)
+
+
+def _answers(
+    kind: str, name: str, size: Any, goal: float | None, settings: Settings
+) -> Iterator[Result]:
+    """Two and six labels on one model."""
+    backbone = make_backbone(make_model(kind, size, settings.device, settings.dtype))
+    if kind == "t5":
+        let_rows_differ(backbone)
+    prompts = make_prompts(backbone, 1, virtual_tokens(settings))
+    count = 16 if settings.quick else 64
+    inputs = [ids for ids, _ in make_rows(backbone, task_lengths(count))]
+    theirs = peft_answers(backbone, prompts, inputs)
+    for labels in LABELS.values():
+        ours = our_answers(backbone, prompts, inputs, labels)
+        agreement = check_answers(backbone, prompts[0], inputs, labels, ours())
+        what = f"evaluation by PEFT's generate / ours, {name}, {count} rows, {len(labels)} labels"
+        found = measure(theirs, ours, settings)
+        yield what, {**found, "threshold": goal, "agreement": agreement}
+
+
+def let_rows_differ(backbone: Backbone) -> None:
+    """Sharpen the cross-attention of a random T5, which else gives all rows the same label."""
+    for name, weight in backbone.model.named_parameters():
+        if "EncDecAttention.q" in name or "EncDecAttention.o" in name:
+            weight.data.mul_(10)
+
+
+def our_answers(
+    backbone: Backbone, prompts: Tensor, inputs: list[list[int]], labels: tuple[str, ...]
+) -> Callable[[], list[int]]:
+    """A whole evaluation: the label of every row, in file order."""
+    longest = max(map(len, backbone.encode_targets(labels)))
+    key, run = ("benchmark", 0), Run("benchmark", 0, 0, 0.3, 8)
+    rows = Rows(Task("benchmark", "custom", "ACC", None, labels), inputs, [], [], longest)
+    layout = Layout(backbone.pad_id, not backbone.is_encoder_decoder)
+    own = prompts.shape[1] if backbone.is_encoder_decoder else 0
+
+    def evaluate() -> list[int]:
+        steps = EvaluationSteps(
+            [run],
+            {key: rows},
+            layout,
+            default_tokens_per_forward(backbone.device),
+            {key: longest},
+            lambda task, longest: own + longest,
+            lambda: [0],
+        )
+        found, prefixes = [0] * len(inputs), Prefixes(backbone, prompts)
+        for step in steps:
+            batch = step.batch.to(backbone.device)
+            chosen = backbone.choose(prefixes.of([0]), batch, labels)
+            for row, label in zip(batch.rows, chosen, strict=True):
+                found[row] = label
+        return found
+
+    return evaluate
+
+
+def peft_answers(
+    backbone: Backbone, prompts: Tensor, inputs: list[list[int]]
+) -> Callable[[], list[str]]:
+    """A whole evaluation with PEFT: the text of every row, in file order."""
+    model, _ = peft_model(backbone, prompts[0])
+    left = not backbone.is_encoder_decoder
+
+    @torch.no_grad()
+    def evaluate() -> list[str]:
+        found: list[str] = []
+        for start in range(0, len(inputs), PEFT_BATCH):
+            part = inputs[start : start + PEFT_BATCH]
+            made = model.generate(
+                input_ids=pad(part, backbone.pad_id, left).to(backbone.device),
+                attention_mask=pad([[1] * len(ids) for ids in part], 0, left).to(backbone.device),
+                max_new_tokens=PEFT_NEW_TOKENS,
+                do_sample=False,
+                pad_token_id=backbone.pad_id,
+            )
+            found += backbone.tokenizer.batch_decode(made, skip_special_tokens=True)
+        return found
+
+    return evaluate
+
+
+def check_answers(
+    backbone: Backbone,
+    prompt: Tensor,
+    inputs: list[list[int]],
+    labels: tuple[str, ...],
+    found: list[int],
+) -> dict[str, float]:
+    """Hold our labels against plain calls of the model, row by row, without padding.
+
+    Raises:
+        RuntimeError: a label differs whose log-likelihood is not the largest to rounding.
+    """
+    close = CLOSE if backbone.model.dtype == torch.float32 else 0.3
+    same, worst = 0, 0.0
+    for ids, label in zip(inputs, found, strict=True):
+        scores = plain_scores(backbone, prompt, ids, labels)
+        same += int(scores.argmax()) == label
+        worst = max(worst, (scores.max() - scores[label]).item())
+    if not worst <= close:
+        raise RuntimeError(f"our label is {worst:.2g} nats below the best one; nothing was timed")
+    return {"same_labels": same / len(found), "labels_chosen": len(set(found))}
+
+
+@torch.no_grad()
+def plain_scores(
+    backbone: Backbone, prompt: Tensor, ids: list[int], labels: tuple[str, ...]
+) -> Tensor:
+    """Log-likelihoods (C,) of the labels after one row, by calls of the Hugging Face model."""
+    row = torch.tensor([ids], device=backbone.device)
+    start = torch.cat([prompt[None].to(backbone.model.dtype), backbone.embed(row)], dim=1)
+    scores = []
+    for target in backbone.encode_targets(labels):
+        targets = torch.tensor([target], device=backbone.device)
+        if backbone.is_encoder_decoder:
+            logits = backbone.model(inputs_embeds=start, labels=targets).logits
+        else:
+            joined = torch.cat([start, backbone.embed(targets)], dim=1)
+            logits = backbone.model(inputs_embeds=joined).logits[:, start.shape[1] - 1 : -1]
+        chosen = logits.float().log_softmax(-1).gather(2, targets[..., None])
+        scores.append(chosen.sum())
+    return torch.stack(scores)
