@@ -257,16 +257,21 @@ class Backbone(nn.Module):
         """As :meth:`loss`, given what :meth:`prefix` returned: (B,)."""
         if self.is_encoder_decoder:
             logits = self._decode(*self._encode(prefix, batch), self._shift(batch.target_ids))
+            at, targets = None, batch.target_ids.flatten()
         else:
+            at = torch.tensor(_target_places(batch), device=batch.target_ids.device)
             logits = self._target_logits(prefix, batch)
+            targets = batch.target_ids.flatten().index_select(0, at)
         losses = F.cross_entropy(
-            _at_least_float32(logits).flatten(0, 1),  # (B * T, V)
-            batch.target_ids.flatten(),
+            _at_least_float32(logits).flatten(0, -2),
+            targets,
             ignore_index=IGNORE,
             reduction="none",
             label_smoothing=label_smoothing,
-        ).view_as(batch.target_ids)
-        return losses.sum(1) / (batch.target_ids != IGNORE).sum(1)
+        )
+        if at is not None:
+            losses = losses.new_zeros(batch.target_ids.numel()).index_copy(0, at, losses)
+        return losses.view_as(batch.target_ids).sum(1) / (batch.target_ids != IGNORE).sum(1)
 
     @torch.no_grad()
     def score(self, prompts: Tensor | Prefix, batch: Batch, candidates: Sequence[str]) -> Tensor:
@@ -481,12 +486,12 @@ class Backbone(nn.Module):
         return made.last_hidden_state
 
     def _target_logits(self, prefix: Prefix, batch: Batch) -> Tensor:
-        """Logits (B, T, V) at the target positions of rows ``[prompt] input target``."""
+        """Logits (M, V) at the M targets of rows ``[prompt] input target``, row by row."""
         from prompt_lab.prompt_cache import row_cache
 
         batch = batch.padded_left()
         parts, mask, positions = self._rows(prefix, batch)
-        width, depth = batch.input_ids.shape[1], batch.target_ids.shape[1]
+        width = batch.input_ids.shape[1]
         rows = zip(batch.input_lengths, batch.target_lengths, strict=True)
         self._check_positions(mask.shape[1] - width + max(map(sum, rows)))  # padding takes none
         known = batch.target_ids[:, :-1]  # the last target is only predicted
@@ -494,8 +499,15 @@ class Backbone(nn.Module):
         ids = torch.cat([batch.input_ids, known.masked_fill(known == IGNORE, self.pad_id)], dim=1)
         mask = torch.cat([mask, present], dim=1)
         positions = torch.cat([positions, positions[:, -1:] + present.cumsum(1)], dim=1)
-        states = self._follow(ids, row_cache(parts), mask, positions)
-        return self.model.get_output_embeddings()(states[:, width - 1 : width - 1 + depth])
+        states = self._follow(ids, row_cache(parts), mask, positions)  # (B, S + T - 1, D)
+        length = states.shape[1]
+        before = [
+            row * length + width - 1 + at
+            for row, count in enumerate(batch.target_lengths)
+            for at in range(count)
+        ]
+        chosen = states.flatten(0, 1).index_select(0, torch.tensor(before, device=states.device))
+        return self.model.get_output_embeddings()(chosen)
 
     def _start_rows(self, prefix: Prefix, batch: Batch, depth: int) -> tuple[Tensor, Follow]:
         """Logits (B, V) of the first answer token, and a way to run answers behind the text.
@@ -537,6 +549,14 @@ class Backbone(nn.Module):
                 f"{self.name!r}, which has {self.max_positions}: lower max_input_length, "
                 "num_virtual_tokens or max_new_tokens"
             )
+
+
+def _target_places(batch: Batch) -> list[int]:
+    """Places of the targets among the B * T places of ``target_ids``, row by row."""
+    depth = batch.target_ids.shape[1]
+    return [
+        row * depth + at for row, count in enumerate(batch.target_lengths) for at in range(count)
+    ]
 
 
 def _digest(model: nn.Module) -> str:

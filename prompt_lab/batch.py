@@ -170,7 +170,7 @@ def spans(
 
     A row costs its span's widest input plus widest target plus ``extra_per_row`` (the virtual
     tokens, where the backbone runs them once per row). One row is always taken, however long. A
-    span that is an eighth full ends before a row of less than half its width, which would be
+    span that is a quarter full ends before a row of less than half its width, which would be
     mostly padding.
 
     Args:
@@ -191,7 +191,7 @@ def spans(
         next_input, next_target = max(widest_input, own_input), max(widest_target, own_target)
         over = (at - start + 1) * (next_input + next_target + extra_per_row) > tokens_per_forward
         short = 2 * (own_input + own_target + extra_per_row) < width
-        if at > start and (over or (short and 8 * (at - start) * width >= tokens_per_forward)):
+        if at > start and (over or (short and 4 * (at - start) * width >= tokens_per_forward)):
             found.append((start, at))
             start, next_input, next_target = at, own_input, own_target
         widest_input, widest_target = next_input, next_target

@@ -142,7 +142,7 @@ def test_micro_batches_hold_all_rows_in_order_within_the_bound(tokens: int, extr
     if tokens == 1:
         assert len(parts) == len(batch)
     if tokens == 10**6:
-        assert len(parts) == 1  # not nearly an eighth full
+        assert len(parts) == 1  # not nearly a quarter full
 
 
 def test_micro_batches_are_no_smaller_than_they_must_be() -> None:
@@ -168,10 +168,10 @@ def test_spans_take_rows_in_order_within_the_bound() -> None:
     assert cut([50, 1, 1], 10) == [(0, 1), (1, 3)]
     assert cut([1, 9, 1], 10) == [(0, 1), (1, 2), (2, 3)]
     assert spans([4, 4], [1, 2], 11) == [(0, 1), (1, 2)]
-    # Rows of less than half the width wait for the next span, if this one is an eighth full.
+    # Rows of less than half the width wait for the next span, if this one is a quarter full.
     assert cut([20, 20, 9, 9], 1000) == [(0, 4)]
-    assert cut([20, 20, 10, 9], 320) == [(0, 3), (3, 4)]
-    assert cut([20, 20, 10, 9], 320, 10) == [(0, 4)]
+    assert cut([20, 20, 10, 9], 240) == [(0, 3), (3, 4)]
+    assert cut([20, 20, 10, 9], 240, 10) == [(0, 4)]
 
 
 def test_micro_batches_need_a_positive_bound() -> None:
