@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prompt_lab.batch import IGNORE, Batch, make_batch
+from prompt_lab.batch import IGNORE, Batch, index_tensor, make_batch
 from prompt_lab.candidates import Follow, candidate_scores
 from prompt_lab.training_forward import compile_training, recompute_layers
 
@@ -259,7 +259,7 @@ class Backbone(nn.Module):
             logits = self._decode(*self._encode(prefix, batch), self._shift(batch.target_ids))
             at, targets = None, batch.target_ids.flatten()
         else:
-            at = torch.tensor(_target_places(batch), device=batch.target_ids.device)
+            at = index_tensor(_target_places(batch), batch.target_ids.device)
             logits = self._target_logits(prefix, batch)
             targets = batch.target_ids.flatten().index_select(0, at)
         losses = F.cross_entropy(
@@ -506,7 +506,7 @@ class Backbone(nn.Module):
             for row, count in enumerate(batch.target_lengths)
             for at in range(count)
         ]
-        chosen = states.flatten(0, 1).index_select(0, torch.tensor(before, device=states.device))
+        chosen = states.flatten(0, 1).index_select(0, index_tensor(before, states.device))
         return self.model.get_output_embeddings()(chosen)
 
     def _start_rows(self, prefix: Prefix, batch: Batch, depth: int) -> tuple[Tensor, Follow]:

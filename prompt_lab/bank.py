@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prompt_lab.backbone import Backbone, Prefix
-from prompt_lab.batch import Batch, micro_batches
+from prompt_lab.batch import Batch, index_tensor, micro_batches
 
 
 def bank_gradient(
@@ -38,7 +38,7 @@ def bank_gradient(
     gradient = torch.zeros_like(prompts)
     for group in _groups(backbone, prompts, batch, tokens_per_forward):
         used = sorted(set(group.prompts))
-        at = torch.tensor(used, device=prompts.device)
+        at = index_tensor(used, prompts.device)
         leaf = prompts.detach().index_select(0, at).requires_grad_()
         group = renumber(group, used)
         group_losses, group_gradient = _group_gradient(
@@ -101,7 +101,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 def _select(tensors: Prefix, places: list[int]) -> Prefix:
     """Some places of the first dimension of every tensor."""
-    at = torch.tensor(places, device=tensors[0].device)
+    at = index_tensor(places, tensors[0].device)
     return tuple(tensor.index_select(0, at) for tensor in tensors)
 
 
@@ -109,7 +109,7 @@ def renumber(batch: Batch, used: list[int]) -> Batch:
     """The same rows with prompts numbered by their place in ``used``."""
     place = {prompt: at for at, prompt in enumerate(used)}
     prompts = [place[prompt] for prompt in batch.prompts]
-    index = torch.tensor(prompts, device=batch.prompt_index.device)
+    index = index_tensor(prompts, batch.prompt_index.device)
     return Batch(**{**vars(batch), "prompts": prompts, "prompt_index": index})
 
 
@@ -147,7 +147,7 @@ def _groups(
 
 def _take(batch: Batch, rows: list[int]) -> Batch:
     """Some rows of a batch, in their order."""
-    at = torch.tensor(rows, device=batch.weight.device)
+    at = index_tensor(rows, batch.weight.device)
     fields = vars(batch)
     tensors = {k: v.index_select(0, at) for k, v in fields.items() if isinstance(v, Tensor)}
     lists = {k: [v[i] for i in rows] for k, v in fields.items() if isinstance(v, list)}

@@ -145,6 +145,14 @@ def make_batch(
     )
 
 
+def index_tensor(values: Sequence[int], device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor on a device, without waiting for what the device works on."""
+    made = torch.tensor(values, dtype=torch.long)
+    if device.type == "cuda":
+        return made.pin_memory().to(device, non_blocking=True)
+    return made.to(device)
+
+
 def default_tokens_per_forward(device: torch.device) -> int:
     """Padded tokens of a forward pass where none are given: what a CPU's caches and a GPU like.
 

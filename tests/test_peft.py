@@ -151,7 +151,7 @@ def test_loss_and_gradient_equal_those_of_peft(backbone: Factory, kind: str, row
     gradient = peft.prompt_encoder["default"].embedding.weight.grad
     assert prompt.grad is not None
     assert gradient.norm() > 1e-3
-    assert (prompt.grad - gradient).norm() < 1e-5 * gradient.norm().clamp(min=1)
+    assert (prompt.grad - gradient).norm() < 3e-5 * gradient.norm().clamp(min=1)
 
 
 # ---- files --------------------------------------------------------------------------------------

@@ -6,9 +6,9 @@ does: longest rows first, batches cut by tokens, labels chosen by log-likelihood
 differently, so ours is first held against the log-likelihoods of plain calls of the model, one row
 at a time and without padding.
 
-The T5's prompt is tuned for a few steps, so that it answers with labels as tuned prompts do. A random
-GPT-2 cannot be tuned to do so: PEFT generates all 4 tokens, and ours has to follow every label to
-its end, since no first token tells them apart. With more labels that costs more.
+The T5's prompt is tuned for a few steps, so that it answers with labels as tuned prompts do. A
+random GPT-2 cannot be tuned to do so: PEFT generates all 4 tokens, and ours has to follow every
+label to its end, since no first token tells them apart. With more labels that costs more.
 """
 
 from __future__ import annotations

@@ -36,6 +36,8 @@ from prompt_lab.batch import Batch, default_tokens_per_forward
 
 G1 = {"gpt2": 5.0, "bloom": 8.0, "llama": 4.5, "qwen2": None}
 BF16_LIMITS = {"loss_limit": 0.1, "gradient_limit": 0.2}  # weights and activations are rounded
+# Of sixteen runs one may have a hidden unit of the random T5 that rounding takes over ReLU's kink.
+KINK_LIMITS = {"gradient_limit": 1e-2}
 BF16_FLAGS = ("avx512_bf16", "amx_bf16")
 
 Result = tuple[str, dict[str, Any]]
@@ -94,7 +96,7 @@ def t5_banks(settings: Settings) -> Iterator[Result]:
         what = f"{runs} single steps / 1 step of a bank of {runs}, {name}, N {count}, "
         what += f"B {rows}, S {lengths[1]}"
         bank, goal = our_side(backbone, prompts, groups), settings.goal(*goals)
-        yield _compare(what, in_turn(singles), bank, goal, settings, backbone)
+        yield _compare(what, in_turn(singles), bank, goal, settings, backbone, KINK_LIMITS)
 
 
 def bf16_step(settings: Settings) -> Iterator[Result]:
@@ -144,11 +146,18 @@ def _peft_step(
 
 
 def _compare(
-    what: str, first: Step, second: Step, goal: float | None, settings: Settings, ours: Backbone
+    what: str,
+    first: Step,
+    second: Step,
+    goal: float | None,
+    settings: Settings,
+    ours: Backbone,
+    limits: dict[str, float] | None = None,
 ) -> Result:
     """Check agreement, then time; what rounds to bfloat16 agrees less."""
-    limits = BF16_LIMITS if ours.model.dtype == torch.bfloat16 else {}
-    agreement = check_steps(first, second, **limits)
+    if ours.model.dtype == torch.bfloat16:
+        limits = BF16_LIMITS
+    agreement = check_steps(first, second, **(limits or {}))
     return what, {**measure(first, second, settings), "threshold": goal, "agreement": agreement}
 
 
