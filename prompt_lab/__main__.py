@@ -19,7 +19,12 @@ OFFLINE_COMMANDS = {
     "export": "write prompts for PEFT or as plain tensors",
     "import": "make a prompt file of a PEFT folder or a tensor",
 }
-COMMANDS = TRAINER_COMMANDS | OFFLINE_COMMANDS
+TASKS_COMMANDS = {
+    "tasks list": "list the tasks that the package knows, or that a folder holds",
+    "tasks show": "show what is known of a task, and some of its rows",
+    "tasks check": "check the few-shot files of a folder",
+}
+COMMANDS = TRAINER_COMMANDS | OFFLINE_COMMANDS | TASKS_COMMANDS
 
 
 def main() -> int:
@@ -33,15 +38,19 @@ def main() -> int:
     if given[0] == "--version":
         print(f"prompt-lab {__version__}")
         return 0
+    if given[0] == "tasks" and given[1:2] in ([], ["-h"], ["--help"]):
+        print("\n".join(_tasks_help()))
+        return 0
+    command = " ".join(given[:2]) if given[0] == "tasks" else given[0]
     names = [word for word in given if word in TRAINER_COMMANDS]
-    if given[0] not in COMMANDS and not (given[0].startswith("-") and names):
-        near = difflib.get_close_matches(given[0], COMMANDS, n=1)
+    if command not in COMMANDS and not (command.startswith("-") and names):
+        near = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
-        print(f"prompt-lab: no command {given[0]!r}; {hint}", file=sys.stderr)
+        print(f"prompt-lab: no command {command!r}; {hint}", file=sys.stderr)
         return 2
     # On Intel processors matrix products repeat bit for bit from run to run, as exact resume needs.
     os.environ.setdefault("MKL_CBWR", "AUTO")
-    if given[0] in OFFLINE_COMMANDS:
+    if command in OFFLINE_COMMANDS | TASKS_COMMANDS:
         from prompt_lab.offline import run
     else:
         from prompt_lab.cli import run
@@ -61,11 +70,22 @@ def _help(version: str) -> str:
         "",
         *(f"  {name:<10}{text}" for name, text in OFFLINE_COMMANDS.items()),
         "",
+        *_tasks_help(),
+        "",
         "prompt-lab COMMAND --help lists all settings; --print_config (fit, validate, test) shows",
         "their values.",
         "A first run: prompt-lab fit --config configs/quickstart.yaml",
     ]
     return "\n".join(lines)
+
+
+def _tasks_help() -> list[str]:
+    """The lines about ``prompt-lab tasks``."""
+    return [
+        "usage: prompt-lab tasks COMMAND [TASK or FOLDER] [--setting value ...]",
+        "",
+        *(f"  {name:<13}{text}" for name, text in TASKS_COMMANDS.items()),
+    ]
 
 
 if __name__ == "__main__":

@@ -33,9 +33,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-ROW_METRICS = ("ACC", "EM", "QA-F1", "Rouge-L")
-LABEL_METRICS = ("Classification-F1", "Matthew-Correlation")
-METRICS = (*ROW_METRICS, *LABEL_METRICS, "Pearson-Correlation")
+from prompt_lab.metric_names import LABEL_METRICS, METRICS, ROW_METRICS
+
 VARIANTS = ("crossfit", "corrected")
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)

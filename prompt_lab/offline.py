@@ -1,9 +1,9 @@
-"""``predict``, ``export`` and ``import``: the commands that run no trainer.
+"""``predict``, ``export``, ``import`` and ``tasks``: the commands that run no trainer.
 
-Each is one function. Its flags are made from its signature and its docstring: the first parameter
-is positional, a list takes several words, and what has no default is required. Paths that a
-function returns are printed. The modules of the functions load torch only when they run, so that
-``--help`` is fast.
+Each is one function. Its flags are made from its signature and its docstring: a first parameter
+without default is positional, a list takes several words, and what has no default is required.
+Paths that a function returns are printed; a number is the exit status. The modules of the functions
+load torch only when they run, so that ``--help`` is fast.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from docstring_parser import parse as parse_docstring
@@ -24,6 +25,9 @@ FUNCTIONS = {
     "predict": ("prompt_lab.predict_command", "predict_command"),
     "export": ("prompt_lab.exchange", "export_prompts"),
     "import": ("prompt_lab.exchange", "import_prompts"),
+    "tasks list": ("prompt_lab.tasks_command", "list_tasks"),
+    "tasks show": ("prompt_lab.tasks_command", "show_task"),
+    "tasks check": ("prompt_lab.tasks_command", "check_tasks"),
 }
 
 
@@ -61,17 +65,22 @@ class OfflineParser(ArgumentParser):
 
 
 def run(words: list[str] | None = None) -> int:
-    """Run a command, its name first; errors of the user are one sentence and status 1.
+    """Run a command; its name, of one or two words, stands first.
 
-    A reader that closes the pipe early, as ``head`` does, ends the command quietly.
+    Errors of the user are one sentence and status 1. A reader that closes the pipe early, as
+    ``head`` does, ends the command quietly.
     """
     words = sys.argv[1:] if words is None else words
-    function = _function(words[0])
-    settings = make_parser(words[0]).parse_args(words[1:])
+    length = 1 if words[0] in FUNCTIONS else 2
+    command = " ".join(words[:length])
+    function = _function(command)
+    settings = make_parser(command).parse_args(words[length:])
+    status = 0
     try:
-        written = function(**vars(settings))
-        for path in written if isinstance(written, list) else [written]:
-            if path is not None:
+        done = function(**vars(settings))
+        status = done if isinstance(done, int) else 0
+        for path in done if isinstance(done, list) else [done]:
+            if isinstance(path, Path):
                 print(path)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -81,11 +90,11 @@ def run(words: list[str] | None = None) -> int:
             raise
         print(f"prompt-lab: {error}", file=sys.stderr)
         return 1
-    return 0
+    return status
 
 
 def make_parser(command: str) -> OfflineParser:
-    """The parser of a command's words (without its name)."""
+    """The parser of a command's words (without its name, which may be of two words)."""
     function = _function(command)
     text = parse_docstring(function.__doc__ or "")
     helps = {param.arg_name: param.description for param in text.params}
@@ -101,9 +110,10 @@ def make_parser(command: str) -> OfflineParser:
         settings: dict[str, Any] = {"type": parameter.annotation, "help": helps[name]}
         if list[str] in (parameter.annotation, *get_args(parameter.annotation)):
             settings |= {"type": str, "nargs": "+"}
-        if place == 0:
+        required = parameter.default is inspect.Parameter.empty
+        if required and place == 0:
             parser.add_argument(name, metavar=name.upper().removesuffix("S"), **settings)
-        elif parameter.default is inspect.Parameter.empty:
+        elif required:
             parser.add_argument(f"--{name}", required=True, **settings)
         else:
             parser.add_argument(f"--{name}", default=parameter.default, **settings)

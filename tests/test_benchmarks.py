@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "benchmarks"
-GOALS = {f"G{number}" for number in (1, 2, 3, 4, 5, 7, 8, 12, 13, 14)}  # G16 needs bf16 instructions
+GOALS = {
+    f"G{number}" for number in (1, 2, 3, 4, 5, 7, 8, 12, 13, 14)
+}  # G16 needs bf16 instructions
 
 
 def test_a_quick_run_gives_a_line_for_every_goal_and_a_table(tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ LAYERS = {
     0: "atomic_file prompts prompt_file peft_format checkpoint "
     "subspace optim meta_gradient arithmetic similarity "
     "selection interpretation metrics statistics batch run results "
-    "candidates training_forward",
+    "candidates training_forward metric_names",
     1: "backbone prompt_cache bank data sandbox",
     2: "methods exchange",
-    3: "plots report callbacks predict_command prediction",
+    3: "plots report callbacks predict_command prediction tasks_command",
     4: "cli offline __main__",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}

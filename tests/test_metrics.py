@@ -13,9 +13,8 @@ import pytest
 import torch
 from torch.multiprocessing.spawn import spawn
 
+from prompt_lab.metric_names import LABEL_METRICS, METRICS
 from prompt_lab.metrics import (
-    LABEL_METRICS,
-    METRICS,
     VARIANTS,
     BankMetric,
     accuracy,

@@ -11,7 +11,7 @@ import torch
 from conftest import HIDDEN, make_backbone
 
 from prompt_lab import offline
-from prompt_lab.__main__ import OFFLINE_COMMANDS
+from prompt_lab.__main__ import OFFLINE_COMMANDS, TASKS_COMMANDS
 from prompt_lab.prompt_file import Prompt, load_prompt, save_prompt
 
 
@@ -30,13 +30,13 @@ def status(*words: str) -> int:
 
 
 def test_every_command_has_a_function():
-    assert list(offline.FUNCTIONS) == list(OFFLINE_COMMANDS)
+    assert list(offline.FUNCTIONS) == [*OFFLINE_COMMANDS, *TASKS_COMMANDS]
 
 
 @pytest.mark.parametrize("command", offline.FUNCTIONS)
 def test_help_tells_every_setting_without_torch(command):
     code = (
-        f"import sys; sys.argv = ['prompt-lab', '{command}', '--help']\n"
+        f"import sys; sys.argv = ['prompt-lab', *'{command}'.split(), '--help']\n"
         "from prompt_lab.__main__ import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"

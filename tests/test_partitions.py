@@ -10,7 +10,13 @@ from typing import Any
 
 import pytest
 
-from prompt_lab.data.partitions import Partition, load_partitions, partition, partition_names
+from prompt_lab.data.partitions import (
+    Partition,
+    expand_sets,
+    load_partitions,
+    partition,
+    partition_names,
+)
 from prompt_lab.data.tasks import load_tasks
 
 # Source, dev and target. The numbers are those of the papers, but where a comment says otherwise.
@@ -362,3 +368,17 @@ def test_the_packages_partitions_are_read_without_torch() -> None:
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_sets_stand_for_their_tasks_where_tasks_are_named() -> None:
+    from prompt_lab.data.crossfit import CrossFitDataModule
+
+    target = partition("mpt/cls_to_cls").target
+    assert expand_sets(["sick", "mpt/cls_to_cls/target"]) == ["sick", *target]
+    assert list(CrossFitDataModule(["mpt/cls_to_cls/target"]).tasks) == list(target)
+    for name, message in (
+        ("mpt/cls_to_cl/target", "unknown partition 'mpt/cls_to_cl': did you mean mpt/cls_to_cls"),
+        ("mpt/cls_to_cls", "neither a task nor a set of a partition"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            expand_sets([name])

@@ -109,10 +109,11 @@ def test_commands_parse(command, tmp_path, monkeypatch):
     from prompt_lab.cli import PromptLabCLI
 
     words = shlex.split(command)[1:]
-    if words[0] in offline.FUNCTIONS:
-        settings = offline.make_parser(words[0]).parse_args(words[1:])
-        assert vars(settings)
-        return
+    for count in (1, 2):  # words of a command's name
+        if " ".join(words[:count]) in offline.FUNCTIONS:
+            parser = offline.make_parser(" ".join(words[:count]))
+            assert vars(parser.parse_args(words[count:]))
+            return
     for name in ("instantiate_classes", "_run_subcommand", "_parse_ckpt_path"):
         monkeypatch.setattr(PromptLabCLI, name, lambda self, *a: None)
     monkeypatch.setattr(PromptLabCLI, "before_instantiate_classes", lambda self: None)

@@ -17,6 +17,7 @@ from lightning.pytorch import LightningDataModule
 from prompt_lab.backbone import SANDBOX, Backbone
 from prompt_lab.data.batches import EvaluationSteps, Layout, Rows, TrainSteps
 from prompt_lab.data.files import Split, SplitName, check_overlap, read_task
+from prompt_lab.data.partitions import expand_sets
 from prompt_lab.data.tasks import Task, find_tasks
 from prompt_lab.run import Run
 
@@ -25,7 +26,8 @@ class CrossFitDataModule(LightningDataModule):
     """Few-shot tasks from a folder in CrossFit's layout, or from the embedded sandbox.
 
     Args:
-        tasks: names of tasks, from the package's table or ``task_file``.
+        tasks: names of tasks, from the package's table or ``task_file``; a set of a partition,
+            such as ``mpt/cls_to_cls/target``, stands for its tasks.
         root: folder that holds one folder per task, with files
             ``<task>_<K>_<sample>_{train,dev,test}.tsv``; or ``sandbox`` for the package's own.
         samples: few-shot samples of each task (CrossFit has 100, 13, 21, 42 and 87).
@@ -59,7 +61,8 @@ class CrossFitDataModule(LightningDataModule):
         self.root, self.samples, self.order_seed = root, list(samples), order_seed
         self.allow_overlap = allow_overlap
         self.max_input_length, self.task_prefix = max_input_length, task_prefix
-        self.tasks: dict[str, Task] = {task.name: task for task in find_tasks(tasks, task_file)}
+        chosen = find_tasks(expand_sets(tasks), task_file)
+        self.tasks: dict[str, Task] = {task.name: task for task in chosen}
         self.splits: dict[tuple[str, int], dict[SplitName, Split]] = {}
         self.layout: Layout | None = None
         self._rows: dict[tuple[str, int, str], Rows] = {}

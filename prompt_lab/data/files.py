@@ -98,7 +98,9 @@ def read_split(root: str | Path, task: Task, sample: int, split: SplitName) -> S
     """
     path = _find_file(Path(root), task, sample, split)
     data = path.read_bytes()
-    rows = [_parse_line(path, number, line) for number, line in enumerate(_lines(path, data), 1)]
+    rows = [
+        parse_line(path, number, line) for number, line in enumerate(split_lines(path, data), 1)
+    ]
     return Split(
         inputs=[row[0] for row in rows],
         references=[row[1:] for row in rows],
@@ -156,7 +158,7 @@ def _row_lines(split: Split) -> dict[tuple[str, str], int]:
     return lines
 
 
-def _lines(path: Path, data: bytes) -> list[str]:
+def split_lines(path: Path, data: bytes) -> list[str]:
     """Decode a file and cut it at line feeds only; other Unicode line breaks are text."""
     try:
         text = data.decode("utf-8").removeprefix("\ufeff")
@@ -169,7 +171,7 @@ def _lines(path: Path, data: bytes) -> list[str]:
     return text.removesuffix("\n").split("\n")
 
 
-def _parse_line(path: Path, number: int, line: str) -> list[str]:
+def parse_line(path: Path, number: int, line: str) -> list[str]:
     """Cut a line into its fields: the input, then one or more references."""
     line = line.removesuffix("\r")
     fields = [field.strip() for field in line.split("\t")]
@@ -214,7 +216,7 @@ def _find_file(root: Path, task: Task, sample: int, split: SplitName) -> Path:
 
 def _only_shots(folder: Path) -> int:
     """The one K that the files of a task folder have."""
-    found = sorted({shots for shots, _, _ in _list_files(folder)})
+    found = sorted({shots for shots, _, _ in list_files(folder)})
     if not found:
         expected = f"{folder / folder.name}_<K>_<sample>_<split>.tsv"
         raise MissingDataError(f"no file {expected}; {_describe_folder(folder)}")
@@ -224,7 +226,7 @@ def _only_shots(folder: Path) -> int:
     return found[0]
 
 
-def _list_files(folder: Path) -> list[tuple[int, int, str]]:
+def list_files(folder: Path) -> list[tuple[int, int, str]]:
     """K, sample and split of every few-shot file in a task folder, sorted."""
     name = re.compile(re.escape(folder.name) + r"_([0-9]+)_([0-9]+)_(train|dev|test)\.tsv")
     matches = [name.fullmatch(path.name) for path in folder.iterdir()]
@@ -234,7 +236,7 @@ def _list_files(folder: Path) -> list[tuple[int, int, str]]:
 def _describe_folder(folder: Path) -> str:
     """List the samples of each K and split that a task folder holds."""
     held: dict[tuple[int, str], list[str]] = {}
-    for shots, sample, split in _list_files(folder):
+    for shots, sample, split in list_files(folder):
         held.setdefault((shots, split), []).append(str(sample))
     groups = [f"K = {k} {split}: {', '.join(held[k, split])}" for k, split in sorted(held)]
     if not groups:

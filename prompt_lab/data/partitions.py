@@ -79,6 +79,27 @@ def partition(
     return known[name]
 
 
+def expand_sets(names: Iterable[str]) -> list[str]:
+    """Names of tasks; a set of a partition, such as "mpt/cls_to_cls/target", gives its tasks.
+
+    Raises:
+        ValueError: A name with a slash that is no set of a partition of the package.
+    """
+    tasks: list[str] = []
+    for name in names:
+        head, slash, part = name.rpartition("/")
+        if not slash:
+            tasks.append(name)
+        elif part in _SETS:
+            tasks += getattr(partition(head), part)
+        else:
+            raise ValueError(
+                f"{name!r} is neither a task nor a set of a partition; write a task's name, or "
+                f"a partition and one of {', '.join(_SETS)}, as in mpt/cls_to_cls/target"
+            )
+    return tasks
+
+
 def partition_names(
     extra: str | Path | None = None, task_file: str | Path | None = None
 ) -> tuple[str, ...]:

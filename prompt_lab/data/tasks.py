@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from prompt_lab.metrics import METRICS
+from prompt_lab.metric_names import METRICS
 
 _KEYS = ("ontology", "metric", "shots", "labels")
 _PACKAGE_TABLE = Path(__file__).with_name("tasks.yaml")
@@ -30,7 +30,7 @@ class Task:
     Attributes:
         name: Name of the task, which is also its folder below the data root.
         ontology: Kind of task, such as "cls/nli"; "custom" for users' rows that do not say.
-        metric: One of `prompt_lab.metrics.METRICS`.
+        metric: One of `prompt_lab.metric_names.METRICS`.
         shots: The K of the file names, or None where any K in the folder will do.
         labels: The C answers that are allowed, in label order, or None for open answers.
     """

@@ -1,0 +1,482 @@
+"""The commands ``prompt-lab tasks list``, ``show`` and ``check``.
+
+They say what the task table and a folder of few-shot files hold, before a fit reads them. ``check``
+goes through every file and reports all that it finds, where a fit stops at the first fault. Rows
+are read by the functions that a fit uses. Left out: any change to a file, and K that no fit reads.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from prompt_lab.data.tasks import Task
+
+SANDBOX = "sandbox"
+"""The root that stands for the package's own tasks, which have no files."""
+
+HEAD, TAIL = 200, 100
+"""Characters that ``show`` keeps at the start and the end of a long text; options stand there."""
+
+MOST_ANSWERS = 3
+"""Accepted answers of a row that ``show`` prints."""
+
+Row = tuple[int, str, list[str]]
+"""Line, input and references of a row."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing to know about a data folder; as text it is one line.
+
+    Attributes:
+        task: name of the task, which is its folder.
+        what: what was found, in words.
+        is_error: whether a fit refuses it; otherwise it is a note.
+        shots: K, where the finding is about one K; the same holds for sample, split and line.
+        sample: few-shot sample.
+        split: "train", "dev" or "test".
+        line: first line that shows it, counted from 1.
+    """
+
+    task: str
+    what: str
+    is_error: bool = True
+    shots: int | None = None
+    sample: int | None = None
+    split: str | None = None
+    line: int | None = None
+
+    def __str__(self) -> str:
+        kind = "error" if self.is_error else "note"
+        parts = {"K": self.shots, "sample": self.sample, "split": self.split, "line": self.line}
+        place = [f"{word} {value}" for word, value in parts.items() if value is not None]
+        return f"{kind}: {', '.join([self.task, *place])}: {self.what}"
+
+
+def list_tasks(
+    ontology: str | None = None,
+    metric: str | None = None,
+    partition: str | None = None,
+    root: str | None = None,
+    task_file: str | None = None,
+) -> None:
+    """Print one line per task: name, ontology, metric, K, number of labels.
+
+    K is the number in the file names; "any K" takes the one that the folder has. With a partition,
+    the line has the task's set too, and tasks that the table lacks are named on standard error.
+    With a root, only tasks with files there are printed, and the samples with all three splits.
+
+    Args:
+        ontology: only tasks of this kind, such as cls or cls/nli.
+        metric: only tasks with this metric, such as ACC.
+        partition: only tasks of this partition or of one of its sets, such as crossfit/random or
+            crossfit/random/target.
+        root: only tasks with files in this folder; sandbox for the package's own.
+        task_file: YAML file with rows for your own tasks.
+
+    Raises:
+        FileNotFoundError: no such root or task file.
+        ValueError: an ontology or metric that no task has, an unknown partition, or no task that
+            fits all.
+    """
+    from prompt_lab.data.tasks import load_tasks
+
+    table = load_tasks(task_file)
+    tasks = list(table.values())
+    if ontology is not None:
+        kinds = {task.ontology for task in tasks}
+        _check_known("ontology", ontology, kinds | {kind.split("/")[0] for kind in kinds})
+        tasks = [task for task in tasks if f"{task.ontology}/".startswith(f"{ontology}/")]
+    if metric is not None:
+        _check_known("metric", metric, {task.metric for task in table.values()})
+        tasks = [task for task in tasks if task.metric == metric]
+    names = {task.name: "" for task in tasks}
+    sets = names if partition is None else _sets(partition, set(table))
+    held = names if root is None else _held(root, tasks)
+    rows = [
+        (*_facts(task), sets[task.name], held[task.name])
+        for task in tasks
+        if task.name in sets and task.name in held
+    ]
+    if not rows:
+        raise ValueError("no task fits all that was asked for: leave a setting out")
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True) if width]
+        print("  ".join(cells).rstrip())
+
+
+def show_task(
+    task: str, root: str, sample: int = 100, count: int = 3, task_file: str | None = None
+) -> None:
+    """Print what the table says of a task, and some of its training rows.
+
+    The rows are spread evenly over the file, where rows of a label often stand together. Of a long
+    text the middle is left out, and the number of its characters said.
+
+    Args:
+        task: name of the task.
+        root: folder that holds one folder per task, or sandbox for the package's own.
+        sample: few-shot sample, the second number in the file names.
+        count: rows to print.
+        task_file: YAML file with rows for your own tasks.
+
+    Raises:
+        FileNotFoundError: no such root, task folder, sample or task file.
+        ValueError: an unknown task, a count below 1, or a file that cannot be read.
+    """
+    from prompt_lab.data.tasks import find_tasks
+
+    if count < 1:
+        raise ValueError(f"count is {count}: give at least 1")
+    (row,) = find_tasks([task], task_file)
+    inputs, references = _train_rows(root, row, sample)
+    labels = "none, answers are open" if row.labels is None else ", ".join(row.labels)
+    print(row.name)
+    _print_field("ontology", row.ontology)
+    _print_field("metric", row.metric)
+    _print_field("K", "any" if row.shots is None else str(row.shots))
+    _print_field("labels", labels)
+    count = min(count, len(inputs))
+    print(f"\n{count} of the {len(inputs)} rows of train, sample {sample}")
+    for place in (number * len(inputs) // count for number in range(count)):
+        print(f"\nline {place + 1}")
+        _print_field("input", shorten(inputs[place]))
+        answers = references[place]
+        for number, answer in enumerate(answers[:MOST_ANSWERS]):
+            _print_field("or" if number else "answer", shorten(answer))
+        if len(answers) > MOST_ANSWERS:
+            _print_field("", f"and {len(answers) - MOST_ANSWERS} more answers")
+
+
+def check_tasks(root: str, tasks: list[str] | None = None, task_file: str | None = None) -> int:
+    """Check the files of a data folder; print a line for each finding, then a summary.
+
+    Errors are what a fit refuses: a task without files for its K; a split that is missing; a file
+    that is empty or not UTF-8; a row that is empty, lacks its input or an answer, has an empty
+    column or a stray carriage return or NUL; an answer outside the labels; a row in two splits
+    (unless data.allow_overlap is set); several K where the table names none.
+
+    Notes are what a fit accepts: in train and dev, another number of rows than K of each label, or
+    K in all; further answers in a task with labels; samples whose test rows differ; files of
+    another K, files with other names, and folders of no known task, which are not read.
+
+    Findings of one kind in one file are one line, with the first place and their number.
+
+    Args:
+        root: folder that holds one folder per task.
+        tasks: only these tasks; by default all known ones that have a folder there.
+        task_file: YAML file with rows for your own tasks.
+
+    Returns:
+        1 if there is an error, otherwise 0: the exit status.
+
+    Raises:
+        FileNotFoundError: no such root or task file.
+        ValueError: an unknown task, or a root without a folder of a known one.
+    """
+    from prompt_lab.data.tasks import find_tasks, load_tasks
+
+    known = load_tasks(task_file)
+    folders = _folders(root)
+    chosen = find_tasks(tasks or [name for name in folders if name in known], task_file)
+    if not chosen:
+        raise ValueError(f"{root} has no folder of a known task: give the folder that holds them")
+    errors = notes = 0
+    for finding in check_folder(Path(root), chosen, [] if tasks else folders):
+        print(finding)
+        errors, notes = errors + finding.is_error, notes + (not finding.is_error)
+    print(f"{len(chosen)} tasks checked; errors: {errors}, notes: {notes}")
+    return int(errors > 0)
+
+
+def check_folder(root: Path, tasks: Sequence[Task], folders: Sequence[str]) -> Iterator[Finding]:
+    """Everything that is wrong or worth knowing in a data folder (see `check_tasks`).
+
+    Args:
+        root: the data folder.
+        tasks: the tasks whose files are checked.
+        folders: names of folders, which are noted where they are none of the tasks.
+
+    Yields:
+        Findings, task by task, in the order of K, sample and split.
+    """
+    names = {task.name for task in tasks}
+    for folder in folders:
+        if folder not in names:
+            yield Finding(folder, "no known task, not read; --task_file can add one", False)
+    for task in tasks:
+        yield from _check_task(root / task.name, task)
+
+
+def shorten(text: str) -> str:
+    """A text without the middle, if it is long; marks no terminal shows become spaces."""
+    text = "".join(mark if mark.isprintable() else " " for mark in text)
+    left_out = len(text) - HEAD - TAIL
+    if left_out <= 0:
+        return text
+    return f"{text[:HEAD]} [... {left_out} characters left out ...] {text[-TAIL:]}"
+
+
+# ---- list and show -------------------------------------------------------------------------------
+
+
+def _check_known(flag: str, given: str, known: set[str]) -> None:
+    """Refuse a value that no task has."""
+    if given not in known:
+        raise ValueError(f"--{flag} is {given!r}; allowed: {', '.join(sorted(known))}")
+
+
+def _facts(task: Task) -> tuple[str, ...]:
+    """The cells of a task's line: name, ontology, metric, K, number of labels."""
+    shots = "any K" if task.shots is None else f"K {task.shots}"
+    labels = "open" if task.labels is None else f"{len(task.labels)} labels"
+    return task.name, task.ontology, task.metric, shots, labels
+
+
+def _sets(reference: str, known: set[str]) -> dict[str, str]:
+    """The set of each task of a partition, or of the one set that is named behind it."""
+    from prompt_lab.data.partitions import partition
+
+    name, _, only = reference.rpartition("/")
+    sets = ("source", "dev", "target")
+    found = partition(name if only in sets else reference)
+    members = {
+        task: which
+        for which in sets
+        if only == which or only not in sets
+        for task in getattr(found, which)
+    }
+    lacking = sorted(members.keys() - known)
+    if lacking:
+        print(f"prompt-lab: not in the task table: {', '.join(lacking)}", file=sys.stderr)
+    return members
+
+
+def _held(root: str, tasks: Sequence[Task]) -> dict[str, str]:
+    """The tasks that have a whole sample in the root, and in words which samples those are."""
+    if root == SANDBOX:
+        from prompt_lab.sandbox import TASKS
+
+        return {task.name: "any sample" for task in tasks if task.name in TASKS}
+    folders = set(_folders(root))
+    found = {}
+    for task in tasks:
+        held = _few_shot_files(Path(root, task.name))[0] if task.name in folders else set()
+        splits = Counter((shots, sample) for shots, sample, _ in held)
+        whole = {s for (k, s), number in splits.items() if number == 3 and task.shots in (None, k)}
+        if whole:
+            found[task.name] = f"samples {', '.join(map(str, sorted(whole)))}"
+    return found
+
+
+def _train_rows(root: str, task: Task, sample: int) -> tuple[list[str], list[list[str]]]:
+    """Inputs and references of the training rows of a sample."""
+    from prompt_lab.data.files import read_split
+
+    if root != SANDBOX:
+        split = read_split(root, task, sample, "train")
+        return split.inputs, split.references
+    from prompt_lab.sandbox import TASKS, rows
+
+    if task.name not in TASKS:
+        raise ValueError(f"{task.name} is not in the sandbox: give the folder of its files as root")
+    pairs = rows(task.name, sample, "train")
+    return [text for text, _ in pairs], [[answer] for _, answer in pairs]
+
+
+def _print_field(name: str, text: str) -> None:
+    """Print a name and a text beside it, wrapped to the terminal."""
+    start = f"  {name:<10}"
+    print(
+        textwrap.fill(
+            text,
+            max(shutil.get_terminal_size((100, 24)).columns, 40),
+            initial_indent=start,
+            subsequent_indent=" " * len(start),
+            break_on_hyphens=False,
+        )
+    )
+
+
+# ---- check ---------------------------------------------------------------------------------------
+
+
+def _folders(root: str) -> list[str]:
+    """Names of the folders in a data root, sorted; hidden ones are left out."""
+    if not Path(root).is_dir():
+        raise FileNotFoundError(f"no folder {root}: give the folder that holds one per task")
+    return sorted(p.name for p in Path(root).iterdir() if p.is_dir() and p.name[0] != ".")
+
+
+def _few_shot_files(folder: Path) -> tuple[set[tuple[int, int, str]], list[str]]:
+    """K, sample and split of the few-shot files of a task, and the names of all other files."""
+    from prompt_lab.data.files import list_files
+
+    keys = {
+        f"{folder.name}_{k}_{sample}_{split}.tsv": (k, sample, split)
+        for k, sample, split in list_files(folder)
+    }
+    there = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    held = {key for name, key in keys.items() if (folder / name).is_file()}
+    return held, sorted(there - keys.keys())
+
+
+def _check_task(folder: Path, task: Task) -> Iterator[Finding]:
+    """Findings in the folder of a task."""
+    if not folder.is_dir():
+        yield Finding(task.name, f"no folder {folder}")
+        return
+    held, others = _few_shot_files(folder)
+    form = f"{task.name}_{task.shots or '<K>'}_<sample>_<split>.tsv"
+    if others:
+        yield Finding(task.name, f"not of the form {form}, not read: {_some(others)}", False)
+    found = sorted({shots for shots, _, _ in held})
+    read = [shots for shots in found if task.shots in (None, shots)]
+    if not read:
+        yield Finding(task.name, f"no file {form}")
+    if len(read) > 1:
+        yield Finding(task.name, f"files for K = {_some(read)}: say which with shots in its row")
+    for shots in found:
+        if shots in read:
+            yield from _check_shots(folder, task, shots, held)
+        else:
+            what = f"the table has K = {task.shots}, not read"
+            yield Finding(task.name, what, False, shots)
+
+
+def _check_shots(
+    folder: Path, task: Task, shots: int, held: set[tuple[int, int, str]]
+) -> Iterator[Finding]:
+    """Findings in the samples of one K of a task."""
+    from prompt_lab.data.files import SPLITS
+
+    tests: dict[int, list[tuple[str, list[str]]]] = {}
+    for sample in sorted({sample for k, sample, _ in held if k == shots}):
+        splits: dict[str, list[Row]] = {}
+        for split in SPLITS:
+            at = partial(Finding, task.name, shots=shots, sample=sample, split=split)
+            path = folder / f"{task.name}_{shots}_{sample}_{split}.tsv"
+            if (shots, sample, split) not in held:
+                yield at(f"no file {path.name}")
+                continue
+            splits[split], findings = _check_rows(path, at)
+            yield from findings
+            yield from _check_answers(splits[split], task, at)
+            if split != "test":
+                yield from _check_counts(splits[split], task, shots, at)
+        yield from _check_shared(splits, partial(Finding, task.name, shots=shots, sample=sample))
+        if splits.get("test"):
+            tests[sample] = sorted((text, answers) for _, text, answers in splits["test"])
+    first = min(tests, default=0)
+    other = [sample for sample in tests if tests[sample] != tests[first]]
+    if other:
+        what = f"rows differ from those of sample {first} in samples {_some(other)}"
+        yield Finding(task.name, what, False, shots, split="test")
+
+
+def _check_rows(path: Path, at: Callable[..., Finding]) -> tuple[list[Row], list[Finding]]:
+    """The rows of a file that can be read, and findings about its other lines."""
+    from prompt_lab.data.files import DataError, parse_line, split_lines
+
+    rows: list[Row] = []
+    faults: dict[str, list[int]] = {}
+    try:
+        lines = split_lines(path, path.read_bytes())
+    except DataError as error:
+        line, what = str(error).removeprefix(f"{path}, line ").split(": ", 1)
+        return rows, [at(what, line=int(line))]
+    for number, line in enumerate(lines, 1):
+        try:
+            text, *answers = parse_line(path, number, line)
+        except DataError as error:
+            what = str(error).removeprefix(f"{path}, line {number}: ")
+            faults.setdefault(what, []).append(number)
+        else:
+            rows.append((number, text, answers))
+    return rows, [at(_counted(what, found), line=found[0]) for what, found in faults.items()]
+
+
+def _check_answers(
+    rows: Sequence[Row], task: Task, at: Callable[..., Finding]
+) -> Iterator[Finding]:
+    """Findings about answers of a task with labels: others than those, or more than one."""
+    if task.labels is None:
+        return
+    wrong = {
+        line: [answer for answer in answers if answer not in task.labels]
+        for line, _, answers in rows
+        if not set(answers) <= set(task.labels)
+    }
+    if wrong:
+        words = dict.fromkeys(repr(word) for words in wrong.values() for word in words)
+        allowed = _some([repr(label) for label in task.labels])
+        what = f"not a label: {_some(list(words))}; allowed: {allowed}"
+        yield at(_counted(what, list(wrong)), line=min(wrong))
+    more = [line for line, _, answers in rows if len(answers) > 1]
+    if more:
+        what = "more than one answer, which a task with labels rarely has"
+        yield at(_counted(what, more), is_error=False, line=more[0])
+
+
+def _check_counts(
+    rows: Sequence[Row], task: Task, shots: int, at: Callable[..., Finding]
+) -> Iterator[Finding]:
+    """A note where there are neither K rows of each label nor K in all, or no row of a label."""
+    counts = Counter(answers[0] for _, _, answers in rows)
+    labels = task.labels or ()
+    if len(rows) == shots:
+        off = [label for label in labels if not counts[label]]
+        what = f"{shots} rows, none with the label {_some(off)}"
+    else:
+        off = [f"{label} {counts[label]}" for label in labels if counts[label] != shots]
+        what = f"{len(rows)} rows, not {shots} of each label: {_some(off)}"
+    if off:
+        yield at(what, is_error=False)
+    elif not labels and len(rows) != shots:
+        yield at(f"{len(rows)} rows, not {shots}", is_error=False)
+
+
+def _check_shared(splits: dict[str, list[Row]], at: Callable[..., Finding]) -> Iterator[Finding]:
+    """Errors where a row of one split, its input and a reference, stands in another."""
+    for first, second in combinations(splits, 2):
+        known = {
+            (text, answer): line
+            for line, text, answers in reversed(splits[first])
+            for answer in answers
+        }
+        shared = {
+            line: known[text, answer]
+            for line, text, answers in splits[second]
+            for answer in reversed(answers)
+            if (text, answer) in known
+        }
+        if shared:
+            line = min(shared)
+            what = (
+                f"the same row stands in {first}, line {shared[line]}; remove it from one of the "
+                "files, or set data.allow_overlap"
+            )
+            yield at(_counted(what, list(shared)), split=second, line=line)
+
+
+def _counted(what: str, lines: Sequence[int]) -> str:
+    """What was found, with the number of lines if there is more than one."""
+    return what if len(lines) == 1 else f"{what} ({len(lines)} lines)"
+
+
+def _some(words: Iterable[object], most: int = 6) -> str:
+    """The first words of a list, and how many more there are."""
+    texts = list(map(str, words))
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
