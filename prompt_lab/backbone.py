@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -24,16 +23,19 @@ from torch.nn import functional as F
 
 from prompt_lab.batch import IGNORE, Batch, index_tensor, make_batch
 from prompt_lab.candidates import Follow, candidate_scores
+from prompt_lab.pretrained import (
+    DTYPES,
+    ENCODER_DECODER,
+    SANDBOX,
+    load_pretrained,
+    plain_generation,
+    refuse_unsupported,
+    weights_digest,
+)
 from prompt_lab.training_forward import compile_training, recompute_layers
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-ENCODER_DECODER = ("t5", "mt5", "bart")
-DECODER_ONLY = ("gpt2", "bloom", "llama", "qwen2")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SANDBOX = "sandbox"
-"""Reserved backbone name: the tiny T5 that ships with the package."""
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Prefix = tuple[Tensor, ...]
 """What :meth:`Backbone.prefix` returns."""
@@ -60,9 +62,9 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         kind = model.config.model_type
-        _refuse_unsupported(kind, model.dtype, name)
+        refuse_unsupported(kind, model.dtype, name)
         self.model: Any = model.requires_grad_(False).eval()
-        self.model.generation_config = _plain_generation(model)
+        self.model.generation_config = plain_generation(model)
         self.tokenizer: Any = tokenizer
         self.name = name
         self.is_encoder_decoder = kind in ENCODER_DECODER
@@ -92,22 +94,8 @@ class Backbone(nn.Module):
             ValueError: no such model, a folder without tokenizer, an unsupported architecture, or
                 T5 in float16.
         """
-        from transformers import AutoConfig, AutoTokenizer
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
-        path = _sandbox_folder() if name == SANDBOX else name
-        try:
-            config = AutoConfig.from_pretrained(path)
-            _refuse_unsupported(config.model_type, DTYPES[dtype], name)
-            _refuse_without_tokenizer(path)
-            tokenizer = AutoTokenizer.from_pretrained(path)
-            model: Any = _load_model(path, config, attention)
-        except OSError as error:
-            raise ValueError(_missing_model(name, error)) from error
-        digest = _digest(model)  # of the weights as published, before the cast
+        model, tokenizer = load_pretrained(name, dtype, attention)
+        digest = weights_digest(model)  # of the weights as published, before the cast
         backbone = cls(model.to(DTYPES[dtype]), tokenizer, name)
         for weight in backbone.model.parameters():
             # Files are mapped at any address; matrix products repeat bit for bit on aligned memory.
@@ -118,7 +106,7 @@ class Backbone(nn.Module):
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the names, shapes, dtypes and bytes of the weights when first asked."""
-        return _digest(self.model)
+        return weights_digest(self.model)
 
     @cached_property
     def tokenizer_digest(self) -> str:
@@ -557,83 +545,6 @@ def _target_places(batch: Batch) -> list[int]:
     return [
         row * depth + at for row, count in enumerate(batch.target_lengths) for at in range(count)
     ]
-
-
-def _digest(model: nn.Module) -> str:
-    """SHA-256 over the names, shapes, dtypes and bytes of a model's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _refuse_unsupported(kind: str, dtype: torch.dtype, name: str) -> None:
-    """Refuse other architectures, and T5 in float16.
-
-    T5 was trained in bfloat16 and overflows in float16 (transformers issue 9295).
-    """
-    if kind not in ENCODER_DECODER + DECODER_ONLY:
-        known = ", ".join(ENCODER_DECODER + DECODER_ONLY)
-        raise ValueError(f"backbone {name!r} is of type {kind!r}; supported types: {known}")
-    if kind in ("t5", "mt5") and dtype == torch.float16:
-        raise ValueError(
-            f"backbone {name!r} is a T5, whose activations overflow in float16: use "
-            "dtype bfloat16 or float32"
-        )
-
-
-def _refuse_without_tokenizer(path: str | Path) -> None:
-    """Refuse a folder without tokenizer, for which transformers would make up an empty one."""
-    folder = Path(path)
-    files = ("tokenizer*", "vocab*", "*.model")
-    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in files):
-        raise ValueError(
-            f"backbone folder {str(path)!r} holds no tokenizer: put the tokenizer's files beside "
-            "the weights (tokenizer.save_pretrained writes them)"
-        )
-
-
-def _sandbox_folder() -> Path:
-    """Folder of the tiny backbone that ships with the package."""
-    from prompt_lab.sandbox import ASSETS
-
-    return ASSETS
-
-
-def _load_model(path: str | Path, config: Any, attention: str) -> PreTrainedModel:
-    """The model in its published dtype, BLOOM with its own attention."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    chosen = {} if config.model_type == "bloom" else {"attn_implementation": attention}
-    return kind.from_pretrained(path, config=config, dtype="auto", **chosen)
-
-
-def _plain_generation(model: PreTrainedModel) -> GenerationConfig:
-    """Generation settings with special ids only: published penalties would change the answers."""
-    from transformers import GenerationConfig
-
-    published = getattr(model, "generation_config", None)
-    names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-    own = {name: getattr(model.config, name, None) for name in names}
-    ids = {name: getattr(published, name, None) for name in names}
-    return GenerationConfig(**{k: own[k] if v is None else v for k, v in ids.items()})
-
-
-def _missing_model(name: str, error: OSError) -> str:
-    """What to do when a model cannot be found."""
-    reason = str(error).strip().splitlines()[0]
-    if Path(name).is_dir():
-        return f"no backbone in folder {name}: {reason}"
-    return (
-        f"no backbone {name!r}: it is neither a folder with config.json, tokenizer and weights, "
-        f"nor could it be had from the hub or its cache ({reason}). Without network, first run "
-        f"`hf download {name}` on a machine that has it, copy the cache folder (HF_HOME) and set "
-        "HF_HUB_OFFLINE=1, or "
-        "give the path of a local copy; `sandbox` is the model that ships with the package"
-    )
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

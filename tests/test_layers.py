@@ -17,7 +17,7 @@ LAYERS = {
     "subspace optim meta_gradient arithmetic similarity "
     "selection interpretation metrics statistics batch run results "
     "candidates training_forward metric_names",
-    1: "backbone prompt_cache bank data sandbox",
+    1: "backbone pretrained prompt_cache bank data sandbox",
     2: "methods exchange",
     3: "plots report callbacks predict_command prediction tasks_command",
     4: "cli offline __main__",

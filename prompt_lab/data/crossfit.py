@@ -14,11 +14,12 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
-from prompt_lab.backbone import SANDBOX, Backbone
+from prompt_lab.backbone import Backbone
 from prompt_lab.data.batches import EvaluationSteps, Layout, Rows, TrainSteps
 from prompt_lab.data.files import Split, SplitName, check_overlap, read_task
 from prompt_lab.data.partitions import expand_sets
 from prompt_lab.data.tasks import Task, find_tasks
+from prompt_lab.pretrained import SANDBOX
 from prompt_lab.run import Run
 
 

@@ -12,12 +12,13 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule
 
-from prompt_lab.backbone import SANDBOX, Backbone, Prefix
+from prompt_lab.backbone import Backbone, Prefix
 from prompt_lab.bank import Prefixes, is_out_of_memory, renumber
 from prompt_lab.batch import Batch, default_tokens_per_forward
 from prompt_lab.data.batches import EvaluationBatch, Rows
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.data.tasks import Task
+from prompt_lab.pretrained import SANDBOX
 
 _FROZEN = "backbone."
 
