@@ -26,12 +26,12 @@ from prompt_lab.candidates import Follow, candidate_scores
 from prompt_lab.pretrained import (
     DTYPES,
     ENCODER_DECODER,
-    SANDBOX,
     load_pretrained,
     plain_generation,
     refuse_unsupported,
     weights_digest,
 )
+from prompt_lab.sandbox import SANDBOX
 from prompt_lab.training_forward import compile_training, recompute_layers
 
 if TYPE_CHECKING:
@@ -416,6 +416,7 @@ class Backbone(nn.Module):
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
 
         def run(ids: Tensor) -> Tensor:
+            """Logits (b, t, V) behind decoder inputs (b, t)."""
             made = self.model(
                 encoder_outputs=(states,),
                 attention_mask=mask,
@@ -426,6 +427,7 @@ class Backbone(nn.Module):
             return made.logits
 
         def follow(keep: Tensor | None, ids: Tensor) -> Tensor:
+            """Logits (b, t, V) behind tokens (b, t) of the rows to keep; the cache forgets them."""
             nonlocal states, mask
             if keep is not None:
                 states, mask = states[keep], mask[keep]
@@ -510,6 +512,7 @@ class Backbone(nn.Module):
         last = positions[:, -1:]  # (B, 1)
 
         def follow(keep: Tensor | None, ids: Tensor) -> Tensor:
+            """Logits (b, t, V) behind tokens (b, t) of the rows to keep; the cache forgets them."""
             nonlocal mask, last
             if keep is not None:
                 mask, last = mask[keep], last[keep]

@@ -233,8 +233,7 @@ def _model_facts(name: str) -> tuple[int, Literal["SEQ_2_SEQ_LM", "CAUSAL_LM"], 
     """Hidden size, PEFT's task type, layers and heads of a model, from its config alone."""
     from transformers import AutoConfig
 
-    from prompt_lab.pretrained import SANDBOX
-    from prompt_lab.sandbox import ASSETS
+    from prompt_lab.sandbox import ASSETS, SANDBOX
 
     try:
         config: Any = AutoConfig.from_pretrained(ASSETS if name == SANDBOX else name)

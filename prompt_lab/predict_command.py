@@ -138,6 +138,7 @@ def predict_command(
     as_json = format == "jsonl" or (format == "auto" and (out or "").endswith(".jsonl"))
 
     def answer(way: Way, prompts: list[Tensor], texts: list[str]) -> list[list[Answer]]:
+        """For every text its answers under prompts that answer in one way."""
         return _answers(model, way, prompts, texts, tokens_per_forward, with_scores=as_json)
 
     with _opened(source) as raw, _output(out) as file:

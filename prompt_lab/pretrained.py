@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from prompt_lab.sandbox import ASSETS, SANDBOX
+
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
 
 ENCODER_DECODER = ("t5", "mt5", "bart")
 DECODER_ONLY = ("gpt2", "bloom", "llama", "qwen2")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SANDBOX = "sandbox"
-"""Reserved backbone name: the tiny T5 that ships with the package."""
 
 
 def load_pretrained(name: str, dtype: str, attention: str) -> tuple[Any, Any]:
@@ -40,7 +40,7 @@ def load_pretrained(name: str, dtype: str, attention: str) -> tuple[Any, Any]:
     logging.disable_progress_bar()
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
-    path = _sandbox_folder() if name == SANDBOX else name
+    path = ASSETS if name == SANDBOX else name
     try:
         config = AutoConfig.from_pretrained(path)
         refuse_unsupported(config.model_type, DTYPES[dtype], name)
@@ -84,13 +84,6 @@ def _refuse_without_tokenizer(path: str | Path) -> None:
             f"backbone folder {str(path)!r} holds no tokenizer: put the tokenizer's files beside "
             "the weights (tokenizer.save_pretrained writes them)"
         )
-
-
-def _sandbox_folder() -> Path:
-    """Folder of the tiny backbone that ships with the package."""
-    from prompt_lab.sandbox import ASSETS
-
-    return ASSETS
 
 
 def _load_model(path: str | Path, config: Any, attention: str) -> PreTrainedModel:

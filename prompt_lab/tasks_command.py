@@ -18,11 +18,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prompt_lab.sandbox import SANDBOX
+
 if TYPE_CHECKING:
     from prompt_lab.data.tasks import Task
-
-SANDBOX = "sandbox"
-"""The root that stands for the package's own tasks, which have no files."""
 
 HEAD, TAIL = 200, 100
 """Characters that ``show`` keeps at the start and the end of a long text; options stand there."""

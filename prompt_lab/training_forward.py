@@ -1,9 +1,9 @@
 """Two ways to run a frozen model in training: with its layers recomputed, or compiled.
 
 Both leave the model as it is where no gradient is asked for, and both are exact. Gradient
-checkpointing keeps one layer's activations at a time, for about a third more time; transformers'
-own switch does not fit here, since it acts on models in training mode only and drops the prompt's
-keys and values. Compiling serves all lengths by a few graphs with dynamic shapes.
+checkpointing keeps one layer's activations at a time and runs each layer's forward pass twice;
+transformers' own switch does not fit here, since it acts on models in training mode only and drops
+the prompt's keys and values. Compiling serves all lengths by a few graphs with dynamic shapes.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from prompt_lab.data.batches import EvaluationSteps, Layout, Rows, TrainSteps
 from prompt_lab.data.files import Split, SplitName, check_overlap, read_task
 from prompt_lab.data.partitions import expand_sets
 from prompt_lab.data.tasks import Task, find_tasks
-from prompt_lab.pretrained import SANDBOX
 from prompt_lab.run import Run
+from prompt_lab.sandbox import SANDBOX, TASKS, rows
 
 
 class CrossFitDataModule(LightningDataModule):
@@ -188,8 +188,6 @@ def _sandbox_splits(task: Task, sample: int) -> dict[SplitName, Split]:
     Raises:
         ValueError: a task that is not one of the sandbox's.
     """
-    from prompt_lab.sandbox import TASKS, rows
-
     if task.name not in TASKS:
         raise ValueError(
             f"task {task.name!r} is not in the sandbox: set data.root to the folder that holds "

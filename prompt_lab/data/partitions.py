@@ -29,6 +29,8 @@ from typing import Any
 
 import yaml
 
+from prompt_lab.data.tasks import find_tasks, repeated
+
 _SETS = ("source", "dev", "target")
 _KEYS = ("paper", "note", *_SETS, "outside")
 _CHANGES = ("like", "without", "plus")
@@ -158,7 +160,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """Build a mapping; a key that occurs twice is an error with its line."""
         keys = [str(key.value) for key, _ in node.value]
-        twice = _repeated(keys)
+        twice = repeated(keys)
         if twice:
             mark = node.value[len(keys) - 1 - keys[::-1].index(twice[0])][0].start_mark
             raise yaml.MarkedYAMLError(problem=f"{twice[0]!r} occurs twice", problem_mark=mark)
@@ -249,7 +251,7 @@ def _names(which: str, value: object) -> tuple[str, ...]:
 
 def _once(which: str, names: list[str]) -> tuple[str, ...]:
     """The names as a tuple, where none occurs twice."""
-    twice = _repeated(names)
+    twice = repeated(names)
     if twice:
         raise ValueError(f"{which} names tasks more than once: {', '.join(twice)}; name each once")
     return tuple(names)
@@ -283,18 +285,8 @@ def _check_disjoint(sets: dict[str, tuple[str, ...]]) -> None:
 
 def _check_tasks(found: Partition, task_file: str | Path | None) -> None:
     """Refuse names that have no task, but for those said to be outside."""
-    from prompt_lab.data.tasks import find_tasks  # it imports torch, for the metrics
-
     names = (*found.source, *found.dev, *found.target)
     find_tasks([name for name in names if name not in found.outside], task_file)
-
-
-def _repeated(names: Iterable[str]) -> list[str]:
-    """The names that occur more than once, each named once."""
-    seen: dict[str, int] = {}
-    for name in names:
-        seen[name] = seen.get(name, 0) + 1
-    return [name for name, count in seen.items() if count > 1]
 
 
 def _hint(name: object, known: Iterable[str]) -> str:

@@ -81,7 +81,7 @@ def find_tasks(names: Sequence[str], extra: str | Path | None = None) -> list[Ta
     """
     if isinstance(names, str):
         raise ValueError(f"task names must be a list, not the text {names!r}: write [{names}]")
-    twice = _repeated(names)
+    twice = repeated(names)
     if twice:
         raise ValueError(f"tasks are named more than once: {', '.join(twice)}; name each once")
     tasks = load_tasks(extra)
@@ -122,7 +122,7 @@ def _read_rows(path: Path) -> dict[Any, Any]:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(node, yaml.MappingNode) or not isinstance(rows, dict):
         raise ValueError(f"{path}: must hold rows of the form name: {{metric: ACC, ...}}")
-    twice = _repeated(key.value for key, _ in node.value)
+    twice = repeated(key.value for key, _ in node.value)
     if twice:
         raise ValueError(f"{path}, row {twice[0]!r}: the name occurs twice; keep one row")
     return rows
@@ -172,13 +172,13 @@ def _parse_labels(row: dict[Any, Any]) -> tuple[str, ...] | None:
             raise ValueError(
                 f"label {label!r} is empty or has a tab, a line break or spaces around it"
             )
-    twice = _repeated(labels)
+    twice = repeated(labels)
     if twice:
         raise ValueError(f"labels occur twice: {', '.join(twice)}")
     return tuple(labels)
 
 
-def _repeated(names: Iterable[str]) -> list[str]:
+def repeated(names: Iterable[str]) -> list[str]:
     """The names that occur more than once, each named once."""
     seen: dict[str, int] = {}
     for name in names:

@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from prompt_lab.batch import Batch, micro_batches
 
 if TYPE_CHECKING:
+    from prompt_lab.backbone import Backbone
     from prompt_lab.data.crossfit import CrossFitDataModule
     from prompt_lab.methods.prompt_tuning import PromptTuning
 
@@ -32,7 +33,8 @@ def describe_grid(method: PromptTuning, data: CrossFitDataModule, trainer: Train
     weights = sum(p.numel() * p.element_size() for p in method.backbone.parameters())
     bank = method.prompt.numel() * 4
     optimizer = bank * (2 if method.optim_config.name == "adamw" else 0)
-    activations = max(_saved_bytes(method, part) for part in parts)
+    smoothing = method.label_smoothing
+    activations = max(saved_bytes(method.backbone, method.prompt, p, smoothing) for p in parts)
     axes = (
         ("tasks", list(data.tasks)),
         ("samples", data.samples),
@@ -59,10 +61,10 @@ def _tokens(part: Batch, extra: int) -> int:
     return len(part) * (part.input_ids.shape[1] + part.target_ids.shape[1] + extra)
 
 
-def _saved_bytes(method: PromptTuning, part: Batch) -> int:
-    """Bytes that autograd keeps for a micro-batch, weights not counted."""
-    backbone = method.backbone
-    assert backbone is not None
+def saved_bytes(
+    backbone: Backbone, prompts: torch.Tensor, batch: Batch, label_smoothing: float = 0.0
+) -> int:
+    """Bytes that autograd keeps for rows under a bank (R, N, D), weights not counted."""
     weights = {p.untyped_storage().data_ptr() for p in backbone.parameters()}
     seen: dict[int, int] = {}
 
@@ -74,7 +76,7 @@ def _saved_bytes(method: PromptTuning, part: Batch) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         # The loss is kept until the count is done, so that no storage is freed and used again.
-        loss = backbone.loss(method.prompt, part.to(backbone.device), method.label_smoothing)
+        loss = backbone.loss(prompts, batch.to(backbone.device), label_smoothing)
     del loss
     return sum(seen.values())
 

@@ -18,7 +18,7 @@ from prompt_lab.batch import Batch, default_tokens_per_forward
 from prompt_lab.data.batches import EvaluationBatch, Rows
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.data.tasks import Task
-from prompt_lab.pretrained import SANDBOX
+from prompt_lab.sandbox import SANDBOX
 
 _FROZEN = "backbone."
 
@@ -31,8 +31,8 @@ class BackboneConfig:
         name: hub id, folder, or ``sandbox`` for the tiny model that ships with the package.
         dtype: dtype of the frozen weights; prompts, optimizer and losses stay float32.
         attention: attention implementation of transformers.
-        gradient_checkpointing: keep the activations of one layer at a time; exact, about a third
-            slower, for backbones whose activations do not fit.
+        gradient_checkpointing: keep the activations of one layer at a time; exact but slower, for
+            backbones whose activations do not fit.
         compile: run training steps through ``torch.compile``; exact up to rounding, and the first
             steps take minutes.
     """

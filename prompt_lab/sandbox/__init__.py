@@ -11,5 +11,7 @@ from pathlib import Path
 from prompt_lab.sandbox.tasks import TASKS, SandboxTask, rows
 
 ASSETS: Path = Path(__file__).parent / "assets"
+SANDBOX = "sandbox"
+"""Reserved name of the backbone and of the data root that ship with the package."""
 
-__all__ = ["ASSETS", "TASKS", "SandboxTask", "rows"]
+__all__ = ["ASSETS", "SANDBOX", "TASKS", "SandboxTask", "rows"]

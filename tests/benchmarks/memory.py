@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import resource
 import sys
-from types import SimpleNamespace
 
 import torch
 from models import (
@@ -31,7 +30,7 @@ from models import (
 from pairs import Settings, in_own_process, machine
 from steps import our_side
 
-from prompt_lab.methods.dry_run import _saved_bytes
+from prompt_lab.methods.dry_run import saved_bytes
 from prompt_lab.optim import OptimConfig
 
 MODELS = {
@@ -100,8 +99,7 @@ def kept(kind: str, layers: int, size: Size, tokens: int, dtype: torch.dtype) ->
     backbone = make_backbone(make_model(kind, fewer, dtype=dtype))
     prompt = make_prompts(backbone, 1, tokens).requires_grad_()
     batch = our_batch(backbone, [make_rows(backbone, [LENGTH] * ROWS)])
-    method = SimpleNamespace(backbone=backbone, prompt=prompt, label_smoothing=0.0)
-    return _saved_bytes(method, batch)  # type: ignore[arg-type]
+    return saved_bytes(backbone, prompt, batch)
 
 
 def measure(kind: str, size: Size, tokens: int, dtype: torch.dtype, threads: int) -> int:

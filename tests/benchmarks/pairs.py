@@ -185,11 +185,13 @@ def table(lines: Iterable[dict[str, Any]]) -> str:
         value = f"**{found['value']:.3g}**"
         if "min" in found:
             value += f" ({found['min']:.3g} to {found['max']:.3g})"
+        if found.get("pairs", ENOUGH_PAIRS) < ENOUGH_PAIRS:
+            value += f", {found['pairs']} pairs"
         wanted = "-" if found["threshold"] is None else f"{found['sense']} {found['threshold']:.3g}"
         met = {True: "yes", False: "no", None: "-"}[found["met"]]
         rows.append(f"| {found['goal']} | {found['what']} | {value} | {wanted} | {met} |")
     machines = {
-        f"{line['machine']}, {line['threads']} threads; "
+        f"{line['machine']}, {line['threads']} threads, {line['date'][:10]}; "
         + ", ".join(f"{name} {version}" for name, version in line["versions"].items())
         for line in last.values()
     }

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from prompt_lab.methods.dry_run import _saved_bytes
+from prompt_lab.methods.dry_run import saved_bytes
 
 ROWS, LENGTHS = 8, (15, 40)
 TOP = 12
@@ -61,11 +60,9 @@ def describe(
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step()
     operations = counter.get_total_flops()
-    kept = SimpleNamespace(
-        backbone=backbone, prompt=prompts.clone().requires_grad_(), label_smoothing=0.0
-    )
     weights = sum(p.numel() * p.element_size() for p in backbone.parameters())
-    saved = _saved_bytes(kept, our_batch(backbone, groups))  # type: ignore[arg-type]
+    bank = prompts.clone().requires_grad_()
+    saved = saved_bytes(backbone, bank, our_batch(backbone, groups))
     moved = 2 * weights + 2 * saved
     floor = max(operations / peak, moved / bandwidth)
     print(
