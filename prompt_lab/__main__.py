@@ -23,6 +23,7 @@ TASKS_COMMANDS = {
     "tasks list": "list the tasks that the package knows, or that a folder holds",
     "tasks show": "show what is known of a task, and some of its rows",
     "tasks check": "check the few-shot files of a folder",
+    "tasks build": "make few-shot files from data sets of the hub, or from your own rows",
 }
 COMMANDS = TRAINER_COMMANDS | OFFLINE_COMMANDS | TASKS_COMMANDS
 

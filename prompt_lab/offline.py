@@ -1,7 +1,8 @@
 """``predict``, ``export``, ``import`` and ``tasks``: the commands that run no trainer.
 
 Each is one function. Its flags are made from its signature and its docstring: a first parameter
-without default is positional, a list takes several words, and what has no default is required.
+without default is positional (unless it is keyword-only), a list takes several words, and what has
+no default is required.
 Paths that a function returns are printed; a number is the exit status. The modules of the functions
 load torch only when they run, so that ``--help`` is fast.
 """
@@ -28,6 +29,7 @@ FUNCTIONS = {
     "tasks list": ("prompt_lab.tasks_command", "list_tasks"),
     "tasks show": ("prompt_lab.tasks_command", "show_task"),
     "tasks check": ("prompt_lab.tasks_command", "check_tasks"),
+    "tasks build": ("prompt_lab.build_command", "build_tasks"),
 }
 
 
@@ -111,7 +113,8 @@ def make_parser(command: str) -> OfflineParser:
         if list[str] in (parameter.annotation, *get_args(parameter.annotation)):
             settings |= {"type": str, "nargs": "+"}
         required = parameter.default is inspect.Parameter.empty
-        if required and place == 0:
+        by_place = parameters[name].kind is not inspect.Parameter.KEYWORD_ONLY
+        if required and place == 0 and by_place:
             parser.add_argument(name, metavar=name.upper().removesuffix("S"), **settings)
         elif required:
             parser.add_argument(f"--{name}", required=True, **settings)

@@ -14,12 +14,13 @@ import prompt_lab
 ROOT = Path(prompt_lab.__file__).parent
 LAYERS = {
     0: "atomic_file prompts prompt_file peft_format checkpoint "
-    "subspace optim meta_gradient arithmetic similarity "
+    "subspace fastfood optim meta_gradient arithmetic similarity "
     "selection interpretation metrics statistics batch run results "
     "candidates training_forward metric_names",
     1: "backbone pretrained prompt_cache bank data sandbox",
     2: "methods exchange",
-    3: "plots report callbacks predict_command prediction tasks_command",
+    3: "plots report callbacks predict_command prediction tasks_command build_command "
+    "sweep_command",
     4: "cli offline __main__",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}

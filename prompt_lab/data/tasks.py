@@ -1,8 +1,9 @@
-"""The task table: what each task measures, and which answers it allows.
+"""The task table: what a task measures, which answers it allows, and what its files are made from.
 
 The rows stand in ``tasks.yaml`` beside this module (the 160 tasks of the CrossFit few-shot gym, and
-snli and sst5), and a user can add rows of the same form in a file of their own. A row says nothing
-about where data come from nor how inputs are worded; the few-shot files hold finished text.
+those that the papers use besides), and a user can add rows of the same form in a file of their own.
+Training reads the first half of a row (metric, shots, labels), since few-shot files hold finished
+text; the second half, a `Source`, is what ``prompt-lab tasks build`` makes the files from.
 """
 
 from __future__ import annotations
@@ -12,15 +13,62 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import yaml
 
 from prompt_lab.metric_names import METRICS
 
-_KEYS = ("ontology", "metric", "shots", "labels")
+Kind = Literal["classification", "text_to_text"]
+Shots = int | Literal["all"]
+Part = tuple[float, float]
+"""Rows from (included) and to (excluded): shares as float, row numbers as int."""
+
+_SOURCE_KEYS = (
+    "hub",
+    "config",
+    "train",
+    "test",
+    "train_part",
+    "test_part",
+    "prepare",
+    "input",
+    "label",
+    "target",
+)
+_KEYS = ("ontology", "kind", "metric", "shots", "labels", *_SOURCE_KEYS, "licence", "note")
 _PACKAGE_TABLE = Path(__file__).with_name("tasks.yaml")
 _SANDBOX_TABLE = Path(__file__).parents[1] / "sandbox" / "tasks.yaml"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the files of a task are made from.
+
+    Attributes:
+        hub: Id of the data set on the Hugging Face hub, or None where the rows are not there.
+        config: Configuration of the data set, or None where it has only one.
+        train: Split that train and dev are drawn from.
+        test: Split that becomes test; the same as ``train`` where there is only one.
+        train_part: Rows of ``train`` to draw from, after a shuffle; None for all, unshuffled.
+        test_part: The same for ``test``.
+        prepare: Function of `prompt_lab.data.prepare` that makes the columns of the templates, or
+            None where the rows have them.
+        input: Template of the input.
+        label: Column with the index of the label, or None where ``target`` says the answer.
+        target: Template of the answers, or None.
+    """
+
+    hub: str | None
+    config: str | None
+    train: str
+    test: str
+    train_part: Part | None
+    test_part: Part | None
+    prepare: str | None
+    input: str
+    label: str | None
+    target: str | None
 
 
 @dataclass(frozen=True)
@@ -33,22 +81,31 @@ class Task:
         metric: One of `prompt_lab.metric_names.METRICS`.
         shots: The K of the file names, or None where any K in the folder will do.
         labels: The C answers that are allowed, in label order, or None for open answers.
+        kind: How few-shot files are drawn: K rows of each label ("classification"), or K in all.
+        source: What the files are made from, or None where the row does not say.
+        licence: What the authors of the data state; "not known here" where the row does not say.
+        note: What to know of the task, or empty.
     """
 
     name: str
     ontology: str
     metric: str
-    shots: int | None
+    shots: Shots | None
     labels: tuple[str, ...] | None
+    kind: Kind = "classification"
+    source: Source | None = None
+    licence: str = "not known here"
+    note: str = ""
 
 
 def load_tasks(extra: str | Path | None = None) -> dict[str, Task]:
     """Read the task table of the package, and a user's own rows.
 
     Args:
-        extra: YAML file with rows ``name: {metric, ontology, shots, labels}``. Only ``metric`` is
-            required; ``ontology`` is "custom" and ``shots`` any K where they are left out, and
-            answers are open where ``labels`` is.
+        extra: YAML file with rows ``name: {metric, ontology, shots, labels, ...}``. Only ``metric``
+            is required; ``ontology`` is "custom" and ``shots`` any K where they are left out, and
+            answers are open where ``labels`` is. To build files, a row needs ``train``, ``input``,
+            and ``label`` or ``target``; ``kind`` is "classification" where there are labels.
 
     Returns:
         The tasks by name: the package's in alphabetical order, then the user's in file order.
@@ -115,7 +172,7 @@ def _add_rows(tasks: dict[str, Task], path: Path) -> None:
 def _read_rows(path: Path) -> dict[Any, Any]:
     """The mapping that a YAML file holds; a name that occurs twice is an error."""
     try:
-        loader = yaml.SafeLoader(path.read_bytes())
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(path.read_bytes())
         node = loader.get_single_node()
         rows = None if node is None else loader.construct_document(node)
     except yaml.YAMLError as error:
@@ -145,14 +202,92 @@ def _parse_row(name: object, row: object) -> Task:
     ontology = row.get("ontology", "custom")
     if not isinstance(ontology, str) or not ontology:
         raise ValueError(f"ontology must be text, not {ontology!r}")
-    return Task(name, ontology, row["metric"], _parse_shots(row.get("shots")), _parse_labels(row))
+    labels = _parse_labels(row)
+    kind = row.get("kind", "classification" if labels else "text_to_text")
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind is {kind!r}; allowed: {', '.join(get_args(Kind))}")
+    return Task(
+        name,
+        ontology,
+        row["metric"],
+        _parse_shots(row.get("shots")),
+        labels,
+        kind,
+        _parse_source(row, labels),
+        _text(row, "licence") or "not known here",
+        _text(row, "note") or "",
+    )
 
 
-def _parse_shots(shots: object) -> int | None:
+def _parse_source(row: dict[Any, Any], labels: tuple[str, ...] | None) -> Source | None:
+    """Check what the files are made from; None where a row has none of its keys."""
+    if not any(key in row for key in _SOURCE_KEYS):
+        return None
+    for key in ("train", "input"):
+        if not _text(row, key):
+            raise ValueError(
+                f"the files cannot be built without {key}; add it, or leave all of "
+                f"{', '.join(_SOURCE_KEYS)} out"
+            )
+    if ("label" in row) == ("target" in row):
+        raise ValueError(
+            "give label (the column of the label's index) or target (a template), and not both"
+        )
+    if "label" in row and labels is None:
+        raise ValueError("label is the index of a label, but there are no labels; list them")
+    parts = {key: _parse_part(row, key) for key in ("train_part", "test_part")}
+    only = "test" not in row
+    if only and (parts["train_part"] is None) != (parts["test_part"] is None):
+        raise ValueError(
+            "with one split, give train_part and test_part, or neither for 80 % to 20 %"
+        )
+    if only and parts["train_part"] is None:
+        parts = {"train_part": (0.0, 0.8), "test_part": (0.8, 1.0)}
+    return Source(
+        hub=_text(row, "hub"),
+        config=_text(row, "config"),
+        train=row["train"],
+        test=_text(row, "test") or row["train"],
+        prepare=_text(row, "prepare"),
+        input=row["input"],
+        label=_text(row, "label"),
+        target=_text(row, "target"),
+        **parts,
+    )
+
+
+def _parse_part(row: dict[Any, Any], key: str) -> Part | None:
+    """Check a pair of shares or of row numbers."""
+    part = row.get(key)
+    if part is None:
+        return None
+    if isinstance(part, list) and len(part) == 2:
+        start, stop = part
+        shares = type(start) is type(stop) is float and 0 <= start < stop <= 1
+        numbers = type(start) is type(stop) is int and 0 <= start < stop
+        if shares or numbers:
+            return start, stop
+    raise ValueError(
+        f"{key} is {part!r}; give two shares such as [0.0, 0.1], or two row numbers such as "
+        "[0, 1000], the smaller one first"
+    )
+
+
+def _text(row: dict[Any, Any], key: str) -> str | None:
+    """A text of a row, or None where it is left out."""
+    value = row.get(key)
+    if value is None or (isinstance(value, str) and value):
+        return value
+    raise ValueError(f"{key} must be text, not {value!r}; quote it")
+
+
+def _parse_shots(shots: object) -> Shots | None:
     """Check the K of the file names."""
     if shots is None or (isinstance(shots, int) and not isinstance(shots, bool) and shots > 0):
         return shots
-    raise ValueError(f"shots must be a whole number above 0, not {shots!r}")
+    if shots == "all":
+        return "all"
+    raise ValueError(f"shots must be a whole number above 0, or all, not {shots!r}")
 
 
 def _parse_labels(row: dict[Any, Any]) -> tuple[str, ...] | None:
