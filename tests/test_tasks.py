@@ -26,11 +26,22 @@ def gym_rows() -> dict[str, Task]:
     return {name: task for name, task in load_tasks().items() if name in names}
 
 
-def test_table_has_the_gym_and_two_more_tasks() -> None:
+def is_outside(name: str) -> bool:
+    """Whether a task is none of CrossFit's."""
+    return name in ("snli", "sst5") or name.startswith(("selection-", "interpretation-"))
+
+
+def test_table_has_the_gym_and_the_papers_other_tasks() -> None:
     """Reference: the counts of metrics and of ontology groups over the 160 tasks of CrossFit."""
     rows = gym_rows()
-    assert len(rows) == 162
-    gym = [task for name, task in rows.items() if name not in ("snli", "sst5")]
+    assert Counter(name.split("-")[0] for name in rows if is_outside(name)) == {
+        "snli": 1,
+        "sst5": 1,
+        "selection": 23,
+        "interpretation": 4,
+    }
+    gym = [task for name, task in rows.items() if not is_outside(name)]
+    assert len(gym) == 160
     assert Counter(task.metric for task in gym) == {
         "Classification-F1": 51,
         "ACC": 51,
@@ -42,13 +53,17 @@ def test_table_has_the_gym_and_two_more_tasks() -> None:
     }
     groups = Counter(task.ontology.split("/")[0] for task in gym)
     assert groups == {"cls": 65, "qa": 51, "cg": 13, "other": 31}
-    assert Counter(task.shots for task in gym) == {16: 82, 32: 78}
+    assert Counter((task.shots, task.kind) for task in gym) == {
+        (16, "classification"): 82,
+        (32, "text_to_text"): 78,
+    }
 
 
 def test_tasks_sampled_per_label_are_closed_and_the_others_open() -> None:
-    """Reference: K is 16 for each label and 32 for each set; two of the latter are closed."""
+    """Reference: K is 16 for each label and 32 for each set; four of the latter are closed."""
+    ratings = ("selection-stsb", "selection-cxc")
     for task in gym_rows().values():
-        closed_though_per_set = task.name in ("kilt_fever", "wiqa")
+        closed_though_per_set = task.name in ("kilt_fever", "wiqa", *ratings)
         assert (task.labels is not None) == (task.shots == 16 or closed_though_per_set), task
 
 
@@ -96,7 +111,7 @@ def test_user_rows_are_added_with_defaults(tmp_path: Path) -> None:
         tmp_path, 'open: {metric: EM}\nclosed: {metric: ACC, shots: 8, labels: ["no", si]}'
     )
     rows = load_tasks(path)
-    assert rows["open"] == Task("open", "custom", "EM", None, None)
+    assert rows["open"] == Task("open", "custom", "EM", None, None, "text_to_text")
     assert rows["closed"] == Task("closed", "custom", "ACC", 8, ("no", "si"))
     assert "glue-sst2" in rows
     assert "open" not in load_tasks()
@@ -118,7 +133,24 @@ def test_sandbox_rows_are_part_of_the_table(
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ("mine: {metric: ACC, hub: x}", r"row 'mine': unknown key hub; allowed: ontology, metric"),
+        ("mine: {metric: ACC, hubs: x}", r"row 'mine': unknown key hubs; allowed: ontology, kind"),
+        ("mine: {metric: ACC, kind: x}", "kind is 'x'; allowed: classification, text_to_text"),
+        ("mine: {metric: ACC, note: 3}", "note must be text, not 3; quote it"),
+        ("mine: {metric: ACC, hub: x}", "cannot be built without train; add it, or leave all of"),
+        ("mine: {metric: ACC, train: x}", "cannot be built without input"),
+        ("mine: {metric: ACC, train: x, input: x}", "give label .* or target .*, and not both"),
+        (
+            "mine: {metric: ACC, train: x, input: x, label: y}",
+            "label is the index of a label, but there are no labels; list them",
+        ),
+        (
+            "mine: {metric: ACC, train: x, input: x, target: y, test_part: [0.0, 0.1]}",
+            "with one split, give train_part and test_part, or neither",
+        ),
+        (
+            "mine: {metric: ACC, train: x, test: y, input: x, target: y, test_part: [0.5, 3]}",
+            r"test_part is \[0.5, 3\]; give two shares such as",
+        ),
         ("mine: {metric: Accuracy}", "row 'mine': metric is 'Accuracy'; allowed: ACC, EM"),
         ("mine: {labels: [a, b]}", "row 'mine': metric is None; allowed: ACC"),
         ("mine: {metric: ACC, labels: [no, yes]}", "read a label as False .bool.*quote it"),
@@ -128,8 +160,11 @@ def test_sandbox_rows_are_part_of_the_table(
         ("mine: {metric: ACC, labels: [a, '']}", "label '' is empty"),
         ("mine: {metric: ACC, labels: [a, ' b']}", "label ' b' .* spaces around it"),
         ("mine: {metric: ACC, labels: [a, b, a]}", "labels occur twice: a"),
-        ("mine: {metric: ACC, shots: 0}", "shots must be a whole number above 0, not 0"),
-        ("mine: {metric: ACC, shots: true}", "shots must be a whole number above 0, not True"),
+        ("mine: {metric: ACC, shots: 0}", "shots must be a whole number above 0, or all, not 0"),
+        (
+            "mine: {metric: ACC, shots: true}",
+            "shots must be a whole number above 0, or all, not True",
+        ),
         ("mine: {metric: ACC, ontology: 3}", "ontology must be text, not 3"),
         ("mine: ACC", "row 'mine': must be a mapping"),
         ("yes: {metric: ACC}", "row True: the name is not text but bool; quote it"),

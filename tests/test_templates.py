@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from prompt_lab.data.cleaning import clean
 from prompt_lab.data.files import DataError
 from prompt_lab.data.tasks import Source, Task
-from prompt_lab.data.templates import clean, make_lines, render
+from prompt_lab.data.templates import make_lines, render
 
 ROW = {"a": "x", "n": 3, "deep": {"b": "y"}, "a.b": "dotted", "dirty": " p\tq\\n\n r ", "l": ["u"]}
 

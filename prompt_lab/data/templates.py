@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from prompt_lab.data import prepare
+from prompt_lab.data.cleaning import clean, one_line
 from prompt_lab.data.files import DataError
 from prompt_lab.data.prepare import Row
 from prompt_lab.data.tasks import Source, Task
@@ -26,16 +27,6 @@ Line = tuple[str, ...]
 """A line of a few-shot file: the input, then one or more references."""
 
 _PLACE = re.compile(r"\{([^{}|]+)(?:\|([^{}|]*))?\}")
-
-
-def clean(text: str) -> str:
-    r"""The text in one line: tabs, line ends and a written ``\n`` are spaces, and never two."""
-    return " ".join(text.replace("\\n", " ").split())
-
-
-def one_line(text: str) -> str:
-    """The text with a space for each line feed."""
-    return text.replace("\n", " ")
 
 
 _FILTERS: dict[str, Callable[[str], str]] = {
