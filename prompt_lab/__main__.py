@@ -25,7 +25,10 @@ TASKS_COMMANDS = {
     "tasks check": "check the few-shot files of a folder",
     "tasks build": "make few-shot files from data sets of the hub, or from your own rows",
 }
-COMMANDS = TRAINER_COMMANDS | OFFLINE_COMMANDS | TASKS_COMMANDS
+STUDY_COMMANDS = {
+    "sweep": "run the trials of a wandb sweep file one after another",
+}
+COMMANDS = TRAINER_COMMANDS | OFFLINE_COMMANDS | TASKS_COMMANDS | STUDY_COMMANDS
 
 
 def main() -> int:
@@ -51,7 +54,7 @@ def main() -> int:
         return 2
     # On Intel processors matrix products repeat bit for bit from run to run, as exact resume needs.
     os.environ.setdefault("MKL_CBWR", "AUTO")
-    if command in OFFLINE_COMMANDS | TASKS_COMMANDS:
+    if command not in TRAINER_COMMANDS:
         from prompt_lab.offline import run
     else:
         from prompt_lab.cli import run
@@ -72,6 +75,10 @@ def _help(version: str) -> str:
         *(f"  {name:<10}{text}" for name, text in OFFLINE_COMMANDS.items()),
         "",
         *_tasks_help(),
+        "",
+        "usage: prompt-lab COMMAND FILE [--setting value ...]",
+        "",
+        *(f"  {name:<10}{text}" for name, text in STUDY_COMMANDS.items()),
         "",
         "prompt-lab COMMAND --help lists all settings; --print_config (fit, validate, test) shows",
         "their values.",

@@ -15,7 +15,7 @@ import torch
 from prompt_lab.prompt_file import Prompt
 from prompt_lab.run import Run
 
-_TENSORS = ("prompt", "init", "best", "best_score", "best_step")
+_TENSORS = ("init", "best", "best_score", "best_step")
 
 
 def load_checkpoint(path: str | Path) -> list[Prompt]:
@@ -31,7 +31,8 @@ def load_checkpoint(path: str | Path) -> list[Prompt]:
     saved = saved if isinstance(saved, dict) else {}
     try:
         state, settings = saved["state_dict"], saved["hyper_parameters"]
-        prompt, init, best, score, step = (state[name] for name in _TENSORS)
+        init, best, score, step = (state[name] for name in _TENSORS)
+        prompt = state.get("prompt", best)  # in a subspace there are codes instead
         backbone, initialised = (str(settings[name]["name"]) for name in ("backbone", "init"))
         digest, tokenizer = str(saved["backbone_digest"]), str(saved["tokenizer_digest"])
         runs = [Run(**run) for run in saved["runs"]]

@@ -1,4 +1,4 @@
-"""``predict``, ``export``, ``import`` and ``tasks``: the commands that run no trainer.
+"""``predict``, ``export``, ``import``, ``tasks`` and ``sweep``: the commands that run no trainer.
 
 Each is one function. Its flags are made from its signature and its docstring: a first parameter
 without default is positional (unless it is keyword-only), a list takes several words, and what has
@@ -30,6 +30,7 @@ FUNCTIONS = {
     "tasks show": ("prompt_lab.tasks_command", "show_task"),
     "tasks check": ("prompt_lab.tasks_command", "check_tasks"),
     "tasks build": ("prompt_lab.build_command", "build_tasks"),
+    "sweep": ("prompt_lab.sweep_command", "sweep_command"),
 }
 
 
@@ -112,6 +113,8 @@ def make_parser(command: str) -> OfflineParser:
         settings: dict[str, Any] = {"type": parameter.annotation, "help": helps[name]}
         if list[str] in (parameter.annotation, *get_args(parameter.annotation)):
             settings |= {"type": str, "nargs": "+"}
+        elif parameters[name].annotation is bool:
+            settings |= {"nargs": "?", "const": True}
         required = parameter.default is inspect.Parameter.empty
         by_place = parameters[name].kind is not inspect.Parameter.KEYWORD_ONLY
         if required and place == 0 and by_place:

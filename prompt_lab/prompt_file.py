@@ -57,6 +57,7 @@ class Prompt:
         max_input_length: inputs were cut to this many tokens.
         task_prefix: whether the task's name stood in front of the inputs.
         version: version of the package that wrote it.
+        code: (I,) float32, what a subspace made the prompt from; None where it was tuned itself.
     """
 
     prompt: Tensor
@@ -85,14 +86,16 @@ class Prompt:
     max_input_length: int | None = None
     task_prefix: bool = False
     version: str = ""
+    code: Tensor | None = None
 
     def metadata(self) -> dict[str, Any]:
         """All that is not a tensor."""
-        return {k: v for k, v in vars(self).items() if k not in ("prompt", "init")}
+        return {k: v for k, v in vars(self).items() if k not in TENSORS}
 
 
 REQUIRED_FIELDS = ("name", "backbone", "backbone_digest", "tokenizer_digest")
-METADATA_FIELDS = tuple(f.name for f in fields(Prompt) if f.name not in ("prompt", "init"))
+TENSORS = ("prompt", "init", "code")
+METADATA_FIELDS = tuple(f.name for f in fields(Prompt) if f.name not in TENSORS)
 
 
 def save_prompt(path: str | Path, prompt: Prompt) -> None:
@@ -110,7 +113,8 @@ def save_prompt(path: str | Path, prompt: Prompt) -> None:
         )
     tensors = {
         name: getattr(prompt, name).detach().to("cpu", torch.float32, copy=True).contiguous()
-        for name in ("prompt", "init")
+        for name in TENSORS
+        if getattr(prompt, name) is not None
     }
     count, width = prompt.prompt.shape
     metadata = {
@@ -139,10 +143,12 @@ def load_prompt(path: str | Path, backbone: Backbone | None = None) -> Prompt:
 
     tensors = load(Path(path).read_bytes())
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    count = len(next(iter(shapes.values()), ()))
-    if set(shapes) != {"prompt", "init"} or len(set(shapes.values())) > 1 or count != 2:
+    size, code = shapes.get("prompt", ()), shapes.get("code", (0,))
+    known = len(size) == 2 and len(code) == 1 and set(shapes) <= set(TENSORS)
+    if not known or shapes.get("init") != size:
         raise ValueError(
-            f"{path}: a prompt file holds prompt and init, both (N, D); here: {shapes}"
+            f"{path}: a prompt file holds prompt and init, both (N, D), and code (I,) where a "
+            f"subspace made the prompt; here: {shapes}"
         )
     tensors = {name: tensor.float() for name, tensor in tensors.items()}
     prompt = Prompt(**tensors, **metadata)

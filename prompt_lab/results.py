@@ -108,7 +108,8 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> str:
         cells = [task, of_task[0]["metric"]]
         for name in columns:
             cells.append(_mean_cell([r["test"] for r in of_task if r["variant"] == name]))
-        tuned = [r["test"] for r in best_by_dev(r for r in of_task if r["variant"] == "tuned")]
+        own = [row for row in of_task if row["variant"] not in BASELINES]
+        tuned = [row["test"] for row in best_by_dev(own)]
         scored = len(_known(tuned))
         count = str(scored) if scored == len(tuned) else f"{scored} of {len(tuned)}"
         lines.append([*cells, _mean_cell(tuned, spread=True), count])

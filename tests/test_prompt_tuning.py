@@ -480,9 +480,9 @@ def test_micro_batches_are_halved_when_memory_runs_out(
     fit: Callable[..., PromptTuning], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A forward pass of more than 60 tokens fails; reference: a fit that starts with what fits."""
-    from prompt_lab.methods import prompt_tuning
+    from prompt_lab.methods import prompt_method
 
-    plain, asked = prompt_tuning.bank_gradient, []
+    plain, asked = prompt_method.bank_gradient, []
 
     def small(backbone, prompts, batch, tokens, smoothing):
         asked.append(tokens)
@@ -491,13 +491,13 @@ def test_micro_batches_are_halved_when_memory_runs_out(
         return plain(backbone, prompts, batch, tokens, smoothing)
 
     settings = {"kind": "gpt2", "learning_rate": [0.1, 0.03]}
-    monkeypatch.setattr(prompt_tuning, "bank_gradient", small)
+    monkeypatch.setattr(prompt_method, "bank_gradient", small)
     with pytest.warns(UserWarning, match=r"tokens_per_forward is 50 from step 0 on"):
         found = fit(**settings, tokens_per_forward=200)
     assert asked[:4] == [200, 100, 50, 50]
     expected = fit(**settings, tokens_per_forward=50)
     assert torch.equal(found.best, expected.best)
-    monkeypatch.setattr(prompt_tuning, "bank_gradient", lambda *_: small(*_[:3], 61, 0.0))
+    monkeypatch.setattr(prompt_method, "bank_gradient", lambda *_: small(*_[:3], 61, 0.0))
     with pytest.raises(ValueError, match="memory runs out with a single row in a forward pass"):
         fit(**settings, tokens_per_forward=200)
 

@@ -31,10 +31,12 @@ def describe_grid(method: PromptTuning, data: CrossFitDataModule, trainer: Train
     prompt_tokens = 0 if extra else len(method.runs) * method.num_virtual_tokens
     padded = sum(_tokens(part, extra) for part in parts) + prompt_tokens
     weights = sum(p.numel() * p.element_size() for p in method.backbone.parameters())
-    bank = method.prompt.numel() * 4
-    optimizer = bank * (2 if method.optim_config.name == "adamw" else 0)
+    bank = method.init.numel() * 4
+    trained = method.trained.numel() * 4
+    optimizer = trained * (2 if method.optim_config.name == "adamw" else 0)
     smoothing = method.label_smoothing
-    activations = max(saved_bytes(method.backbone, method.prompt, p, smoothing) for p in parts)
+    prompts = method.bank().detach().requires_grad_()
+    activations = max(saved_bytes(method.backbone, prompts, p, smoothing) for p in parts)
     axes = (
         ("tasks", list(data.tasks)),
         ("samples", data.samples),
@@ -46,7 +48,7 @@ def describe_grid(method: PromptTuning, data: CrossFitDataModule, trainer: Train
         f"{len(method.runs)} runs = " + " x ".join(f"{len(v)} {name}" for name, v in axes),
         *(f"  {name}: {', '.join(map(str, values))}" for name, values in axes),
         f"prompt: {method.num_virtual_tokens} x {method.backbone.hidden_size}, "
-        f"initialised {method.init_config.describe()}",
+        f"initialised {method.initialised}",
         f"backbone: {method.backbone.name}",
         f"steps: {trainer.max_steps}, evaluation every {trainer.val_check_interval}",
         f"first step: {len(batch)} rows, {padded} padded tokens in {len(parts)} micro-batches",

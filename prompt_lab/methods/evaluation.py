@@ -27,7 +27,7 @@ from prompt_lab.results import (
 )
 
 if TYPE_CHECKING:
-    from prompt_lab.methods.prompt_tuning import PromptTuning
+    from prompt_lab.methods.prompt_method import PromptMethod
 
 Key = tuple[str, int]
 
@@ -41,7 +41,7 @@ class Evaluation:
         prompts: (R, N, D) the prompts of the runs; they do not change meanwhile.
     """
 
-    def __init__(self, method: PromptTuning, split: SplitName, prompts: Tensor) -> None:
+    def __init__(self, method: PromptMethod, split: SplitName, prompts: Tensor) -> None:
         assert method.backbone is not None
         self.method = method
         self.prefixes = Prefixes(method.backbone, prompts)
@@ -121,13 +121,12 @@ class Evaluation:
         lines = []
         for i, prompt in enumerate(self.method.best_prompts()):
             run = self.method.runs[i]
-            line = self._common((run.task, run.sample), stage) | {
-                "variant": "tuned",
+            line = self._common((run.task, run.sample), stage) | self.method.result_facts(i)
+            line |= {
                 "init_seed": run.init_seed,
                 "order_seed": self.method.datamodule.order_seed,
                 "initialised": prompt.initialised,
                 "num_virtual_tokens": self.method.num_virtual_tokens,
-                "optimizer": self.method.optim_config.name,
                 "learning_rate": run.learning_rate,
                 "batch_size": run.batch_size,
                 "dev": prompt.dev_score if stage == "test" else scores[i].item(),
@@ -135,7 +134,7 @@ class Evaluation:
                 "best_step": prompt.steps,
                 "seconds": prompt.seconds,
                 "status": prompt.status,
-                "prompt_file": f"prompts/{run.name}.safetensors",
+                "prompt_file": f"prompts/{prompt.name}.safetensors",
             }
             lines.append(line)
         return lines
@@ -179,7 +178,7 @@ class Evaluation:
                 line = self._common((run.task, run.sample), "test") | {"variant": variant}
                 if variant == "initial_prompt":
                     line["init_seed"] = run.init_seed
-                    line["initialised"] = self.method.init_config.describe()
+                    line["initialised"] = self.method.best_prompts()[i].initialised
                 lines.append(line | {"test": scores[i].item()})
         for key in self.members:
             task, variant = self.method.datamodule.tasks[key[0]], self.method.metric_variant
@@ -204,7 +203,7 @@ class Evaluation:
         method = self.method
         prompts = method.init if variant == "initial_prompt" else method.init[:, :0]
         other = Evaluation(method, self.split, prompts)
-        for step in method._evaluation_steps(self.split, lambda: chosen):
+        for step in method.evaluation_steps(self.split, lambda: chosen):
             other.add(step.to(method.device))
         self.baseline_predictions[variant] = other.predictions
         return other.scores()

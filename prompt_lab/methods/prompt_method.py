@@ -1,26 +1,37 @@
 """``PromptMethod``: what every method shares, whatever it trains.
 
-It owns the frozen backbone, turns rows into answers, and keeps the backbone out of checkpoints and
-out of DDP. It neither trains nor chooses a prompt; the methods do.
+It owns the frozen backbone, turns rows into answers, makes gradients of a bank in bounded memory,
+and keeps the backbone out of checkpoints and out of DDP. It neither trains nor chooses a prompt;
+the methods do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+import json
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, is_dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from prompt_lab.backbone import Backbone, Prefix
-from prompt_lab.bank import Prefixes, is_out_of_memory, renumber
+from prompt_lab.bank import Prefixes, bank_gradient, is_out_of_memory, renumber
 from prompt_lab.batch import Batch, default_tokens_per_forward
-from prompt_lab.data.batches import EvaluationBatch, Rows
+from prompt_lab.data.batches import EvaluationBatch, EvaluationSteps, Rows
 from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.data.files import SplitName
 from prompt_lab.data.tasks import Task
+from prompt_lab.prompt_file import Prompt
+from prompt_lab.run import Run
 from prompt_lab.sandbox import SANDBOX
 
-_FROZEN = "backbone."
+_FROZEN = ("backbone.", "subspace.")
+"""Beginnings of the names of weights that no method changes, and no checkpoint holds."""
 
 
 @dataclass
@@ -74,7 +85,17 @@ class PromptMethod(LightningModule):
         num_beams: beams of generated answers; 1 is greedy.
         max_new_tokens: longest generated answer; null for the longest answer in train and dev.
         metric_variant: ``crossfit`` computes metrics as CrossFit does, ``corrected`` without traps.
+
+    Attributes:
+        runs: what each prompt of the bank is for; empty before :meth:`setup`.
+        init: (R, N, D) the prompts that the runs start from.
+        num_virtual_tokens: N.
+        test_baselines: whether ``test`` also scores no prompt and other baselines.
     """
+
+    init: Tensor
+    num_virtual_tokens: int
+    test_baselines: bool = False
 
     def __init__(
         self,
@@ -95,6 +116,16 @@ class PromptMethod(LightningModule):
         self.decoding, self.num_beams = decoding, num_beams
         self.max_new_tokens, self.metric_variant = max_new_tokens, metric_variant
         self.backbone: Backbone | None = None
+        self.runs: list[Run] = []
+        self._warned: set[str] = set()
+
+    def best_prompts(self, test_scores: Tensor | None = None) -> list[Prompt]:
+        """The prompt of every run that ``test`` is to score, ready to be stored."""
+        raise NotImplementedError
+
+    def result_facts(self, run: int) -> dict[str, Any]:
+        """What the results say of how a run was trained, beside what its prompt says."""
+        raise NotImplementedError
 
     # ---- set-up ---------------------------------------------------------------------------------
 
@@ -124,7 +155,7 @@ class PromptMethod(LightningModule):
         self.backbone = backbone
         return backbone
 
-    def keep_backbone_out_of_ddp(self) -> None:
+    def keep_frozen_out_of_ddp(self) -> None:
         """Frozen weights are neither broadcast nor reduced; call when all parameters are made.
 
         Buffers are not broadcast either: each rank has its own sums, and the others are equal.
@@ -243,6 +274,115 @@ class PromptMethod(LightningModule):
                     "model.num_virtual_tokens or model.max_new_tokens"
                 )
 
+    # ---- steps ----------------------------------------------------------------------------------
+
+    def check_budget(self) -> None:
+        """Refuse a budget that is missing, or whose last step would not be evaluated.
+
+        Raises:
+            ValueError: naming both settings.
+        """
+        steps, interval = self.trainer.max_steps, self.trainer.val_check_interval
+        if steps < 1:
+            raise ValueError("trainer.max_steps is not set: give the number of optimizer steps")
+        every = interval if isinstance(interval, int) else max(1, int(steps * interval))
+        if steps % every:
+            raise ValueError(
+                f"trainer.max_steps {steps} is not a multiple of trainer.val_check_interval "
+                f"{interval}, so the last steps would not be evaluated: change one of them"
+            )
+
+    def evaluation_steps(self, split: SplitName, live: Callable[[], list[int]]) -> EvaluationSteps:
+        """Evaluation batches on one split."""
+        trainer = self.trainer
+        rows = self.datamodule.rows_of(self.runs, split)
+        self.check_lengths(rows.values(), self.num_virtual_tokens)
+        return self.datamodule.evaluation_steps(
+            self.runs,
+            split,
+            self.tokens_per_forward,
+            lambda task, longest: self.tokens_beside_input(self.num_virtual_tokens, task, longest),
+            live,
+            trainer.global_rank,
+            trainer.world_size,
+        )
+
+    def bank_gradient(
+        self, bank: Tensor, batch: Batch, label_smoothing: float
+    ) -> tuple[Tensor, Tensor]:
+        """Losses (R,) and gradient (R, N, D); micro-batches are halved when memory runs out."""
+        assert self.backbone is not None
+        while True:
+            try:
+                return bank_gradient(
+                    self.backbone, bank, batch, self.tokens_per_forward, label_smoothing
+                )
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            self._halve_tokens_per_forward(batch)  # here the failed step's tensors are gone
+
+    def _halve_tokens_per_forward(self, batch: Batch) -> None:
+        """Let micro-batches be smaller from here on.
+
+        Raises:
+            ValueError: they hold one row each already.
+        """
+        lengths = zip(batch.input_lengths, batch.target_lengths, strict=True)
+        if self.tokens_per_forward <= max(map(sum, lengths)):
+            raise ValueError(
+                "memory runs out with a single row in a forward pass: use a smaller "
+                "data.max_input_length or model.num_virtual_tokens, model.backbone.dtype bfloat16 "
+                "or model.backbone.gradient_checkpointing true"
+            )
+        self._tokens_per_forward = self.tokens_per_forward // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        rank_zero_warn(
+            f"memory ran out: model.tokens_per_forward is {self.tokens_per_forward} from step "
+            f"{self.trainer.global_step} on; give that to start with it"
+        )
+
+    def over_ranks(self, values: Tensor) -> Tensor:
+        """Sum over processes."""
+        if self.trainer.world_size == 1:
+            return values
+        return self.trainer.strategy.reduce(values.clone(), reduce_op="sum")
+
+    # ---- identity, warnings ---------------------------------------------------------------------
+
+    @property
+    def run_dir(self) -> Path:
+        """Where everything of this fit lands."""
+        return Path(self.trainer.default_root_dir)
+
+    def digests(self) -> dict[str, Any]:
+        """Digests of backbone weights, tokenizer and data files."""
+        assert self.backbone is not None
+        files = {
+            str(split.path): split.digest
+            for splits in self.datamodule.splits.values()
+            for split in splits.values()
+        }
+        return {
+            "backbone": self.backbone.digest,
+            "tokenizer": self.backbone.tokenizer_digest,
+            "data": files,
+        }
+
+    def fit_id(self) -> str:
+        """A name for this fit: equal settings, weights and data give equal names."""
+        identity = {"settings": dict(self.hparams), "max_steps": self.trainer.max_steps}
+        identity |= {"digests": self.digests(), "runs": [run.name for run in self.runs]}
+        text = json.dumps(identity, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def warn_once(self, key: str, message: str) -> None:
+        """Warn about one thing once per fit."""
+        if key not in self._warned:
+            self._warned.add(key)
+            rank_zero_warn(message)
+
     # ---- checkpoints ----------------------------------------------------------------------------
 
     def simplify_settings(self) -> None:
@@ -294,3 +434,9 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return value
+
+
+def some(names: list[str], most: int = 3) -> str:
+    """The first few names and how many more there are."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

@@ -7,36 +7,39 @@ schedule, best prompt, early stop and failure belong to the run. Which rows a ru
 a function of (order seed, task, sample, t), so a bank follows its single runs, and a resumed fit
 the uninterrupted one.
 
+With a subspace, each run trains I numbers instead, its code, which the subspace's frozen map turns
+into the prompt (intrinsic subspace tuning, Qin et al. 2021).
+
 Test data is never looked at before ``test``, and then only under each run's best prompt by dev.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from prompt_lab.bank import bank_gradient, is_out_of_memory, with_gradient
+from prompt_lab.backbone import Backbone
+from prompt_lab.bank import with_gradient
 from prompt_lab.batch import Batch
 from prompt_lab.data.batches import EvaluationBatch, EvaluationSteps, TrainSteps
 from prompt_lab.data.crossfit import CrossFitDataModule
-from prompt_lab.data.files import SplitName
 from prompt_lab.methods.evaluation import Evaluation
 from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts
-from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod, as_config
+from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod, as_config, some
+from prompt_lab.methods.subspace_tuning import SubspaceConfig, initial_codes
 from prompt_lab.optim import BankOptimizer, OptimConfig
+from prompt_lab.pretrained import weights_digest
 from prompt_lab.prompt_file import Prompt, PromptStore
 from prompt_lab.prompts import scale_ratio
 from prompt_lab.results import append_curves, start_curves
-from prompt_lab.run import Run, grid
+from prompt_lab.run import grid
+from prompt_lab.subspace import Subspace
 
 TRAINING, STOPPED, FAILED, FINISHED = range(4)
 STATUS = ("training", "stopped early", "failed: loss not finite", "finished")
@@ -52,7 +55,8 @@ class PromptTuning(PromptMethod):
     Args:
         backbone: which frozen model.
         optim: optimizer, schedule and clip of every run.
-        init: how prompts are initialised.
+        init: how prompts are initialised; without effect in a subspace.
+        subspace: tune inside this subspace, I numbers per run; null tunes the prompts themselves.
         num_virtual_tokens: N, the rows of a prompt.
         init_seed: seed or seeds of the initial prompt.
         learning_rate: peak learning rate or rates.
@@ -69,9 +73,11 @@ class PromptTuning(PromptMethod):
         metric_variant: ``crossfit`` computes metrics as CrossFit does, ``corrected`` without traps.
     """
 
-    prompt: nn.Parameter
+    prompt: nn.Parameter | None
+    code: nn.Parameter | None
     init: Tensor
     best: Tensor
+    best_code: Tensor | None
     best_score: Tensor
     best_step: Tensor
     bad_evaluations: Tensor
@@ -86,6 +92,7 @@ class PromptTuning(PromptMethod):
         backbone: BackboneConfig = BackboneConfig(),  # noqa: B008
         optim: OptimConfig = OptimConfig(),  # noqa: B008
         init: InitConfig = InitConfig(),  # noqa: B008
+        subspace: SubspaceConfig | None = None,
         num_virtual_tokens: int = 100,
         init_seed: int | list[int] = 0,
         learning_rate: float | list[float] = 0.3,
@@ -112,14 +119,14 @@ class PromptTuning(PromptMethod):
             raise ValueError(f"model.patience is {patience}: give at least 1, or null")
         self.optim_config = as_config(OptimConfig, optim)
         self.init_config = as_config(InitConfig, init)
+        self.subspace_config = as_config(SubspaceConfig, subspace)
+        self.subspace: Subspace | None = None
         self.num_virtual_tokens, self.label_smoothing = num_virtual_tokens, label_smoothing
         self.init_seeds = init_seed if isinstance(init_seed, list) else [init_seed]
         self.learning_rates = learning_rate if isinstance(learning_rate, list) else [learning_rate]
         self.batch_sizes = batch_size if isinstance(batch_size, list) else [batch_size]
         self.patience, self.test_baselines = patience, test_baselines
-        self.runs: list[Run] = []
         self._live: list[int] = []
-        self._warned: set[str] = set()
 
     # ---- set-up ---------------------------------------------------------------------------------
 
@@ -127,7 +134,7 @@ class PromptTuning(PromptMethod):
         """Load the backbone, tokenise the data and make the bank, once."""
         self.check_trainer()
         if stage == "fit":
-            self._check_budget()
+            self.check_budget()
         self.prepare(self.datamodule)
 
     def prepare(self, data: CrossFitDataModule) -> None:
@@ -138,14 +145,12 @@ class PromptTuning(PromptMethod):
         self.runs = grid(
             list(data.tasks), data.samples, self.init_seeds, self.learning_rates, self.batch_sizes
         )
-        init = initial_prompts(
-            self.init_config, backbone, self.runs, data.tasks, self.num_virtual_tokens
-        )
+        init = self._make_bank(backbone, data)
         count = len(self.runs)
-        self.prompt = nn.Parameter(init.clone())
         for name, value in {
             "init": init,
             "best": init.clone(),
+            "best_code": None if self.code is None else self.code.detach().clone(),
             "best_score": torch.full((count,), -torch.inf, dtype=torch.float64),
             "best_step": torch.full((count,), -1, dtype=torch.long),
             "bad_evaluations": torch.zeros(count, dtype=torch.long),
@@ -157,29 +162,39 @@ class PromptTuning(PromptMethod):
         }.items():
             self.register_buffer(name, value)
         self._live = list(range(count))
-        self.keep_backbone_out_of_ddp()
-        self._warn_of_scale(init)
+        self.keep_frozen_out_of_ddp()
+        if self.subspace is None:
+            self._warn_of_scale(init)
 
-    def _check_budget(self) -> None:
-        """Refuse a budget that is missing, or whose last step would not be evaluated.
-
-        Raises:
-            ValueError: naming both settings.
-        """
-        steps, interval = self.trainer.max_steps, self.trainer.val_check_interval
-        if steps < 1:
-            raise ValueError("trainer.max_steps is not set: give the number of optimizer steps")
-        every = interval if isinstance(interval, int) else max(1, int(steps * interval))
-        if steps % every:
-            raise ValueError(
-                f"trainer.max_steps {steps} is not a multiple of trainer.val_check_interval "
-                f"{interval}, so the last steps would not be evaluated: change one of them"
+    def _make_bank(self, backbone: Backbone, data: CrossFitDataModule) -> Tensor:
+        """Make what is trained; returns the initial prompts (R, N, D)."""
+        self.prompt = self.code = None
+        if self.subspace_config is None:
+            init = initial_prompts(
+                self.init_config, backbone, self.runs, data.tasks, self.num_virtual_tokens
             )
+            self.prompt = nn.Parameter(init.clone())
+            return init
+        subspace = self.subspace_config.load(backbone, self.num_virtual_tokens)
+        codes = initial_codes(self.runs, subspace.intrinsic_dim, self.subspace_config.std)
+        self.subspace, self.code = subspace, nn.Parameter(codes)
+        return self.bank().detach()
+
+    @property
+    def trained(self) -> nn.Parameter:
+        """What the optimizer changes: the prompts (R, N, D), or their codes (R, I)."""
+        trained = self.prompt if self.subspace is None else self.code
+        assert trained is not None
+        return trained
+
+    def bank(self) -> Tensor:
+        """The runs' prompts (R, N, D), with gradient to what is trained."""
+        return self.trained if self.subspace is None else self.subspace.back_project(self.trained)
 
     def configure_optimizers(self) -> BankOptimizer:
-        """The bank's optimizer; it holds the prompts and nothing else."""
+        """The bank's optimizer; it holds the prompts, or their codes, and nothing else."""
         rates = [run.learning_rate for run in self.runs]
-        return self.optim_config.build([self.prompt], rates, self.active, self.trainer.max_steps)
+        return self.optim_config.build([self.trained], rates, self.active, self.trainer.max_steps)
 
     def live(self) -> list[int]:
         """Indices of the runs that still train."""
@@ -205,26 +220,11 @@ class PromptTuning(PromptMethod):
         """Dev rows of the live runs, or of all runs outside a fit."""
         fitting = self.trainer.state.fn == "fit"
         everyone = list(range(len(self.runs)))
-        return self._evaluation_steps("dev", lambda: self._live if fitting else everyone)
+        return self.evaluation_steps("dev", lambda: self._live if fitting else everyone)
 
     def test_steps(self) -> EvaluationSteps:
         """Test rows of all runs."""
-        return self._evaluation_steps("test", lambda: list(range(len(self.runs))))
-
-    def _evaluation_steps(self, split: SplitName, live: Any) -> EvaluationSteps:
-        """Evaluation batches on one split."""
-        trainer = self.trainer
-        rows = self.datamodule.rows_of(self.runs, split)
-        self.check_lengths(rows.values(), self.num_virtual_tokens)
-        return self.datamodule.evaluation_steps(
-            self.runs,
-            split,
-            self.tokens_per_forward,
-            lambda task, longest: self.tokens_beside_input(self.num_virtual_tokens, task, longest),
-            live,
-            trainer.global_rank,
-            trainer.world_size,
-        )
+        return self.evaluation_steps("test", lambda: list(range(len(self.runs))))
 
     # ---- training -------------------------------------------------------------------------------
 
@@ -245,6 +245,7 @@ class PromptTuning(PromptMethod):
         checkpoint["runs"] = [asdict(run) for run in self.runs]
         checkpoint["backbone_digest"] = self.backbone.digest
         checkpoint["tokenizer_digest"] = self.backbone.tokenizer_digest
+        checkpoint["subspace_digest"] = self._subspace_digest()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the bank of other data, seeds or weights, which would only look like this one.
@@ -256,8 +257,13 @@ class PromptTuning(PromptMethod):
         saved, own = _trained_on(checkpoint.get("runs", [])), _trained_on(map(asdict, self.runs))
         if saved != own:
             raise ValueError(
-                f"the checkpoint is of {len(saved)} runs ({_some(saved)}), the settings ask for "
-                f"{len(own)} ({_some(own)}): resume with the tasks, samples and seeds of the fit"
+                f"the checkpoint is of {len(saved)} runs ({some(saved)}), the settings ask for "
+                f"{len(own)} ({some(own)}): resume with the tasks, samples and seeds of the fit"
+            )
+        if checkpoint.get("subspace_digest") != self._subspace_digest():
+            raise ValueError(
+                "the checkpoint was tuned in another subspace, or in none: resume with the "
+                "model.subspace of the fit"
             )
         weights = checkpoint.get("backbone_digest", "")
         if weights != self.backbone.digest:
@@ -270,7 +276,8 @@ class PromptTuning(PromptMethod):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of all live runs; a run whose loss or gradient is not finite rests from here on."""
         assert self.backbone is not None
-        losses, gradient = self._bank_gradient(batch)
+        bank = self.bank()
+        losses, gradient = self.bank_gradient(bank, batch, self.label_smoothing)
         finite = losses.isfinite() & gradient.flatten(1).isfinite().all(1)
         world = self.trainer.world_size
         if world > 1:
@@ -281,48 +288,14 @@ class PromptTuning(PromptMethod):
         gradient = torch.where(self.active[:, None, None], gradient, 0)
         self.loss_sum += losses
         self.loss_steps += 1
-        return with_gradient(losses.sum() * world, self.prompt, gradient * world)
-
-    def _bank_gradient(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Losses (R,) and gradient (R, N, D); micro-batches are halved when memory runs out."""
-        assert self.backbone is not None
-        while True:
-            try:
-                return bank_gradient(
-                    self.backbone, self.prompt, batch, self.tokens_per_forward, self.label_smoothing
-                )
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-            self._halve_tokens_per_forward(batch)  # here the failed step's tensors are gone
-
-    def _halve_tokens_per_forward(self, batch: Batch) -> None:
-        """Let micro-batches be smaller from here on.
-
-        Raises:
-            ValueError: they hold one row each already.
-        """
-        lengths = zip(batch.input_lengths, batch.target_lengths, strict=True)
-        if self.tokens_per_forward <= max(map(sum, lengths)):
-            raise ValueError(
-                "memory runs out with a single row in a forward pass: use a smaller "
-                "data.max_input_length or model.num_virtual_tokens, model.backbone.dtype bfloat16 "
-                "or model.backbone.gradient_checkpointing true"
-            )
-        self._tokens_per_forward = self.tokens_per_forward // 2
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        rank_zero_warn(
-            f"memory ran out: model.tokens_per_forward is {self.tokens_per_forward} from step "
-            f"{self.trainer.global_step} on; give that to start with it"
-        )
+        return with_gradient(losses.sum() * world, bank, gradient * world)
 
     def on_validation_start(self) -> None:
         """Begin an evaluation: of the current prompts in a fit, else of the best ones."""
         fitting = self.trainer.state.fn == "fit"
         if not fitting:
             self._restore_best()
-        self.evaluation = Evaluation(self, "dev", self.prompt.detach() if fitting else self.best)
+        self.evaluation = Evaluation(self, "dev", self.bank().detach() if fitting else self.best)
 
     def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """Answer a batch of dev rows."""
@@ -353,7 +326,11 @@ class PromptTuning(PromptMethod):
         better = live & self.active & ((scores > self.best_score) | (self.best_step < 0))
         self.best_score.copy_(torch.where(better, scores, self.best_score))
         self.best_step.masked_fill_(better, self.trainer.global_step)
-        self.best.copy_(torch.where(better[:, None, None], self.prompt.detach(), self.best))
+        self.best.copy_(torch.where(better[:, None, None], self.bank().detach(), self.best))
+        if self.best_code is not None:
+            self.best_code.copy_(
+                torch.where(better[:, None], self.trained.detach(), self.best_code)
+            )
         bad = torch.where(better, 0, self.bad_evaluations + 1)
         self.bad_evaluations.copy_(torch.where(live, bad, self.bad_evaluations))
 
@@ -383,7 +360,7 @@ class PromptTuning(PromptMethod):
         self.seconds += now - self._clock
         self._clock = now
         dev, best = scores.tolist(), self.best_score.tolist()
-        losses = (self._over_ranks(self.loss_sum) / self.loss_steps.clamp(min=1)).tolist()
+        losses = (self.over_ranks(self.loss_sum) / self.loss_steps.clamp(min=1)).tolist()
         logged: dict[str, float] = {"runs_alive": float(len(self._live))}
         for task in self.datamodule.tasks:
             values = [dev[i] for i in self._evaluated if self.runs[i].task == task]
@@ -422,15 +399,9 @@ class PromptTuning(PromptMethod):
                 "status": STATUS[status[i]],
             }
 
-    def _over_ranks(self, values: Tensor) -> Tensor:
-        """Sum over processes."""
-        if self.trainer.world_size == 1:
-            return values
-        return self.trainer.strategy.reduce(values.clone(), reduce_op="sum")
-
     def _moved(self) -> Tensor:
         """Distance of each prompt from its start, relative to the start's norm: (R,)."""
-        change = (self.prompt.detach() - self.init).flatten(1).norm(dim=1)
+        change = (self.bank().detach() - self.init).flatten(1).norm(dim=1)
         return change / self.init.flatten(1).norm(dim=1).clamp(min=1e-12)
 
     def on_train_end(self) -> None:
@@ -467,6 +438,8 @@ class PromptTuning(PromptMethod):
                     f"asks for {tuple(self.best[i].shape)}: use the config of the fit"
                 )
             self.best[i], self.init[i] = saved.prompt, saved.init
+            if self.best_code is not None and saved.code is not None:
+                self.best_code[i] = saved.code
             self.best_step[i] = -1 if saved.steps is None else saved.steps
             self.best_score[i] = -torch.inf if saved.dev_score is None else saved.dev_score
             self.status[i] = STATUS.index(saved.status) if saved.status in STATUS else FINISHED
@@ -484,13 +457,14 @@ class PromptTuning(PromptMethod):
             Prompt(
                 prompt=self.best[i].detach().cpu(),
                 init=self.init[i].detach().cpu(),
+                code=None if self.best_code is None else self.best_code[i].detach().cpu(),
                 name=run.name,
                 backbone=backbone.name,
                 backbone_digest=backbone.digest,
                 tokenizer_digest=backbone.tokenizer_digest,
                 task=run.task,
                 sample=run.sample,
-                initialised=self.init_config.describe(),
+                initialised=self.initialised,
                 init_seed=run.init_seed,
                 order_seed=data.order_seed,
                 learning_rate=run.learning_rate,
@@ -509,44 +483,39 @@ class PromptTuning(PromptMethod):
 
     # ---- identity, warnings ---------------------------------------------------------------------
 
-    @property
-    def run_dir(self) -> Path:
-        """Where everything of this fit lands."""
-        return Path(self.trainer.default_root_dir)
-
     def digests(self) -> dict[str, Any]:
-        """Digests of backbone weights, tokenizer and data files."""
-        assert self.backbone is not None
-        files = {
-            str(split.path): split.digest
-            for splits in self.datamodule.splits.values()
-            for split in splits.values()
-        }
+        """Digests of backbone weights, tokenizer, data files and subspace."""
+        return {**super().digests(), "subspace": self._subspace_digest()}
+
+    def _subspace_digest(self) -> str | None:
+        """SHA-256 of the subspace's weights, or None where there is no subspace."""
+        return None if self.subspace is None else weights_digest(self.subspace)
+
+    @property
+    def variant(self) -> str:
+        """Name of what is trained, in the results."""
+        return "tuned" if self.subspace_config is None else self.subspace_config.variant
+
+    def result_facts(self, run: int) -> dict[str, Any]:
+        """What the results say of how a run was trained."""
         return {
-            "backbone": self.backbone.digest,
-            "tokenizer": self.backbone.tokenizer_digest,
-            "data": files,
+            "variant": self.variant,
+            "intrinsic_dim": None if self.subspace is None else self.subspace.intrinsic_dim,
+            "optimizer": self.optim_config.name,
         }
 
-    def fit_id(self) -> str:
-        """A name for this fit: equal settings, weights and data give equal names."""
-        identity = {"settings": dict(self.hparams), "max_steps": self.trainer.max_steps}
-        identity |= {"digests": self.digests(), "runs": [run.name for run in self.runs]}
-        text = json.dumps(identity, sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-    def _warn_once(self, key: str, message: str) -> None:
-        """Warn about one thing once per fit."""
-        if key not in self._warned:
-            self._warned.add(key)
-            rank_zero_warn(message)
+    @property
+    def initialised(self) -> str:
+        """How the prompts were initialised, in words."""
+        config = self.subspace_config or self.init_config
+        return config.describe()
 
     def _warn_of_scale(self, init: Tensor) -> None:
         """Warn of initial prompts off the scale of the embeddings."""
         assert self.backbone is not None
         ratio = scale_ratio(init, self.backbone.embedding_table())
         if not 1 / 3 <= ratio <= 3:
-            self._warn_once(
+            self.warn_once(
                 "scale",
                 f"the initial prompts have {ratio:.3g} times the standard deviation of the "
                 "backbone's embeddings; prompts off that scale often train badly (init.name vocab "
@@ -557,27 +526,21 @@ class PromptTuning(PromptMethod):
         """Warn of runs that answer every dev row alike, and of prompts that do not move."""
         constant = [self.runs[i].name for i in self.evaluation.constant_runs()]
         if constant and self.trainer.global_step > self.trainer.max_steps // 4:
-            self._warn_once(
+            self.warn_once(
                 "constant",
                 f"step {self.trainer.global_step}: the same answer to every dev row from "
-                f"{_some(constant)}; the score is that of a constant. Try another learning_rate",
+                f"{some(constant)}; the score is that of a constant. Try another learning_rate",
             )
         moved = self._moved().tolist()
         still = [self.runs[i].name for i in self._evaluated if moved[i] < 1e-3]
         if still:
-            self._warn_once(
+            self.warn_once(
                 "still",
                 f"step {self.trainer.global_step}: prompts within 0.1 % of their start: "
-                f"{_some(still)}. Soft prompts need large learning rates (0.3 is usual for T5)",
+                f"{some(still)}. Soft prompts need large learning rates (0.3 is usual for T5)",
             )
 
 
 def _trained_on(runs: Iterable[dict[str, Any]]) -> list[str]:
     """Task, sample and initial seed of every run."""
     return [f"{run['task']} {run['sample']} seed {run['init_seed']}" for run in runs]
-
-
-def _some(names: list[str], most: int = 3) -> str:
-    """The first few names and how many more there are."""
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest

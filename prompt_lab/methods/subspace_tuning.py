@@ -1,0 +1,85 @@
+"""Tuning inside a subspace: where its map comes from, and where its runs start.
+
+Intrinsic subspace tuning (Qin et al. 2021, section 3.2) trains I numbers per run and keeps the map
+from them to a prompt; `PromptTuning` does the training. A random subspace, the paper's baseline, is
+the same map untrained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prompt_lab.backbone import Backbone
+from prompt_lab.run import Run
+from prompt_lab.subspace import Subspace, load_subspace
+
+
+@dataclass
+class SubspaceConfig:
+    """The subspace that prompts are tuned in.
+
+    Args:
+        path: subspace file that IntrinsicSubspace wrote; null for a random subspace.
+        intrinsic_dim: I of a random subspace; a file has its own.
+        seed: of the weights of a random subspace.
+        std: standard deviation of the initial codes, 0.02 in the authors' code.
+    """
+
+    path: str | None = None
+    intrinsic_dim: int | None = None
+    seed: int = 0
+    std: float = 0.02
+
+    def __post_init__(self) -> None:
+        """Check that one of file and dimension is given.
+
+        Raises:
+            ValueError: both or neither, or a standard deviation below 0.
+        """
+        if (self.path is None) == (self.intrinsic_dim is None):
+            raise ValueError(
+                "give model.subspace.path (a subspace file) or model.subspace.intrinsic_dim (the "
+                "size of a random subspace), and not both"
+            )
+        if self.intrinsic_dim is not None and self.intrinsic_dim < 1:
+            raise ValueError(
+                f"model.subspace.intrinsic_dim is {self.intrinsic_dim}: give 1 or more"
+            )
+        if self.std < 0:
+            raise ValueError(f"model.subspace.std is {self.std}: give 0 or more")
+
+    def load(self, backbone: Backbone, num_virtual_tokens: int) -> Subspace:
+        """The map, frozen.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: as :func:`prompt_lab.subspace.load_subspace`.
+        """
+        if self.path is not None:
+            return load_subspace(self.path, backbone, num_virtual_tokens)
+        assert self.intrinsic_dim is not None
+        size = (num_virtual_tokens, backbone.hidden_size, self.intrinsic_dim)
+        return Subspace(*size, seed=self.seed).requires_grad_(False)
+
+    @property
+    def variant(self) -> str:
+        """Its name in the results."""
+        return "random_subspace" if self.path is None else "subspace"
+
+    def describe(self) -> str:
+        """How the codes are initialised, for prompt files and results."""
+        where = f"random subspace seed {self.seed}" if self.path is None else self.path
+        return f"codes std {self.std} in {where}"
+
+
+def initial_codes(runs: Sequence[Run], intrinsic_dim: int, std: float) -> Tensor:
+    """Normal codes (R, I); those of a run are a function of its initialisation seed."""
+    codes = []
+    for run in runs:
+        generator = torch.Generator().manual_seed(run.init_seed)
+        codes.append(torch.randn(intrinsic_dim, generator=generator) * std)
+    return torch.stack(codes)
