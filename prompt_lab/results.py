@@ -47,7 +47,17 @@ RESULT_COLUMNS = (
     "prompt_file",
     "version",
 )
-CURVE_COLUMNS = ("step", "run", "train_loss", "dev", "best_dev", "best_step", "moved", "status")
+CURVE_COLUMNS = (
+    "step",
+    "run",
+    "train_loss",
+    "reconstruction",
+    "dev",
+    "best_dev",
+    "best_step",
+    "moved",
+    "status",
+)
 BASELINES = ("no_prompt", "initial_prompt", "chance", "majority")
 
 

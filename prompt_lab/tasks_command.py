@@ -2,7 +2,8 @@
 
 They say what the task table and a folder of few-shot files hold, before a fit reads them. ``check``
 goes through every file and reports all that it finds, where a fit stops at the first fault. Rows
-are read by the functions that a fit uses. Left out: any change to a file, and K that no fit reads.
+are read by the functions that a fit uses. Left out: any change to a file, and files of another K
+than the table's, which a fit reads with ``data.shots``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 from prompt_lab.sandbox import SANDBOX
 
 if TYPE_CHECKING:
-    from prompt_lab.data.tasks import Task
+    from prompt_lab.data.tasks import Shots, Task
 
 HEAD, TAIL = 200, 100
 """Characters that ``show`` keeps at the start and the end of a long text; options stand there."""
@@ -50,7 +51,7 @@ class Finding:
     task: str
     what: str
     is_error: bool = True
-    shots: int | None = None
+    shots: Shots | None = None
     sample: int | None = None
     split: str | None = None
     line: int | None = None
@@ -71,7 +72,7 @@ def list_tasks(
 ) -> None:
     """Print one line per task: name, ontology, metric, K, number of labels.
 
-    K is the number in the file names; "any K" takes the one that the folder has. With a partition,
+    K is the number in the file names, or all; "any K" takes what the folder has. With a partition,
     the line has the task's set too, and tasks that the table lacks are named on standard error.
     With a root, only tasks with files there are printed, and the samples with all three splits.
 
@@ -116,7 +117,12 @@ def list_tasks(
 
 
 def show_task(
-    task: str, root: str, sample: int = 100, count: int = 3, task_file: str | None = None
+    task: str,
+    root: str | None = None,
+    sample: int = 100,
+    count: int = 3,
+    shots: str | None = None,
+    task_file: str | None = None,
 ) -> None:
     """Print what the table says of a task, and some of its training rows.
 
@@ -125,27 +131,27 @@ def show_task(
 
     Args:
         task: name of the task.
-        root: folder that holds one folder per task, or sandbox for the package's own.
+        root: folder that holds one folder per task, or sandbox for the package's own; without it
+            no rows are printed.
         sample: few-shot sample, the second number in the file names.
         count: rows to print.
+        shots: K of the file names, or all; the table's if left out.
         task_file: YAML file with rows for your own tasks.
 
     Raises:
         FileNotFoundError: no such root, task folder, sample or task file.
         ValueError: an unknown task, a count below 1, or a file that cannot be read.
     """
-    from prompt_lab.data.tasks import find_tasks
-
     if count < 1:
         raise ValueError(f"count is {count}: give at least 1")
-    (row,) = find_tasks([task], task_file)
-    inputs, references = _train_rows(root, row, sample)
-    labels = "none, answers are open" if row.labels is None else ", ".join(row.labels)
+    (row,) = _with_shots([task], shots, task_file)
+    rows = None if root is None else _train_rows(root, row, sample)
     print(row.name)
-    _print_field("ontology", row.ontology)
-    _print_field("metric", row.metric)
-    _print_field("K", "any" if row.shots is None else str(row.shots))
-    _print_field("labels", labels)
+    for name, text in _facts_of(row):
+        _print_field(name, text)
+    if rows is None:
+        return
+    inputs, references = rows
     count = min(count, len(inputs))
     print(f"\n{count} of the {len(inputs)} rows of train, sample {sample}")
     for place in (number * len(inputs) // count for number in range(count)):
@@ -158,7 +164,12 @@ def show_task(
             _print_field("", f"and {len(answers) - MOST_ANSWERS} more answers")
 
 
-def check_tasks(root: str, tasks: list[str] | None = None, task_file: str | None = None) -> int:
+def check_tasks(
+    root: str,
+    tasks: list[str] | None = None,
+    shots: str | None = None,
+    task_file: str | None = None,
+) -> int:
     """Check the files of a data folder; print a line for each finding, then a summary.
 
     Errors are what a fit refuses: a task without files for its K; a split that is missing; a file
@@ -167,14 +178,16 @@ def check_tasks(root: str, tasks: list[str] | None = None, task_file: str | None
     (unless data.allow_overlap is set); several K where the table names none.
 
     Notes are what a fit accepts: in train and dev, another number of rows than K of each label, or
-    K in all; further answers in a task with labels; samples whose test rows differ; files of
-    another K, files with other names, and folders of no known task, which are not read.
+    K in all (where K is all, only a label without rows); further answers in a task with labels;
+    samples whose test rows differ; files of another K (which a fit reads with data.shots), files
+    with other names, and folders of no known task, which are not checked.
 
     Findings of one kind in one file are one line, with the first place and their number.
 
     Args:
         root: folder that holds one folder per task.
         tasks: only these tasks; by default all known ones that have a folder there.
+        shots: K of the file names, or all; the table's if left out.
         task_file: YAML file with rows for your own tasks.
 
     Returns:
@@ -184,11 +197,12 @@ def check_tasks(root: str, tasks: list[str] | None = None, task_file: str | None
         FileNotFoundError: no such root or task file.
         ValueError: an unknown task, or a root without a folder of a known one.
     """
-    from prompt_lab.data.tasks import find_tasks, load_tasks
+    from prompt_lab.data.tasks import load_tasks
 
     known = load_tasks(task_file)
     folders = _folders(root)
-    chosen = find_tasks(tasks or [name for name in folders if name in known], task_file)
+    named = tasks or [name for name in folders if name in known]
+    chosen = _with_shots(named, shots, task_file)
     if not chosen:
         raise ValueError(f"{root} has no folder of a known task: give the folder that holds them")
     errors = notes = 0
@@ -243,6 +257,42 @@ def _facts(task: Task) -> tuple[str, ...]:
     return task.name, task.ontology, task.metric, shots, labels
 
 
+def _with_shots(names: Sequence[str], shots: str | None, task_file: str | None) -> list[Task]:
+    """Tasks by name, with another K than the table's if one is given."""
+    from prompt_lab.data.tasks import find_tasks
+
+    found = find_tasks(names, task_file)
+    if shots is None:
+        return found
+    if shots != "all" and not (shots.isdecimal() and int(shots)):
+        raise ValueError(f"shots is {shots!r}: give a whole number above 0, or all")
+    return [replace(task, shots="all" if shots == "all" else int(shots)) for task in found]
+
+
+def _facts_of(task: Task) -> Iterator[tuple[str, str]]:
+    """What the table says of a task: names of fields and their texts."""
+    yield "ontology", task.ontology
+    yield "metric", task.metric
+    yield "K", "any" if task.shots is None else str(task.shots)
+    yield "drawn", "K of each label" if task.kind == "classification" else "K in all"
+    yield "labels", "none, answers are open" if task.labels is None else ", ".join(task.labels)
+    source = task.source
+    if source is not None:
+        hub = source.hub or "not on the hub"
+        yield "data set", hub if source.config is None else f"{hub}, {source.config}"
+        if source.train == source.test:
+            yield "splits", f"train and test are parts of {source.train}"
+        else:
+            yield "splits", f"train {source.train}, test {source.test}"
+        yield "input", source.input
+        yield "answer", source.target or f"the label in {source.label}"
+        if source.prepare is not None:
+            yield "prepared", f"by {source.prepare} of prompt_lab/data/prepare.py"
+    yield "licence", task.licence
+    if task.note:
+        yield "note", task.note
+
+
 def _sets(reference: str, known: set[str]) -> dict[str, str]:
     """The set of each task of a partition, or of the one set that is named behind it."""
     from prompt_lab.data.partitions import partition
@@ -271,7 +321,7 @@ def _held(root: str, tasks: Sequence[Task]) -> dict[str, str]:
     folders = set(_folders(root))
     found = {}
     for task in tasks:
-        held = _few_shot_files(Path(root, task.name))[0] if task.name in folders else set()
+        held = _few_shot_files(Path(root, task.name))[0] if task.name in folders else []
         splits = Counter((shots, sample) for shots, sample, _ in held)
         whole = {s for (k, s), number in splits.items() if number == 3 and task.shots in (None, k)}
         if whole:
@@ -318,16 +368,20 @@ def _folders(root: str) -> list[str]:
     return sorted(p.name for p in Path(root).iterdir() if p.is_dir() and p.name[0] != ".")
 
 
-def _few_shot_files(folder: Path) -> tuple[set[tuple[int, int, str]], list[str]]:
-    """K, sample and split of the few-shot files of a task, and the names of all other files."""
+def _few_shot_files(folder: Path) -> tuple[list[tuple[Shots, int, str]], list[str]]:
+    """K, sample and split of the few-shot files of a task, sorted, and the names of all others."""
     from prompt_lab.data.files import list_files
 
-    keys = {
+    keys: dict[str, tuple[Shots, int, str]] = {
         f"{folder.name}_{k}_{sample}_{split}.tsv": (k, sample, split)
         for k, sample, split in list_files(folder)
     }
-    there = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    held = {key for name, key in keys.items() if (folder / name).is_file()}
+    there = {
+        path.name
+        for path in folder.iterdir()
+        if not path.name.startswith(".") and not path.name.endswith("_build.json")
+    }
+    held = [key for name, key in keys.items() if (folder / name).is_file()]
     return held, sorted(there - keys.keys())
 
 
@@ -340,22 +394,23 @@ def _check_task(folder: Path, task: Task) -> Iterator[Finding]:
     form = f"{task.name}_{task.shots or '<K>'}_<sample>_<split>.tsv"
     if others:
         yield Finding(task.name, f"not of the form {form}, not read: {_some(others)}", False)
-    found = sorted({shots for shots, _, _ in held})
+    found: list[Shots] = list(dict.fromkeys(shots for shots, _, _ in held))
     read = [shots for shots in found if task.shots in (None, shots)]
     if not read:
         yield Finding(task.name, f"no file {form}")
     if len(read) > 1:
-        yield Finding(task.name, f"files for K = {_some(read)}: say which with shots in its row")
+        what = f"files for K = {_some(read)}: say which with data.shots, or shots in its row"
+        yield Finding(task.name, what)
     for shots in found:
         if shots in read:
             yield from _check_shots(folder, task, shots, held)
         else:
-            what = f"the table has K = {task.shots}, not read"
+            what = f"the table has K = {task.shots}, not checked; data.shots {shots} reads these"
             yield Finding(task.name, what, False, shots)
 
 
 def _check_shots(
-    folder: Path, task: Task, shots: int, held: set[tuple[int, int, str]]
+    folder: Path, task: Task, shots: Shots, held: list[tuple[Shots, int, str]]
 ) -> Iterator[Finding]:
     """Findings in the samples of one K of a task."""
     from prompt_lab.data.files import SPLITS
@@ -429,20 +484,23 @@ def _check_answers(
 
 
 def _check_counts(
-    rows: Sequence[Row], task: Task, shots: int, at: Callable[..., Finding]
+    rows: Sequence[Row], task: Task, shots: Shots, at: Callable[..., Finding]
 ) -> Iterator[Finding]:
-    """A note where there are neither K rows of each label nor K in all, or no row of a label."""
+    """A note where there are neither K rows of each label nor K in all, or no row of a label.
+
+    Where K is all, only the latter.
+    """
     counts = Counter(answers[0] for _, _, answers in rows)
     labels = task.labels or ()
-    if len(rows) == shots:
+    if shots in ("all", len(rows)):
         off = [label for label in labels if not counts[label]]
-        what = f"{shots} rows, none with the label {_some(off)}"
+        what = f"{len(rows)} rows, none with the label {_some(off)}"
     else:
         off = [f"{label} {counts[label]}" for label in labels if counts[label] != shots]
         what = f"{len(rows)} rows, not {shots} of each label: {_some(off)}"
     if off:
         yield at(what, is_error=False)
-    elif not labels and len(rows) != shots:
+    elif not labels and shots not in ("all", len(rows)):
         yield at(f"{len(rows)} rows, not {shots}", is_error=False)
 
 

@@ -14,6 +14,9 @@ from prompt_lab.data.files import (
     Split,
     check_labels,
     check_overlap,
+    find_shots,
+    list_files,
+    read_samples,
     read_split,
     read_task,
 )
@@ -145,6 +148,28 @@ def test_any_k_takes_the_only_one_there_is(tmp_path: Path) -> None:
         read_split(tmp_path, task, 13, "train")
 
 
+def test_k_may_be_the_word_all(tmp_path: Path) -> None:
+    """It is read where the row says it, or where it is the only one; it stands behind numbers."""
+    whole = Task("my-task_a", "custom", "EM", "all", None)
+    either = Task("my-task_a", "custom", "EM", None, None)
+    path = write(tmp_path, b"a\tgood\n", "my-task_a_all_13_train.tsv")
+    assert read_split(tmp_path, whole, 13, "train").path == path
+    assert read_split(tmp_path, either, 13, "train").path == path
+    assert [find_shots(tmp_path, task) for task in (whole, either, OPEN)] == ["all", "all", 16]
+    for name in ("my-task_a_100_13_dev.tsv", "my-task_a_16_13_dev.tsv", "my-task_a_any_13_dev.tsv"):
+        write(tmp_path, b"a\tgood\n", name)
+    assert list_files(path.parent) == [(16, 13, "dev"), (100, 13, "dev"), ("all", 13, "train")]
+    with pytest.raises(DataError, match=r"K = 16, 100, all; say which with data\.shots"):
+        find_shots(tmp_path, either)
+
+
+def test_files_of_another_k_are_pointed_at(tmp_path: Path) -> None:
+    """The setting that reads them is named where there are none of the K that was asked for."""
+    write(tmp_path, b"a\tgood\n", "my-task_a_64_13_train.tsv")
+    with pytest.raises(FileNotFoundError, match=r"K = 64 train: 13; data\.shots chooses K$"):
+        read_split(tmp_path, OPEN, 13, "train")
+
+
 def test_labels_outside_the_set_are_refused() -> None:
     """Letter case counts; the message names file, line, label and what is allowed."""
     split = make_split("f.tsv", ("a", "good"), ("b", "Bad"))
@@ -200,6 +225,36 @@ def test_read_task_reads_and_checks_three_splits(tmp_path: Path) -> None:
     path.write_bytes(b"row 2\tugly\n")
     with pytest.raises(DataError, match="'ugly' is not a label"):
         read_task(tmp_path, CLOSED, 13)
+
+
+def test_samples_are_read_as_each_would_be_alone(tmp_path: Path) -> None:
+    """Reference: `read_split`. Files of equal bytes share their rows, but keep their own path."""
+    for sample in (13, 42):
+        for split in SPLITS:
+            name = split if split == "test" else f"{split} {sample}"
+            write(tmp_path, f"{name}\tgood\n".encode(), f"my-task_a_16_{sample}_{split}.tsv")
+    read = read_samples(tmp_path, CLOSED, [42, 13])
+    assert list(read) == [42, 13]
+    for sample, splits in read.items():
+        assert splits == {name: read_split(tmp_path, CLOSED, sample, name) for name in SPLITS}
+    assert read[13]["test"].inputs is read[42]["test"].inputs
+    assert read[13]["test"].references is read[42]["test"].references
+
+
+def test_every_sample_is_checked_against_the_test_rows_it_shares(tmp_path: Path) -> None:
+    """The message names the files of the sample at fault."""
+    for sample in (13, 42):
+        for split in SPLITS:
+            name = split if split == "test" else f"{split} {sample}"
+            write(tmp_path, f"{name}\tgood\n".encode(), f"my-task_a_16_{sample}_{split}.tsv")
+    write(tmp_path, b"other\tgood\ntest\tgood\n", "my-task_a_16_42_dev.tsv")
+    found = r"a_16_42_test\.tsv, line 1: the same row stands in .*a_16_42_dev\.tsv, line 2"
+    with pytest.raises(DataError, match=found):
+        read_samples(tmp_path, CLOSED, [13, 42])
+    assert len(read_samples(tmp_path, CLOSED, [13, 42], allow_overlap=True)) == 2
+    write(tmp_path, b"dev 42\tugly\n", "my-task_a_16_42_dev.tsv")
+    with pytest.raises(DataError, match=r"42_dev\.tsv, line 1: 'ugly' is not a label"):
+        read_samples(tmp_path, CLOSED, [13, 42])
 
 
 def test_all_real_tasks_load_and_pass_the_checks() -> None:

@@ -14,7 +14,7 @@ from conftest import SAMPLES, TASKS
 
 from prompt_lab import __main__, offline
 from prompt_lab.data.files import SPLITS, DataError, read_task
-from prompt_lab.data.partitions import load_partitions, partition
+from prompt_lab.data.partitions import partition
 from prompt_lab.data.tasks import load_tasks
 from prompt_lab.tasks_command import HEAD, TAIL, Finding, check_folder, shorten
 
@@ -134,7 +134,7 @@ def test_what_a_fit_refuses_is_an_error(root, change, finding):
         (lambda root: (root / "loose/data").mkdir(),
          "loose: not of the form loose_<K>_<sample>_<split>.tsv, not read: data"),
         (lambda root: (root / "free/free_9_13_dev.tsv").touch(),
-         "free, K 9: the table has K = 3, not read"),
+         "free, K 9: the table has K = 3, not checked; data.shots 9 reads these"),
     ],
 )  # fmt: skip
 def test_what_a_fit_accepts_is_a_note(root, change, finding):
@@ -173,7 +173,8 @@ def test_a_k_that_the_table_does_not_name_must_be_the_only_one(root):
     for path in sorted((root / "loose").glob("*_13_*")):
         shutil.copy(path, str(path).replace("loose_2", "loose_3"))
     first, *rest = map(str, findings(root, "loose"))
-    assert first == "error: loose: files for K = 2, 3: say which with shots in its row"
+    which = "say which with data.shots, or shots in its row"
+    assert first == f"error: loose: files for K = 2, 3: {which}"
     assert {line.split(":")[0] for line in rest} == {"note"}  # two rows where K is 3
     with pytest.raises(DataError, match="holds files for K = 2, 3"):
         read_task(root, load_tasks("tasks.yaml")["loose"], 13)
@@ -190,6 +191,35 @@ def test_a_task_without_files_for_its_k_is_an_error(root):
     assert lines[1].startswith("note: free: not of the form free_3_<sample>_<split>.tsv, not read")
     assert lines[2] == "error: free: no file free_3_<sample>_<split>.tsv"
     assert lines[3:] == ["error: loose: no file loose_<K>_<sample>_<split>.tsv"]
+
+
+def test_where_k_is_all_any_number_of_rows_will_do(root, capsys):
+    """Everything else is checked as ever; labels may have unequal numbers of rows, but not none."""
+    Path("tasks.yaml").write_text(TABLE.replace("shots: 2", "shots: all"))
+    for task, files in FILES.items():
+        for path in list((root / task).iterdir()):
+            path.rename(str(path).replace(files, f"{task}_all"))
+    with Path("data/loose/loose_all_13_train.tsv").open("a") as file:
+        file.write("one more\tc\n")
+    with Path("data/mine/mine_all_13_train.tsv").open("a") as file:
+        file.write("one more\tbad\n")
+    assert findings(root, "mine", "loose") == []
+    assert command("list", "--root", "data", "--task_file", "tasks.yaml") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "mine   custom  ACC  K all  2 labels  samples 13, 42",
+        "loose  custom  EM   any K  open      samples 13, 42",
+    ]
+    edit("mine/mine_all_13_dev.tsv", "\tgood", "\tbad")(root)
+    edit("mine/mine_all_13_test.tsv", "2\tbad", "2\tBad")(root)
+    shutil.copy("data/loose/loose_all_13_dev.tsv", "data/loose/loose_2_13_dev.tsv")
+    lines = [str(found) for found in findings(root)]
+    assert lines[0] == ("note: mine, K all, sample 13, split dev: 4 rows, none with the label good")
+    assert lines[1].startswith("error: mine, K all, sample 13, split test, line 3: not a label")
+    assert "error: free: no file free_3_<sample>_<split>.tsv" in lines
+    assert (
+        "note: free, K all: the table has K = 3, not checked; data.shots all reads these" in lines
+    )
+    assert any("loose: files for K = 2, all: say which" in line for line in lines)
 
 
 def test_the_command_prints_findings_and_says_by_its_status_whether_there_are_errors(root, capsys):
@@ -287,11 +317,14 @@ def test_the_list_of_a_partition_names_the_set_of_each_task(capsys):
     assert names == {name for name in found.target if load_tasks()[name].metric == "EM"}
 
 
-def test_tasks_of_a_partition_that_the_table_lacks_are_named(capsys):
-    lacking = next(found for found in load_partitions().values() if found.outside)
-    assert command("list", "--partition", lacking.name) == 0
+def test_tasks_of_a_partition_that_the_table_lacks_are_named(capsys, monkeypatch):
+    """Here two of its tasks are taken out of the table."""
+    lacking = partition("crossfit/random").target[:2]
+    table = {name: task for name, task in load_tasks().items() if name not in lacking}
+    monkeypatch.setattr("prompt_lab.data.tasks.load_tasks", lambda _: table)
+    assert command("list", "--partition", "crossfit/random") == 0
     error = capsys.readouterr().err
-    assert error == f"prompt-lab: not in the task table: {', '.join(sorted(lacking.outside))}\n"
+    assert error == f"prompt-lab: not in the task table: {', '.join(sorted(lacking))}\n"
 
 
 def test_the_list_of_a_folder_names_the_whole_samples_of_each_task(root, capsys):

@@ -2,23 +2,36 @@
 
 It reads the splits of every (task, sample), checks them, and turns them into token ids by the rules
 of the backbone that the method brings along. Everything stays in memory: these are few-shot files.
-Methods ask it for the batches of a bank of runs; it draws no rows of its own and computes no score.
+Token ids may be kept on disk for the next time (``token_cache.py``). Methods ask it for the batches
+of a bank of runs; it draws no rows of its own and computes no score.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 
 from prompt_lab.backbone import Backbone
 from prompt_lab.data.batches import EvaluationSteps, Layout, Rows, TrainSteps
-from prompt_lab.data.files import Split, SplitName, check_overlap, read_task
+from prompt_lab.data.episodes import EpisodeSteps
+from prompt_lab.data.files import Split, SplitName, check_overlap, find_shots, read_samples
+from prompt_lab.data.mixtures import Key, Mixing, MixtureSteps, task_weights
 from prompt_lab.data.partitions import expand_sets
-from prompt_lab.data.tasks import Task, find_tasks
+from prompt_lab.data.tasks import Shots, Task, find_tasks
+from prompt_lab.data.token_cache import (
+    cache_key,
+    check_folder,
+    read_rows,
+    rules_digest,
+    write_rows,
+)
 from prompt_lab.run import Run
 from prompt_lab.sandbox import SANDBOX, TASKS, rows
 
@@ -39,6 +52,12 @@ class CrossFitDataModule(LightningDataModule):
         order_seed: seed of the order in which each run sees its training rows.
         allow_overlap: accept files that share a row between splits, as some of CrossFit's own do
             (their sources repeat rows), instead of refusing them.
+        shots: K of the file names, a number or ``all``; null takes that of the task table.
+        cache: folder that keeps tokenised rows for the next time, of any tasks and backbones; null
+            keeps none.
+
+    Raises:
+        ValueError: a setting out of its range, or an unknown task.
     """
 
     def __init__(
@@ -51,6 +70,8 @@ class CrossFitDataModule(LightningDataModule):
         task_prefix: bool = False,
         order_seed: int = 0,
         allow_overlap: bool = False,
+        shots: Shots | None = None,
+        cache: str | None = None,
     ) -> None:
         super().__init__()
         if not tasks:
@@ -60,36 +81,47 @@ class CrossFitDataModule(LightningDataModule):
         if len(set(samples)) < len(samples) or not samples:
             raise ValueError(f"data.samples must be distinct and at least one: {samples}")
         self.root, self.samples, self.order_seed = root, list(samples), order_seed
-        self.allow_overlap = allow_overlap
+        self.allow_overlap, self.cache = allow_overlap, cache
         self.max_input_length, self.task_prefix = max_input_length, task_prefix
         chosen = find_tasks(expand_sets(tasks), task_file)
+        if shots is not None:
+            _check_shots(shots, root)
+            chosen = [replace(task, shots=shots) for task in chosen]
         self.tasks: dict[str, Task] = {task.name: task for task in chosen}
         self.splits: dict[tuple[str, int], dict[SplitName, Split]] = {}
         self.layout: Layout | None = None
         self._rows: dict[tuple[str, int, str], Rows] = {}
         self._backbone: Backbone | None = None
+        self._rules = ""
 
     def setup(self, stage: str | None = None) -> None:
         """Read and check the files of every task and sample, once.
 
         Raises:
             DataError: naming file, line and reason.
+            ValueError: no file can be written in the folder of tokenised rows, or a task is not one
+                of the sandbox's.
         """
-        for task in self.tasks.values():
-            for sample in self.samples:
-                if (task.name, sample) not in self.splits:
-                    self.splits[task.name, sample] = self._read(task, sample)
+        if self.cache is not None:
+            check_folder(self.cache)
+        for task in list(self.tasks.values()):
+            samples = [sample for sample in self.samples if (task.name, sample) not in self.splits]
+            if samples:
+                for sample, splits in self._read(task, samples).items():
+                    self.splits[task.name, sample] = splits
 
-    def _read(self, task: Task, sample: int) -> dict[SplitName, Split]:
-        """The three splits of a task's sample."""
+    def _read(self, task: Task, samples: list[int]) -> dict[int, dict[SplitName, Split]]:
+        """The three splits of samples of a task; a K that its row left open is filled in."""
         if self.root == SANDBOX:
-            return _sandbox_splits(task, sample)
-        return read_task(self.root, task, sample, self.allow_overlap)
+            return {sample: _sandbox_splits(task, sample) for sample in samples}
+        task = self.tasks[task.name] = replace(task, shots=find_shots(self.root, task))
+        return read_samples(self.root, task, samples, self.allow_overlap)
 
     def connect(self, backbone: Backbone) -> None:
         """Take the backbone whose rules make the tokens, when rows are first asked for."""
         if backbone is not self._backbone:
             self._rows.clear()
+            self._rules = "" if self.cache is None else rules_digest(backbone)
         self._backbone = backbone
         self.layout = Layout(backbone.pad_id, not backbone.is_encoder_decoder)
 
@@ -102,22 +134,22 @@ class CrossFitDataModule(LightningDataModule):
         return self._rows[key]  # type: ignore[index]
 
     def _tokenise(self, task: Task, data: Split, split: SplitName) -> Rows:
-        """Apply the backbone's rules to one split."""
+        """The tokens of one split, from the folder of tokenised rows where they stand there."""
         if self._backbone is None:
             raise RuntimeError("rows are asked for before connect() gave a backbone")
         prefix = f" [{task.name}] " if self.task_prefix else ""
-        flat = [answer for answers in data.references for answer in answers]
-        encoded = iter(self._backbone.encode_targets(flat))
-        targets = [[next(encoded) for _ in answers] for answers in data.references]
-        return Rows(
-            task=task,
-            inputs=self._backbone.encode_inputs(
-                [prefix + text for text in data.inputs], self.max_input_length
-            ),
-            targets=targets if split == "train" else [],
-            references=data.references,
-            longest_target=max(len(ids) for answers in targets for ids in answers),
-        )
+        length, with_targets = self.max_input_length, split != "test"
+        if self.cache is None:
+            return tokenise(self._backbone, task, data, length, prefix, with_targets)
+        key = cache_key(data.digest, self._rules, length, prefix, with_targets)
+        rows = read_rows(self.cache, key, task, data.references)
+        if rows is None:
+            rows = tokenise(self._backbone, task, data, length, prefix, with_targets)
+            try:
+                write_rows(self.cache, key, rows)
+            except OSError as error:
+                rank_zero_warn(f"tokenised rows of {data.path} could not be kept: {error}")
+        return rows
 
     def rows_of(self, runs: Sequence[Run], split: SplitName) -> dict[tuple[str, int], Rows]:
         """Tokenised rows of every (task, sample) that the runs use."""
@@ -137,7 +169,7 @@ class CrossFitDataModule(LightningDataModule):
         assert self.trainer is not None
         return self.trainer.lightning_module
 
-    def train_dataloader(self) -> TrainSteps:
+    def train_dataloader(self) -> TrainSteps | MixtureSteps | EpisodeSteps:
         """The batches of every training step."""
         return self.method.train_steps()
 
@@ -163,6 +195,86 @@ class CrossFitDataModule(LightningDataModule):
         assert self.layout is not None
         return TrainSteps(runs, rows, self.order_seed, self.layout, steps, step, live, rank, world)
 
+    def mixture_steps(
+        self,
+        keys: Sequence[Key],
+        mixing: Mixing,
+        batch_size: int,
+        seed: int,
+        steps: int,
+        step: Callable[[], int],
+        rank: int,
+        world: int,
+        temperature: float = 2.0,
+        prompts: Mapping[Key, int] | None = None,
+    ) -> MixtureSteps:
+        """Training batches that mix the rows of several tasks (see :class:`MixtureSteps`).
+
+        Args:
+            keys: (task, sample) of each task.
+            mixing: how tasks are weighted: ``examples``, ``tasks`` or ``temperature``.
+            batch_size: rows of a step over all processes.
+            seed: seed of the order.
+            steps: number of steps.
+            step: returns the number of the next step.
+            rank: this process.
+            world: number of processes.
+            temperature: T of ``temperature``.
+            prompts: the prompt of each key; its place in ``keys`` if left out.
+        """
+        rows = {key: self.rows(*key, "train") for key in keys}
+        weights = task_weights([len(own) for own in rows.values()], mixing, temperature)
+        chosen = prompts or {key: place for place, key in enumerate(keys)}
+        assert self.layout is not None
+        return MixtureSteps(
+            rows, chosen, weights, batch_size, seed, self.layout, steps, step, rank, world
+        )
+
+    def episode_steps(
+        self,
+        keys: Sequence[Key],
+        episodes: int,
+        inner_steps: int,
+        support_size: int,
+        query_size: int,
+        seed: int,
+        steps: int,
+        step: Callable[[], int],
+        rank: int,
+        world: int,
+    ) -> EpisodeSteps:
+        """Meta-batches: support rows from train, query rows from dev (see :class:`EpisodeSteps`).
+
+        Args:
+            keys: (task, sample) of each item that episodes are made of.
+            episodes: M, episodes of a meta-batch.
+            inner_steps: K, support batches of an episode.
+            support_size: rows of a support batch.
+            query_size: rows of the query batch.
+            seed: seed of the order.
+            steps: number of meta-steps.
+            step: returns the number of the next step.
+            rank: this process.
+            world: number of processes.
+        """
+        support = {key: self.rows(*key, "train") for key in keys}
+        query = {key: self.rows(*key, "dev") for key in keys}
+        assert self.layout is not None
+        return EpisodeSteps(
+            support,
+            query,
+            episodes,
+            inner_steps,
+            support_size,
+            query_size,
+            seed,
+            self.layout,
+            steps,
+            step,
+            rank,
+            world,
+        )
+
     def evaluation_steps(
         self,
         runs: Sequence[Run],
@@ -180,6 +292,45 @@ class CrossFitDataModule(LightningDataModule):
         return EvaluationSteps(
             runs, rows, self.layout, tokens_per_forward, longest, extra_per_row, live, rank, world
         )
+
+
+def tokenise(
+    backbone: Backbone,
+    task: Task,
+    data: Split,
+    max_input_length: int,
+    prefix: str = "",
+    with_targets: bool = True,
+) -> Rows:
+    """Apply the rules of a backbone to the rows of a split; equal answers are tokenised once.
+
+    Args:
+        backbone: the backbone.
+        task: the task of the rows.
+        data: the rows.
+        max_input_length: longer inputs are cut to this many tokens, specials included.
+        prefix: text in front of every input.
+        with_targets: whether to give the token ids of the answers, which training needs.
+
+    Returns:
+        The tokenised rows.
+
+    Raises:
+        ValueError: an input without tokens.
+    """
+    inputs = backbone.encode_inputs([prefix + text for text in data.inputs], max_input_length)
+    answers = list(dict.fromkeys(chain.from_iterable(data.references)))
+    ids = dict(zip(answers, backbone.encode_targets(answers), strict=True))
+    targets = [[ids[answer] for answer in row] for row in data.references] if with_targets else []
+    return Rows(task, inputs, targets, data.references, max(map(len, ids.values())))
+
+
+def _check_shots(shots: Shots, root: str) -> None:
+    """Refuse a K that no file can have, and any for the sandbox, whose rows have their own."""
+    if root == SANDBOX:
+        raise ValueError(f"data.shots is {shots}, but the sandbox has its own rows: leave it out")
+    if shots != "all" and (not isinstance(shots, int) or isinstance(shots, bool) or shots < 1):
+        raise ValueError(f"data.shots is {shots!r}: give a whole number above 0, or all")
 
 
 def _sandbox_splits(task: Task, sample: int) -> dict[SplitName, Split]:

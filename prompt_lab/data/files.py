@@ -1,10 +1,11 @@
 r"""Few-shot files: strict reading, with errors that say file, line and reason.
 
 A file is ``<root>/<task>/<task>_<K>_<sample>_<split>.tsv``: UTF-8, no header, no quoting, one row a
-line, the input in the first column and one or more references in the others. Lines end in ``\n`` or
-``\r\n``, and a byte-order mark at the start is dropped. Spaces around a field are dropped too, so
-that an answer can equal its reference. No field may be empty: the reader of the CrossFit gym strips
-the whole line before it splits it, which shifts the columns of such rows; here they are errors.
+line, the input in the first column and one or more references in the others. K is a number, or
+``all`` where train and dev hold a whole data set. Lines end in ``\n`` or ``\r\n``, and a
+byte-order mark at the start is dropped. Spaces around a field are dropped too, so that an answer
+can equal its reference. No field may be empty: the reader of the CrossFit gym strips the whole line
+before it splits it, which shifts the columns of such rows; here they are errors.
 
 Files are neither downloaded nor written here, and rows are not tokenised.
 """
@@ -13,13 +14,15 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 import re
-from dataclasses import dataclass
-from itertools import combinations
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Literal
 
-from prompt_lab.data.tasks import Task
+from prompt_lab.data.tasks import Shots, Task
 
 SplitName = Literal["train", "dev", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "dev", "test")
@@ -72,12 +75,42 @@ def read_task(
         DataError: A file is missing or bad, has a label outside the task's set, or shares a row
             with another split.
     """
-    splits: dict[SplitName, Split] = {name: read_split(root, task, sample, name) for name in SPLITS}
-    for split in splits.values():
-        check_labels(split, task)
-    if not allow_overlap:
-        check_overlap(splits["train"], splits["dev"], splits["test"])
-    return splits
+    return read_samples(root, task, [sample], allow_overlap)[sample]
+
+
+def read_samples(
+    root: str | Path, task: Task, samples: Sequence[int], allow_overlap: bool = False
+) -> dict[int, dict[SplitName, Split]]:
+    """Read several samples of a task as `read_task` does.
+
+    The samples of CrossFit share their test rows: the lines of files that are equal byte by byte
+    are cut once, and their rows are the same lists.
+
+    Args:
+        root: Data root, the folder that holds one folder per task.
+        task: Row of the task table. Where its ``shots`` is None, the only K in the folder is taken.
+        samples: Numbers of the few-shot samples.
+        allow_overlap: Accept rows that stand in two splits.
+
+    Returns:
+        For each sample, the splits under the keys "train", "dev" and "test".
+
+    Raises:
+        DataError: As `read_task`.
+    """
+    shots = find_shots(root, task)
+    known: dict[str, Split] = {}
+    read: dict[int, dict[SplitName, Split]] = {}
+    for sample in samples:
+        read[sample] = {
+            name: _read_file(_find_file(Path(root), task, shots, sample, name), known)
+            for name in SPLITS
+        }
+        for split in read[sample].values():
+            check_labels(split, task)
+        if not allow_overlap:
+            check_overlap(read[sample]["train"], read[sample]["dev"], read[sample]["test"])
+    return read
 
 
 def read_split(root: str | Path, task: Task, sample: int, split: SplitName) -> Split:
@@ -96,17 +129,21 @@ def read_split(root: str | Path, task: Task, sample: int, split: SplitName) -> S
         MissingDataError: File, task folder or root is not there; the message says what is.
         DataError: The file is empty, is not UTF-8, or has a bad row.
     """
-    path = _find_file(Path(root), task, sample, split)
+    return _read_file(_find_file(Path(root), task, find_shots(root, task), sample, split), {})
+
+
+def _read_file(path: Path, known: dict[str, Split]) -> Split:
+    """Read a file, or take the rows of a known one (by digest) with the same bytes."""
     data = path.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    if digest in known:
+        return replace(known[digest], path=path)
     rows = [
         parse_line(path, number, line) for number, line in enumerate(split_lines(path, data), 1)
     ]
-    return Split(
-        inputs=[row[0] for row in rows],
-        references=[row[1:] for row in rows],
-        path=path,
-        digest=hashlib.sha256(data).hexdigest(),
-    )
+    inputs, references = [row[0] for row in rows], [row[1:] for row in rows]
+    known[digest] = Split(inputs, references, path, digest)
+    return known[digest]
 
 
 def check_overlap(train: Split, dev: Split, test: Split | None) -> None:
@@ -119,13 +156,15 @@ def check_overlap(train: Split, dev: Split, test: Split | None) -> None:
         DataError: Two splits share a row; the message names both files and lines.
     """
     splits = [split for split in (train, dev, test) if split is not None]
-    located = [(split.path, _row_lines(split)) for split in splits]
-    for (first, first_lines), (second, second_lines) in combinations(located, 2):
+    for first, second in combinations(splits, 2):
+        if set(first.inputs).isdisjoint(second.inputs):
+            continue  # most often so, and much faster to see
+        first_lines, second_lines = _row_lines(first), _row_lines(second)
         shared = first_lines.keys() & second_lines.keys()
         if shared:
             row = min(shared, key=lambda row: second_lines[row])
             raise DataError(
-                f"{second}, line {second_lines[row]}: the same row stands in {first}, "
+                f"{second.path}, line {second_lines[row]}: the same row stands in {first.path}, "
                 f"line {first_lines[row]}; remove it from one of the files, or set "
                 "data.allow_overlap"
             )
@@ -140,6 +179,8 @@ def check_labels(split: Split, task: Task) -> None:
     if task.labels is None:
         return
     allowed = set(task.labels)
+    if allowed.issuperset(chain.from_iterable(split.references)):
+        return
     for line, references in enumerate(split.references, 1):
         for label in references:
             if label not in allowed:
@@ -200,45 +241,66 @@ def _fault(line: str, fields: list[str]) -> str | None:
     return f"column {fields.index('') + 1} is empty; remove the tab or write a reference"
 
 
-def _find_file(root: Path, task: Task, sample: int, split: SplitName) -> Path:
+def find_shots(root: str | Path, task: Task) -> Shots:
+    """K of the files that are read of a task.
+
+    Args:
+        root: Data root, the folder that holds one folder per task.
+        task: Row of the task table.
+
+    Returns:
+        The ``shots`` of the row, or the only K in the task's folder where that is None.
+
+    Raises:
+        MissingDataError: There is no task folder, or, where it matters, no file in it.
+        DataError: The row leaves K open, and the folder holds several.
+    """
+    folder = Path(root) / task.name
+    if not folder.is_dir():
+        raise MissingDataError(_describe_missing_folder(Path(root), task.name))
+    return _only_shots(folder) if task.shots is None else task.shots
+
+
+def _find_file(root: Path, task: Task, shots: Shots, sample: int, split: SplitName) -> Path:
     """Path of a few-shot file that exists; otherwise say what is there instead."""
     folder = root / task.name
-    if not folder.is_dir():
-        raise MissingDataError(_describe_missing_folder(root, task.name))
-    shots = task.shots
-    if shots is None:
-        shots = _only_shots(folder)
     path = folder / f"{task.name}_{shots}_{sample}_{split}.tsv"
     if not path.is_file():
-        raise MissingDataError(f"no file {path}; {_describe_folder(folder)}")
+        other = [k for k, *_ in list_files(folder)]
+        hint = "" if shots in other or not other else "; data.shots chooses K"
+        raise MissingDataError(f"no file {path}; {_describe_folder(folder)}{hint}")
     return path
 
 
-def _only_shots(folder: Path) -> int:
+def _only_shots(folder: Path) -> Shots:
     """The one K that the files of a task folder have."""
-    found = sorted({shots for shots, _, _ in list_files(folder)})
+    found: list[Shots] = list(dict.fromkeys(shots for shots, _, _ in list_files(folder)))
     if not found:
         expected = f"{folder / folder.name}_<K>_<sample>_<split>.tsv"
         raise MissingDataError(f"no file {expected}; {_describe_folder(folder)}")
     if len(found) > 1:
         numbers = ", ".join(map(str, found))
-        raise DataError(f"{folder} holds files for K = {numbers}; say which with shots in the row")
+        which = "say which with data.shots, or shots in the row"
+        raise DataError(f"{folder} holds files for K = {numbers}; {which}")
     return found[0]
 
 
-def list_files(folder: Path) -> list[tuple[int, int, str]]:
-    """K, sample and split of every few-shot file in a task folder, sorted."""
-    name = re.compile(re.escape(folder.name) + r"_([0-9]+)_([0-9]+)_(train|dev|test)\.tsv")
+def list_files(folder: Path) -> list[tuple[Shots, int, str]]:
+    """K, sample and split of every few-shot file in a task folder, sorted; K "all" stands last."""
+    name = re.compile(re.escape(folder.name) + r"_([0-9]+|all)_([0-9]+)_(train|dev|test)\.tsv")
     matches = [name.fullmatch(path.name) for path in folder.iterdir()]
-    return sorted((int(m[1]), int(m[2]), m[3]) for m in matches if m)
+    files: list[tuple[Shots, int, str]] = [
+        ("all" if m[1] == "all" else int(m[1]), int(m[2]), m[3]) for m in matches if m
+    ]
+    return sorted(files, key=lambda file: (math.inf if file[0] == "all" else file[0], *file[1:]))
 
 
 def _describe_folder(folder: Path) -> str:
     """List the samples of each K and split that a task folder holds."""
-    held: dict[tuple[int, str], list[str]] = {}
+    held: dict[tuple[Shots, str], list[str]] = {}
     for shots, sample, split in list_files(folder):
         held.setdefault((shots, split), []).append(str(sample))
-    groups = [f"K = {k} {split}: {', '.join(held[k, split])}" for k, split in sorted(held)]
+    groups = [f"K = {k} {split}: {', '.join(samples)}" for (k, split), samples in held.items()]
     if not groups:
         return f"{folder} holds no files of this form"
     return f"the samples in {folder} are: {'; '.join(groups)}"

@@ -40,6 +40,7 @@ GOALS = {
     "G13": ("counts", "file_bytes"),
     "G14": ("loop", "lightning_steps"),
     "G16": ("steps", "bf16_step"),
+    "G17": ("loading", "loading"),
 }
 
 
