@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Backbone": "prompt_lab.backbone",
     "CrossFitDataModule": "prompt_lab.data.crossfit",
+    "FineTuning": "prompt_lab.methods.fine_tuning",
     "IntrinsicSubspace": "prompt_lab.methods.intrinsic_subspace",
     "PromptTuning": "prompt_lab.methods.prompt_tuning",
     "label_scores": "prompt_lab.prediction",

@@ -27,6 +27,7 @@ TASKS_COMMANDS = {
 }
 STUDY_COMMANDS = {
     "sweep": "run the trials of a wandb sweep file one after another",
+    "report": "tables and pictures from results.csv files",
 }
 COMMANDS = TRAINER_COMMANDS | OFFLINE_COMMANDS | TASKS_COMMANDS | STUDY_COMMANDS
 
@@ -76,7 +77,7 @@ def _help(version: str) -> str:
         "",
         *_tasks_help(),
         "",
-        "usage: prompt-lab COMMAND FILE [--setting value ...]",
+        "usage: prompt-lab COMMAND FILE... [--setting value ...]",
         "",
         *(f"  {name:<10}{text}" for name, text in STUDY_COMMANDS.items()),
         "",

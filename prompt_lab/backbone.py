@@ -7,7 +7,7 @@ that follows: they are computed once per prompt, with gradient, and shared by th
 Logits are made only where targets are. Both are exact.
 
 The backbone is frozen: evaluation mode, no gradients for its weights, no dropout. It does not
-train, choose prompts or read data; fine-tuning of its weights is another class's work.
+train, choose prompts or read data; the fine-tuning baseline alone asks it to :meth:`unfreeze`.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ Prefix = tuple[Tensor, ...]
 
 _POSITIONS = {"bart": "max_position_embeddings", "gpt2": "n_positions"}
 _POSITIONS |= dict.fromkeys(("llama", "qwen2"), "max_position_embeddings")
+
+_IDS_ALONE = {"return_attention_mask": False, "return_token_type_ids": False}
+"""What tokenizers need not make: masks follow from lengths here."""
 
 
 class Backbone(nn.Module):
@@ -119,6 +122,24 @@ class Backbone(nn.Module):
         """Stay in evaluation mode, whatever a trainer asks: frozen means no dropout."""
         return super().train(False)
 
+    def unfreeze(self) -> None:
+        """Let the weights be trained, for the fine-tuning baseline; dropout stays off.
+
+        ``digest`` stays that of the weights as they are now.
+
+        Raises:
+            ValueError: weights in half precision.
+        """
+        half = {w.dtype for w in self.model.parameters()} & {torch.bfloat16, torch.float16}
+        if half:
+            raise ValueError(
+                f"backbone {self.name!r} has weights in {str(half.pop()).split('.')[-1]}, which "
+                "rounds small updates away: to train them use model.backbone.dtype float32 (and "
+                "trainer.precision bf16-mixed for speed)"
+            )
+        _ = self.digest  # made once, before training
+        self.model.requires_grad_(True)
+
     def recompute_layers(self) -> None:
         """Keep activations of one layer at a time in training: less memory, more time, exact."""
         recompute_layers(self.model)
@@ -143,11 +164,13 @@ class Backbone(nn.Module):
         if not texts:
             return []
         if self.is_encoder_decoder:
-            made = self.tokenizer(list(texts), truncation=True, max_length=max_length)
+            made = self.tokenizer(list(texts), truncation=True, max_length=max_length, **_IDS_ALONE)
             return made["input_ids"]
         bos = self.tokenizer.bos_token_id
         start = [] if bos is None else [bos]
-        made = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        made = self.tokenizer(list(texts), add_special_tokens=False, verbose=False, **_IDS_ALONE)[
+            "input_ids"
+        ]
         if any(not start + ids for ids in made):
             raise ValueError(
                 f"an input has no tokens for backbone {self.name!r}: give it some text"
@@ -166,6 +189,7 @@ class Backbone(nn.Module):
             [space + text for text in texts],
             add_special_tokens=self.is_encoder_decoder,
             verbose=False,
+            **_IDS_ALONE,
         )["input_ids"]
         end = self.tokenizer.eos_token_id
         return [ids if ids[-1:] == [end] else [*ids, end] for ids in made]

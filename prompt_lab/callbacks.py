@@ -16,8 +16,8 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
 from prompt_lab.atomic_file import write_atomically
+from prompt_lab.methods.prompt_method import PromptMethod
 from prompt_lab.results import CURVE_COLUMNS, read_csv
-from prompt_lab.run import Run
 
 NOT_SAVED = ("ckpt_path", "dry_run", "run_dir", "weights_only")
 
@@ -29,9 +29,8 @@ class EvaluationLines(Callback):
         """Note the time, and say what is trained."""
         self.started = time.monotonic()
         if trainer.is_global_zero:
-            runs, size = len(_runs(pl_module)), pl_module.num_virtual_tokens
             print(
-                f"{runs} runs of {size} virtual tokens on {trainer.world_size} x "
+                f"{_method(pl_module).summary()} on {trainer.world_size} x "
                 f"{pl_module.device.type}, {trainer.max_steps} steps, "
                 f"in {trainer.default_root_dir}",
                 flush=True,
@@ -42,9 +41,12 @@ class EvaluationLines(Callback):
         if trainer.state.fn != "fit" or not trainer.is_global_zero or sys.stdout.isatty():
             return
         seen = trainer.callback_metrics
+        alive = ""
+        if "runs_alive" in seen:
+            alive = f"  alive {int(seen['runs_alive'])}/{len(_method(pl_module).runs)}"
         print(
             f"step {trainer.global_step:>6}/{trainer.max_steps}"
-            f"  alive {int(seen['runs_alive'])}/{len(_runs(pl_module))}"
+            f"{alive}"
             f"  loss {seen['train/loss']:.4f}"
             f"  best dev {seen['best/val_score']:.3f}"
             f"  {time.monotonic() - self.started:.0f} s",
@@ -97,9 +99,9 @@ class WandbCurves(Callback):
                 logger.log_table("curves", columns=list(CURVE_COLUMNS), data=data)
 
 
-def _runs(method: Any) -> list[Run]:
-    """The runs of the bank."""
-    return method.runs
+def _method(module: Any) -> PromptMethod:
+    """The module, which is one of this package's methods."""
+    return module
 
 
 def flag_names(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

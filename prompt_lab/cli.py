@@ -27,12 +27,15 @@ from lightning.pytorch.utilities import rank_zero_only
 from prompt_lab.callbacks import EvaluationLines, SaveRunConfig, WandbCurves, flag_names
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.methods.dry_run import describe_grid
+from prompt_lab.methods.fine_tuning import FineTuning
+from prompt_lab.methods.intrinsic_subspace import IntrinsicSubspace
 from prompt_lab.methods.prompt_method import PromptMethod
 from prompt_lab.methods.prompt_tuning import PromptTuning
 
-METHODS = {kind.__name__: kind for kind in (PromptTuning,)}
+METHODS = {kind.__name__: kind for kind in (PromptTuning, IntrinsicSubspace, FineTuning)}
 RUN_DIR_VARIABLE = "PROMPT_LAB_RUN_DIR"
 OUTPUTS = ("prompts", "checkpoints", "logs", "results.csv", "curves.csv", "predictions.jsonl")
+OUTPUTS += ("best.safetensors",)
 
 
 class PromptLabParser(LightningArgumentParser):
@@ -189,7 +192,10 @@ class PromptLabCLI(LightningCLI):
         """With ``--dry_run``, print the grid and leave."""
         if self._settings.dry_run:
             self.datamodule.setup("fit")
-            print(describe_grid(self.model, self.datamodule, self.trainer))
+            if isinstance(self.model, PromptTuning):
+                print(describe_grid(self.model, self.datamodule, self.trainer))
+            else:
+                print(self.model.describe_fit(self.datamodule, self.trainer))
             sys.exit(0)
 
     def after_fit(self) -> None:

@@ -1,4 +1,4 @@
-"""``predict``, ``export``, ``import``, ``tasks`` and ``sweep``: the commands that run no trainer.
+"""``predict``, ``export``, ``import``, ``tasks``, ``sweep`` and ``report``: no trainer.
 
 Each is one function. Its flags are made from its signature and its docstring: a first parameter
 without default is positional (unless it is keyword-only), a list takes several words, and what has
@@ -31,6 +31,7 @@ FUNCTIONS = {
     "tasks check": ("prompt_lab.tasks_command", "check_tasks"),
     "tasks build": ("prompt_lab.build_command", "build_tasks"),
     "sweep": ("prompt_lab.sweep_command", "sweep_command"),
+    "report": ("prompt_lab.report_command", "report_command"),
 }
 
 

@@ -105,27 +105,44 @@ def best_by_dev(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def summary_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table that ``test`` prints: a line per task, the baselines beside the tuned prompts.
+    """The table that ``test`` prints: a line per task, the baselines beside what was trained.
 
-    Tuned is the mean over samples and seeds of the run that dev chose among learning rates and
-    batch sizes, with the standard deviation (ddof 1) and the number of prompts that have a score.
+    A column of what was trained is one variant and intrinsic dimension: the mean over samples and
+    seeds of the run that dev chose among learning rates and batch sizes, with the standard
+    deviation (ddof 1); ``prompts`` is the number of those that have a score.
     """
     columns = [name for name in BASELINES if any(row["variant"] == name for row in rows)]
-    header = ["task", "metric", *(name.replace("_", " ") for name in columns), "tuned", "prompts"]
+    trained = list(dict.fromkeys(_trained(row) for row in rows if row["variant"] not in BASELINES))
+    names = [name.replace("_", " ") for name in (*columns, *trained)]
+    header = ["task", "metric", *names, "prompts"]
     lines = [header]
     for task in dict.fromkeys(row["task"] for row in rows):
         of_task = [row for row in rows if row["task"] == task]
         cells = [task, of_task[0]["metric"]]
         for name in columns:
             cells.append(_mean_cell([r["test"] for r in of_task if r["variant"] == name]))
-        own = [row for row in of_task if row["variant"] not in BASELINES]
-        tuned = [row["test"] for row in best_by_dev(own)]
-        scored = len(_known(tuned))
-        count = str(scored) if scored == len(tuned) else f"{scored} of {len(tuned)}"
-        lines.append([*cells, _mean_cell(tuned, spread=True), count])
+        counts = []
+        for name in trained:
+            own = [row for row in of_task if _trained(row) == name]
+            chosen = [row["test"] for row in best_by_dev(own)]
+            cells.append(_mean_cell(chosen, spread=True))
+            counts.append((len(_known(chosen)), len(chosen)))
+        lines.append([*cells, _count_cell(counts)])
     widths = [max(len(line[at]) for line in lines) for at in range(len(header))]
     padded = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
     return "\n".join([padded[0], "  ".join("-" * w for w in widths), *padded[1:]])
+
+
+def _trained(row: Mapping[str, Any]) -> str:
+    """Variant of a line, and its intrinsic dimension where it has one."""
+    dim = row.get("intrinsic_dim")
+    return row["variant"] if dim is None else f"{row['variant']} {dim}"
+
+
+def _count_cell(counts: Sequence[tuple[int, int]]) -> str:
+    """Runs with a score, and of how many where some have none; one number where columns agree."""
+    cells = dict.fromkeys(str(n) if n == all_ else f"{n} of {all_}" for n, all_ in counts if all_)
+    return ", ".join(cells) or "0"
 
 
 def _known(values: Sequence[float]) -> list[float]:

@@ -281,11 +281,11 @@ def _facts_of(task: Task) -> Iterator[tuple[str, str]]:
         hub = source.hub or "not on the hub"
         yield "data set", hub if source.config is None else f"{hub}, {source.config}"
         if source.train == source.test:
-            yield "splits", f"train and test are parts of {source.train}"
+            yield "splits", f"train and test are drawn from {source.train}"
         else:
             yield "splits", f"train {source.train}, test {source.test}"
-        yield "input", source.input
-        yield "answer", source.target or f"the label in {source.label}"
+        yield "template", source.input
+        yield "target", source.target or f"the label in {source.label}"
         if source.prepare is not None:
             yield "prepared", f"by {source.prepare} of prompt_lab/data/prepare.py"
     yield "licence", task.licence

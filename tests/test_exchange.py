@@ -507,11 +507,19 @@ def test_each_run_takes_the_prompt_of_its_task_from_a_checkpoint(
         initial(single, make_backbone("t5"), [run("emotion", 21)])
 
 
-def test_runs_with_several_prompts_in_a_checkpoint_are_named(
+def test_of_a_grid_in_a_checkpoint_the_best_by_dev_is_taken(
     backbone: Factory, fitted: tuple[PromptTuning, Path]
 ) -> None:
-    with pytest.raises(ValueError, match=r"several prompts for emotion_13_seed0_lr0.03_bs4"):
-        initial(fitted[1], backbone("t5"), [run("emotion")])
+    method, path = fitted
+    own = [
+        i
+        for i, other in enumerate(method.runs)
+        if (other.task, other.sample, other.init_seed) == ("emotion", 13, 0)
+    ]
+    best = max(own, key=lambda i: method.best_score[i].item())
+    assert len(own) > 1
+    made = initial(path, backbone("t5"), [run("emotion")])
+    assert torch.equal(made[0], method.best[best])
 
 
 def test_a_fit_starts_from_the_prompt_that_was_exported(

@@ -222,9 +222,7 @@ def test_missing_prompts_are_all_named(backbone, tmp_path):
         FileNotFoundError, match=r"2 of 3 .*: glue-cola 13, glue-sst2 42; tune them"
     ):
         source_prompts([str(store)], keys, model, TOKENS)
-    with pytest.raises(
-        ValueError, match=r"has 5 virtual tokens, but model.num_virtual_tokens is 7"
-    ):
+    with pytest.raises(ValueError, match=r"5 virtual tokens, but .*num_virtual_tokens is 7"):
         source_prompts([str(store)], keys[:1], model, 7)
     with pytest.raises(ValueError, match="made for backbone"):
         source_prompts([str(store)], keys[:1], backbone("bart"), TOKENS)

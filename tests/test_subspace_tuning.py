@@ -125,13 +125,17 @@ def test_a_resumed_fit_equals_the_uninterrupted_one_and_needs_its_subspace(fit, 
     (prompt,) = load_checkpoint(tmp_path / "a.ckpt")
     assert prompt.prompt.shape == (TOKENS, files[0].hidden_size)
     with pytest.raises(ValueError, match="tuned in another subspace, or in none"):
-        fit("none", ckpt=str(tmp_path / "a.ckpt"), subspace=SubspaceConfig(intrinsic_dim=DIM))
+        fit(
+            "none",
+            ckpt=str(tmp_path / "a.ckpt"),
+            subspace=SubspaceConfig("random", intrinsic_dim=DIM),
+        )
 
 
 def test_a_random_subspace_is_a_function_of_its_seed(fit):
-    settings = {"subspace": SubspaceConfig(intrinsic_dim=4, seed=1)}
+    settings = {"subspace": SubspaceConfig("random", intrinsic_dim=4, seed=1)}
     first, again = fit("first", **settings), fit("again", **settings)
-    other = fit("other", subspace=SubspaceConfig(intrinsic_dim=4, seed=2))
+    other = fit("other", subspace=SubspaceConfig("random", intrinsic_dim=4, seed=2))
     assert first.variant == "random_subspace"
     assert torch.equal(first.best, again.best)
     assert not torch.equal(first.init, other.init)
@@ -140,15 +144,15 @@ def test_a_random_subspace_is_a_function_of_its_seed(fit):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({}, "give model.subspace.path .* or model.subspace.intrinsic_dim .* and not both"),
-        ({"path": "x", "intrinsic_dim": 3}, "and not both"),
-        ({"intrinsic_dim": 0}, "intrinsic_dim is 0: give 1 or more"),
-        ({"intrinsic_dim": 3, "std": -1.0}, "std is -1.0: give 0 or more"),
+        ({"path": "random"}, "give a dimension for a random subspace, and none for a file"),
+        ({"path": "x", "intrinsic_dim": 3}, "path is 'x' and model.subspace.intrinsic_dim is 3"),
+        ({"path": "random", "intrinsic_dim": 0}, "intrinsic_dim is 0: give 1 or more"),
+        ({"path": "x", "std": -1.0}, "std is -1.0: give 0 or more"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, reason):
     with pytest.raises(ValueError, match=reason):
-        SubspaceConfig(**settings)
+        PromptTuning(subspace=SubspaceConfig(**settings))
 
 
 def test_another_backbone_or_number_of_tokens_is_refused(files, backbone):

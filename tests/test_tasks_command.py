@@ -364,12 +364,14 @@ def test_a_task_is_shown_with_rows_from_all_of_its_file(root, capsys, monkeypatc
     words = ("show", "mine", "--root", "data", "--sample", "42", "--task_file", "tasks.yaml")
     assert command(*words, "--count", "2") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:10] == [
+    assert lines[:12] == [
         "mine",
         "  ontology  custom",
         "  metric    ACC",
         "  K         2",
+        "  drawn     K of each label",
         "  labels    good, bad",
+        "  licence   not known here",
         "",
         "2 of the 4 rows of train, sample 42",
         "",

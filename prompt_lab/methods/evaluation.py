@@ -114,7 +114,9 @@ class Evaluation:
             return
         print(f"\n{self.split} scores\n{summary_table(rows)}\n", flush=True)
         if stage == "test":
-            print(f"results, predictions and prompts are in {self.method.run_dir}", flush=True)
+            prompts = self.method.stores_prompts
+            kept = "results, predictions and prompts" if prompts else "results and predictions"
+            print(f"{kept} are in {self.method.run_dir}", flush=True)
 
     def _result_rows(self, scores: Tensor, stage: str) -> list[dict[str, Any]]:
         """A line of results per run."""
@@ -134,8 +136,9 @@ class Evaluation:
                 "best_step": prompt.steps,
                 "seconds": prompt.seconds,
                 "status": prompt.status,
-                "prompt_file": f"prompts/{prompt.name}.safetensors",
             }
+            if self.method.stores_prompts:
+                line["prompt_file"] = f"prompts/{prompt.name}.safetensors"
             lines.append(line)
         return lines
 
@@ -222,7 +225,8 @@ class Evaluation:
         write_predictions(folder / "predictions.jsonl", map(self._prediction, sorted(gathered)))
         digests = json.dumps(method.digests(), indent=1)
         write_atomically(folder / "digests.json", digests.encode())
-        PromptStore(folder / "prompts").save(method.best_prompts(scores))
+        if method.stores_prompts:
+            PromptStore(folder / "prompts").save(method.best_prompts(scores))
 
     def _prediction(self, found: tuple[str, int, int, str]) -> dict[str, Any]:
         """One line of the predictions file."""

@@ -192,9 +192,18 @@ def _names(index: Sequence[Mapping[str, object]], runs: Sequence[Run], path: Pat
 
 
 def _matches(index: Sequence[Mapping[str, object]], run: Run) -> list[str]:
-    """Names of the prompts of a run's task, narrowed to its sample and seed where needed."""
+    """Names of the prompts of a run's task, narrowed to its sample and seed where needed.
+
+    Of several of its sample and seed, as a grid leaves them, the one with the best dev score (of
+    equal ones the first) is taken, if all have one.
+    """
     found = [row for row in index if row["task"] == run.task]
-    for key, value in (("sample", run.sample), ("init_seed", run.init_seed)):
+    own: tuple[tuple[str, object], ...] = (("sample", run.sample), ("init_seed", run.init_seed))
+    for key, value in own:
         if len(found) > 1:
             found = [row for row in found if row[key] == value] or found
+    scores = [row.get("dev_score") for row in found]
+    is_grid = all(row[key] == value for row in found for key, value in own)
+    if len(found) > 1 and is_grid and None not in scores:
+        found = [found[scores.index(max(scores))]]  # type: ignore[type-var]
     return [str(row["name"]) for row in found]

@@ -119,7 +119,8 @@ class IntrinsicSubspace(PromptMethod):
         self.dims = intrinsic_dim if isinstance(intrinsic_dim, list) else [intrinsic_dim]
         _check(self.dims, alpha, warmup, clip, learning_rate)
         self.unseen_tasks = expand_sets(unseen_tasks)
-        self.inner_size, self.alpha, self.mixing = inner_size, alpha, mixing
+        self.inner_size, self.alpha = inner_size, alpha
+        self.mixing: Mixing = mixing
         self.lm_reduction = lm_reduction
         self.reconstruction_reduction: Literal["sum", "mean"] = reconstruction_reduction
         self.num_virtual_tokens, self.learning_rate = num_virtual_tokens, learning_rate
@@ -384,7 +385,8 @@ class IntrinsicSubspace(PromptMethod):
         self.log_dict(logged, rank_zero_only=False)
         finite = [value for value in self.best_score.tolist() if value > -torch.inf]
         best = sum(finite) / len(finite) if finite else float("nan")
-        self.log("best/val_score", best, prog_bar=True, rank_zero_only=False)
+        bar = {"train/loss": sum(lm) / len(lm), "best/val_score": best}
+        self.log_dict(bar, prog_bar=True, rank_zero_only=False)
         if self.trainer.is_global_zero:
             append_curves(self.run_dir / "curves.csv", self._curve_rows(lm, reconstruction, means))
         for total in (self.lm_sum, self.reconstruction_sum, self.loss_steps):
@@ -501,6 +503,13 @@ class IntrinsicSubspace(PromptMethod):
             )
             for i, run in enumerate(self.runs)
         ]
+
+    def summary(self) -> str:
+        """What is trained, in a few words."""
+        return (
+            f"subspaces of {', '.join(map(str, self.dims))} dimensions from {len(self.keys)} "
+            f"prompts of {self.num_virtual_tokens} virtual tokens"
+        )
 
     def result_facts(self, run: int) -> dict[str, Any]:
         """What the results say of how a run was trained."""

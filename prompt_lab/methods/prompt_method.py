@@ -12,10 +12,10 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -30,8 +30,7 @@ from prompt_lab.prompt_file import Prompt
 from prompt_lab.run import Run
 from prompt_lab.sandbox import SANDBOX
 
-_FROZEN = ("backbone.", "subspace.")
-"""Beginnings of the names of weights that no method changes, and no checkpoint holds."""
+Made = TypeVar("Made")
 
 
 @dataclass
@@ -91,11 +90,15 @@ class PromptMethod(LightningModule):
         init: (R, N, D) the prompts that the runs start from.
         num_virtual_tokens: N.
         test_baselines: whether ``test`` also scores no prompt and other baselines.
+        stores_prompts: whether there are prompts to keep as files.
+        frozen: beginnings of the names of weights that do not change, and no checkpoint holds.
     """
 
     init: Tensor
     num_virtual_tokens: int
     test_baselines: bool = False
+    stores_prompts: bool = True
+    frozen: tuple[str, ...] = ("backbone.", "subspace.")
 
     def __init__(
         self,
@@ -123,9 +126,23 @@ class PromptMethod(LightningModule):
         """The prompt of every run that ``test`` is to score, ready to be stored."""
         raise NotImplementedError
 
+    def summary(self) -> str:
+        """What is trained, in a few words."""
+        return f"{len(self.runs)} runs of {self.num_virtual_tokens} virtual tokens"
+
     def result_facts(self, run: int) -> dict[str, Any]:
         """What the results say of how a run was trained, beside what its prompt says."""
         raise NotImplementedError
+
+    def describe_fit(self, data: CrossFitDataModule, trainer: Trainer) -> str:
+        """The text of ``fit --dry_run``.
+
+        Raises:
+            ValueError: a method that has none.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no --dry_run: for a look use a small trainer.max_steps"
+        )
 
     # ---- set-up ---------------------------------------------------------------------------------
 
@@ -160,7 +177,7 @@ class PromptMethod(LightningModule):
 
         Buffers are not broadcast either: each rank has its own sums, and the others are equal.
         """
-        frozen = [name for name, _ in self.named_parameters() if name.startswith(_FROZEN)]
+        frozen = [name for name, _ in self.named_parameters() if name.startswith(self.frozen)]
         buffers = [name for name, _ in self.named_buffers()]
         self._ddp_params_and_buffers_to_ignore = frozen + buffers
 
@@ -311,12 +328,18 @@ class PromptMethod(LightningModule):
         self, bank: Tensor, batch: Batch, label_smoothing: float
     ) -> tuple[Tensor, Tensor]:
         """Losses (R,) and gradient (R, N, D); micro-batches are halved when memory runs out."""
-        assert self.backbone is not None
+        backbone = self.backbone
+        assert backbone is not None
+        return self.within_memory(
+            batch,
+            lambda tokens: bank_gradient(backbone, bank, batch, tokens, label_smoothing),
+        )
+
+    def within_memory(self, batch: Batch, step: Callable[[int], Made]) -> Made:
+        """What ``step`` makes, given the tokens of a forward pass; fewer when memory runs out."""
         while True:
             try:
-                return bank_gradient(
-                    self.backbone, bank, batch, self.tokens_per_forward, label_smoothing
-                )
+                return step(self.tokens_per_forward)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -393,7 +416,7 @@ class PromptMethod(LightningModule):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The state without the frozen backbone."""
         state = super().state_dict(*args, **kwargs)
-        for name in [name for name in state if name.startswith(_FROZEN)]:
+        for name in [name for name in state if name.startswith(self.frozen)]:
             del state[name]
         return state
 
@@ -411,7 +434,7 @@ class PromptMethod(LightningModule):
                     f"{tuple(own.shape)} here; resume with the settings and the data of the fit"
                 )
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
-        missing = [name for name in result.missing_keys if not name.startswith(_FROZEN)]
+        missing = [name for name in result.missing_keys if not name.startswith(self.frozen)]
         if strict and (missing or result.unexpected_keys):
             raise ValueError(
                 f"the checkpoint does not fit: missing {missing}, unexpected "

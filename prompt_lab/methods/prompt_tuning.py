@@ -121,6 +121,8 @@ class PromptTuning(PromptMethod):
         self.init_config = as_config(InitConfig, init)
         self.subspace_config = as_config(SubspaceConfig, subspace)
         self.subspace: Subspace | None = None
+        if self.subspace_config is not None:
+            self.subspace_config.check()
         self.num_virtual_tokens, self.label_smoothing = num_virtual_tokens, label_smoothing
         self.init_seeds = init_seed if isinstance(init_seed, list) else [init_seed]
         self.learning_rates = learning_rate if isinstance(learning_rate, list) else [learning_rate]

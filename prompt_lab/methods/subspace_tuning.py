@@ -18,32 +18,37 @@ from prompt_lab.run import Run
 from prompt_lab.subspace import Subspace, load_subspace
 
 
+RANDOM = "random"
+"""The path that stands for a random subspace."""
+
+
 @dataclass
 class SubspaceConfig:
     """The subspace that prompts are tuned in.
 
     Args:
-        path: subspace file that IntrinsicSubspace wrote; null for a random subspace.
+        path: subspace file that IntrinsicSubspace wrote; or ``random`` for a random subspace.
         intrinsic_dim: I of a random subspace; a file has its own.
         seed: of the weights of a random subspace.
         std: standard deviation of the initial codes, 0.02 in the authors' code.
     """
 
-    path: str | None = None
+    path: str
     intrinsic_dim: int | None = None
     seed: int = 0
     std: float = 0.02
 
-    def __post_init__(self) -> None:
-        """Check that one of file and dimension is given.
+    def check(self) -> None:
+        """Check that a random subspace has a dimension, and a file none beside its own.
 
         Raises:
-            ValueError: both or neither, or a standard deviation below 0.
+            ValueError: naming the setting and what is allowed.
         """
-        if (self.path is None) == (self.intrinsic_dim is None):
+        if (self.path == RANDOM) != (self.intrinsic_dim is not None):
             raise ValueError(
-                "give model.subspace.path (a subspace file) or model.subspace.intrinsic_dim (the "
-                "size of a random subspace), and not both"
+                f"model.subspace.path is {self.path!r} and model.subspace.intrinsic_dim is "
+                f"{self.intrinsic_dim}: give a dimension for a {RANDOM} subspace, and none for a "
+                "file"
             )
         if self.intrinsic_dim is not None and self.intrinsic_dim < 1:
             raise ValueError(
@@ -59,20 +64,19 @@ class SubspaceConfig:
             FileNotFoundError: no such file.
             ValueError: as :func:`prompt_lab.subspace.load_subspace`.
         """
-        if self.path is not None:
+        if self.intrinsic_dim is None:
             return load_subspace(self.path, backbone, num_virtual_tokens)
-        assert self.intrinsic_dim is not None
         size = (num_virtual_tokens, backbone.hidden_size, self.intrinsic_dim)
         return Subspace(*size, seed=self.seed).requires_grad_(False)
 
     @property
     def variant(self) -> str:
         """Its name in the results."""
-        return "random_subspace" if self.path is None else "subspace"
+        return "random_subspace" if self.path == RANDOM else "subspace"
 
     def describe(self) -> str:
         """How the codes are initialised, for prompt files and results."""
-        where = f"random subspace seed {self.seed}" if self.path is None else self.path
+        where = f"random subspace seed {self.seed}" if self.path == RANDOM else self.path
         return f"codes std {self.std} in {where}"
 
 
