@@ -158,10 +158,13 @@ def _report(done: Sequence[Built], failed: Sequence[str], out: str) -> None:
     fresh = sum(built.is_new for built in done)
     same = [match for built in done for match in built.published.values()]
     print(
-        f"{len({built.task for built in done})} tasks, {files} files in {out} "
-        f"({fresh} built now, {len(done) - fresh} there before); "
-        f"{sum(same)} of {len(same)} published digests agree; {len(failed)} failed"
+        f"{len({built.task for built in done})} tasks, {files} files in {out}: {fresh} sets built "
+        f"now, {len(done) - fresh} there before (a set is a task and a K)"
     )
+    if same:
+        print(f"{sum(same)} of {len(same)} digests that CrossFit published agree")
+    if failed:
+        print(f"{len(failed)} tasks failed; run the command again to try them once more")
 
 
 def _one_line(task: str, error: Exception) -> str:

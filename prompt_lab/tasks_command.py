@@ -405,7 +405,7 @@ def _check_task(folder: Path, task: Task) -> Iterator[Finding]:
         if shots in read:
             yield from _check_shots(folder, task, shots, held)
         else:
-            what = f"the table has K = {task.shots}, not checked; data.shots {shots} reads these"
+            what = f"not checked, but K = {task.shots} is; data.shots {shots} reads these"
             yield Finding(task.name, what, False, shots)
 
 

@@ -2,7 +2,7 @@
 
 ``python tests/hub_server.py FOLDER`` prints its address and serves ``FOLDER/<owner>/<name>/...`` as
 the Parquet branches of data sets. A short name is answered as its long one, as the hub does. Files
-named ``*.cut`` beside a file make its first answers stop in the middle.
+named ``*.cut`` beside a file make its answers stop in the middle, ``*.slow`` make them late.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlparse
@@ -70,7 +71,7 @@ class Hub(BaseHTTPRequestHandler):
                 "size": path.stat().st_size,
             }
             for path in sorted(folder.iterdir())
-            if path.suffix != ".cut"
+            if path.suffix not in (".cut", ".slow")
         ]
         self.answer(json.dumps(entries).encode())
 
@@ -82,6 +83,8 @@ class Hub(BaseHTTPRequestHandler):
         content = path.read_bytes()
         etag = hashlib.sha256(content).hexdigest()
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}
+        if path.with_suffix(".slow").exists():
+            time.sleep(60)
         cut = path.with_suffix(".cut")
         self.answer(content, headers, is_cut=cut.exists())
 

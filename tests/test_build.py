@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -291,12 +293,12 @@ def test_a_task_that_fails_does_not_lose_the_others(tmp_path, task_file, own, ca
     said = capsys.readouterr()
     assert status == 1
     assert "1 tasks, 15 files" in said.out
-    assert "1 failed" in said.out
+    assert "1 tasks failed" in said.out
     assert said.err.count("failed: things: no file") == 1
     assert len(contents(tmp_path / "out")) == 15
     write_json_lines(own / "things" / "train.jsonl", rows_of(20))
     assert build(tmp_path / "out", own, task_file, tasks=["things", "colors"]) == 0
-    assert "(1 built now, 1 there before)" in capsys.readouterr().out
+    assert "1 sets built now, 1 there before" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -349,18 +351,19 @@ def hub(copy: Path) -> Iterator[str]:
         server.kill()
 
 
-def run_command(hub: str, tmp_path: Path, task_file: Path) -> subprocess.CompletedProcess[str]:
-    """Build the two tasks with the real command, whose hub is the stand-in."""
+def command(hub: str, tmp_path: Path, task_file: Path) -> tuple[list[str], dict[str, str]]:
+    """Words and environment that build the two tasks with the real command from the stand-in."""
     words = ["tasks", "build", "--tasks", "colors", "things", "--out", str(tmp_path / "out")]
     environment = {**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "home")}
     environment.pop("HF_HUB_OFFLINE", None)
-    return subprocess.run(
-        [sys.executable, "-m", "prompt_lab", *words, "--task_file", str(task_file)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    words = [sys.executable, "-m", "prompt_lab", *words, "--task_file", str(task_file)]
+    return words, environment
+
+
+def run_command(hub: str, tmp_path: Path, task_file: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end."""
+    words, environment = command(hub, tmp_path, task_file)
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def test_the_hub_gives_what_own_rows_give(tmp_path, task_file, own, hub):
@@ -385,4 +388,20 @@ def test_an_interrupted_download_is_one_line_and_can_be_done_again(tmp_path, tas
     cut.unlink()
     again = run_command(hub, tmp_path, task_file)
     assert again.returncode == 0, again.stderr
-    assert "(1 built now, 1 there before)" in again.stdout
+    assert "1 sets built now, 1 there before" in again.stdout
+
+
+def test_an_interrupt_keeps_what_is_finished(tmp_path, task_file, copy, hub):
+    (copy / "owner/paint/plain/validation/0001.slow").touch()  # colors waits, things does not
+    words, environment = command(hub, tmp_path, task_file)
+    with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True) as running:
+        finished = tmp_path / "out" / "things" / "things_3_build.json"
+        for _ in range(600):
+            if finished.exists():
+                break
+            time.sleep(0.1)
+        running.send_signal(signal.SIGINT)
+        _, said = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "interrupted; 1 of 2 tasks are finished, run the command again for the rest" in said
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["things"]

@@ -134,7 +134,7 @@ def test_what_a_fit_refuses_is_an_error(root, change, finding):
         (lambda root: (root / "loose/data").mkdir(),
          "loose: not of the form loose_<K>_<sample>_<split>.tsv, not read: data"),
         (lambda root: (root / "free/free_9_13_dev.tsv").touch(),
-         "free, K 9: the table has K = 3, not checked; data.shots 9 reads these"),
+         "free, K 9: not checked, but K = 3 is; data.shots 9 reads these"),
     ],
 )  # fmt: skip
 def test_what_a_fit_accepts_is_a_note(root, change, finding):
@@ -217,7 +217,7 @@ def test_where_k_is_all_any_number_of_rows_will_do(root, capsys):
     assert lines[1].startswith("error: mine, K all, sample 13, split test, line 3: not a label")
     assert "error: free: no file free_3_<sample>_<split>.tsv" in lines
     assert (
-        "note: free, K all: the table has K = 3, not checked; data.shots all reads these" in lines
+        "note: free, K all: not checked, but K = 3 is; data.shots all reads these" in lines
     )
     assert any("loose: files for K = 2, all: say which" in line for line in lines)
 
