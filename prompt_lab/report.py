@@ -58,7 +58,7 @@ class Row:
     """One line of a result file.
 
     Attributes:
-        cells: its cells as text, by column.
+        cells: its cells as text, by column; the prompt file with the folder of the results.
         dev: dev score; minus infinity where there is none.
         test: test score; NaN where there is none.
         learning_rate: NaN where there is none.
@@ -312,6 +312,8 @@ def _parse(path: Path, line: int, cells: dict[str, str]) -> Row:
         cells = {**cells, "fit_id": ""}
     if cells["variant"] in _WITHOUT_METHOD:  # and for every method
         cells = {**cells, "method": "", "stage": ""}
+    if cells.get("prompt_file"):
+        cells = {**cells, "prompt_file": str(path.parent / cells["prompt_file"])}
     dev = -math.inf if math.isnan(numbers["dev"]) else numbers["dev"]
     return Row(cells, dev, numbers["test"], numbers["learning_rate"], numbers["batch_size"])
 

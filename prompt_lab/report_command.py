@@ -38,11 +38,16 @@ from prompt_lab.report import (
 from prompt_lab.statistics import DENOMINATOR_RULE
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from prompt_lab.plots import Series
 
 DEFAULT_REFERENCES = ("prompt_tuning", "fine_tuning")
 PAGE = 20
 """Tasks in one picture of bars."""
+
+MOST_KINDS = 6
+"""Kinds of tasks that a picture of codes tells apart; of more, their groups."""
 
 SPREAD = "standard deviation (ddof 1) over a task's samples and seeds"
 COUNTS: tuple[str, ...] = (
@@ -541,7 +546,7 @@ def _set_of(sets: Sets, task: str) -> str:
 
 
 def draw(report: Report, folder: Path) -> list[Path]:
-    """Draw bars per task, and curves over the intrinsic dimension where there are several.
+    """Draw bars per task, curves over the intrinsic dimension where there are several, and codes.
 
     Args:
         report: the report.
@@ -550,7 +555,7 @@ def draw(report: Report, folder: Path) -> list[Path]:
     Returns:
         The files.
     """
-    files = _draw_bars(report, folder)
+    files = [*_draw_bars(report, folder), *_draw_maps(report, folder)]
     if len(dimensions(report.lines)) > 1:
         for name in (None, *report.references):
             files += _draw_curves(report, name, folder)
@@ -586,6 +591,43 @@ def _bars_of(line: Line, tasks: Sequence[str]) -> Series:
     results = [line.tasks.get(task) for task in tasks]
     scores = [math.nan if result is None else result.score for result in results]
     return Series(line.label, scores, [math.nan if r is None else r.std for r in results])
+
+
+def _draw_maps(report: Report, folder: Path) -> list[Path]:
+    """The codes of each subspace on their principal components, where there are three or more."""
+    import numpy as np
+
+    from prompt_lab.plots import save_figure, vector_map
+
+    files = []
+    for line in report.lines:
+        runs = [
+            (r, row.cells.get("prompt_file", "")) for r in line.tasks.values() for row in r.chosen
+        ]
+        found = [(result, code) for result, path in runs if (code := _read_code(path)) is not None]
+        if line.dimension is None or line.dimension < 2 or len(found) < 3:
+            continue
+        kinds = {result.ontology for result, _ in found}
+        is_small = len(kinds) <= MOST_KINDS
+        groups = [r.ontology if is_small else group_of(r.ontology) for r, _ in found]
+        sets = [_set_of(report.sets, result.task) or "all tasks" for result, _ in found]
+        note = f"{line.label}: codes of {len(found)} runs"
+        figure = vector_map(np.stack([code for _, code in found]), groups, sets, note)
+        files += save_figure(figure, folder / f"codes-{_file_name(line.label)}")
+    return files
+
+
+def _read_code(path: str) -> NDArray[Any] | None:
+    """The code (I,) in a prompt file, or None where there is no file or no code in it."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path or not Path(path).is_file():
+        return None
+    try:
+        with safe_open(path, "np") as file:
+            return file.get_tensor("code") if "code" in file.keys() else None  # noqa: SIM118
+    except SafetensorError:
+        return None
 
 
 def _draw_curves(report: Report, reference: str | None, folder: Path) -> list[Path]:

@@ -65,3 +65,4 @@ def test_prompts_subspace_tuning_and_prompts_again_run_one_after_another(tmp_pat
     assert "E_rel" in printed
     assert "prompt tuning, random subspace, dim 3" in printed
     assert len(list((tmp_path / "report").glob("*.png"))) >= 2
+    assert (tmp_path / "report" / "codes-prompt_tuning_subspace_dim_3.png").is_file()
