@@ -501,10 +501,13 @@ class Backbone(nn.Module):
 
     def _target_logits(self, prefix: Prefix, batch: Batch) -> Tensor:
         """Logits (M, V) at the M targets of rows ``[prompt] input target``, row by row."""
-        from prompt_lab.prompt_cache import row_cache
+        from prompt_lab.prompt_cache import prompt_cache, row_cache
 
         batch = batch.padded_left()
         parts, mask, positions = self._rows(prefix, batch)
+        # Without a prompt too the cache must stay as it is when a layer is recomputed.
+        layers = self.model.config.num_hidden_layers
+        cache = row_cache(parts) if parts else prompt_cache(layers)
         width = batch.input_ids.shape[1]
         rows = zip(batch.input_lengths, batch.target_lengths, strict=True)
         self._check_positions(mask.shape[1] - width + max(map(sum, rows)))  # padding takes none
@@ -513,7 +516,7 @@ class Backbone(nn.Module):
         ids = torch.cat([batch.input_ids, known.masked_fill(known == IGNORE, self.pad_id)], dim=1)
         mask = torch.cat([mask, present], dim=1)
         positions = torch.cat([positions, positions[:, -1:] + present.cumsum(1)], dim=1)
-        states = self._follow(ids, row_cache(parts), mask, positions)  # (B, S + T - 1, D)
+        states = self._follow(ids, cache, mask, positions)  # (B, S + T - 1, D)
         length = states.shape[1]
         before = [
             row * length + width - 1 + at

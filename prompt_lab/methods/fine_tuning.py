@@ -211,10 +211,11 @@ class FineTuning(PromptMethod):
 
     def _make_subspace(self) -> dict[str, nn.Parameter]:
         """Make P and v; note the initial weights, which a checkpoint need not hold."""
+        assert self.backbone is not None
         assert self.intrinsic_dim is not None
         sizes = {name: weight.numel() for name, weight in self.weights.items()}
         self.fastfood = FastfoodMap(sizes, self.intrinsic_dim, self.runs[0].init_seed)
-        self.code = nn.Parameter(torch.zeros(self.intrinsic_dim))
+        self.code = nn.Parameter(torch.zeros(self.intrinsic_dim, dtype=self.backbone.model.dtype))
         for at, weight in enumerate(self.weights.values()):
             self.register_buffer(f"initial_{at}", weight.detach().clone(), persistent=False)
         return {"code": self.code}

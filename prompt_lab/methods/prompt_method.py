@@ -177,7 +177,8 @@ class PromptMethod(LightningModule):
 
         Buffers are not broadcast either: each rank has its own sums, and the others are equal.
         """
-        frozen = [name for name, _ in self.named_parameters() if name.startswith(self.frozen)]
+        names = [name for name, _ in self.named_parameters(remove_duplicate=False)]  # tied ones too
+        frozen = [name for name in names if name.startswith(self.frozen)]
         buffers = [name for name, _ in self.named_buffers()]
         self._ddp_params_and_buffers_to_ignore = frozen + buffers
 
