@@ -11,6 +11,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "AdapterSubspace": "prompt_lab.methods.adapter_subspace",
+    "AdapterTuning": "prompt_lab.methods.adapter_subspace",
     "Backbone": "prompt_lab.backbone",
     "CrossFitDataModule": "prompt_lab.data.crossfit",
     "FineTuning": "prompt_lab.methods.fine_tuning",

@@ -26,16 +26,19 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from prompt_lab.callbacks import EvaluationLines, SaveRunConfig, WandbCurves, flag_names
 from prompt_lab.data.crossfit import CrossFitDataModule
-from prompt_lab.methods.dry_run import describe_grid
+from prompt_lab.methods.adapter_subspace import AdapterSubspace, AdapterTuning
 from prompt_lab.methods.fine_tuning import FineTuning
 from prompt_lab.methods.intrinsic_subspace import IntrinsicSubspace
 from prompt_lab.methods.prompt_method import PromptMethod
 from prompt_lab.methods.prompt_tuning import PromptTuning
 
-METHODS = {kind.__name__: kind for kind in (PromptTuning, IntrinsicSubspace, FineTuning)}
+METHODS = {
+    kind.__name__: kind
+    for kind in (PromptTuning, IntrinsicSubspace, AdapterSubspace, AdapterTuning, FineTuning)
+}
 RUN_DIR_VARIABLE = "PROMPT_LAB_RUN_DIR"
 OUTPUTS = ("prompts", "checkpoints", "logs", "results.csv", "curves.csv", "predictions.jsonl")
-OUTPUTS += ("best.safetensors",)
+OUTPUTS += ("*.safetensors",)
 
 
 class PromptLabParser(LightningArgumentParser):
@@ -192,10 +195,7 @@ class PromptLabCLI(LightningCLI):
         """With ``--dry_run``, print the grid and leave."""
         if self._settings.dry_run:
             self.datamodule.setup("fit")
-            if isinstance(self.model, PromptTuning):
-                print(describe_grid(self.model, self.datamodule, self.trainer))
-            else:
-                print(self.model.describe_fit(self.datamodule, self.trainer))
+            print(self.model.describe_fit(self.datamodule, self.trainer))
             sys.exit(0)
 
     def after_fit(self) -> None:
@@ -242,7 +242,7 @@ def _new_run_dir() -> str:
 
 def _set_aside(run_dir: Path) -> None:
     """Move the outputs of an earlier fit in the same folder to ``previous-N`` within it."""
-    found = [run_dir / name for name in OUTPUTS if (run_dir / name).exists()]
+    found = [path for name in OUTPUTS for path in sorted(run_dir.glob(name))]
     if not found or rank_zero_only.rank != 0:
         return
     number = 1

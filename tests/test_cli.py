@@ -22,9 +22,11 @@ import yaml
 from prompt_lab import cli
 from prompt_lab.prompt_file import load_prompt
 from prompt_lab.results import read_csv
+from prompt_lab.sweep_command import make_trials, read_sweep
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
+SWEEPS = sorted((CONFIGS / "sweeps").glob("*.yaml"))
+SHIPPED = sorted(set(CONFIGS.rglob("*.yaml")) - set(SWEEPS))
 TUNING = sorted((CONFIGS / "prompt_tuning").glob("*.yaml"))
 RUN_VARIABLES = (cli.RUN_DIR_VARIABLE, "WANDB_RUN_ID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
 
@@ -176,7 +178,22 @@ def test_every_shipped_config_is_parsed(path):
     config = ParseOnly(["fit", "-c", str(path)]).config.fit
     assert config.model.class_path.startswith("prompt_lab.")
     given = yaml.safe_load(path.read_text())["model"]["init_args"]
-    assert config.model.init_args.num_virtual_tokens == given["num_virtual_tokens"]
+    assert config.model.init_args.batch_size == given["batch_size"]
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_trial_of_a_shipped_sweep_is_parsed(path, monkeypatch):
+    monkeypatch.chdir(CONFIGS.parent)
+    trials = make_trials(read_sweep(path))
+    assert len(trials) > 1
+    for trial in trials:
+        assert trial.words[0] == "prompt-lab"
+        config = ParseOnly(list(trial.words[1:])).config.fit
+        assert config.test_after_fit
+        for name, value in trial.settings.items():
+            section, setting = name.split(".")
+            part = config[section]
+            assert part.get("init_args", part)[setting] == value
 
 
 @pytest.mark.parametrize("path", TUNING, ids=lambda path: path.stem)

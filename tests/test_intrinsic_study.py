@@ -1,4 +1,4 @@
-"""The stages of intrinsic prompt tuning, one after another by the real command, and their report."""
+"""The stages of intrinsic prompt tuning, one after another by the real command, and the report."""
 
 from __future__ import annotations
 

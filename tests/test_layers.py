@@ -17,7 +17,7 @@ LAYERS = {
     "subspace fastfood optim meta_gradient arithmetic similarity "
     "selection interpretation metrics statistics batch run results "
     "candidates training_forward metric_names",
-    1: "backbone pretrained prompt_cache bank data sandbox",
+    1: "backbone pretrained prompt_cache bank adapters data sandbox",
     2: "methods exchange",
     3: "plots report report_command callbacks predict_command prediction tasks_command "
     "build_command sweep_command",

@@ -216,9 +216,7 @@ def test_where_k_is_all_any_number_of_rows_will_do(root, capsys):
     assert lines[0] == ("note: mine, K all, sample 13, split dev: 4 rows, none with the label good")
     assert lines[1].startswith("error: mine, K all, sample 13, split test, line 3: not a label")
     assert "error: free: no file free_3_<sample>_<split>.tsv" in lines
-    assert (
-        "note: free, K all: not checked, but K = 3 is; data.shots all reads these" in lines
-    )
+    assert "note: free, K all: not checked, but K = 3 is; data.shots all reads these" in lines
     assert any("loose: files for K = 2, all: say which" in line for line in lines)
 
 

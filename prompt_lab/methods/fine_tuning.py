@@ -53,9 +53,9 @@ class FineTuning(PromptMethod):
     between evaluations on dev. The loss of a step is the mean of its rows' losses. Weight decay
     spares biases and norms. Dropout stays off.
 
-    Memory: weights and gradient twice (once more while micro-batches are summed), the optimizer's
-    moments (two more for AdamW), and the best weights on the host. A subspace needs, beside weights
-    and gradient, the initial weights and 8 to 16 bytes per weight for P.
+    Memory: the weights, twice their size for the gradient (while micro-batches are summed), twice
+    for AdamW's moments, and the best weights on the host. A subspace needs, beside weights and
+    gradient, the initial weights and 8 to 16 bytes per weight for P.
 
     A checkpoint, which resumes a fit bit for bit, holds weights, best weights and the optimizer's
     moments: 16 bytes per weight with AdamW, 2.2 GB for bart-base. ``best.safetensors`` in the run

@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from prompt_lab.bank import renumber, with_gradient
@@ -509,6 +510,22 @@ class IntrinsicSubspace(PromptMethod):
         return (
             f"subspaces of {', '.join(map(str, self.dims))} dimensions from {len(self.keys)} "
             f"prompts of {self.num_virtual_tokens} virtual tokens"
+        )
+
+    def describe_fit(self, data: CrossFitDataModule, trainer: Trainer) -> str:
+        """What would be trained, on which tasks, and its memory."""
+        self.prepare(data)
+        numbers = sum(weight.numel() for weight in self.subspaces.parameters())
+        return "\n".join(
+            [
+                self.summary(),
+                f"source tasks: {', '.join(dict.fromkeys(task for task, _ in self.keys))}",
+                f"unseen tasks: {', '.join(self.unseen_tasks) or 'none'}",
+                f"steps: {trainer.max_steps} of {self.batch_size} rows, evaluation every "
+                f"{trainer.val_check_interval}",
+                f"memory: {numbers} numbers in the maps, {numbers * 20 / 2**20:.0f} MB with their "
+                "gradient, moments and best copy",
+            ]
         )
 
     def result_facts(self, run: int) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
@@ -29,6 +30,7 @@ from prompt_lab.bank import with_gradient
 from prompt_lab.batch import Batch
 from prompt_lab.data.batches import EvaluationBatch, EvaluationSteps, TrainSteps
 from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.methods.dry_run import describe_grid
 from prompt_lab.methods.evaluation import Evaluation
 from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts
 from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod, as_config, some
@@ -497,6 +499,10 @@ class PromptTuning(PromptMethod):
     def variant(self) -> str:
         """Name of what is trained, in the results."""
         return "tuned" if self.subspace_config is None else self.subspace_config.variant
+
+    def describe_fit(self, data: CrossFitDataModule, trainer: Trainer) -> str:
+        """The grid of runs, its cost and memory."""
+        return describe_grid(self, data, trainer)
 
     def result_facts(self, run: int) -> dict[str, Any]:
         """What the results say of how a run was trained."""

@@ -17,7 +17,6 @@ from prompt_lab.backbone import Backbone
 from prompt_lab.run import Run
 from prompt_lab.subspace import Subspace, load_subspace
 
-
 RANDOM = "random"
 """The path that stands for a random subspace."""
 

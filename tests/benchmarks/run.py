@@ -41,6 +41,8 @@ GOALS = {
     "G14": ("loop", "lightning_steps"),
     "G16": ("steps", "bf16_step"),
     "G17": ("loading", "loading"),
+    "G18": ("subspaces", "subspace_bank"),
+    "G19": ("subspaces", "subspace_finding"),
 }
 
 
@@ -68,7 +70,7 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Measure goals and print them as a table.")
     parser.add_argument("--goals", nargs="+", choices=list(GOALS), default=list(GOALS))
     parser.add_argument("--pairs", type=int, help="timed pairs (default 15, with --quick 3)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
