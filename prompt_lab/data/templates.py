@@ -96,14 +96,6 @@ def render(template: str, row: Row) -> str:
     return _PLACE.sub(lambda place: _text(place[0], _value(place, row)), template)
 
 
-def columns(source: Source) -> list[str]:
-    """The columns that a source's templates name, each once."""
-    named = [
-        place[1] for text in (source.input, source.target or "") for place in _PLACE.finditer(text)
-    ]
-    return list(dict.fromkeys([*named, *([source.label] if source.label else [])]))
-
-
 def _answers(source: Source, task: Task, row: Row) -> list[str]:
     """The references of a row."""
     if source.label is not None:
