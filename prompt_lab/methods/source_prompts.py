@@ -36,6 +36,11 @@ def source_prompts(
     """
     best: dict[Key, tuple[float, Path]] = {}
     for folder in folders:
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(
+                f"no prompt store {folder}: tune the prompts of the tasks first, and give the "
+                "folder of that fit with model.prompts"
+            )
         has_store = (Path(folder) / "prompts").is_dir()
         store = PromptStore(Path(folder) / "prompts" if has_store else folder)
         for known in store.index():
