@@ -20,12 +20,14 @@ import pytest
 import torch
 from conftest import make_backbone
 from lightning.pytorch import Trainer
+from test_intrinsic_subspace import make_store
 
 from prompt_lab import cli
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.methods.prompt_tuning import PromptTuning
 from prompt_lab.prompt_file import load_prompt
 from prompt_lab.results import read_csv
+from prompt_lab.subspace import load_subspace
 
 JOBS = {
     "three runs that live": (
@@ -158,3 +160,47 @@ def test_the_trained_prompts_are_all_that_ddp_handles(fewshot_root, tmp_path):
     model = method.backbone.model
     frozen = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
     assert {f"backbone.model.{name}" for name in frozen} < names
+
+
+def test_two_processes_find_the_subspace_of_one(model_folder, odd_root, tmp_path):
+    """Five rows a step, mixed from two tasks; maps, losses and every score are compared."""
+    tasks = ["glue-cola", "e2e_nlg_cleaned", "emotion"]
+    store = make_store(tmp_path / "store", make_backbone("gpt2"), tasks)
+    words = [
+        *("fit", "--model=IntrinsicSubspace", f"--model.prompts={store}"),
+        *(f"--model.backbone.name={model_folder('gpt2')}", "--model.num_virtual_tokens=5"),
+        *("--model.intrinsic_dim=[2, 3]", "--model.inner_size=16", "--model.batch_size=5"),
+        *("--model.unseen_tasks=[emotion]", f"--data.tasks={tasks}"),
+        *(f"--data.root={odd_root}", "--data.samples=[13]", "--test_after_fit"),
+        *("--trainer.max_steps=6", "--trainer.val_check_interval=2"),
+        *("--trainer.accelerator=cpu", "--trainer.logger=false"),
+    ]
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    for name, more in (("one", []), ("two", two)):
+        command = [sys.executable, "-m", "prompt_lab", *words, *more]
+        done = subprocess.run(
+            ["timeout", "-k", "5", "150", *command, f"--run_dir={tmp_path / name}"],
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    for dim in (2, 3):
+        one, other = (
+            load_subspace(tmp_path / name / f"subspace_{dim}.safetensors")
+            for name in ("one", "two")
+        )
+        for own, second in zip(one.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(second, own, rtol=0, atol=1e-5)
+    for name, columns in (
+        ("results.csv", ("task", "variant", "intrinsic_dim", "dev", "test")),
+        ("curves.csv", ("step", "run", "dev", "best_step")),
+    ):
+        rows, again = (read_csv(tmp_path / part / name) for part in ("one", "two"))
+        assert [[row[c] for c in columns] for row in again] == [
+            [row[c] for c in columns] for row in rows
+        ]
+    rows, again = (read_csv(tmp_path / part / "curves.csv") for part in ("one", "two"))
+    for row, other in zip(rows, again, strict=True):
+        for column in ("train_loss", "reconstruction"):
+            assert float(other[column]) == pytest.approx(float(row[column]), rel=1e-4)
