@@ -1,44 +1,38 @@
-"""The stages of intrinsic prompt tuning, one after another by the real command, and the report."""
+"""The stages of intrinsic prompt tuning, one after another by the command line, and the report."""
 
 from __future__ import annotations
 
-import csv
-import subprocess
-import sys
 from pathlib import Path
 
+import pytest
+
+from prompt_lab import cli
+from prompt_lab.report_command import report_command
+from prompt_lab.results import read_csv
 from prompt_lab.subspace import load_subspace
 
-ROOT = Path(__file__).parents[1]
-QUICK = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "1"]
-TASKS = ["--data.tasks", "[sandbox-size, sandbox-day, sandbox-sst]"]
+CONFIGS = Path(__file__).parents[1] / "configs" / "intrinsic"
+QUICK = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.accelerator=cpu"]
+TASKS = ["--data.tasks=[sandbox-size, sandbox-day, sandbox-sst]"]
 
 
-def run(folder: Path, *words: str) -> str:
-    """What a command prints."""
-    done = subprocess.run(
-        [sys.executable, "-m", "prompt_lab", *words],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def stage(folder: Path, name: str, run_dir: str, *words: str) -> list[dict[str, str]]:
+def stage(name: str, run_dir: str, *words: str) -> list[dict[str, str]]:
     """Run the stage of a shipped config for two steps; returns its results."""
-    config = str(ROOT / "configs" / "intrinsic" / f"sandbox_{name}.yaml")
-    run(folder, "fit", "-c", config, "--run_dir", run_dir, *QUICK, *TASKS, *words)
-    with (folder / run_dir / "results.csv").open(encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    config = str(CONFIGS / f"sandbox_{name}.yaml")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(cli.RUN_DIR_VARIABLE, "")  # taken back after the fit
+        given = ["fit", f"--config={config}", f"--run_dir={run_dir}", *QUICK, *TASKS, *words]
+        assert cli.run(given) == 0
+    return read_csv(Path(run_dir) / "results.csv")
 
 
-def test_prompts_subspace_tuning_and_prompts_again_run_one_after_another(tmp_path: Path) -> None:
-    stage(tmp_path, "prompts", "runs/prompts")
-    unseen = ("--model.unseen_tasks", "[sandbox-sst]", "--model.intrinsic_dim", "[2, 3]")
-    found = stage(tmp_path, "subspace", "runs/subspace", *unseen)
+def test_prompts_subspace_tuning_and_prompts_again_run_one_after_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    stage("prompts", "runs/prompts")
+    unseen = ("--model.unseen_tasks=[sandbox-sst]", "--model.intrinsic_dim=[2, 3]")
+    found = stage("subspace", "runs/subspace", *unseen)
     assert [(row["task"], row["variant"]) for row in found][:3] == [
         ("sandbox-size", "reconstructed"),
         ("sandbox-day", "reconstructed"),
@@ -49,19 +43,23 @@ def test_prompts_subspace_tuning_and_prompts_again_run_one_after_another(tmp_pat
         "sandbox-size",
         "sandbox-day",
     ]
-    tuned = stage(tmp_path, "tuning", "runs/tuning", "--model.subspace.path", path)
+    tuned = stage("tuning", "runs/tuning", f"--model.subspace.path={path}")
     assert {(row["variant"], row["intrinsic_dim"]) for row in tuned} == {("subspace", "3")}
-    random = ("--model.subspace.path", "random", "--model.subspace.intrinsic_dim", "3")
-    drawn = stage(tmp_path, "tuning", "runs/random", *random)
+    random = ("--model.subspace.path=random", "--model.subspace.intrinsic_dim=3")
+    drawn = stage("tuning", "runs/random", *random)
     assert {row["variant"] for row in drawn} == {"random_subspace"}
-    start = ("--model.init.name", "file", "--model.init.path", "runs/tuning/prompts")
-    again = stage(tmp_path, "prompts", "runs/again", *start)
+    start = (
+        "--model.init.name=file",
+        "--model.init.path=runs/tuning/prompts",
+        "--model.test_baselines=false",
+    )
+    again = stage("prompts", "runs/again", *start)
     assert {row["initialised"] for row in again if row["variant"] == "tuned"} == {
         "file runs/tuning/prompts"
     }
     folders = [f"runs/{name}" for name in ("prompts", "subspace", "tuning", "random")]
-    words = ("--out", "report", "--partition", "sandbox/12_to_4")
-    printed = run(tmp_path, "report", *folders, *words)
+    report_command(folders, out="report", partition="sandbox/12_to_4")
+    printed = capsys.readouterr().out
     assert "E_rel" in printed
     assert "prompt tuning, random subspace, dim 3" in printed
     assert len(list((tmp_path / "report").glob("*.png"))) >= 2
