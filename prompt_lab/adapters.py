@@ -129,6 +129,7 @@ class RowAdapters:
         """
 
         def adapt(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            """The output with the change of each row's own adapter."""
             down, up = self.projections[at]
             if len(output) % len(down):
                 raise RuntimeError(f"{len(output)} rows for the adapters of {len(down)}")

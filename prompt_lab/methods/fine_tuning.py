@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from prompt_lab.atomic_file import write_atomically
 from prompt_lab.backbone import Backbone
 from prompt_lab.batch import Batch, micro_batches
-from prompt_lab.data.batches import EvaluationBatch, EvaluationSteps, TrainSteps
+from prompt_lab.data.batches import EvaluationSteps, TrainSteps
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.fastfood import FastfoodMap
 from prompt_lab.methods.dry_run import saved_bytes
@@ -330,10 +330,6 @@ class FineTuning(PromptMethod):
             self.move_weights()
         self.evaluation = Evaluation(self, "dev", self.init)
 
-    def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
-        """Answer a batch of dev rows."""
-        self.evaluation.add(batch)
-
     def on_validation_epoch_end(self) -> None:
         """Score dev; in a fit, keep better weights and stop when the run is done."""
         scores = self.evaluation.scores()
@@ -419,14 +415,6 @@ class FineTuning(PromptMethod):
         """Take the best weights of this fit, of the checkpoint, or of the file."""
         self._restore_best()
         self.evaluation = Evaluation(self, "test", self.init)
-
-    def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
-        """Answer a batch of test rows."""
-        self.evaluation.add(batch)
-
-    def on_test_epoch_end(self) -> None:
-        """Score test, and write results and predictions."""
-        self.evaluation.report(self.evaluation.scores(), "test")
 
     @torch.no_grad()
     def _restore_best(self) -> None:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import copy
 import time
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -30,8 +29,8 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from prompt_lab.bank import renumber, with_gradient
-from prompt_lab.batch import Batch, index_tensor
-from prompt_lab.data.batches import EvaluationBatch, EvaluationSteps
+from prompt_lab.batch import IGNORE, Batch, index_tensor
+from prompt_lab.data.batches import EvaluationSteps
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.data.mixtures import Key, Mixing, MixtureSteps
 from prompt_lab.data.partitions import expand_sets
@@ -267,9 +266,9 @@ class IntrinsicSubspace(PromptMethod):
         """Sum over the maps of the joint loss, on the same rows."""
         used = sorted(set(batch.prompts))
         source = self.source.index_select(0, index_tensor(used, self.source.device))
-        rows = Counter(batch.prompts)
-        share = source.new_tensor([rows[prompt] / self.batch_size for prompt in used])
-        batch = renumber(self._reduced(batch), used)
+        batch = renumber(batch, used)
+        share = source.new_zeros(len(used)).index_add(0, batch.prompt_index, batch.weight)
+        batch = self._reduced(batch)
         world = self.trainer.world_size
         total = source.new_zeros(())
         for at, subspace in enumerate(self.subspaces):
@@ -288,7 +287,7 @@ class IntrinsicSubspace(PromptMethod):
         """The batch with the weights of the reduction: 1/B of a row's mean, or its sum."""
         if self.lm_reduction == "mean":
             return batch
-        tokens = batch.weight.new_tensor([float(length) for length in batch.target_lengths])
+        tokens = (batch.target_ids != IGNORE).sum(1).to(batch.weight.dtype)
         return Batch(**{**vars(batch), "weight": tokens})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -330,10 +329,6 @@ class IntrinsicSubspace(PromptMethod):
             self._restore_best()
         chosen = self.subspaces if fitting else self.best_subspaces
         self.evaluation = Evaluation(self, "dev", self.reconstructed(chosen))
-
-    def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
-        """Answer a batch of dev rows."""
-        self.evaluation.add(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Score dev; in a fit, keep better maps."""
@@ -449,14 +444,6 @@ class IntrinsicSubspace(PromptMethod):
         """Take the best maps of this fit, of the checkpoint, or of the files."""
         self._restore_best()
         self.evaluation = Evaluation(self, "test", self.reconstructed(self.best_subspaces))
-
-    def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
-        """Answer a batch of test rows under reconstructed prompts."""
-        self.evaluation.add(batch)
-
-    def on_test_epoch_end(self) -> None:
-        """Score test and write results, predictions and prompts."""
-        self.evaluation.report(self.evaluation.scores(), "test")
 
     def _restore_best(self) -> None:
         """Read the maps from their files, unless a fit or checkpoint has filled them."""

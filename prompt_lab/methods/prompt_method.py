@@ -26,6 +26,7 @@ from prompt_lab.data.batches import EvaluationBatch, EvaluationSteps, Rows
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.data.files import SplitName
 from prompt_lab.data.tasks import Task
+from prompt_lab.methods.evaluation import Evaluation
 from prompt_lab.prompt_file import Prompt
 from prompt_lab.run import Run
 from prompt_lab.sandbox import SANDBOX
@@ -87,6 +88,7 @@ class PromptMethod(LightningModule):
 
     Attributes:
         runs: what each prompt of the bank is for; empty before :meth:`setup`.
+        evaluation: the pass over dev or test that is going on.
         init: (R, N, D) the prompts that the runs start from.
         num_virtual_tokens: N.
         test_baselines: whether ``test`` also scores no prompt and other baselines.
@@ -94,6 +96,7 @@ class PromptMethod(LightningModule):
         frozen: beginnings of the names of weights that do not change, and no checkpoint holds.
     """
 
+    evaluation: Evaluation
     init: Tensor
     num_virtual_tokens: int
     test_baselines: bool = False
@@ -372,6 +375,18 @@ class PromptMethod(LightningModule):
         if self.trainer.world_size == 1:
             return values
         return self.trainer.strategy.reduce(values.clone(), reduce_op="sum")
+
+    def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+        """Answer a batch of dev rows."""
+        self.evaluation.add(batch)
+
+    def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+        """Answer a batch of test rows."""
+        self.evaluation.add(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Score test, and write results, predictions and, where there are any, prompts."""
+        self.evaluation.report(self.evaluation.scores(), "test")
 
     # ---- identity, warnings ---------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from prompt_lab.backbone import Backbone
 from prompt_lab.bank import with_gradient
 from prompt_lab.batch import Batch
-from prompt_lab.data.batches import EvaluationBatch, EvaluationSteps, TrainSteps
+from prompt_lab.data.batches import EvaluationSteps, TrainSteps
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.methods.dry_run import describe_grid
 from prompt_lab.methods.evaluation import Evaluation
@@ -301,10 +301,6 @@ class PromptTuning(PromptMethod):
             self._restore_best()
         self.evaluation = Evaluation(self, "dev", self.bank().detach() if fitting else self.best)
 
-    def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
-        """Answer a batch of dev rows."""
-        self.evaluation.add(batch)
-
     def on_validation_epoch_end(self) -> None:
         """Score dev; in a fit, keep better prompts and stop runs that are done."""
         scores = self.evaluation.scores()
@@ -420,14 +416,6 @@ class PromptTuning(PromptMethod):
         """Take each run's best prompt from this fit, the checkpoint, or the prompt store."""
         self._restore_best()
         self.evaluation = Evaluation(self, "test", self.best)
-
-    def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
-        """Answer a batch of test rows under the best prompts."""
-        self.evaluation.add(batch)
-
-    def on_test_epoch_end(self) -> None:
-        """Score test, add the baselines, and write results, predictions and prompts."""
-        self.evaluation.report(self.evaluation.scores(), "test")
 
     def _restore_best(self) -> None:
         """Fill the buffers from the prompt store, unless a fit or checkpoint has filled them."""
