@@ -1,4 +1,4 @@
-"""One step of a bank: the gradient of R runs at once, in bounded memory.
+"""One step of a bank: gradient, or Hessian times a vector, of R runs at once, in bounded memory.
 
 Loss of a step = sum over rows of weight x mean row loss; with weight 1 / batch size that is the sum
 over runs of each run's own mean loss, and the gradient of a run's prompt is what it would be alone.
@@ -8,11 +8,14 @@ themselves (decoder-only models) is made once per prompt and shared by its micro
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from prompt_lab.backbone import Backbone, Prefix
 from prompt_lab.batch import Batch, index_tensor, micro_batches
+from prompt_lab.training_forward import twice_differentiable
 
 
 def bank_gradient(
@@ -47,6 +50,79 @@ def bank_gradient(
         losses = losses.index_add(0, at, group_losses)
         gradient = gradient.index_copy(0, at, group_gradient)
     return losses, gradient
+
+
+def bank_product(
+    backbone: Backbone,
+    prompts: Tensor,
+    vector: Tensor,
+    batch: Batch,
+    tokens_per_forward: int,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Hessian of the weighted losses' sum times a vector, by a double backward pass.
+
+    The Hessian is block diagonal over prompts, so each gets its own product. A micro-batch of a
+    decoder-only model runs the prompts that its rows name, besides its tokens.
+
+    Args:
+        backbone: the frozen model, with attention of ``sdpa`` or ``eager``, not compiled.
+        prompts: (R, N, D) bank.
+        vector: (R, N, D).
+        batch: rows with targets, sorted by length, longest first.
+        tokens_per_forward: most padded tokens of one forward pass.
+        label_smoothing: passed to :meth:`Backbone.loss`.
+
+    Returns:
+        The product (R, N, D), 0 for a prompt without rows, detached.
+    """
+    product = torch.zeros_like(prompts)
+    extra = prompts.shape[1] if backbone.is_encoder_decoder else 0
+    with torch.enable_grad(), twice_differentiable():
+        for part in micro_batches(batch, tokens_per_forward, extra):
+            used = sorted(set(part.prompts))
+            at = index_tensor(used, prompts.device)
+            leaf = prompts.detach().index_select(0, at).requires_grad_()
+            losses = backbone.loss(leaf, renumber(part, used), label_smoothing) * part.weight
+            (gradient,) = torch.autograd.grad(losses.sum(), leaf, create_graph=True)
+            (made,) = torch.autograd.grad(gradient, leaf, vector.index_select(0, at))
+            product.index_add_(0, at, made)
+    return product
+
+
+@dataclass
+class BankObjective:
+    """The weighted losses of a bank on one batch, as inner loops take them.
+
+    Attributes:
+        backbone: the frozen model.
+        batch: rows with targets, sorted by length, longest first.
+        tokens_per_forward: most padded tokens of one forward pass.
+        label_smoothing: passed to :meth:`Backbone.loss`.
+    """
+
+    backbone: Backbone
+    batch: Batch
+    tokens_per_forward: int
+    label_smoothing: float = 0.0
+
+    def gradient(self, prompts: Tensor) -> tuple[Tensor, Tensor]:
+        """As :func:`bank_gradient`."""
+        with torch.enable_grad():
+            return bank_gradient(
+                self.backbone, prompts, self.batch, self.tokens_per_forward, self.label_smoothing
+            )
+
+    def product(self, prompts: Tensor, vector: Tensor) -> Tensor:
+        """As :func:`bank_product`."""
+        return bank_product(
+            self.backbone,
+            prompts,
+            vector,
+            self.batch,
+            self.tokens_per_forward,
+            self.label_smoothing,
+        )
 
 
 def with_gradient(value: Tensor, prompts: Tensor, gradient: Tensor) -> Tensor:

@@ -1,14 +1,17 @@
-"""Two ways to run a frozen model in training: with its layers recomputed, or compiled.
+"""Ways to run a frozen model in training: layers recomputed, compiled, or differentiated twice.
 
-Both leave the model as it is where no gradient is asked for, and both are exact. Gradient
+They leave the model as it is where no gradient is asked for, and all are exact. Gradient
 checkpointing keeps one layer's activations at a time and runs each layer's forward pass twice;
 transformers' own switch does not fit here, since it acts on models in training mode only and drops
 the prompt's keys and values. Compiling serves all lengths by a few graphs with dynamic shapes.
+Fused attention kernels have no second derivative on any device, so Hessian products choose the one
+that is made of plain operations, and only they do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from functools import partial, wraps
 from typing import Any
 
@@ -31,6 +34,16 @@ def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def twice_differentiable() -> AbstractContextManager[Any]:
+    """Within it, attention by ``sdpa`` is made of operations that can be differentiated twice.
+
+    Both backward passes belong inside, since layers that are recomputed run in them.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def compile_training(modules: Iterable[nn.Module]) -> None:
