@@ -1,9 +1,9 @@
-"""AdamW and Adafactor over a bank: one learning rate, warm-up, step count and clip per run.
+"""AdamW, Adafactor and SGD over a bank: one learning rate, warm-up, step count and clip per run.
 
 The first axis of every parameter is the run; no arithmetic crosses it. Each run follows
-``torch.optim.AdamW``, or transformers' ``Adafactor`` with a given learning rate, step by step, as
-if it were trained alone; a run that is not active does not move at all, its state included. The
-learning rate schedule is part of the optimizer, because it differs from run to run.
+``torch.optim.AdamW`` or ``SGD``, or transformers' ``Adafactor`` with a given learning rate, step by
+step, as if it were trained alone; a run that is not active does not move at all, its state
+included. The learning rate schedule is part of the optimizer, because it differs from run to run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class OptimConfig:
         clip: largest gradient norm of each run, or null for none.
     """
 
-    name: Literal["adamw", "adafactor"] = "adamw"
+    name: Literal["adamw", "adafactor", "sgd"] = "adamw"
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -43,7 +43,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         """Check the values, since they come from files and flags."""
         for field, allowed in (
-            ("name", ("adamw", "adafactor")),
+            ("name", ("adamw", "adafactor", "sgd")),
             ("schedule", ("constant", "linear", "cosine")),
         ):
             if getattr(self, field) not in allowed:
@@ -59,6 +59,7 @@ class OptimConfig:
         learning_rates: Sequence[float],
         active: Tensor,
         total_steps: int,
+        factors: Sequence[float] | None = None,
     ) -> BankOptimizer:
         """The optimizer of a bank.
 
@@ -67,13 +68,15 @@ class OptimConfig:
             learning_rates: R peak learning rates.
             active: (R,) bool tensor that is read at every step; runs where it is False rest.
             total_steps: steps at which a linear or cosine schedule reaches zero.
+            factors: what each parameter's learning rate is multiplied by; 1 where left out.
         """
-        kind = BankAdamW if self.name == "adamw" else BankAdafactor
-        return kind(parameters, learning_rates, active, total_steps, self)
+        kinds = {"adamw": BankAdamW, "adafactor": BankAdafactor, "sgd": BankSGD}
+        kind = kinds[self.name]
+        return kind(parameters, learning_rates, active, total_steps, self, factors)
 
 
 class BankOptimizer(torch.optim.Optimizer):
-    """What both optimizers share: per-run step counts, schedule, clip and rest."""
+    """What the optimizers share: per-run step counts, schedule, clip and rest."""
 
     def __init__(
         self,
@@ -82,6 +85,7 @@ class BankOptimizer(torch.optim.Optimizer):
         active: Tensor,
         total_steps: int,
         config: OptimConfig,
+        factors: Sequence[float] | None = None,
     ) -> None:
         runs = len(learning_rates)
         for parameter in parameters:
@@ -89,7 +93,12 @@ class BankOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"{runs} learning rates for a bank of {parameter.shape[0]} runs")
         if any(not rate > 0 for rate in learning_rates):
             raise ValueError(f"learning rates must be positive; given: {sorted(learning_rates)}")
-        super().__init__(list(parameters), {})
+        factors = [1.0] * len(parameters) if factors is None else factors
+        groups = [
+            {"params": [parameter], "factor": factor}
+            for parameter, factor in zip(parameters, factors, strict=True)
+        ]
+        super().__init__(groups, {})
         self.learning_rates = torch.tensor(learning_rates, device=active.device)
         self.active = active
         self.total_steps = total_steps
@@ -105,10 +114,13 @@ class BankOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step(parameter, parameter.grad, self.state[parameter])
+                    state = self.state[parameter]
+                    self._step(parameter, parameter.grad, state, group["factor"])
         return loss
 
-    def _step(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any]) -> None:
+    def _step(
+        self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], factor: float
+    ) -> None:
         """Advance one parameter; resting runs keep parameter and state as they are."""
         if not state:
             state["step"] = torch.zeros(len(parameter), device=parameter.device)
@@ -116,8 +128,12 @@ class BankOptimizer(torch.optim.Optimizer):
         if self.config.clip is not None:
             norm = gradient.flatten(1).norm(dim=1)
             gradient = gradient * _align((self.config.clip / (norm + 1e-6)).clamp(max=1), gradient)
-        rate = self.learning_rates * schedule_factor(
-            state["step"], self.config.schedule, self.config.warmup_steps, self.total_steps
+        rate = (
+            factor
+            * self.learning_rates
+            * schedule_factor(
+                state["step"], self.config.schedule, self.config.warmup_steps, self.total_steps
+            )
         )
         moved, changed = self._update(parameter, gradient, rate, state)
         changed["step"] = state["step"] + 1
@@ -154,6 +170,19 @@ class BankAdamW(BankOptimizer):
         kept = parameter * _align(1 - rate * self.config.weight_decay, parameter)
         moved = kept - size * first / (second.sqrt() / root + self.config.eps)
         return moved, {"exp_avg": first, "exp_avg_sq": second}
+
+
+class BankSGD(BankOptimizer):
+    """``torch.optim.SGD`` without momentum, run by run; weight decay is decoupled."""
+
+    def _fresh_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def _update(
+        self, parameter: Tensor, gradient: Tensor, rate: Tensor, state: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        kept = parameter * _align(1 - rate * self.config.weight_decay, parameter)
+        return kept - gradient * _align(rate, parameter), {}
 
 
 class BankAdafactor(BankOptimizer):

@@ -60,6 +60,8 @@ def train_alone(config: OptimConfig, value: Tensor, given: list[Tensor], rate: f
         reference: Any = torch.optim.AdamW(
             [parameter], betas=config.betas, eps=config.eps, **common
         )
+    elif config.name == "sgd":
+        reference = torch.optim.SGD([parameter], **common)
     else:
         flags = ("scale_parameter", "relative_step", "warmup_init")
         reference = Adafactor([parameter], **dict.fromkeys(flags, False), **common)
@@ -89,7 +91,7 @@ CASES = [
 @pytest.mark.parametrize("shape", [SHAPE, (4, 7)], ids=["prompts", "vectors"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "sgd"])
 def test_every_run_follows_the_reference_optimizer(
     name: str, case: dict[str, Any], dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
@@ -118,7 +120,7 @@ def test_betas_and_eps_are_those_of_adamw() -> None:
         assert (bank[run] - alone).abs().max() <= 1e-5 * rate * STEPS
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "sgd"])
 def test_a_run_in_a_bank_equals_the_run_in_a_bank_of_one(name: str) -> None:
     """Bit for bit: no arithmetic crosses runs."""
     config = OptimConfig(name=name, clip=1.0, schedule="cosine", weight_decay=0.1)  # type: ignore[arg-type]
@@ -132,7 +134,7 @@ def test_a_run_in_a_bank_equals_the_run_in_a_bank_of_one(name: str) -> None:
         assert torch.equal(parameter.detach()[0], bank[run])
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "sgd"])
 def test_a_resting_run_moves_neither_parameter_nor_state(name: str) -> None:
     """It rests bit for bit, weight decay and NaN gradients included, and others do not notice."""
     config = OptimConfig(name=name, weight_decay=0.1, schedule="linear", clip=1.0)  # type: ignore[arg-type]
@@ -156,7 +158,7 @@ def test_a_resting_run_moves_neither_parameter_nor_state(name: str) -> None:
     assert torch.equal(parameter.detach()[others], undisturbed[others])
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "sgd"])
 def test_a_run_that_rested_goes_on_where_it_was(name: str) -> None:
     """Reference: the run that never saw the steps it slept through."""
     config = OptimConfig(name=name, schedule="cosine", warmup_steps=3)  # type: ignore[arg-type]
@@ -170,7 +172,7 @@ def test_a_run_that_rested_goes_on_where_it_was(name: str) -> None:
     assert torch.equal(parameter.detach()[2], awake[2])
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "sgd"])
 def test_state_survives_saving_and_loading(name: str) -> None:
     """Interrupted after 7 steps and resumed in new objects, bit for bit; runs at unequal steps."""
     config = OptimConfig(name=name, schedule="linear", warmup_steps=4)  # type: ignore[arg-type]
@@ -248,7 +250,7 @@ def test_the_optimizer_holds_the_given_parameters_only() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"name": "sgd"}, r"optim.name is 'sgd'; allowed: \('adamw', 'adafactor'\)"),
+        ({"name": "lion"}, r"optim.name is 'lion'; allowed: \('adamw', 'adafactor', 'sgd'\)"),
         ({"schedule": "step"}, "optim.schedule is 'step'; allowed"),
         ({"warmup_steps": -1}, "must not be negative"),
         ({"weight_decay": -0.1}, "must not be negative"),
@@ -266,3 +268,14 @@ def test_a_bank_needs_a_positive_learning_rate_for_each_run() -> None:
     for wrong in (0.0, -0.1, float("nan")):
         with pytest.raises(ValueError, match="learning rates must be positive"):
             build(OptimConfig(), start(), [0.1, 0.2, 0.3, wrong])
+
+
+def test_a_factor_changes_the_learning_rate_of_one_parameter() -> None:
+    first, second = torch.nn.Parameter(start()), torch.nn.Parameter(start())
+    active = torch.ones(len(first), dtype=torch.bool)
+    optimizer = OptimConfig(name="sgd").build([first, second], RATES, active, STEPS, [1.0, 0.1])
+    for parameter in (first, second):
+        parameter.grad = gradients()[0]
+    optimizer.step()
+    moved, less = (start() - parameter.detach() for parameter in (first, second))
+    torch.testing.assert_close(less, 0.1 * moved, rtol=1e-4, atol=1e-5)

@@ -127,6 +127,8 @@ class FineTuning(PromptMethod):
             if value is not None and value < 1:
                 raise ValueError(f"model.{name} is {value}: give at least 1, or null")
         self.optim_config: OptimConfig = as_config(OptimConfig, optim)
+        if self.optim_config.name == "sgd":
+            raise ValueError("FineTuning has no sgd: set model.optim.name to adamw or adafactor")
         self.intrinsic_dim, self.save_weights = intrinsic_dim, save_weights
         self.init_seeds = init_seed if isinstance(init_seed, list) else [init_seed]
         self.learning_rates = learning_rate if isinstance(learning_rate, list) else [learning_rate]
