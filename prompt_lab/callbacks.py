@@ -5,6 +5,7 @@ None of them changes what is trained.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -44,11 +45,13 @@ class EvaluationLines(Callback):
         alive = ""
         if "runs_alive" in seen:
             alive = f"  alive {int(seen['runs_alive'])}/{len(_method(pl_module).runs)}"
+        best = seen["best/val_score"].item()
+        score = "" if math.isnan(best) else f"  best dev {best:.3f}"
         print(
             f"step {trainer.global_step:>6}/{trainer.max_steps}"
             f"{alive}"
             f"  loss {seen['train/loss']:.4f}"
-            f"  best dev {seen['best/val_score']:.3f}"
+            f"{score}"
             f"  {time.monotonic() - self.started:.0f} s",
             flush=True,
         )

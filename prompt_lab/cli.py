@@ -29,12 +29,16 @@ from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.methods.adapter_subspace import AdapterSubspace, AdapterTuning
 from prompt_lab.methods.fine_tuning import FineTuning
 from prompt_lab.methods.intrinsic_subspace import IntrinsicSubspace
+from prompt_lab.methods.meta_prompt import MetaPrompt
 from prompt_lab.methods.prompt_method import PromptMethod
 from prompt_lab.methods.prompt_tuning import PromptTuning
 
 METHODS = {
     kind.__name__: kind
-    for kind in (PromptTuning, IntrinsicSubspace, AdapterSubspace, AdapterTuning, FineTuning)
+    for kind in (
+        *(PromptTuning, IntrinsicSubspace, MetaPrompt),
+        *(AdapterSubspace, AdapterTuning, FineTuning),
+    )
 }
 RUN_DIR_VARIABLE = "PROMPT_LAB_RUN_DIR"
 OUTPUTS = ("prompts", "checkpoints", "logs", "results.csv", "curves.csv", "predictions.jsonl")

@@ -58,6 +58,11 @@ class Prompt:
         task_prefix: whether the task's name stood in front of the inputs.
         version: version of the package that wrote it.
         code: (I,) float32, what a subspace made the prompt from; None where it was tuned itself.
+        origin: what to call the prompt where it is the start of others, such as ``maml`` and the
+            tasks that it was learned on; empty for a prompt of one task.
+        source_tasks: tasks that a prompt for other tasks was learned on.
+        made_from: what arithmetic made the prompt from: expression, scale, and files with their
+            digests; None where it was tuned.
     """
 
     prompt: Tensor
@@ -87,6 +92,9 @@ class Prompt:
     task_prefix: bool = False
     version: str = ""
     code: Tensor | None = None
+    origin: str = ""
+    source_tasks: list[str] | None = None
+    made_from: dict[str, Any] | None = None
 
     def metadata(self) -> dict[str, Any]:
         """All that is not a tensor."""

@@ -56,6 +56,9 @@ CURVE_COLUMNS = (
     "best_dev",
     "best_step",
     "moved",
+    "inner_moved",
+    "second_order",
+    "skipped",
     "status",
 )
 BASELINES = ("no_prompt", "initial_prompt", "chance", "majority")

@@ -80,6 +80,7 @@ class CrossFitDataModule(LightningDataModule):
             raise ValueError(f"data.max_input_length is {max_input_length}: give at least 1")
         if len(set(samples)) < len(samples) or not samples:
             raise ValueError(f"data.samples must be distinct and at least one: {samples}")
+        self.given_tasks = list(tasks)  # with sets of partitions as they were named
         self.root, self.samples, self.order_seed = root, list(samples), order_seed
         self.allow_overlap, self.cache = allow_overlap, cache
         self.max_input_length, self.task_prefix = max_input_length, task_prefix

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from prompt_lab.checkpoint import load_checkpoint
 from prompt_lab.data.tasks import Task
 from prompt_lab.exchange import adopt
 from prompt_lab.peft_format import is_peft, load_peft
-from prompt_lab.prompt_file import PromptStore, check_backbone, load_prompt
+from prompt_lab.prompt_file import PromptStore, check_backbone, load_prompt, read_metadata
 from prompt_lab.run import Run
 
 InitName = Literal["vocab", "text", "labels", "normal", "uniform", "file"]
@@ -63,7 +63,13 @@ class InitConfig:
             )
 
     def describe(self) -> str:
-        """The way in a few words, for results and prompt files."""
+        """The way in a few words, for results and prompt files.
+
+        A prompt file that says what to call its prompt is called that.
+        """
+        origin = self.learned_from().get("origin")
+        if origin:
+            return origin
         details = {
             "vocab": f"{self.vocab_size or 'all'}",
             "text": f"{self.text!r}",
@@ -73,6 +79,12 @@ class InitConfig:
             "file": f"{self.path}",
         }
         return f"{self.name} {details[self.name]}"
+
+    def learned_from(self) -> dict[str, Any]:
+        """Metadata of the prompt file that all prompts start from; empty where there is none."""
+        path = Path(self.path or "")
+        one_file = self.name == "file" and path.suffix == ".safetensors" and path.is_file()
+        return read_metadata(path) if one_file else {}
 
 
 def initial_prompts(

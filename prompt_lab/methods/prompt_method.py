@@ -92,6 +92,7 @@ class PromptMethod(LightningModule):
         init: (R, N, D) the prompts that the runs start from.
         num_virtual_tokens: N.
         test_baselines: whether ``test`` also scores no prompt and other baselines.
+        trains_a_bank: whether several runs train side by side.
         stores_prompts: whether there are prompts to keep as files.
         frozen: beginnings of the names of weights that do not change, and no checkpoint holds.
     """
@@ -100,6 +101,7 @@ class PromptMethod(LightningModule):
     init: Tensor
     num_virtual_tokens: int
     test_baselines: bool = False
+    trains_a_bank: bool = True
     stores_prompts: bool = True
     frozen: tuple[str, ...] = ("backbone.", "subspace.")
 
@@ -197,7 +199,7 @@ class PromptMethod(LightningModule):
                 f"trainer.precision {trainer.precision} would round the prompts and their "
                 "optimizer: use trainer.precision 32-true with model.backbone.dtype bfloat16"
             )
-        if trainer.gradient_clip_val:
+        if trainer.gradient_clip_val and self.trains_a_bank:
             raise ValueError(
                 "trainer.gradient_clip_val clips over all runs of the bank together and so couples "
                 "them: use model.optim.clip, which clips each run by itself"
@@ -207,7 +209,7 @@ class PromptMethod(LightningModule):
                 "trainer.fast_dev_run and limit_val_batches would score part of the rows: for a "
                 "quick look use --dry_run, or a small trainer.max_steps"
             )
-        if trainer.accumulate_grad_batches != 1:
+        if trainer.accumulate_grad_batches != 1 and self.trains_a_bank:
             raise ValueError(
                 "trainer.accumulate_grad_batches is not needed: a step is cut into micro-batches "
                 "of model.tokens_per_forward tokens; set model.batch_size instead"

@@ -18,6 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -52,7 +53,8 @@ class PromptTuning(PromptMethod):
 
     The grid of runs is data.tasks x data.samples x init_seed x learning_rate x batch_size; with one
     value each it is ordinary prompt tuning. ``trainer.max_steps`` is the budget of every run and
-    ``trainer.val_check_interval`` the number of steps between evaluations on dev.
+    ``trainer.val_check_interval`` the number of steps between evaluations on dev; with
+    ``trainer.num_sanity_val_steps`` -1 the initial prompts are scored too, as step 0 of the curves.
 
     Args:
         backbone: which frozen model.
@@ -131,6 +133,7 @@ class PromptTuning(PromptMethod):
         self.batch_sizes = batch_size if isinstance(batch_size, list) else [batch_size]
         self.patience, self.test_baselines = patience, test_baselines
         self._live: list[int] = []
+        self._start_scores: list[float] = []
 
     # ---- set-up ---------------------------------------------------------------------------------
 
@@ -169,6 +172,7 @@ class PromptTuning(PromptMethod):
         self.keep_frozen_out_of_ddp()
         if self.subspace is None:
             self._warn_of_scale(init)
+            self._warn_of_source_tasks(data)
 
     def _make_bank(self, backbone: Backbone, data: CrossFitDataModule) -> Tensor:
         """Make what is trained; returns the initial prompts (R, N, D)."""
@@ -241,7 +245,11 @@ class PromptTuning(PromptMethod):
         self._live = [i for i, s in enumerate(self.status.tolist()) if s == TRAINING]
         self._clock = time.monotonic()
         if self.trainer.is_global_zero:
-            start_curves(self.run_dir / "curves.csv", self.trainer.global_step)
+            curves = self.run_dir / "curves.csv"
+            start_curves(curves, self.trainer.global_step)
+            names = [run.name for run in self.runs]
+            scored = zip(names, self._start_scores, strict=False)  # none, or one for each run
+            append_curves(curves, ({"step": 0, "run": n, "dev": dev} for n, dev in scored))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note what each prompt of the bank is trained on, and which weights and tokenizer."""
@@ -308,6 +316,8 @@ class PromptTuning(PromptMethod):
             self.evaluation.report(scores, "validate")
             return
         if self.trainer.sanity_checking:
+            whole = self.trainer.num_sanity_val_steps == float("inf")
+            self._start_scores = scores.tolist() if whole else []
             return
         self._keep_better(scores)
         self._stop_runs()
@@ -500,7 +510,7 @@ class PromptTuning(PromptMethod):
             "optimizer": self.optim_config.name,
         }
 
-    @property
+    @cached_property
     def initialised(self) -> str:
         """How the prompts were initialised, in words."""
         config = self.subspace_config or self.init_config
@@ -516,6 +526,17 @@ class PromptTuning(PromptMethod):
                 f"the initial prompts have {ratio:.3g} times the standard deviation of the "
                 "backbone's embeddings; prompts off that scale often train badly (init.name vocab "
                 "starts on it)",
+            )
+
+    def _warn_of_source_tasks(self, data: CrossFitDataModule) -> None:
+        """Warn of tasks that the initial prompt was already learned on."""
+        sources = self.init_config.learned_from().get("source_tasks") or []
+        both = [task for task in data.tasks if task in sources]
+        if both:
+            self.warn_once(
+                "sources",
+                f"the initial prompt was learned on {some(both)}, tuned here: their scores say "
+                "nothing of new tasks",
             )
 
     def _warn_of_answers(self) -> None:

@@ -1,0 +1,858 @@
+"""``MetaPrompt``: learn a prompt on many source tasks, as a start for prompt tuning on new ones.
+
+Meta prompt tuning (Qin et al. 2023, arXiv 2302.08143): in each step a few episodes, (task, sample)
+each, adapt the prompt on support rows and judge it on query rows; MAML, FoMAML, Reptile or
+multi-task learning says how to move the prompt (``meta_gradient.py``). The loss of a step has the
+meta-gradient as its gradient, so Lightning's automatic optimisation is all that is needed:
+clipping, accumulation, DDP over episodes.
+
+Validation adapts the prompt to held-out tasks, few-shot, and scores dev. The learned prompt is one
+file, from which ``PromptTuning`` starts. Left out: other parameters than the prompt, and the inner
+learning rate, that could be learned.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from prompt_lab.bank import BankObjective, with_gradient
+from prompt_lab.batch import Batch
+from prompt_lab.data.batches import EvaluationSteps
+from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.data.episodes import Episodes, EpisodeSteps
+from prompt_lab.data.mixtures import Key
+from prompt_lab.data.partitions import expand_sets
+from prompt_lab.meta_gradient import InnerConfig, MetaGradient, maml, multitask, reptile
+from prompt_lab.methods.evaluation import Evaluation
+from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts
+from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod, as_config, some
+from prompt_lab.optim import BankOptimizer, OptimConfig
+from prompt_lab.prompt_file import Prompt, load_prompt, save_prompt
+from prompt_lab.results import append_curves, start_curves
+from prompt_lab.run import Run
+
+Algorithm = Literal["maml", "fomaml", "reptile", "multitask"]
+
+MOST_SKIPPED = 10
+"""So many skipped steps in a row end a fit."""
+
+SUMS = ("loss", "second_order", "inner_moved", "improved", "steps", "skipped")
+"""What is summed over the steps between two evaluations."""
+
+
+@dataclass
+class AdaptationConfig:
+    """How held-out tasks are adapted to, as prompt tuning would.
+
+    Args:
+        steps: steps on the train rows of each task; 0 scores the prompt as it is.
+        learning_rate: peak learning rate.
+        batch_size: rows of a step.
+        optim: optimizer and schedule.
+    """
+
+    steps: int = 20
+    learning_rate: float = 0.3
+    batch_size: int = 8
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self) -> None:
+        """Check the values, since they come from files and flags."""
+        self.optim = as_config(OptimConfig, self.optim)
+        if self.steps < 0:
+            raise ValueError(f"model.adaptation.steps is {self.steps}: give 0 or more")
+        if self.batch_size < 1 or not self.learning_rate > 0:
+            raise ValueError(
+                f"model.adaptation has batch_size {self.batch_size} and learning_rate "
+                f"{self.learning_rate}: give at least 1, and a positive number"
+            )
+
+
+class MetaPrompt(PromptMethod):
+    """Learns one prompt from episodes of source tasks.
+
+    The source tasks are those of ``data.tasks`` without ``validation_tasks``; every sample of a
+    task is an item that episodes are made of. ``trainer.max_steps`` is the number of meta-steps.
+    The fit leaves ``prompt.safetensors``: the prompt of the best evaluation, or the last one where
+    there are no validation tasks.
+
+    Args:
+        algorithm: ``maml``, ``fomaml``, ``reptile``, or ``multitask`` learning.
+        backbone: which frozen model.
+        inner: how an episode adapts the prompt; without effect in multi-task learning.
+        optim: the outer optimizer.
+        init: how the prompt is initialised.
+        adaptation: how validation adapts it to held-out tasks.
+        validation_tasks: those of ``data.tasks`` that are held out for validation; sets of
+            partitions stand for their tasks.
+        target_tasks: tasks that the prompt is meant for; named so that no source task is among
+            them.
+        source_name: what results call the source tasks; null for the set in ``data.tasks``, or
+            their number.
+        depth: inner steps that ``maml`` differentiates through, from the last; null for all.
+        episodes: episodes of a meta-step over all processes, M.
+        support_size: rows of an inner step.
+        query_size: rows that judge the adapted prompt.
+        num_virtual_tokens: N.
+        init_seed: seed of the initial prompt.
+        learning_rate: peak outer learning rate.
+        rate_factor: times ``learning_rate``, it is the outer learning rate of the logarithm of the
+            inner one, where that is learned.
+        seed: of the episodes.
+        label_smoothing: share of each target's probability spread over the vocabulary.
+        tokens_per_forward: most padded tokens of one forward pass; bounds memory, not results.
+        decoding: as for PromptTuning.
+        num_beams: beams of generated answers; 1 is greedy.
+        max_new_tokens: longest generated answer; null for the longest answer in train and dev.
+        metric_variant: ``crossfit`` computes metrics as CrossFit does, ``corrected`` without traps.
+    """
+
+    trains_a_bank = False
+    prompt: nn.Parameter
+    log_rate: nn.Parameter | None
+    best: Tensor
+    best_rate: Tensor
+    best_score: Tensor
+    best_step: Tensor
+    best_dev: Tensor
+    adapted: Tensor
+    active: Tensor
+    sums: Tensor
+    skipped: Tensor
+    skipped_in_row: Tensor
+    seconds: Tensor
+
+    def __init__(
+        self,
+        algorithm: Algorithm = "maml",
+        backbone: BackboneConfig = BackboneConfig(),  # noqa: B008
+        inner: InnerConfig = InnerConfig(),  # noqa: B008
+        optim: OptimConfig = OptimConfig(),  # noqa: B008
+        init: InitConfig = InitConfig(),  # noqa: B008
+        adaptation: AdaptationConfig = AdaptationConfig(),  # noqa: B008
+        validation_tasks: list[str] = [],  # noqa: B006 - read only
+        target_tasks: list[str] = [],  # noqa: B006 - read only
+        source_name: str | None = None,
+        depth: int | None = None,
+        episodes: int = 4,
+        support_size: int = 4,
+        query_size: int = 4,
+        num_virtual_tokens: int = 100,
+        init_seed: int = 0,
+        learning_rate: float = 0.3,
+        rate_factor: float = 0.1,
+        seed: int = 0,
+        label_smoothing: float = 0.0,
+        tokens_per_forward: int | None = None,
+        decoding: Literal["score", "generate"] = "score",
+        num_beams: int = 1,
+        max_new_tokens: int | None = None,
+        metric_variant: Literal["crossfit", "corrected"] = "crossfit",
+    ) -> None:
+        super().__init__(
+            backbone, tokens_per_forward, decoding, num_beams, max_new_tokens, metric_variant
+        )
+        self.save_hyperparameters(logger=False)
+        self.simplify_settings()
+        self.algorithm: Algorithm = algorithm
+        self.inner: InnerConfig = as_config(InnerConfig, inner)
+        self.optim_config: OptimConfig = as_config(OptimConfig, optim)
+        self.init_config: InitConfig = as_config(InitConfig, init)
+        self.adaptation: AdaptationConfig = as_config(AdaptationConfig, adaptation)
+        self.validation_tasks = expand_sets(validation_tasks) if validation_tasks else []
+        self.target_tasks = expand_sets(target_tasks) if target_tasks else []
+        self.source_name, self.depth = source_name, depth
+        self.episodes, self.support_size, self.query_size = episodes, support_size, query_size
+        self.num_virtual_tokens, self.init_seed = num_virtual_tokens, init_seed
+        self.learning_rate, self.rate_factor = learning_rate, rate_factor
+        self.seed, self.label_smoothing = seed, label_smoothing
+        self.keys: list[Key] = []
+        self._check_settings()
+
+    def _check_settings(self) -> None:
+        """Refuse settings that make no sense, or that would be without effect.
+
+        Raises:
+            ValueError: naming the setting and what is allowed.
+        """
+        numbers = ("episodes", "support_size", "query_size", "num_virtual_tokens")
+        for name in numbers:
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}: give at least 1")
+        if self.algorithm not in get_args(Algorithm):
+            raise ValueError(
+                f"model.algorithm is {self.algorithm!r}; allowed: {', '.join(get_args(Algorithm))}"
+            )
+        if not self.learning_rate > 0 or not self.rate_factor > 0:
+            raise ValueError("model.learning_rate and model.rate_factor must be positive")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f"model.label_smoothing is {self.label_smoothing}: give 0 up to below 1"
+            )
+        if self.depth is not None and (self.depth < 0 or self.algorithm != "maml"):
+            raise ValueError(
+                f"model.depth is {self.depth} for {self.algorithm}: it is of maml, 0 or more inner "
+                "steps, or null for all"
+            )
+        if self.inner.learned != "fixed" and self.algorithm not in ("maml", "fomaml"):
+            raise ValueError(
+                f"model.inner.learned is {self.inner.learned}, but {self.algorithm} has no query "
+                "loss to learn an inner learning rate from: use maml or fomaml, or fixed"
+            )
+        if self.second_order:
+            self._check_second_order()
+
+    def _check_second_order(self) -> None:
+        """Refuse ways to run a backbone that cannot be differentiated twice.
+
+        Raises:
+            ValueError: naming the setting and what to use.
+        """
+        backbone, instead = self.backbone_config, "or model.algorithm fomaml"
+        if backbone.attention == "flash_attention_2":
+            raise ValueError(
+                "maml differentiates attention twice, which flash_attention_2 cannot: use "
+                f"model.backbone.attention sdpa, {instead}"
+            )
+        if backbone.compile:
+            raise ValueError(
+                "maml differentiates the backbone twice, which torch.compile cannot: use "
+                f"model.backbone.compile false, {instead}"
+            )
+        if backbone.dtype != "float32":
+            raise ValueError(
+                f"maml with model.backbone.dtype {backbone.dtype}: the adapted prompt is rounded "
+                "to the weights' 8 bits, and Hessian products are off by more than what they add; "
+                f"use float32 (and trainer.precision bf16-mixed for speed), {instead}"
+            )
+
+    @property
+    def second_order(self) -> bool:
+        """Whether Hessians are taken."""
+        return self.algorithm == "maml" and self.depth != 0
+
+    # ---- set-up ---------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Load the backbone and the data, and make the prompt, once."""
+        self.check_trainer()
+        if stage == "fit":
+            self.check_budget()
+        self.prepare(self.datamodule)
+        if stage == "test" and not self.runs:
+            raise ValueError(
+                "there is nothing to test without model.validation_tasks: name some of data.tasks "
+                "there, or tune prompts from prompt.safetensors with PromptTuning"
+            )
+
+    def check_trainer(self) -> None:
+        """Refuse trainer settings that would quietly change the result.
+
+        Raises:
+            ValueError: the setting, and what to use instead.
+        """
+        if self.trainer.precision == "16-mixed":
+            raise ValueError(
+                "trainer.precision 16-mixed: inner gradients are below what float16 holds; use "
+                "32-true or bf16-mixed"
+            )
+        super().check_trainer()
+
+    def check_budget(self) -> None:
+        """Refuse a budget that is missing, or whose last step would not be evaluated.
+
+        Raises:
+            ValueError: naming both settings.
+        """
+        steps, interval = self.trainer.max_steps, self.trainer.val_check_interval
+        batches = self.trainer.accumulate_grad_batches
+        if steps < 1:
+            raise ValueError("trainer.max_steps is not set: give the number of meta-steps")
+        every = interval if isinstance(interval, int) else max(1, int(steps * batches * interval))
+        if every % batches or (steps * batches) % every:
+            raise ValueError(
+                f"trainer.val_check_interval {interval} counts meta-batches: it must be a multiple "
+                f"of trainer.accumulate_grad_batches ({batches}), and trainer.max_steps ({steps}) "
+                "times that a multiple of it, or the last steps would not be evaluated"
+            )
+
+    def prepare(self, data: CrossFitDataModule) -> None:
+        """As :meth:`setup`, without a trainer.
+
+        Raises:
+            ValueError: a validation task that the data do not have, no source task, or a source
+                task that is a target task too.
+        """
+        backbone = self.load_backbone(data)
+        if self.keys:
+            return
+        self.keys = [(task, sample) for task in self._sources(data) for sample in data.samples]
+        self.runs = [
+            Run(
+                task,
+                sample,
+                self.init_seed,
+                self.adaptation.learning_rate,
+                self.adaptation.batch_size,
+            )
+            for task in self.validation_tasks
+            for sample in data.samples
+        ]
+        alone = Run("", 0, self.init_seed, self.learning_rate, 1)
+        made = initial_prompts(
+            self.init_config, backbone, [alone], data.tasks, self.num_virtual_tokens
+        )
+        self.prompt = nn.Parameter(made.clone())  # (1, N, D)
+        width = {"fixed": 0, "shared": 1, "per_token": self.num_virtual_tokens}[self.inner.learned]
+        rates = torch.full((1, width or 1), self.inner.learning_rate).log()
+        self.log_rate = nn.Parameter(rates) if width else None
+        for name, value in {
+            "init": made,
+            "best": made.clone(),
+            "best_rate": rates.exp(),
+            "best_score": torch.tensor(-torch.inf, dtype=torch.float64),
+            "best_step": torch.tensor(-1),
+            "best_dev": torch.full((len(self.runs),), torch.nan, dtype=torch.float64),
+            "active": torch.ones(1, dtype=torch.bool),
+            "sums": torch.zeros(len(SUMS), dtype=torch.float64),
+            "skipped": torch.tensor(0),
+            "skipped_in_row": torch.tensor(0),
+            "seconds": torch.zeros((), dtype=torch.float64),
+        }.items():
+            self.register_buffer(name, value)
+        self.register_buffer("adapted", made.repeat(len(self.runs), 1, 1), persistent=False)
+        self.keep_frozen_out_of_ddp()
+
+    def _sources(self, data: CrossFitDataModule) -> list[str]:
+        """The tasks to learn from."""
+        strange = [task for task in self.validation_tasks if task not in data.tasks]
+        if strange:
+            raise ValueError(
+                f"model.validation_tasks has {', '.join(strange)}, which data.tasks has not: add "
+                "them there, since their rows are needed"
+            )
+        sources = [task for task in data.tasks if task not in self.validation_tasks]
+        if not sources:
+            raise ValueError("every task of data.tasks is held out: leave some to learn from")
+        both = [task for task in data.tasks if task in self.target_tasks]
+        if both:
+            raise ValueError(
+                f"{some(both)}: in data.tasks and in model.target_tasks; a target task is not "
+                "learned from, so leave it out of one of them"
+            )
+        return sources
+
+    @property
+    def rate(self) -> Tensor:
+        """The inner learning rate: () or (N, 1)."""
+        if self.log_rate is None:
+            return self.prompt.new_tensor(self.inner.learning_rate)
+        rate = self.log_rate.detach().exp()
+        return rate[0, 0] if rate.numel() == 1 else rate[0, :, None]
+
+    def configure_optimizers(self) -> BankOptimizer:
+        """The outer optimizer; it holds the prompt, and the inner learning rate if learned."""
+        learned = [] if self.log_rate is None else [self.log_rate]
+        return self.optim_config.build(
+            [self.prompt, *learned],
+            [self.learning_rate],
+            self.active,
+            self.trainer.max_steps,
+            [1.0, *[self.rate_factor] * len(learned)],
+        )
+
+    # ---- data -----------------------------------------------------------------------------------
+
+    def train_steps(self) -> EpisodeSteps:
+        """The episodes of every meta-batch, made from the trainer's counts."""
+        trainer, batches = self.trainer, self.trainer.accumulate_grad_batches
+        rows = [self.datamodule.rows(*key, split) for key in self.keys for split in SUPPORT_QUERY]
+        self.check_lengths(rows, self.num_virtual_tokens)
+        self._check_sizes()
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        return self.datamodule.episode_steps(
+            self.keys,
+            self.episodes,
+            self.inner_steps,
+            self.support_size,
+            self.query_size,
+            self.seed,
+            trainer.max_steps * batches,
+            lambda: trainer.global_step * batches + progress.current.ready % batches,
+            trainer.global_rank,
+            trainer.world_size,
+        )
+
+    @property
+    def inner_steps(self) -> int:
+        """Support batches of an episode."""
+        return 1 if self.algorithm == "multitask" else self.inner.steps
+
+    def _check_sizes(self) -> None:
+        """Refuse tasks with fewer rows than one batch of support or query has.
+
+        Raises:
+            ValueError: naming all such tasks.
+        """
+        sizes = {"train": self.support_size, "dev": self.query_size}
+        small = [
+            f"{task} {sample} ({len(self.datamodule.rows(task, sample, split))} {split} rows)"
+            for task, sample in self.keys
+            for split in SUPPORT_QUERY
+            if len(self.datamodule.rows(task, sample, split)) < sizes[split]
+        ]
+        if small:
+            raise ValueError(
+                f"too few rows for model.support_size {self.support_size} and model.query_size "
+                f"{self.query_size}: {some(small)}; lower them, or leave these tasks out"
+            )
+
+    def dev_steps(self) -> EvaluationSteps:
+        """Dev rows of the validation tasks."""
+        return self.evaluation_steps("dev", lambda: list(range(len(self.runs))))
+
+    def test_steps(self) -> EvaluationSteps:
+        """Test rows of the validation tasks."""
+        return self.evaluation_steps("test", lambda: list(range(len(self.runs))))
+
+    # ---- training -------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Start the clock and the curves."""
+        self._clock = time.monotonic()
+        trainer = self.trainer
+        if trainer.world_size > self.episodes:
+            self.warn_once(
+                "ranks",
+                f"model.episodes is {self.episodes} on {trainer.world_size} processes: some have "
+                "nothing to do; give at least as many episodes",
+            )
+        if trainer.is_global_zero:
+            start_curves(self.run_dir / "curves.csv", trainer.global_step)
+
+    def training_step(self, batch: Episodes, batch_idx: int) -> Tensor:
+        """A loss whose gradient is the mean meta-gradient over all episodes of the step.
+
+        A step with an episode whose loss or gradient is not finite is skipped: neither the prompt
+        nor the optimizer's state moves.
+        """
+        rate = self.rate
+        scale = self.trainer.world_size / self.episodes
+        if not batch.keys:
+            found, finite = None, self.active.new_ones(1)
+        else:
+            found = self.meta_gradient(batch, rate)
+            finite = found.finite().all(0, keepdim=True)
+        finite = self.over_ranks((~finite).float()) == 0
+        first = batch_idx % self.trainer.accumulate_grad_batches == 0
+        self.active.copy_(finite if first else self.active & finite)
+        self._count(found, finite)
+        gradient = torch.zeros_like(self.prompt)
+        value = self.prompt.new_zeros(())
+        if found is not None:
+            gradient = found.gradient.sum(0, keepdim=True) * scale
+            value = found.losses.sum() * scale
+        loss = with_gradient(value, self.prompt, torch.where(finite, gradient, 0))
+        if self.log_rate is not None:
+            of_rate = torch.zeros_like(self.log_rate)
+            if found is not None and found.rate_gradient is not None:
+                of_rate = (found.rate_gradient * rate).reshape(self.log_rate.shape) * scale
+            of_rate = torch.where(finite, of_rate, 0)
+            loss = loss + with_gradient(value.new_zeros(()), self.log_rate, of_rate)
+        return loss
+
+    def meta_gradient(self, episodes: Episodes, rate: Tensor) -> MetaGradient:
+        """The meta-gradients of this process's episodes; smaller micro-batches when memory ends.
+
+        Args:
+            episodes: at least one episode.
+            rate: inner learning rate, () or (N, 1).
+        """
+        largest = max(
+            (*episodes.support, episodes.query),
+            key=lambda part: part.input_lengths[0] + part.target_lengths[0],  # the longest row
+        )
+        start = self.prompt.detach().expand(len(episodes.keys), -1, -1).contiguous()
+        return self.within_memory(largest, self._step(start, episodes, rate))
+
+    def _step(
+        self, start: Tensor, episodes: Episodes, rate: Tensor
+    ) -> Callable[[int], MetaGradient]:
+        """The meta-step as a function of the tokens of a forward pass."""
+        assert self.backbone is not None
+        backbone = self.backbone
+
+        def made(tokens: int) -> MetaGradient:
+            """The meta-gradient in micro-batches of so many tokens."""
+
+            def objective(batch: Batch) -> BankObjective:
+                """The loss on one batch."""
+                return BankObjective(backbone, batch, tokens, self.label_smoothing)
+
+            if self.algorithm == "multitask":
+                return multitask(
+                    start, [*map(objective, episodes.support), objective(episodes.query)]
+                )
+            support = [objective(batch) for batch in episodes.support]
+            if self.algorithm == "reptile":
+                return reptile(start, support, self.inner, rate)
+            depth = 0 if self.algorithm == "fomaml" else self.depth
+            return maml(start, support, objective(episodes.query), self.inner, rate, depth)
+
+        return made
+
+    def _count(self, found: MetaGradient | None, finite: Tensor) -> None:
+        """Sum what is logged; nothing waits for the device."""
+        values = self.sums.new_zeros(len(SUMS))
+        if found is not None:
+            improved = found.losses.new_zeros(())
+            if len(found.support_losses) > 1:
+                improved = (found.support_losses[-1] < found.support_losses[0]).sum()
+            episodes = [found.losses.sum(), found.second_order.sum(), found.moved.sum(), improved]
+            values[:4] = torch.stack([value.double() for value in episodes]) / self.episodes
+        values = torch.where(finite, values, 0)
+        if self.trainer.is_global_zero:
+            values[4] += finite[0]
+            values[5] += ~finite[0]
+        self.sums += values
+        self.skipped += ~finite[0]
+        self.skipped_in_row.copy_(torch.where(finite[0], 0, self.skipped_in_row + 1))
+
+    def on_train_batch_end(self, outputs: Any, batch: Episodes, batch_idx: int) -> None:
+        """End a fit whose steps are skipped one after another.
+
+        Raises:
+            ValueError: no step was good before either, so that there is nothing to keep.
+        """
+        if (batch_idx + 1) % MOST_SKIPPED or int(self.skipped_in_row) < MOST_SKIPPED:
+            return
+        message = (
+            f"step {self.trainer.global_step}: the last {int(self.skipped_in_row)} meta-batches "
+            "were skipped, since a loss or gradient was not finite; training ends. The inner loop "
+            f"diverges at model.inner.learning_rate {self.inner.learning_rate:g}: lower it, or "
+            "model.inner.steps"
+        )
+        if int(self.best_step) < 0:
+            raise ValueError(message)
+        rank_zero_warn(f"{message}; the prompt of step {int(self.best_step)} is kept")
+        self.trainer.should_stop = True
+
+    # ---- validation -----------------------------------------------------------------------------
+
+    def adapt(self, prompt: Tensor) -> tuple[Tensor, Tensor]:
+        """The prompt, tuned on the train rows of every validation run, all side by side.
+
+        Args:
+            prompt: (1, N, D).
+
+        Returns:
+            The prompts (R, N, D), and how far each moved relative to its start (R,).
+        """
+        runs, config, trainer = self.runs, self.adaptation, self.trainer
+        if not runs:
+            return prompt.new_zeros(0, *prompt.shape[1:]), prompt.new_zeros(0)
+        with torch.inference_mode(False), torch.enable_grad():
+            bank = nn.Parameter(prompt.detach().clone().expand(len(runs), -1, -1).contiguous())
+            active = torch.ones(len(runs), dtype=torch.bool, device=bank.device)
+            rates = [config.learning_rate] * len(runs)
+            optimizer = config.optim.build([bank], rates, active, max(1, config.steps))
+            everyone = list(range(len(runs)))
+            rank, world = trainer.global_rank, trainer.world_size
+            data = self.datamodule
+            steps = data.train_steps(runs, config.steps, lambda: 0, lambda: everyone, rank, world)
+            for step in range(config.steps):
+                batch = steps.batch(step, everyone).to(bank.device)
+                with trainer.precision_plugin.forward_context():
+                    _, gradient = self.bank_gradient(bank, batch, self.label_smoothing)
+                gradient = self.over_ranks(gradient)
+                active &= gradient.flatten(1).isfinite().all(1)
+                bank.grad = torch.where(active[:, None, None], gradient, 0)
+                optimizer.step()
+            made = bank.detach()
+        moved = (made - prompt).flatten(1).norm(dim=1) / prompt.norm().clamp(min=1e-12)
+        return made, moved
+
+    def on_validation_start(self) -> None:
+        """Adapt to the validation tasks: the current prompt in a fit, else the learned one."""
+        if self.trainer.sanity_checking:
+            self.evaluation = Evaluation(self, "dev", self.adapted)
+            return
+        fitting = self.trainer.state.fn == "fit"
+        if not fitting:
+            self._restore_best()
+        made, self._moved = self.adapt(self.prompt if fitting else self.best)
+        self.adapted.copy_(made)
+        self.evaluation = Evaluation(self, "dev", self.adapted)
+
+    def on_validation_epoch_end(self) -> None:
+        """Score dev; in a fit, keep a better prompt."""
+        scores = self.evaluation.scores()
+        if self.trainer.state.fn != "fit":
+            self.evaluation.report(scores, "validate")
+            return
+        if self.trainer.sanity_checking:
+            return
+        known = scores.nan_to_num(nan=-torch.inf)
+        mean = known.mean() if self.runs else torch.tensor(-torch.inf, dtype=torch.float64)
+        if not self.runs or bool((mean > self.best_score) | (self.best_step < 0)):
+            self.best.copy_(self.prompt.detach())
+            self.best_rate.copy_(self.rate.reshape(self.best_rate.shape))
+            self.best_score.copy_(mean)
+            self.best_step.fill_(self.trainer.global_step)
+            self.best_dev.copy_(scores)
+        self._log(scores)
+        self.sums.zero_()
+
+    def _log(self, scores: Tensor) -> None:
+        """Log the means since the last evaluation, and a line per validation run."""
+        now = time.monotonic()
+        self.seconds += now - self._clock
+        self._clock = now
+        sums = dict(zip(SUMS, self.over_ranks(self.sums).tolist(), strict=True))
+        count = max(1.0, sums["steps"])
+        means = {name: sums[name] / count for name in SUMS[:4]}
+        best = self.best_score.item()
+        bar = {"train/loss": means["loss"], "best/val_score": best if self.runs else float("nan")}
+        rates = self.rate
+        logged = {
+            "meta/second_order": means["second_order"],
+            "meta/inner_moved": means["inner_moved"],
+            "meta/skipped": float(self.skipped),
+            "meta/inner_learning_rate": rates.mean().item(),
+            "meta/moved": self._distance(),
+        }
+        if self.runs:
+            logged["dev/mean"] = scores.nanmean().item()
+        self.log_dict(logged, rank_zero_only=False)
+        self.log_dict(bar, prog_bar=True, rank_zero_only=False)
+        self._warn(sums, means)
+        if self.trainer.is_global_zero:
+            append_curves(self.run_dir / "curves.csv", self._curve_rows(scores, means))
+
+    def _distance(self) -> float:
+        """How far the prompt is from its start, relative to the start's norm."""
+        return ((self.prompt.detach() - self.init).norm() / self.init.norm()).item()
+
+    def _curve_rows(self, scores: Tensor, means: Mapping[Any, float]) -> Iterator[dict[str, Any]]:
+        """A line per validation run, or one for the prompt where there are none."""
+        common = {
+            "step": self.trainer.global_step,
+            "train_loss": means["loss"],
+            "second_order": means["second_order"],
+            "inner_moved": means["inner_moved"],
+            "skipped": int(self.skipped),
+            "best_step": int(self.best_step),
+            "status": "training",
+        }
+        if not self.runs:
+            yield {**common, "run": self.algorithm, "moved": self._distance()}
+        moved, best = self._moved.tolist(), self.best_dev.tolist()
+        for i, (run, dev) in enumerate(zip(self.runs, scores.tolist(), strict=True)):
+            yield {**common, "run": run.name, "dev": dev, "best_dev": best[i], "moved": moved[i]}
+
+    def _warn(self, sums: Mapping[Any, float], means: Mapping[Any, float]) -> None:
+        """Warn of skipped steps, of inner loops that make it worse, and of those that stand."""
+        if sums["skipped"]:
+            rank_zero_warn(
+                f"step {self.trainer.global_step}: {sums['skipped']:.0f} meta-batches since the "
+                f"last evaluation were skipped, {int(self.skipped)} in all: a loss or gradient was "
+                "not finite. A lower model.inner.learning_rate may help"
+            )
+        if self.algorithm == "multitask" or not sums["steps"]:
+            return
+        if self.inner.steps > 1 and means["improved"] < 0.25:
+            self.warn_once(
+                "worse",
+                f"step {self.trainer.global_step}: in {1 - means['improved']:.0%} of the episodes "
+                "the support loss rose within the inner loop; a lower model.inner.learning_rate "
+                "may help",
+            )
+        if means["inner_moved"] < 1e-4:
+            self.warn_once(
+                "still",
+                f"step {self.trainer.global_step}: the inner loop moves the prompt by "
+                f"{means['inner_moved']:.1e} of its norm, so {self.algorithm} is hardly different "
+                "from multi-task learning on the same rows; prompts usually need inner learning "
+                "rates of 0.1 and more (model.inner.learning_rate)",
+            )
+
+    def on_train_end(self) -> None:
+        """Write the learned prompt."""
+        if self.trainer.is_global_zero:
+            save_prompt(self.prompt_path, self.learned_prompt())
+        self.trainer.strategy.barrier("prompt written")
+
+    @property
+    def prompt_path(self) -> Any:
+        """The file of the learned prompt."""
+        return self.run_dir / "prompt.safetensors"
+
+    @property
+    def origin(self) -> str:
+        """What to call the learned prompt: its algorithm and its source tasks."""
+        if self.source_name is not None:
+            return f"{self.algorithm} {self.source_name}"
+        given = [name for name in self.datamodule.given_tasks if name not in self.validation_tasks]
+        sets = [name for name in given if expand_sets([name]) != self.validation_tasks]
+        name = sets[0] if len(sets) == 1 else f"{len(self.source_tasks)} tasks"
+        return f"{self.algorithm} {name}"
+
+    @property
+    def source_tasks(self) -> list[str]:
+        """The tasks that the prompt is learned on."""
+        return list(dict.fromkeys(task for task, _ in self.keys))
+
+    def learned_prompt(self) -> Prompt:
+        """The prompt of the best evaluation, ready to be stored."""
+        from prompt_lab import __version__
+
+        backbone = self.backbone
+        assert backbone is not None
+        score = self.best_score.item()
+        return Prompt(
+            prompt=self.best[0].detach().cpu(),
+            init=self.init[0].detach().cpu(),
+            name="prompt",
+            backbone=backbone.name,
+            backbone_digest=backbone.digest,
+            tokenizer_digest=backbone.tokenizer_digest,
+            initialised=self.init_config.describe(),
+            init_seed=self.init_seed,
+            order_seed=self.seed,
+            learning_rate=self.learning_rate,
+            batch_size=self.episodes,
+            steps=int(self.best_step),
+            dev_score=score if score > -torch.inf else None,
+            status="finished" if int(self.skipped_in_row) < MOST_SKIPPED else "stopped: diverged",
+            seconds=round(self.seconds.item(), 3),
+            max_input_length=self.datamodule.max_input_length,
+            task_prefix=self.datamodule.task_prefix,
+            version=__version__,
+            origin=self.origin,
+            source_tasks=self.source_tasks,
+        )
+
+    # ---- checkpoints ----------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note which items the prompt is learned on, and under which weights."""
+        assert self.backbone is not None
+        checkpoint["episodes_of"] = [f"{task} {sample}" for task, sample in self.keys]
+        checkpoint["backbone_digest"] = self.backbone.digest
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the prompt of other tasks or of another backbone.
+
+        Raises:
+            ValueError: naming both sides.
+        """
+        assert self.backbone is not None
+        saved = checkpoint.get("episodes_of", [])
+        own = [f"{task} {sample}" for task, sample in self.keys]
+        if saved != own:
+            raise ValueError(
+                f"the checkpoint learns from {len(saved)} items ({some(saved)}), the settings give "
+                f"{len(own)} ({some(own)}): resume with the tasks and samples of the fit"
+            )
+        if checkpoint.get("backbone_digest") != self.backbone.digest:
+            raise ValueError(
+                "the checkpoint is of a backbone with other weights: resume with the backbone of "
+                "the fit"
+            )
+
+    # ---- test -----------------------------------------------------------------------------------
+
+    def on_test_start(self) -> None:
+        """Adapt the learned prompt to the validation tasks."""
+        self._restore_best()
+        made, _ = self.adapt(self.best)
+        self.adapted.copy_(made)
+        self.evaluation = Evaluation(self, "test", self.adapted)
+
+    def _restore_best(self) -> None:
+        """Read the learned prompt from its file, unless a fit or checkpoint has filled it."""
+        if int(self.best_step) >= 0:
+            return
+        saved = load_prompt(self.prompt_path, self.backbone)
+        if saved.prompt.shape != self.best[0].shape:
+            raise ValueError(
+                f"{self.prompt_path} has shape {tuple(saved.prompt.shape)}, the config asks for "
+                f"{tuple(self.best[0].shape)}: use the config of the fit"
+            )
+        self.best[0], self.init[0] = saved.prompt, saved.init
+        self.best_step.fill_(0 if saved.steps is None else saved.steps)
+        self.seconds.fill_(saved.seconds or 0)
+
+    def best_prompts(self, test_scores: Tensor | None = None) -> list[Prompt]:
+        """The adapted prompt of every validation run, ready to be stored."""
+        from prompt_lab import __version__
+
+        backbone, data = self.backbone, self.datamodule
+        assert backbone is not None
+        dev = self.best_dev.tolist()
+        return [
+            Prompt(
+                prompt=self.adapted[i].detach().cpu(),
+                init=self.best[0].detach().cpu(),
+                name=f"{run.task}_{run.sample}_adapted",
+                backbone=backbone.name,
+                backbone_digest=backbone.digest,
+                tokenizer_digest=backbone.tokenizer_digest,
+                task=run.task,
+                sample=run.sample,
+                initialised=self.origin,
+                init_seed=run.init_seed,
+                order_seed=data.order_seed,
+                learning_rate=run.learning_rate,
+                batch_size=run.batch_size,
+                steps=int(self.best_step),
+                dev_score=None if dev[i] != dev[i] else dev[i],
+                test_score=None if test_scores is None else test_scores[i].item(),
+                metric=data.tasks[run.task].metric,
+                status="finished",
+                seconds=round(self.seconds.item(), 3),
+                **self.way_of_answering(run.task, run.sample),
+                version=__version__,
+            )
+            for i, run in enumerate(self.runs)
+        ]
+
+    def result_facts(self, run: int) -> dict[str, Any]:
+        """What the results say of how a run was trained."""
+        return {"variant": "adapted", "optimizer": self.adaptation.optim.name}
+
+    def summary(self) -> str:
+        """What is trained, in a few words."""
+        return (
+            f"{self.algorithm} of one prompt of {self.num_virtual_tokens} virtual tokens on "
+            f"{len(self.keys)} items of {len(self.source_tasks)} source tasks"
+        )
+
+    def describe_fit(self, data: CrossFitDataModule, trainer: Trainer) -> str:
+        """What would be learned, on which tasks, and the rows of a step."""
+        self.prepare(data)
+        support = f"{self.inner_steps} x {self.support_size} support rows"
+        inner = f"{self.inner.name}, learning rate {self.inner.learning_rate:g}"
+        return "\n".join(
+            [
+                self.summary(),
+                f"source tasks: {', '.join(self.source_tasks)}",
+                f"validation tasks: {', '.join(self.validation_tasks) or 'none'}",
+                f"step: {self.episodes} episodes of {support} and {self.query_size} query rows",
+                f"inner loop: {'none' if self.algorithm == 'multitask' else inner}",
+                f"steps: {trainer.max_steps}, evaluation every {trainer.val_check_interval}, "
+                f"adapting by {self.adaptation.steps} steps",
+            ]
+        )
+
+
+SUPPORT_QUERY: tuple[Literal["train"], Literal["dev"]] = ("train", "dev")
+"""Support rows are drawn from train, query rows from dev."""
