@@ -19,8 +19,8 @@ LAYERS = {
     "candidates training_forward metric_names",
     1: "backbone pretrained prompt_cache bank adapters data sandbox",
     2: "methods exchange",
-    3: "plots report report_command callbacks predict_command prediction tasks_command "
-    "build_command sweep_command",
+    3: "plots report gain_report report_command callbacks predict_command prediction tasks_command "
+    "build_command sweep_command select_command vectors_command",
     4: "cli offline __main__",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}

@@ -16,6 +16,38 @@ from prompt_lab.data.mixtures import Key
 from prompt_lab.prompt_file import Prompt, PromptStore, load_prompt
 
 
+def best_prompts(folders: Sequence[str]) -> dict[Key, Path]:
+    """The file of the best prompt of each (task, sample) that the stores hold.
+
+    Args:
+        folders: prompt stores, or folders of fits (their store is ``<folder>/prompts``).
+
+    Returns:
+        Files by task and sample, in the order in which they are found. Prompts without a task are
+        left out; -1 stands for no sample.
+
+    Raises:
+        FileNotFoundError: a folder that is not there.
+        ValueError: a damaged file.
+    """
+    best: dict[Key, tuple[float, Path]] = {}
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(
+                f"no prompt store {folder}: tune the prompts of the tasks first, and give the "
+                "folder of that fit"
+            )
+        has_store = (Path(folder) / "prompts").is_dir()
+        store = PromptStore(Path(folder) / "prompts" if has_store else folder)
+        for known in store.index():
+            task, sample, dev = (known.get(name) for name in ("task", "sample", "dev_score"))
+            key: Key = (task or "", -1 if sample is None else sample)
+            score = -math.inf if dev is None else float(dev)
+            if task and (key not in best or score > best[key][0]):
+                best[key] = score, store.path(known["name"])
+    return {key: path for key, (_, path) in best.items()}
+
+
 def source_prompts(
     folders: Sequence[str], keys: Sequence[Key], backbone: Backbone, num_virtual_tokens: int
 ) -> list[Prompt]:
@@ -34,21 +66,7 @@ def source_prompts(
         FileNotFoundError: a folder without prompts, or prompts that no folder has, all named.
         ValueError: a damaged file, or prompts of another backbone or another N; both sides named.
     """
-    best: dict[Key, tuple[float, Path]] = {}
-    for folder in folders:
-        if not Path(folder).is_dir():
-            raise FileNotFoundError(
-                f"no prompt store {folder}: tune the prompts of the tasks first, and give the "
-                "folder of that fit with model.prompts"
-            )
-        has_store = (Path(folder) / "prompts").is_dir()
-        store = PromptStore(Path(folder) / "prompts" if has_store else folder)
-        for known in store.index():
-            key: Key = (known.get("task", ""), known.get("sample", -1))
-            dev = known.get("dev_score")
-            score = -math.inf if dev is None else float(dev)
-            if key in keys and (key not in best or score > best[key][0]):
-                best[key] = score, store.path(known["name"])
+    best = best_prompts(folders)
     missing = [f"{task} {sample}" for task, sample in keys if (task, sample) not in best]
     if missing:
         raise FileNotFoundError(
@@ -57,7 +75,7 @@ def source_prompts(
         )
     found = []
     for key in keys:
-        path = best[key][1]
+        path = best[key]
         prompt = load_prompt(path, backbone)
         if len(prompt.prompt) != num_virtual_tokens:
             raise ValueError(
