@@ -25,11 +25,21 @@ TASKS_COMMANDS = {
     "tasks check": "check the few-shot files of a folder",
     "tasks build": "make few-shot files from data sets of the hub, or from your own rows",
 }
+VECTORS_COMMANDS = {
+    "vectors apply": "add a sum of task prompt vectors to initial prompts",
+    "vectors show": "list the task prompt vectors of prompt stores",
+}
 STUDY_COMMANDS = {
     "sweep": "run the trials of a wandb sweep file one after another",
     "report": "tables and pictures from results.csv files",
+    "select": "rank source tasks by how alike their prompts are to a target's, choose some",
 }
-COMMANDS = TRAINER_COMMANDS | OFFLINE_COMMANDS | TASKS_COMMANDS | STUDY_COMMANDS
+COMMANDS = TRAINER_COMMANDS | OFFLINE_COMMANDS | TASKS_COMMANDS | VECTORS_COMMANDS | STUDY_COMMANDS
+GROUPS = {
+    "tasks": ("[TASK or FOLDER]", TASKS_COMMANDS),
+    "vectors": ("EXPRESSION or STORE...", VECTORS_COMMANDS),
+}
+"""Commands of two words by their first: what follows, and the commands."""
 
 
 def main() -> int:
@@ -43,10 +53,10 @@ def main() -> int:
     if given[0] == "--version":
         print(f"prompt-lab {__version__}")
         return 0
-    if given[0] == "tasks" and given[1:2] in ([], ["-h"], ["--help"]):
-        print("\n".join(_tasks_help()))
+    if given[0] in GROUPS and given[1:2] in ([], ["-h"], ["--help"]):
+        print("\n".join(_group_help(given[0])))
         return 0
-    command = " ".join(given[:2]) if given[0] == "tasks" else given[0]
+    command = " ".join(given[:2]) if given[0] in GROUPS else given[0]
     names = [word for word in given if word in TRAINER_COMMANDS]
     if command not in COMMANDS and not (command.startswith("-") and names):
         near = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.5)
@@ -75,8 +85,7 @@ def _help(version: str) -> str:
         "",
         *(f"  {name:<10}{text}" for name, text in OFFLINE_COMMANDS.items()),
         "",
-        *_tasks_help(),
-        "",
+        *(line for group in GROUPS for line in (*_group_help(group), "")),
         "usage: prompt-lab COMMAND FILE... [--setting value ...]",
         "",
         *(f"  {name:<10}{text}" for name, text in STUDY_COMMANDS.items()),
@@ -88,12 +97,13 @@ def _help(version: str) -> str:
     return "\n".join(lines)
 
 
-def _tasks_help() -> list[str]:
-    """The lines about ``prompt-lab tasks``."""
+def _group_help(group: str) -> list[str]:
+    """The lines about a group of commands of two words."""
+    what, commands = GROUPS[group]
     return [
-        "usage: prompt-lab tasks COMMAND [TASK or FOLDER] [--setting value ...]",
+        f"usage: prompt-lab {group} COMMAND {what} [--setting value ...]",
         "",
-        *(f"  {name:<13}{text}" for name, text in TASKS_COMMANDS.items()),
+        *(f"  {name:<15}{text}" for name, text in commands.items()),
     ]
 
 

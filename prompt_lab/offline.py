@@ -1,4 +1,4 @@
-"""``predict``, ``export``, ``import``, ``tasks``, ``sweep`` and ``report``: no trainer.
+"""``predict``, ``export``, ``import``, ``tasks``, ``vectors`` and others: commands without trainer.
 
 Each is one function. Its flags are made from its signature and its docstring: a first parameter
 without default is positional (unless it is keyword-only), a list takes several words, and what has
@@ -30,8 +30,11 @@ FUNCTIONS = {
     "tasks show": ("prompt_lab.tasks_command", "show_task"),
     "tasks check": ("prompt_lab.tasks_command", "check_tasks"),
     "tasks build": ("prompt_lab.build_command", "build_tasks"),
+    "vectors apply": ("prompt_lab.vectors_command", "apply_vectors"),
+    "vectors show": ("prompt_lab.vectors_command", "show_vectors"),
     "sweep": ("prompt_lab.sweep_command", "sweep_command"),
     "report": ("prompt_lab.report_command", "report_command"),
+    "select": ("prompt_lab.select_command", "select_command"),
 }
 
 
@@ -138,4 +141,5 @@ def _allowed(kind: Any) -> str:
     choices = [value for value in get_args(kind) if isinstance(value, str)]
     if choices:
         return ", ".join(choices)
-    return "a whole number" if int in (kind, *get_args(kind)) else "a text"
+    kinds = (kind, *get_args(kind))
+    return "a whole number" if int in kinds else "a number" if float in kinds else "a text"

@@ -11,7 +11,12 @@ import torch
 from conftest import HIDDEN, make_backbone
 
 from prompt_lab import offline
-from prompt_lab.__main__ import OFFLINE_COMMANDS, STUDY_COMMANDS, TASKS_COMMANDS
+from prompt_lab.__main__ import (
+    OFFLINE_COMMANDS,
+    STUDY_COMMANDS,
+    TASKS_COMMANDS,
+    VECTORS_COMMANDS,
+)
 from prompt_lab.prompt_file import Prompt, load_prompt, save_prompt
 
 
@@ -30,7 +35,8 @@ def status(*words: str) -> int:
 
 
 def test_every_command_has_a_function():
-    assert list(offline.FUNCTIONS) == [*OFFLINE_COMMANDS, *TASKS_COMMANDS, *STUDY_COMMANDS]
+    commands = OFFLINE_COMMANDS | TASKS_COMMANDS | VECTORS_COMMANDS | STUDY_COMMANDS
+    assert list(offline.FUNCTIONS) == list(commands)
 
 
 @pytest.mark.parametrize("command", offline.FUNCTIONS)

@@ -53,6 +53,7 @@ def make(name: str = "emotion_13_seed0", **changes: Any) -> Prompt:
         status='stopped, "early"',
         seconds=1.25,
         version="0.1.0",
+        made_from={"expression": "a + b", "scale": 0.1, "vectors": [{"task": "a"}]},
     )
     return replace(prompt, **changes)
 
@@ -212,6 +213,19 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     save_file({"prompt": torch.zeros(5, 4), "init": torch.zeros(5, 4)}, path, metadata)
     with pytest.raises(ValueError, match=r"format 2; this version .* reads up to 1: upgrade"):
         load_prompt(path)
+
+
+def test_a_file_from_before_a_field_was_known_is_read(tmp_path: Path) -> None:
+    """Fields that it lacks have their defaults."""
+    from safetensors import safe_open
+
+    path, prompt = tmp_path / "p.safetensors", make()
+    save_prompt(path, prompt)
+    with safe_open(str(path), "pt") as file:
+        metadata = file.metadata()
+    del metadata["made_from"]
+    save_file({"prompt": prompt.prompt, "init": prompt.init}, path, metadata)
+    assert_equal(load_prompt(path), replace(prompt, made_from=None))
 
 
 def test_a_prompt_loads_for_its_own_backbone_only(backbone: Factory, tmp_path: Path) -> None:

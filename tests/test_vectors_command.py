@@ -1,0 +1,458 @@
+"""``vectors apply`` and ``vectors show``: the arithmetic, which prompts take part, what is said."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import HIDDEN
+from torch import Tensor
+
+from prompt_lab import offline
+from prompt_lab.__main__ import main
+from prompt_lab.backbone import Backbone
+from prompt_lab.exchange import export_prompts
+from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts
+from prompt_lab.predict_command import _find_prompts, _ways
+from prompt_lab.prompt_file import Prompt, PromptStore, load_prompt
+from prompt_lab.run import Run
+from prompt_lab.vectors_command import apply_vectors, find_vectors, show_vectors
+
+N = 4
+TASKS = ("glue-qnli", "glue-mnli", "emotion")
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Run in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+def draw(*seeds: int) -> Tensor:
+    """A prompt (N, HIDDEN) of normal numbers."""
+    return torch.from_numpy(np.random.default_rng(seeds).normal(size=(N, HIDDEN))).float()
+
+
+def tuned(task: str, sample: int | None = 13, seed: int | None = 0, **changes: Any) -> Prompt:
+    """A prompt of a task; the init is that of the seed."""
+    number = [ord(letter) for letter in task]
+    made = Prompt(
+        prompt=draw(*number, sample or 0, seed or 0),
+        init=draw(seed or 0),
+        name=f"{task}_{sample}_seed{seed}",
+        backbone="someone/some-model",
+        backbone_digest="0123456789abcdef",
+        tokenizer_digest="fedcba",
+        task=task,
+        sample=sample,
+        initialised="vocab 5000",
+        init_seed=seed,
+        dev_score=0.5,
+        metric="ACC",
+        decoding="score",
+        labels=["yes", "no"],
+        max_new_tokens=7,
+        num_beams=1,
+        max_input_length=99,
+    )
+    return replace(made, **changes)
+
+
+def save(folder: str, *prompts: Prompt) -> str:
+    """A prompt store, by its folder."""
+    PromptStore(folder).save(prompts)
+    return folder
+
+
+def store(folder: str = "store", seeds: Iterable[int] = (0, 1)) -> str:
+    """Prompts of three tasks, two samples and some seeds."""
+    return save(folder, *(tuned(t, k, s) for t in TASKS for k in (13, 42) for s in seeds))
+
+
+def written(folder: str = "out") -> dict[str, Prompt]:
+    """The prompts of a store by name."""
+    return {path.stem: load_prompt(path) for path in sorted(Path(folder).glob("*.safetensors"))}
+
+
+def in_float64(prompt: Prompt) -> np.ndarray:
+    """Reference: the vector of a prompt by NumPy."""
+    return prompt.prompt.numpy().astype(np.float64) - prompt.init.numpy().astype(np.float64)
+
+
+# ---- apply: the arithmetic -----------------------------------------------------------------------
+
+
+def test_the_expression_is_evaluated_for_every_sample_and_seed():
+    """Reference: NumPy in float64, rounded once."""
+    expression = "0.5 * glue-qnli - 2 * glue-mnli"
+    paths = apply_vectors(expression, prompts=[store()], out="out", scale=0.25)
+    found = written()
+    assert [path.stem for path in paths] == [
+        f"0.5_glue-qnli_minus_2_glue-mnli_times_0.25_{sample}_seed{seed}"
+        for sample in (13, 42)
+        for seed in (0, 1)
+    ]
+    for prompt in found.values():
+        sample, seed = prompt.sample, prompt.init_seed
+        qnli, mnli = (tuned(task, sample, seed) for task in TASKS[:2])
+        total = 0.5 * in_float64(qnli) - 2 * in_float64(mnli)
+        expected = (qnli.init.numpy().astype(np.float64) + 0.25 * total).astype(np.float32)
+        np.testing.assert_array_equal(prompt.prompt.numpy(), expected)
+        assert prompt.init.equal(qnli.init)
+
+
+def test_the_vector_of_one_task_gives_its_tuned_prompt_and_0_times_it_the_init():
+    apply_vectors("emotion", prompts=[store()], out="one")
+    apply_vectors("emotion", prompts=["store"], out="none", scale=0)
+    for prompt in written("one").values():
+        assert prompt.prompt.equal(tuned("emotion", prompt.sample, prompt.init_seed).prompt)
+    for prompt in written("none").values():
+        assert prompt.prompt.equal(draw(prompt.init_seed or 0))
+
+
+def test_vectors_apply_to_every_different_init_of_another_store():
+    """The cross-initialisation matrix: vectors of two seeds, on nine files of three inits."""
+    save("vectors", tuned("emotion", 13, 0), tuned("emotion", 13, 1))
+    save("inits", *(tuned(task, 13, seed) for task in TASKS for seed in (1, 2, 3)))
+    paths = apply_vectors("emotion", prompts=["vectors"], out="out", init="inits")
+    found = written()
+    assert len(paths) == len(found) == 2 * 3
+    for prompt in found.values():
+        vector_seed = int(re.findall(r"emotion_13_seed(\d)_on", prompt.name)[0])
+        vector = in_float64(tuned("emotion", 13, vector_seed))
+        base = draw(prompt.init_seed or 0)
+        assert prompt.init.equal(base)
+        np.testing.assert_array_equal(
+            prompt.prompt.numpy(), (base.numpy().astype(np.float64) + vector).astype(np.float32)
+        )
+
+
+def test_vectors_of_different_inits_combine_on_an_init_that_is_named():
+    other = draw(99)
+    save("store", tuned("emotion"), tuned("glue-qnli", init=other, initialised="normal std 0.02"))
+    sentence = (
+        r"store/emotion_13_seed0.safetensors \(vocab 5000\) and .*glue-qnli.* \(normal std 0.02\) "
+        "start from different initial prompts: name one to apply to with --init"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        apply_vectors("emotion + glue-qnli", prompts=["store"], out="out")
+    assert not Path("out").exists()
+    file = "store/emotion_13_seed0.safetensors"
+    apply_vectors("emotion + glue-qnli", prompts=["store"], out="out", init=file)
+    (found,) = written().values()
+    total = in_float64(tuned("emotion")) + in_float64(tuned("glue-qnli", init=other))
+    expected = (draw(0).numpy().astype(np.float64) + total).astype(np.float32)
+    np.testing.assert_array_equal(found.prompt.numpy(), expected)
+
+
+def test_of_a_file_that_was_made_to_start_from_the_prompt_itself_is_the_init():
+    """As MetaPrompt and vectors apply write them: they say what to call the prompt."""
+    start = tuned("", None, 7, name="prompt", origin="maml 3 tasks")
+    save("meta", start)
+    apply_vectors(
+        "emotion",
+        prompts=[save("store", tuned("emotion"))],
+        out="out",
+        init="meta/prompt.safetensors",
+    )
+    (found,) = written().values()
+    assert found.init.equal(start.prompt)
+    assert found.initialised == "maml 3 tasks"
+    assert (found.made_from or {})["init"]["tensor"] == "prompt"
+
+
+# ---- apply: which prompts take part --------------------------------------------------------------
+
+
+def test_of_a_grid_the_best_by_dev_takes_part_and_of_equal_ones_the_first():
+    grid = [
+        tuned("emotion", name=name, prompt=draw(at), dev_score=dev)
+        for at, (name, dev) in enumerate([("a", None), ("b", 0.3), ("c", 0.8), ("d", 0.8)], 10)
+    ]
+    save("store", *grid)
+    apply_vectors("emotion", prompts=["store"], out="out")
+    assert written()["emotion_13_seed0"].prompt.equal(draw(12))
+
+
+def test_the_folder_of_a_fit_and_several_stores_will_do():
+    save("fit/prompts", tuned("emotion"))
+    save("other", tuned("glue-qnli"))
+    apply_vectors("emotion + glue-qnli", prompts=["fit", "other"], out="out")
+    assert list(written()) == ["emotion_plus_glue-qnli_13_seed0"]
+
+
+def test_samples_and_seeds_that_lack_a_task_are_left_out_and_named(capsys):
+    save(
+        "store", tuned("emotion"), tuned("glue-qnli"), tuned("emotion", 42), tuned("glue-mnli", 87)
+    )
+    apply_vectors("emotion + glue-qnli", prompts=["store"], out="out")
+    assert list(written()) == ["emotion_plus_glue-qnli_13_seed0"]
+    assert capsys.readouterr().err == "prompt-lab: left out: sample 42 seed 0 lacks glue-qnli\n"
+    sentence = "no sample and seed has all tasks: emotion has sample 13 seed 0, sample 42 seed 0; "
+    with pytest.raises(ValueError, match=f"{sentence}glue-mnli has sample 87 seed 0"):
+        apply_vectors("emotion + glue-mnli", prompts=["store"], out="other")
+
+
+def test_prompts_without_sample_and_seed_combine():
+    """As imported ones."""
+    save("store", tuned("emotion", None, None), tuned("glue-qnli", None, None))
+    apply_vectors("emotion + glue-qnli", prompts=["store"], out="out")
+    assert list(written()) == ["emotion_plus_glue-qnli"]
+
+
+def test_a_prompt_that_is_its_own_init_is_named(capsys):
+    save("store", tuned("emotion", prompt=draw(0)))
+    apply_vectors("emotion", prompts=["store"], out="out")
+    assert "store/emotion_13_seed0.safetensors adds nothing" in capsys.readouterr().err
+
+
+def test_files_that_apply_wrote_are_no_vectors():
+    apply_vectors("- emotion", prompts=[store()], out="store")
+    found = find_vectors(["store"])
+    assert all("minus" not in str(path) for paths in found.values() for path in paths.values())
+    apply_vectors("- emotion", prompts=["store"], out="out")
+    with pytest.raises(ValueError, match="no tuned prompt of a task in out: give stores of fits"):
+        show_vectors(["out"])
+
+
+# ---- apply: what is written ----------------------------------------------------------------------
+
+
+def test_a_written_file_tells_where_it_comes_from():
+    apply_vectors("mean(emotion,\n glue-qnli)", prompts=[store()], out="out", scale=0.5)
+    found = load_prompt("out/0.5_emotion_plus_0.5_glue-qnli_times_0.5_42_seed1.safetensors")
+
+    def file(name: str) -> dict[str, str]:
+        """What is said of a file."""
+        path = f"store/{name}.safetensors"
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        return {"name": name, "path": path, "sha256": digest}
+
+    assert found.made_from == {
+        "expression": "mean(emotion, glue-qnli)",
+        "scale": 0.5,
+        "vectors": [
+            {"task": task, "coefficient": 0.5, **file(f"{task}_42_seed1")}
+            for task in ("emotion", "glue-qnli")
+        ],
+        "init": {"tensor": "init", **file("emotion_42_seed1")},
+    }
+    assert found.origin == "vectors 0.5 * (mean(emotion, glue-qnli))"
+    assert found.source_tasks == ["emotion", "glue-qnli"]
+    assert (found.initialised, found.sample, found.init_seed) == ("vocab 5000", 42, 1)
+    assert (found.task, found.dev_score, found.steps) == ("", None, None)
+    assert found.backbone_digest == "0123456789abcdef"
+
+
+def answers(name: str) -> tuple[Any, ...]:
+    """How a written prompt answers."""
+    p = load_prompt(f"{name}/{name}.safetensors")
+    return p.task, p.labels, p.decoding, p.max_new_tokens, p.metric, p.task_prefix
+
+
+def test_a_written_prompt_answers_as_its_tasks_where_they_agree():
+    other = {"labels": ["a", "b"], "metric": "EM", "max_new_tokens": 9, "task_prefix": True}
+    save("store", tuned("emotion", None, None, task_prefix=True), tuned("b", None, None, **other))
+    yes_no = ["yes", "no"]
+    for expression, task, name, expected in (
+        ("emotion", None, "emotion", ("emotion", yes_no, "score", 7, "ACC", True)),
+        ("emotion + b", None, "emotion_plus_b", ("", None, "score", None, "", False)),
+        ("b + emotion", "b", "b_plus_emotion", ("b", ["a", "b"], "score", 9, "EM", True)),
+        ("2 * b", "rte", "2_b", ("rte", None, "score", 9, "", True)),
+        ("3 * b", "", "3_b", ("", ["a", "b"], "score", 9, "EM", False)),
+    ):
+        apply_vectors(expression, prompts=["store"], out=name, task=task)
+        assert answers(name) == expected
+
+
+def test_predict_export_and_prompt_tuning_take_what_is_written(backbone: Callable[..., Backbone]):
+    model = backbone("t5")
+    digests = {"backbone_digest": model.digest, "tokenizer_digest": model.tokenizer_digest}
+    own = [
+        tuned(task, 13, seed, backbone=model.name, **digests)
+        for task in TASKS[:2]
+        for seed in (0, 1)
+    ]
+    save("store", *own)
+    paths = apply_vectors("glue-qnli + glue-mnli", prompts=["store"], out="out", task="emotion")
+    runs = [Run("emotion", 13, seed, 0.3, 8) for seed in (1, 0)]
+    made = initial_prompts(InitConfig("file", path="out"), model, runs, {}, N)
+    for prompt, path in zip(made, paths[::-1], strict=True):
+        assert prompt.equal(load_prompt(path, model).prompt)
+    config = InitConfig("file", path=str(paths[0]))
+    assert initial_prompts(config, model, runs, {}, N)[1].equal(made[1])
+    assert len(export_prompts("out", "tensors", format="tensor")) == 2
+    names, _, metadata = _find_prompts(["out"])
+    assert names == [path.stem for path in paths]
+    (way,) = set(_ways(metadata, None, None, {}))
+    assert (way.max_input_length, way.labels) == (99, tuple(emotion_labels()))
+
+
+def emotion_labels() -> list[str]:
+    """The labels of the task that the prompts are written for."""
+    from prompt_lab.data.tasks import find_tasks
+
+    return list(find_tasks(["emotion"])[0].labels or ())
+
+
+def test_names_of_files_are_safe_and_not_too_long():
+    odd = [f"{at}/odd name" for at in range(40)]
+    save("store", *(tuned(task, name=f"p{at}") for at, task in enumerate(odd)))
+    quoted = [f"'{name}'" for name in odd]
+    short, long = " - ".join(quoted[:2]), " + ".join(quoted)
+    names = [apply_vectors(text, prompts=["store"], out="out")[0].stem for text in (short, long)]
+    assert names[0] == "0-odd-name_minus_1-odd-name_13_seed0"
+    assert all(re.fullmatch(r"[\w.-]{1,200}", name) for name in names)
+    apply_vectors(f"1e20 * {quoted[0]}", prompts=["store"], out="out", scale=-1)
+    assert "1e20_0-odd-name_times_-1_13_seed0" in written()
+
+
+def test_nothing_is_overwritten_and_nothing_written_where_one_file_is_there():
+    apply_vectors("emotion", prompts=[store(seeds=[1])], out="out")
+    store(seeds=[0, 1])
+    before = written()
+    with pytest.raises(ValueError, match=r"emotion_13_seed1.safetensors is there and is not over"):
+        apply_vectors("emotion", prompts=["store"], out="out")
+    assert list(written()) == list(before)
+
+
+# ---- apply: what is refused ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"backbone": "b", "backbone_digest": "99"}, "backbone 'someone/some-model' with weights"),
+        ({"tokenizer_digest": "77"}, "tokenizer fedcba and 77"),
+        (
+            {"prompt": torch.ones(3, HIDDEN), "init": torch.ones(3, HIDDEN)},
+            "shape 4 x 32 and 3 x 32",
+        ),
+    ],
+)
+def test_prompts_that_do_not_fit_are_refused_naming_both(change, sentence):
+    save("store", tuned("emotion"), tuned("glue-qnli", **change))
+    both = r"store/emotion_13_seed0.safetensors and store/glue-qnli_13_seed0.safetensors do not"
+    with pytest.raises(ValueError, match=f"{both} combine: {sentence}"):
+        apply_vectors("emotion + glue-qnli", prompts=["store"], out="out")
+    with pytest.raises(ValueError, match=both):
+        show_vectors(["store"])
+    init = "store/glue-qnli_13_seed0.safetensors"
+    with pytest.raises(ValueError, match=f"{both} combine: {sentence}"):
+        apply_vectors("emotion", prompts=["store"], out="out", init=init)
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("tensor", ["prompt", "init"])
+def test_numbers_that_are_not_finite_are_refused(tensor):
+    broken = draw(1)
+    broken[1, 2] = float("nan")
+    save("store", tuned("emotion", **{tensor: broken}))
+    with pytest.raises(ValueError, match=r"emotion_13_seed0.safetensors: the prompt holds numbers"):
+        apply_vectors("emotion", prompts=["store"], out="out")
+    save("large", tuned("emotion"))
+    with pytest.raises(ValueError, match="emotion_times_1e39_13_seed0: the numbers get too large"):
+        apply_vectors("emotion", prompts=["large"], out="out", scale=1e39)
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("glue-qnly",), "no prompt of task 'glue-qnly' in store; did you mean glue-qnli?"),
+        (("zzz",), "'zzz' in store; there are: emotion, glue-mnli, glue-qnli"),
+        (("glue-qnli-glue-mnli",), "a minus needs spaces around it: glue-qnli - ..."),
+        (("emotion / 2",), "at character 9, '/': there is no division"),
+        (("",), "the expression is empty"),
+        (("emotion", "--scale", "1e999"), "scale is inf: give a finite number"),
+        (("emotion", "--out", "file"), "out is the file file: give a folder"),
+        (("emotion", "--out", "foreign"), "damaged or not a safetensors file"),
+        (("emotion", "--prompts", "nowhere"), "no prompt store nowhere: give the folder"),
+        (("emotion", "--prompts", "empty"), "no tuned prompt of a task in empty"),
+        (("emotion", "--init", "nowhere"), "no prompt file nowhere"),
+        (("emotion", "--init", "empty"), "no prompt files in empty: give another"),
+        (("emotion", "--init", "file"), "file: damaged or not a safetensors file"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_1(words, sentence, capsys):
+    store()
+    Path("file").write_text("text")
+    Path("empty").mkdir()
+    Path("foreign").mkdir()
+    Path("foreign/x.safetensors").write_text("text")
+    given = ["vectors", "apply", words[0], "--prompts", "store", "--out", "out", *words[1:]]
+    assert offline.run(given) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("prompt-lab: ")
+    assert err.count("\n") == 1
+    assert sentence in err
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("scale", ["x", "nan"])
+def test_a_scale_that_is_no_number_is_wrong_usage(scale, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        offline.run(["vectors", "apply", "a", "--prompts", "s", "--out", "o", "--scale", scale])
+    assert capsys.readouterr().err == f"prompt-lab: --scale is {scale!r}; allowed: a number\n"
+
+
+def test_the_command_takes_a_leading_minus_and_prints_the_files(capsys):
+    save("store", tuned("emotion"))
+    words = ["vectors", "apply", "- emotion", "--prompts", "store", "--out", "out"]
+    assert offline.run(words) == 0
+    assert capsys.readouterr().out == "out/minus_emotion_13_seed0.safetensors\n"
+
+
+@pytest.mark.parametrize("words", [[], ["-h"], ["--help"]])
+def test_the_group_lists_its_commands(words, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prompt-lab", "vectors", *words])
+    assert main() == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: prompt-lab vectors COMMAND EXPRESSION or STORE...")
+    assert "  vectors apply  add" in out
+    assert "tasks" not in out
+
+
+# ---- show ----------------------------------------------------------------------------------------
+
+
+def test_show_lists_norms_and_cosines(capsys):
+    """Reference: NumPy; the mean is over the other tasks of the same sample and seed."""
+    store()
+    save("store", tuned("emotion", 87))
+    assert offline.run(["vectors", "show", "store"]) == 0
+    head, line, *rows = (text.split() for text in capsys.readouterr().out.splitlines())
+    assert head == ["task", "sample", "seed", "vector", "init", "ratio", "cosine", "to", "others"]
+    assert set("".join(line)) == {"-"}
+    places = [(k, s) for k in (13, 42) for s in (0, 1)]
+    expected = [(t, k, s) for t in sorted(TASKS) for k, s in places + [(87, 0)] * (t == "emotion")]
+    assert [(task, int(k), int(s)) for task, k, s, *_ in rows] == expected
+    for task, sample, seed, *cells in rows:
+        own = {t: in_float64(tuned(t, int(sample), int(seed))).ravel() for t in TASKS}
+        vector = own.pop(task)
+        norm, start = np.linalg.norm(vector), np.linalg.norm(draw(int(seed)).numpy())
+        mean = np.mean(list(own.values()), 0)
+        cosine = vector @ mean / norm / np.linalg.norm(mean)
+        if sample == "87":
+            assert cells.pop() == "-"
+        numbers = [norm, start, norm / start, cosine][: len(cells)]
+        np.testing.assert_allclose([float(cell) for cell in cells], numbers, rtol=1e-3)
+
+
+def test_show_has_no_cosine_or_ratio_where_a_norm_is_0(capsys):
+    flat = torch.zeros(N, HIDDEN)
+    save("store", tuned("a", prompt=flat, init=flat), tuned("b", None, None))
+    save("store", tuned("b", init=flat))
+    show_vectors(["store"])
+    rows = [text.split() for text in capsys.readouterr().out.splitlines()[2:]]
+    assert rows[0] == ["a", "13", "0", "0", "0", "-", "-"]
+    assert rows[1][:3] == ["b", "-", "-"]
+    assert rows[2][-3:] == ["0", "-", "-"]
