@@ -39,7 +39,8 @@ class EvaluationLines(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the line of an evaluation within a fit."""
-        if trainer.state.fn != "fit" or not trainer.is_global_zero or sys.stdout.isatty():
+        fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if not fitting or not trainer.is_global_zero or sys.stdout.isatty():
             return
         seen = trainer.callback_metrics
         alive = ""

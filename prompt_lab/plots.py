@@ -1,6 +1,7 @@
-"""Pictures of results: curves over the intrinsic dimension, bars per task, a map of vectors.
+"""Pictures of results: curves over dimensions or steps, bars per task, a map of vectors.
 
-Each function returns a figure, which `save_figure` writes as PNG and SVG. What a picture tells
+Each function returns a figure, which `save_figure` writes as PNG and SVG; `save_task_bars` writes
+many bars on several pages. What a picture tells
 apart differs in marker, line style, hatch or filling as well as in colour, so that it can be read
 in grey. matplotlib is imported inside the functions, and no window or global state is used.
 """
@@ -41,11 +42,19 @@ FILLS = ("full", "none", "left", "bottom")
 MOST_BARS = len(BARS)
 """Series that one picture of bars can tell apart."""
 
+PAGE = 20
+"""Tasks in one picture of bars."""
+
 WIDTH = 7.2
 """Width of a picture in inches; two columns of a paper."""
 
 _BAR, _LINE, _GAP = 0.13, 0.15, 0.1
 """Height of a bar, of a line of text and between tasks, in inches."""
+
+_ERROR_BAR: dict[str, Any] = {"capsize": 2.5, "elinewidth": 0.8}
+
+_MARKS = 10
+"""About how many marks with error bars a line over steps has."""
 
 
 @dataclass(frozen=True)
@@ -95,16 +104,7 @@ def dimension_curves(
     for at, one in enumerate(series):
         shift = (at - (len(series) - 1) / 2) * step
         drawn = axes.errorbar(
-            places + shift,
-            one.values,
-            yerr=_bars(one.std),
-            color=COLOURS[at % len(COLOURS)],
-            marker=MARKERS[at % len(MARKERS)],
-            linestyle=DASHES[at % len(DASHES)],
-            markersize=5,
-            linewidth=1.2,
-            capsize=2.5,
-            elinewidth=0.8,
+            places + shift, one.values, yerr=_bars(one.std), **_line(at), **_ERROR_BAR
         )
         handles.append(drawn)  # pyright: ignore[reportArgumentType]
     names = [f"{value:g}" for value in dimensions]
@@ -115,6 +115,53 @@ def dimension_curves(
     axes.grid(axis="y", color="#ddd", linewidth=0.6)
     labels = [*([level[0]] if level is not None else []), *(one.label for one in series)]
     _legend(figure, handles, labels, note)
+    return figure
+
+
+def step_curves(
+    steps: Sequence[float], series: Sequence[Series], ylabel: str, note: str = ""
+) -> Figure:
+    """A score over the steps of training, one line per series.
+
+    Every line has about ten marks with error bars, which take turns with those of other lines.
+    Where there are too few steps for that, error bars stand a little beside their marks, so that
+    they do not hide one another. A line leaves out the steps for which it has no value.
+
+    Args:
+        steps: the steps, in order.
+        series: the lines, with a value per step; NaN where there is none.
+        ylabel: what the values are.
+        note: what the error bars are, for below the picture.
+
+    Raises:
+        ValueError: nothing to draw, or a series without one value per step.
+    """
+    _check(series, len(steps), "step")
+    figure, axes = _new_figure(WIDTH, 4.0)
+    places = np.asarray(steps, dtype=float)
+    gap = float(np.diff(places).min()) if len(places) > 1 else 1.0
+    handles: list[Artist] = []
+    for at, one in enumerate(series):
+        values, std = np.asarray(one.values, dtype=float), np.asarray(one.std, dtype=float)
+        known = ~np.isnan(values)
+        every = max(1, int(known.sum()) // _MARKS)
+        turn = slice(at * every // len(series), None, every)
+        shift = (at - (len(series) - 1) / 2) * min(0.04, 0.3 / len(series)) * gap
+        aside = shift if every < len(series) else 0.0
+        (line,) = axes.plot(places[known], values[known], markevery=turn, **_line(at))
+        axes.errorbar(
+            places[known][turn] + aside,
+            values[known][turn],
+            yerr=_bars(std[known][turn]),
+            fmt="none",
+            ecolor=line.get_color(),
+            **_ERROR_BAR,
+        )
+        handles.append(line)
+    axes.set_xlabel("step")
+    axes.set_ylabel(_text(ylabel, 45))
+    axes.grid(axis="y", color="#ddd", linewidth=0.6)
+    _legend(figure, handles, [one.label for one in series], note)
     return figure
 
 
@@ -183,6 +230,38 @@ def task_bars(
     some = any(np.isnan(np.asarray(one.values, dtype=float)).any() for one in series)
     _legend(figure, handles, [one.label for one in series], _with_cross(note) if some else note)
     return figure
+
+
+def save_task_bars(
+    tasks: Sequence[str], series: Sequence[Series], xlabel: str, note: str, stem: Path
+) -> list[Path]:
+    """Write bars per task, on pages of at most `PAGE` tasks and `MOST_BARS` series.
+
+    Args:
+        tasks: names of the tasks.
+        series: the kinds of bars, with a value per task.
+        xlabel: what the values are.
+        note: what the error bars are, for below every page.
+        stem: path without ending; pages add "-1", "-2" to it where there are several.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: as `task_bars`.
+    """
+    _check(series, len(tasks), "task")
+    pages = [
+        (slice(i, i + PAGE), series[j : j + MOST_BARS])
+        for i in range(0, len(tasks), PAGE)
+        for j in range(0, len(series), MOST_BARS)
+    ]
+    files = []
+    for number, (part, drawn) in enumerate(pages, 1):
+        cut = [Series(one.label, one.values[part], one.std[part]) for one in drawn]
+        name = f"{stem.name}-{number}" if len(pages) > 1 else stem.name
+        files += save_figure(task_bars(tasks[part], cut, xlabel, note), stem.with_name(name))
+    return files
 
 
 def vector_map(
@@ -283,6 +362,11 @@ def save_figure(figure: Figure, stem: Path) -> list[Path]:
     return written
 
 
+def file_name(words: str) -> str:
+    """Words as a part of a file name."""
+    return "_".join("".join(c if c.isalnum() else " " for c in words).split())
+
+
 def _new_figure(width: float, height: float) -> tuple[Figure, Axes]:
     """An empty figure with one pair of axes, drawn by Agg."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -307,6 +391,17 @@ def _check(series: Sequence[Series], places: int, what: str) -> None:
                 f"series {one.label!r} has {len(one.values)} values and {len(one.std)} deviations: "
                 f"give one of each per {what}, of which there are {places}"
             )
+
+
+def _line(at: int) -> dict[str, Any]:
+    """How a line of a picture is drawn, by its place among the lines."""
+    return {
+        "color": COLOURS[at % len(COLOURS)],
+        "marker": MARKERS[at % len(MARKERS)],
+        "linestyle": DASHES[at % len(DASHES)],
+        "markersize": 5,
+        "linewidth": 1.2,
+    }
 
 
 def _bars(std: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64] | None:

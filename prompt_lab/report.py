@@ -4,7 +4,8 @@ A **line** is what a table has a line for: a method in one variant, stage, backb
 dimension. Of its runs that share task, sample and seeds, the one with the highest dev score counts;
 a task's score is the mean over seeds, then over samples. Other settings (`FURTHER`) tell lines
 apart only where one task has several values of them, since they may depend on the task: K, the way
-of answering, an initial text. Runs that failed keep the score of their best prompt and are counted.
+of answering, an initial text. A start from a prompt learned on other tasks (`UPSTREAM`) always
+makes a line of its own. Runs that failed keep the score of their best prompt and are counted.
 
 Nothing here loads torch or a model. Left out: tests of significance, and layout, which is in
 `prompt_lab.report_command`.
@@ -34,6 +35,9 @@ FURTHER: tuple[str, ...] = (
 )
 """Columns that do so where one task has several values of them."""
 
+UPSTREAM: tuple[str, ...] = ("maml", "fomaml", "reptile", "multitask")
+"""Algorithms that learn a prompt on source tasks, from which prompt tuning then starts."""
+
 SAME = ("metric", "metric_variant", "shots", "decoding")
 """Columns in which a task's runs should agree with those that they are compared with."""
 
@@ -49,6 +53,7 @@ _NUMBERS = ("learning_rate", "batch_size", "dev", "test", "intrinsic_dim")
 _WITHOUT_METHOD = ("no_prompt", "chance", "majority")
 _FAILED = ("failed", "diverged")
 _UNFINISHED = "training"
+_STOPPED = "stopped early"
 _TUNED = "tuned"
 _RECONSTRUCTION = "reconstruction"
 
@@ -92,6 +97,11 @@ class Row:
     def failed(self) -> bool:
         """Whether its training ended in a failure."""
         return self.cells["status"].lower().startswith(_FAILED)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether its training ended early for want of a better dev score."""
+        return self.cells["status"] == _STOPPED
 
     @property
     def unfinished(self) -> bool:
@@ -149,6 +159,11 @@ class Line:
     def is_baseline(self) -> bool:
         """Whether nothing was tuned: no prompt, the initial prompt, chance or majority."""
         return self.key["variant"] in BASELINES
+
+    @property
+    def upstream(self) -> tuple[str, str] | None:
+        """Algorithm and sources of the prompt that it starts from, if learned on other tasks."""
+        return upstream_of(self.key["initialised"])
 
     @property
     def dimension(self) -> float | None:
@@ -340,6 +355,8 @@ def make_lines(rows: Sequence[Row]) -> list[Line]:
     by_key: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in rows:
         columns = telling[_values(row, FIXED)]
+        if upstream_of(row.cells["initialised"]):
+            columns = columns | {"initialised"}
         by_key[tuple(row.setting(c) if c in columns else "" for c in (*FIXED, *FURTHER))].append(
             row
         )
@@ -352,16 +369,28 @@ def make_lines(rows: Sequence[Row]) -> list[Line]:
 
 
 def _telling_columns(rows: Iterable[Row]) -> dict[tuple[str, ...], set[str]]:
-    """For each value of the fixed columns, all columns that tell its lines apart."""
+    """For each value of the fixed columns, all columns that tell its lines apart.
+
+    Starts from prompts learned on other tasks are passed over: they tell apart in any case, and
+    should not part the lines of other starts.
+    """
     seen: dict[tuple[str, ...], dict[tuple[str, str], set[str]]]
     seen = defaultdict(lambda: defaultdict(set))
     for row in rows:
         for column in FURTHER:
+            if column == "initialised" and upstream_of(row.cells[column]):
+                continue
             seen[_values(row, FIXED)][row.cells["task"], column].add(row.setting(column))
     return {
         key: {*FIXED, *(column for (_, column), values in of_key.items() if len(values) > 1)}
         for key, of_key in seen.items()
     }
+
+
+def upstream_of(initialised: str) -> tuple[str, str] | None:
+    """Algorithm and sources in "maml mpt/cls_to_cls/source"; None for any other start."""
+    algorithm, _, sources = initialised.partition(" ")
+    return (algorithm, sources.strip()) if algorithm in UPSTREAM and sources.strip() else None
 
 
 def _values(row: Row, columns: Iterable[str]) -> tuple[str, ...]:
@@ -373,10 +402,12 @@ def _names(key: Mapping[str, str], keys: Sequence[Mapping[str, str]]) -> tuple[s
     """Label and family of a line: its method, and what tells it apart from its method's others."""
     alike = [other for other in keys if _same(key, other, ("method", "variant"))]
     varying = [name for name in key if len({other[name] for other in alike}) > 1]
+    if upstream_of(key["initialised"]) and "initialised" not in varying:
+        varying = [name for name in key if name in (*varying, "initialised")]
     parts = [_words(key["method"])] if key["method"] else []
     if key["variant"] != _TUNED:
         parts.append(key["variant"].replace("_", " "))
-    parts += [_part(name, key[name]) for name in varying if key[name] and name != "intrinsic_dim"]
+    parts += [part(name, key[name]) for name in varying if key[name] and name != "intrinsic_dim"]
     name = ", ".join(parts)
     if not key["intrinsic_dim"]:
         return name, name
@@ -391,8 +422,10 @@ def _same(one: Mapping[str, str], other: Mapping[str, str], columns: Iterable[st
     return all(one[column] == other[column] for column in columns)
 
 
-def _part(column: str, value: str) -> str:
+def part(column: str, value: str) -> str:
     """A setting within a label."""
+    if column == "initialised" and upstream_of(value):
+        return value
     word = {"shots": "K", "num_virtual_tokens": "N"}.get(column, column.replace("_", " "))
     return f"{word} {value}"
 
@@ -484,6 +517,12 @@ def by_ontology(lines: Iterable[Line]) -> dict[str, set[str]]:
     return dict(sorted(groups.items(), key=lambda item: group_rank(item[0])))
 
 
+def tasks_in_order(lines: Iterable[Line]) -> list[str]:
+    """All tasks of some lines, in order of ontology group and name."""
+    ontology = {result.task: result.ontology for line in lines for result in line.tasks.values()}
+    return sorted(ontology, key=lambda task: (group_rank(group_of(ontology[task])), task))
+
+
 # ---- figures -------------------------------------------------------------------------------------
 
 
@@ -545,8 +584,9 @@ def find_reference(name: str, lines: Sequence[Line]) -> dict[str, Line]:
     """The reference of every line under one name.
 
     The name is a label, or a method such as "prompt_tuning", which stands for its tuned lines
-    without an intrinsic dimension. A line's reference has the same backbone; if several have, the
-    one that also agrees in K, way of answering and metric variant.
+    without an intrinsic dimension and without a start from a prompt learned on other tasks. A
+    line's reference has the same backbone; if several have, the one that also agrees in K, way of
+    answering and metric variant.
 
     Args:
         name: label or method; case, spaces, "_" and "-" do not matter.
@@ -562,7 +602,7 @@ def find_reference(name: str, lines: Sequence[Line]) -> dict[str, Line]:
     if not named:
         labels = "; ".join(line.label for line in lines)
         raise ValueError(f"no reference {name!r} in the results; there are: {labels}")
-    references = {line.label: _references(line, named) for line in lines}
+    references = {line.label: references_among(line, named) for line in lines}
     for label, found in references.items():
         if len(found) > 1:
             raise ValueError(
@@ -582,11 +622,12 @@ def named_lines(name: str, lines: Iterable[Line]) -> list[Line]:
         if _plain(line.key["method"]) == _plain(name)
         and line.key["variant"] == _TUNED
         and line.dimension is None
+        and line.upstream is None
     ]
 
 
-def _references(line: Line, named: Sequence[Line]) -> list[Line]:
-    """The lines among the named ones that a line can be compared with."""
+def references_among(line: Line, named: Sequence[Line]) -> list[Line]:
+    """The lines among some that a line can be compared with: of its backbone, the closest."""
     if any(other is line for other in named):
         return [line]
     fit = [other for other in named if other.key["backbone"] == line.key["backbone"]]
@@ -609,3 +650,16 @@ def families(lines: Iterable[Line]) -> dict[str, list[Line]]:
 def _by_dimension(line: Line) -> tuple[str, float]:
     """Order of lines within families."""
     return line.family, line.dimension or 0.0
+
+
+# ---- words ---------------------------------------------------------------------------------------
+
+
+def counted(number: int, word: str) -> str:
+    """A number and its word, in the plural where it must be."""
+    return f"{number} {word}{'' if number == 1 else 's'}"
+
+
+def listed(tasks: Sequence[str]) -> str:
+    """Names of tasks and how many they are."""
+    return f"{counted(len(tasks), 'task')} ({', '.join(tasks)})"

@@ -16,6 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prompt_lab.atomic_file import write_atomically, write_csv
+from prompt_lab.gain_report import (
+    CURVE_MEAN_COLUMNS,
+    GAIN_COLUMNS,
+    GainReport,
+    adaptation_rows,
+    draw_gains,
+    find_gains,
+    gain_legend,
+    gain_rows,
+    gain_table,
+)
 from prompt_lab.report import (
     FIXED,
     FURTHER,
@@ -25,15 +36,17 @@ from prompt_lab.report import (
     TaskResult,
     by_ontology,
     compare,
+    counted,
     families,
     find_reference,
     find_results,
     group_of,
-    group_rank,
+    listed,
     make_lines,
     mean_score,
     named_lines,
     read_results,
+    tasks_in_order,
 )
 from prompt_lab.statistics import DENOMINATOR_RULE
 
@@ -43,9 +56,6 @@ if TYPE_CHECKING:
     from prompt_lab.plots import Series
 
 DEFAULT_REFERENCES = ("prompt_tuning", "fine_tuning")
-PAGE = 20
-"""Tasks in one picture of bars."""
-
 MOST_KINDS = 6
 """Kinds of tasks that a picture of codes tells apart; of more, their groups."""
 
@@ -74,6 +84,7 @@ class Report:
         lines: the lines.
         references: what each line is compared with, by the reference's name in words.
         sets: the sets of tasks.
+        gains: gains of prompts learned on other tasks.
         source: how many runs were read from how many files, in words.
         notes: what to know of the whole.
     """
@@ -81,6 +92,7 @@ class Report:
     lines: Sequence[Line]
     references: References
     sets: Sets
+    gains: GainReport
     source: str
     notes: Sequence[str]
 
@@ -97,6 +109,8 @@ def report_command(
     Of the runs of a method with equal task, sample and seeds, the one with the best dev score
     counts; means are over seeds, then samples, then tasks. Writes table.md (also printed),
     table.csv (each figure with its counts), tasks.csv (each task), and pictures as PNG and SVG.
+    Where prompts start from ones learned on other tasks, also gains.csv (relative gains against
+    plain prompt tuning) and adaptation.csv (dev scores over steps, from the fits' curves.csv).
 
     Args:
         results: results.csv files, or folders to search for them.
@@ -124,7 +138,19 @@ def report_command(
     write_csv(folder / "table.csv", TABLE_COLUMNS, table_rows(report))
     write_csv(folder / "tasks.csv", TASK_COLUMNS, task_rows(report))
     tables = [folder / name for name in ("table.md", "table.csv", "tasks.csv")]
-    return [*tables, *draw(report, folder)]
+    return [*tables, *_write_gains(report.gains, folder), *draw(report, folder)]
+
+
+def _write_gains(gains: GainReport, folder: Path) -> list[Path]:
+    """Write the tables of gains and adaptation curves, where there are any."""
+    files = []
+    if gains.settings:
+        files.append(folder / "gains.csv")
+        write_csv(files[-1], GAIN_COLUMNS, gain_rows(gains))
+    if any(setting.curves for setting in gains.settings):
+        files.append(folder / "adaptation.csv")
+        write_csv(files[-1], CURVE_MEAN_COLUMNS, adaptation_rows(gains))
+    return files
 
 
 def make_report(
@@ -154,8 +180,8 @@ def make_report(
     if partition is not None:
         notes += _partition_notes(partition, sets_of_partition, lines)
     tasks = {row.cells["task"] for row in rows}
-    source = f"{len(rows)} runs of {_count(len(tasks), 'task')} from {_count(len(files), 'file')}"
-    return Report(lines, references, sets, source, notes)
+    source = f"{len(rows)} runs of {counted(len(tasks), 'task')} from {counted(len(files), 'file')}"
+    return Report(lines, references, sets, find_gains(lines, reference), source, notes)
 
 
 def _find_references(
@@ -216,7 +242,15 @@ def markdown(report: Report) -> str:
         for name in (None, *report.references):
             title = f"## {_title(name)} by intrinsic dimension"
             parts += [title, _table_by_dimension(report, name)]
-    notes = [*report.notes, *line_notes(report.lines), *comparison_notes(report)]
+    if report.gains.settings:
+        parts += ["## Average relative gain", gain_legend(report.gains)]
+        parts.append(_table(*gain_table(report.gains)))
+    notes = [
+        *report.notes,
+        *report.gains.notes,
+        *line_notes(report.lines),
+        *comparison_notes(report),
+    ]
     if notes:
         parts += ["## Notes", "\n".join(f"- {note}" for note in notes)]
     return "\n\n".join(parts) + "\n"
@@ -371,7 +405,7 @@ def _run_notes(line: Line) -> Iterator[str]:
         yield (
             f"{counts['failed']} of {counts['rows']} runs failed (they keep the score of their "
             f"best prompt); {counts['failed_chosen']} of them count"
-            + (f", on {_names(chosen)}" if chosen else "")
+            + (f", on {listed(chosen)}" if chosen else "")
         )
     if counts["unfinished"]:
         yield f"{counts['unfinished']} of {counts['rows']} runs were tested before their end"
@@ -383,10 +417,10 @@ def _run_notes(line: Line) -> Iterator[str]:
     if not line.is_baseline:
         blind = [result.task for result in results if _chosen_blindly(result)]
         if blind:
-            yield f"no dev score to choose by, so the lowest learning rate, on {_names(blind)}"
+            yield f"no dev score to choose by, so the lowest learning rate, on {listed(blind)}"
         lacking = [result.task for result in results if len(result.tests) < len(result.chosen)]
         if lacking:
-            yield f"{counts['without_score']} runs that count have no score, on {_names(lacking)}"
+            yield f"{counts['without_score']} runs that count have no score, on {listed(lacking)}"
 
 
 def _chosen_blindly(result: TaskResult) -> bool:
@@ -419,30 +453,20 @@ def comparison_notes(report: Report) -> list[str]:
 def _comparison_notes(found: Comparison, is_baseline: bool) -> Iterator[str]:
     """What is not alike in one comparison."""
     if found.only_here:
-        yield f"no score of the reference for {_names(found.only_here)}"
+        yield f"no score of the reference for {listed(found.only_here)}"
     if found.only_reference:
-        yield f"no score here for {_names(found.only_reference)}"
+        yield f"no score here for {listed(found.only_reference)}"
     reasons = sorted(found.left_out.items(), key=lambda item: item[1])
     for why, group in groupby(reasons, key=lambda item: item[1]):
-        yield f"left out of E_rel, {why}: {_names([task for task, _ in group])}"
+        yield f"left out of E_rel, {why}: {listed([task for task, _ in group])}"
     for column, tasks in found.differs.items():
         if not is_baseline:
-            yield f"compared although {_spoken(column)} is not the same: {_names(tasks)}"
+            yield f"compared although {_spoken(column)} is not the same: {listed(tasks)}"
 
 
 def _joined(notes: Mapping[str, Sequence[str]]) -> list[str]:
     """Each note once, after the lines that it is of."""
     return [f"{'; '.join(labels)}: {text}." for text, labels in notes.items()]
-
-
-def _names(tasks: Sequence[str]) -> str:
-    """Names of tasks and how many they are."""
-    return f"{_count(len(tasks), 'task')} ({', '.join(tasks)})"
-
-
-def _count(number: int, word: str) -> str:
-    """A number and its word, in the plural where it must be."""
-    return f"{number} {word}{'' if number == 1 else 's'}"
 
 
 # ---- CSV -----------------------------------------------------------------------------------------
@@ -556,6 +580,7 @@ def draw(report: Report, folder: Path) -> list[Path]:
         The files.
     """
     files = [*_draw_bars(report, folder), *_draw_maps(report, folder)]
+    files += draw_gains(report.gains, folder)
     if len(dimensions(report.lines)) > 1:
         for name in (None, *report.references):
             files += _draw_curves(report, name, folder)
@@ -564,24 +589,16 @@ def draw(report: Report, folder: Path) -> list[Path]:
 
 def _draw_bars(report: Report, folder: Path) -> list[Path]:
     """Scores per task, in pages of some tasks and some lines; baselines are left to the tables."""
-    from prompt_lab.plots import MOST_BARS, save_figure, task_bars
+    from prompt_lab.plots import save_task_bars
 
     lines = [line for line in report.lines if not line.is_baseline]
-    ontology = {r.task: r.ontology for line in lines for r in line.tasks.values()}
-    tasks = sorted(ontology, key=lambda task: (group_rank(group_of(ontology[task])), task))
-    pages = [
-        (tasks[i : i + PAGE], lines[j : j + MOST_BARS])
-        for i in range(0, len(tasks), PAGE)
-        for j in range(0, len(lines), MOST_BARS)
-    ]
-    files = []
-    for number, (of_page, drawn) in enumerate(pages, 1):
-        series = [_bars_of(line, of_page) for line in drawn]
-        runs = [len(line.tasks[t].tests) for line in drawn for t in of_page if t in line.tasks]
-        note = f"error bars: {SPREAD}; {_range(runs)} runs per bar"
-        stem = folder / (f"scores-{number}" if len(pages) > 1 else "scores")
-        files += save_figure(task_bars(of_page, series, "test score", note), stem)
-    return files
+    tasks = tasks_in_order(lines)
+    if not tasks:
+        return []
+    runs = [len(result.tests) for line in lines for result in line.tasks.values()]
+    note = f"error bars: {SPREAD}; {_range(runs)} runs per bar"
+    series = [_bars_of(line, tasks) for line in lines]
+    return save_task_bars(tasks, series, "test score", note, folder / "scores")
 
 
 def _bars_of(line: Line, tasks: Sequence[str]) -> Series:
@@ -597,7 +614,7 @@ def _draw_maps(report: Report, folder: Path) -> list[Path]:
     """The codes of each subspace on their principal components, where there are three or more."""
     import numpy as np
 
-    from prompt_lab.plots import save_figure, vector_map
+    from prompt_lab.plots import file_name, save_figure, vector_map
 
     files = []
     for line in report.lines:
@@ -613,7 +630,7 @@ def _draw_maps(report: Report, folder: Path) -> list[Path]:
         sets = [_set_of(report.sets, result.task) or "all tasks" for result, _ in found]
         note = f"{line.label}: codes of {len(found)} runs"
         figure = vector_map(np.stack([code for _, code in found]), groups, sets, note)
-        files += save_figure(figure, folder / f"codes-{_file_name(line.label)}")
+        files += save_figure(figure, folder / f"codes-{file_name(line.label)}")
     return files
 
 
@@ -632,7 +649,7 @@ def _read_code(path: str) -> NDArray[Any] | None:
 
 def _draw_curves(report: Report, reference: str | None, folder: Path) -> list[Path]:
     """Mean score, or E_rel against a reference, over the intrinsic dimension."""
-    from prompt_lab.plots import Series, dimension_curves, save_figure
+    from prompt_lab.plots import Series, dimension_curves, file_name, save_figure
 
     places = dimensions(report.lines)
     series, figures = [], []
@@ -646,7 +663,7 @@ def _draw_curves(report: Report, reference: str | None, folder: Path) -> list[Pa
     tasks, runs = _range([f.tasks for f in figures]), _range([f.runs for f in figures])
     note = f"error bars: {SPREAD}, mean over tasks; {tasks} tasks and {runs} runs per point"
     level = None if reference is None else (reference, 1.0)
-    stem = "score" if reference is None else f"e_rel-{_file_name(reference)}"
+    stem = "score" if reference is None else f"e_rel-{file_name(reference)}"
     figure = dimension_curves(places, series, _title(reference), note, level)
     return save_figure(figure, folder / f"{stem}-by-dimension")
 
@@ -654,8 +671,3 @@ def _draw_curves(report: Report, reference: str | None, folder: Path) -> list[Pa
 def _range(values: Sequence[int]) -> str:
     """The least and the most of some counts."""
     return f"{min(values)}" if min(values) == max(values) else f"{min(values)} to {max(values)}"
-
-
-def _file_name(words: str) -> str:
-    """Words as a part of a file name."""
-    return "_".join("".join(c if c.isalnum() else " " for c in words).split())

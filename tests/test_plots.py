@@ -19,10 +19,13 @@ from prompt_lab.plots import (
     FILLS,
     MARKERS,
     MOST_BARS,
+    PAGE,
     Series,
     dimension_curves,
     principal_components,
     save_figure,
+    save_task_bars,
+    step_curves,
     task_bars,
     vector_map,
 )
@@ -120,6 +123,14 @@ def test_no_two_kinds_of_bars_look_alike_in_grey():
             assert hatch != other_hatch or abs(grey - other) > 0.2
 
 
+def test_many_tasks_and_series_go_on_several_pages(tmp_path: Path):
+    tasks = [f"task {at}" for at in range(PAGE + 1)]
+    names = [path.name for path in save_task_bars(tasks, series(21, 9), "x", "", tmp_path / "a.b")]
+    assert names == [f"a.b-{page}.{kind}" for page in (1, 2, 3, 4) for kind in ("png", "svg")]
+    (first, *_) = save_task_bars(tasks[:2], series(2, 1), "x", "", tmp_path / "a.b")
+    assert first.name == "a.b.png"
+
+
 # ---- curves --------------------------------------------------------------------------------------
 
 
@@ -155,6 +166,42 @@ def test_error_bars_reach_one_deviation_to_both_sides():
     (container,) = axes.containers
     (first, *_) = container.lines[2][0].get_segments()
     assert [y for _, y in first] == pytest.approx([0.4, 0.6])
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("steps", [1, 4, 61])
+def test_curves_over_steps_are_readable(steps, count):
+    names = series(steps, count, "maml from mpt/both_to_non_cls/source")
+    assert_readable(step_curves(range(0, 50 * steps, 50), names, "mean dev score", NOTE))
+
+
+def test_curves_over_steps_pass_through_the_values_and_skip_missing_ones():
+    drawn = [Series("a", [0.1, math.nan, 0.3], [math.nan] * 3), series(3, 1)[0]]
+    axes = step_curves([0, 50, 100], drawn, "dev").axes[0]
+    one, other = (line for line in axes.lines if line.get_linestyle() != "None")
+    assert list(np.asarray(one.get_xdata())) == [0, 100]
+    assert list(np.asarray(one.get_ydata())) == [0.1, 0.3]
+    assert list(np.asarray(other.get_xdata())) == [0, 50, 100]
+    assert one.get_marker() != other.get_marker()
+    assert one.get_linestyle() != other.get_linestyle()
+
+
+def test_error_bars_of_curves_over_many_steps_take_turns():
+    """Each stands at a step of its own line, and no two lines share one."""
+    drawn = series(60, 4)
+    axes = step_curves(range(60), drawn, "dev").axes[0]
+    seen: set[float] = set()
+    for one, container in zip(drawn, axes.containers, strict=True):
+        bars = container.lines[2][0].get_segments()
+        for (x, low), (_, high) in bars:
+            at = round(x)
+            assert x == at
+            assert (low + high) / 2 == pytest.approx(one.values[at])
+            assert (high - low) / 2 == pytest.approx(one.std[at])
+        places = {x for (x, _), _ in bars}
+        assert len(places) == 10
+        assert not places & seen
+        seen |= places
 
 
 # ---- vectors -------------------------------------------------------------------------------------
@@ -223,6 +270,9 @@ def test_a_dot_in_the_name_of_a_file_stays(tmp_path: Path):
         (lambda: task_bars(TASKS, series(3, 1), "score"), "of which there are 20"),
         (lambda: task_bars(TASKS, series(20, MOST_BARS + 1), "score"), "at most 8 at a time"),
         (lambda: dimension_curves([5], series(2, 1), "score"), "of which there are 1"),
+        (lambda: step_curves([], series(0, 1), "score"), "nothing to draw"),
+        (lambda: step_curves([5], series(2, 1), "score"), "per step, of which there are 1"),
+        (lambda: save_task_bars(TASKS, series(3, 1), "x", "", Path("a")), "of which there are 20"),
         (lambda: vector_map(vectors()[:1], ["a"], ["b"]), "at least two rows"),
         (lambda: vector_map(vectors() * np.nan, ["a"] * 40, ["b"] * 40), "not finite"),
         (lambda: vector_map(vectors(), ["a"] * 39, ["b"] * 40), "39 groups"),

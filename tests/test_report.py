@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from prompt_lab.report import (
     make_lines,
     mean_score,
     read_results,
+    upstream_of,
 )
 from prompt_lab.report_command import make_report, markdown, report_command, table_rows, task_rows
 from prompt_lab.results import RESULT_COLUMNS, read_csv, summary_table, write_csv
@@ -294,6 +296,44 @@ def test_subspaces_of_two_fits_are_two_families_over_all_dimensions(lines, repor
     assert set(found) == {"prompt tuning"} | {f"{x}, dim {n}" for x in expected for n in (5, 10)}
     assert {line.family for line in found.values()} == {"prompt tuning", *expected}
     assert not any("within the line" in note for note in notes(report(*rows)))
+
+
+def test_starts_from_learned_prompts_are_lines_of_their_own(lines, report):
+    """Even where no task has several starts; other starts are told apart as without them."""
+    learned = "maml mpt/cls_to_cls/source"
+    rows = [row(), row(task="aeslc", initialised="labels 5000")]
+    rows += [row(task="glue-sst2", initialised=learned)]
+    found = lines(*rows, row(initialised=learned), row(initialised="reptile top 5"))
+    assert list(found) == [
+        "prompt tuning",
+        f"prompt tuning, {learned}",
+        "prompt tuning, reptile top 5",
+    ]
+    assert set(found["prompt tuning"].tasks) == {"boolq", "aeslc"}
+    assert found[f"prompt tuning, {learned}"].upstream == ("maml", "mpt/cls_to_cls/source")
+    assert found["prompt tuning"].upstream is None
+    assert list(lines(*rows[2:])) == [f"prompt tuning, {learned}"]
+    assert set(lines(*rows, baseline("initial_prompt", initialised=learned))) == {
+        *("prompt tuning", f"prompt tuning, {learned}"),
+        f"prompt tuning, initial prompt, {learned}",
+    }
+    (note,) = [n for n in notes(report(*rows)) if "within the line" in n]
+    assert note.startswith("- prompt tuning: initialised differs")
+
+
+@pytest.mark.parametrize("words", ["vocab 5000", "maml", "maml ", "mamls x", "file maml x", ""])
+def test_other_starts_are_not_learned_ones(words):
+    assert upstream_of(words) is None
+
+
+def test_a_method_as_a_reference_is_without_learned_prompts(lines):
+    found = list(lines(row(), row(initialised="maml x")).values())
+    references = find_reference("prompt_tuning", found)
+    assert references["prompt tuning, maml x"].label == "prompt tuning"
+    named = find_reference("prompt tuning, maml x", found)
+    assert named["prompt tuning"].label == "prompt tuning, maml x"
+    with pytest.raises(ValueError, match="there are: prompt tuning, maml x"):
+        find_reference("prompt_tuning", found[1:])
 
 
 def test_baselines_of_several_fits_and_methods_are_one_line(lines):
@@ -586,6 +626,26 @@ def test_a_real_results_file_gives_the_scores_that_its_test_printed(real, tmp_pa
     text = (tmp_path / "out" / "table.md").read_text()
     for label in ("chance", "majority", "no prompt", "prompt tuning, initial prompt"):
         assert label in cells(text, "All tasks")
+
+
+def test_curves_of_a_real_fit_are_found_by_the_names_of_its_prompts(real, tmp_path):
+    """Reference: the dev scores in curves.csv of the runs that count, all at the only step."""
+    other = tmp_path / "other"
+    shutil.copytree(real, other)
+    text = (real / "results.csv").read_text()
+    (other / "results.csv").write_text(text.replace("vocab 5000", "maml some tasks"))
+    found = make_report([real, other]).gains
+    assert not [note for note in found.notes if "adaptation" in note]
+    (setting,) = found.settings
+    (point,) = setting.curves["plain"]
+    assert setting.curves["maml"] == [point]
+    assert (point.step, point.tasks, point.samples) == (2, 2, 2)
+    assert setting.gains["maml"].by_task["glue-sst2"].value == 0
+    dev = {cells_["run"]: float(cells_["dev"]) for cells_ in read_csv(real / "curves.csv")}
+    lines = make_lines(read_results([real / "results.csv"]))
+    (line,) = [line for line in lines if line.label == "prompt tuning"]
+    chosen = [Path(r.cells["prompt_file"]).stem for t in line.tasks.values() for r in t.chosen]
+    assert point.mean == pytest.approx(statistics.mean(dev[name] for name in chosen))
 
 
 def test_the_columns_that_reports_need_are_written_by_the_package():
