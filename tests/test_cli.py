@@ -27,6 +27,7 @@ from prompt_lab.sweep_command import make_trials, read_sweep
 CONFIGS = Path(__file__).parents[1] / "configs"
 SWEEPS = sorted((CONFIGS / "sweeps").glob("*.yaml"))
 SHIPPED = sorted(set(CONFIGS.rglob("*.yaml")) - set(SWEEPS))
+PARTITIONS = sorted((CONFIGS / "meta" / "partitions").glob("*.yaml"))
 TUNING = sorted((CONFIGS / "prompt_tuning").glob("*.yaml"))
 RUN_VARIABLES = (cli.RUN_DIR_VARIABLE, "WANDB_RUN_ID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
 
@@ -180,6 +181,18 @@ def test_every_shipped_config_is_parsed(path):
     for name, value in yaml.safe_load(path.read_text())["model"]["init_args"].items():
         if not isinstance(value, dict):
             assert config.model.init_args[name] == value
+
+
+@pytest.mark.parametrize("path", PARTITIONS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("algorithm", ["maml", "fomaml", "reptile", "multitask"])
+def test_the_settings_of_meta_prompt_tuning_are_an_algorithm_and_a_partition(algorithm, path):
+    words = ["-c", str(CONFIGS / "meta" / f"{algorithm}.yaml"), "-c", str(path)]
+    config = ParseOnly(["fit", *words]).config.fit
+    given = yaml.safe_load(path.read_text())
+    assert config.data.tasks == given["data"]["tasks"] == [f"mpt/{path.stem}/source"]
+    assert config.model.init_args.target_tasks == [f"mpt/{path.stem}/target"]
+    assert config.model.init_args.algorithm == algorithm
+    assert config.model.init_args.optim.name == "adafactor"  # of the first file
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
