@@ -3,6 +3,9 @@
 Rows do not divide evenly: nine a step for three runs of GPT-2 (once three that diverge have
 stopped), one a step for one run of T5, where the second process has none at all; eleven rows of dev
 and of test. The reference is one process.
+
+``MetaPrompt`` shares episodes among processes instead of rows; its fits, four, three and one
+episodes a step, follow each other in one pair of processes.
 """
 
 from __future__ import annotations
@@ -10,20 +13,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from conftest import make_backbone
 from lightning.pytorch import Trainer
 from test_intrinsic_subspace import make_store
+from test_prompt_tuning import make_trainer
 
 from prompt_lab import cli
 from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.meta_gradient import InnerConfig
+from prompt_lab.methods.meta_prompt import AdaptationConfig, MetaPrompt
 from prompt_lab.methods.prompt_tuning import PromptTuning
 from prompt_lab.prompt_file import load_prompt
 from prompt_lab.results import read_csv
@@ -38,6 +45,7 @@ JOBS = {
 }
 RATES = {"gpt2": "[0.1, 3.0e+38]", "t5": "0.003"}
 EVAL_ROWS = 11
+EPISODES = (4, 3, 1)
 
 
 class Pair(NamedTuple):
@@ -204,3 +212,78 @@ def test_two_processes_find_the_subspace_of_one(model_folder, odd_root, tmp_path
     for row, other in zip(rows, again, strict=True):
         for column in ("train_loss", "reconstruction"):
             assert float(other[column]) == pytest.approx(float(row[column]), rel=1e-4)
+
+
+def learn_prompts(root: str, folder: str, rank: int, **trainer: Any) -> None:
+    """Fits of ``MetaPrompt`` with 4, 3 and 1 episodes a step; each process keeps its prompts."""
+    for episodes in EPISODES:
+        method = MetaPrompt(
+            num_virtual_tokens=5,
+            episodes=episodes,
+            support_size=2,
+            query_size=3,
+            inner=InnerConfig(2, learning_rate=0.1, learned="shared"),
+            adaptation=AdaptationConfig(2, 0.1, 3),
+            validation_tasks=["emotion"],
+            learning_rate=0.1,
+        )
+        method.backbone = make_backbone("gpt2")
+        tasks = ["glue-cola", "e2e_nlg_cleaned", "glue-sst2", "emotion"]
+        data = CrossFitDataModule(tasks, root=root, samples=[13, 42])
+        run_dir = Path(folder) / str(episodes)
+        made = make_trainer(run_dir, steps=3, every=1, **trainer)
+        made.fit(method, datamodule=data)
+        torch.save(method.state_dict(), run_dir / f"rank{rank}.pt")
+        made.test(method, datamodule=data, verbose=False)
+
+
+def test_two_processes_learn_the_prompt_of_one(odd_root, tmp_path):
+    """Also where episodes do not divide evenly, and where the second process has none."""
+    learn_prompts(str(odd_root), str(tmp_path / "one"), 0)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = "import sys; from test_ddp import learn_prompts as f; f(*sys.argv[1:3], "
+    code += "int(sys.argv[3]), devices=2, strategy='ddp')"
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    words = ["timeout", "-k", "5", "150", sys.executable, "-c", code]
+    both = [
+        subprocess.Popen(
+            [*words, str(odd_root), str(tmp_path / "two"), str(rank)],
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    said = [process.communicate()[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said[0][-2000:] + said[1][-2000:]
+    assert "model.episodes is 1 on 2 processes: some have nothing to do" in said[0]
+    assert (said[0] + said[1]).count("nothing to do") == 1
+    for episodes in EPISODES:
+        one, two = (tmp_path / name / str(episodes) for name in ("one", "two"))
+        first = torch.load(one / "rank0.pt", weights_only=True)
+        ranks = [torch.load(two / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+        for name in ("prompt", "log_rate", "best"):
+            assert ranks[0][name].equal(ranks[1][name]), name
+            torch.testing.assert_close(ranks[0][name], first[name], rtol=0, atol=1e-5)
+        assert (first["prompt"] - first["init"]).norm() > 0.1
+        for file, columns in (
+            ("curves.csv", ("step", "run", "dev", "best_dev", "best_step", "skipped")),
+            ("results.csv", ("task", "variant", "dev", "test", "best_step", "status")),
+        ):
+            rows, again = (read_csv(folder / file) for folder in (one, two))
+            assert [[row[c] for c in columns] for row in again] == [
+                [row[c] for c in columns] for row in rows
+            ]
+        rows, again = (read_csv(folder / "curves.csv") for folder in (one, two))
+        assert len(rows) == 6
+        for row, other in zip(rows, again, strict=True):
+            for column in ("train_loss", "second_order", "inner_moved", "moved"):
+                assert float(other[column]) == pytest.approx(float(row[column]), rel=1e-3)

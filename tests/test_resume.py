@@ -2,6 +2,7 @@
 
 A process of its own runs the real command on two threads and is killed by ``os._exit``, which runs
 no clean-up; another one resumes. All are forks of one process, which pays for the imports once.
+``MetaPrompt`` runs with accumulated meta-batches and a learned inner rate.
 """
 
 from __future__ import annotations
@@ -27,22 +28,22 @@ KILLS = {
     "between scoring and saving": ("_log_evaluation", 9),
 }
 CASES = [("gpt2", name) for name in KILLS] + [("t5", "between evaluations")]
+META_KILL = "between evaluations"
 SCRIPT = '''
 import json, os, signal, sys
 import torch
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast, T5ForConditionalGeneration
 from prompt_lab import cli
-from prompt_lab.methods.prompt_tuning import PromptTuning
 
-def die_at(hook, step):
-    """Let the process die when the hook has been called at that step."""
-    original = getattr(PromptTuning, hook)
+def die_at(method, hook, step):
+    """Let the process die when the method's hook has been called at that step."""
+    original = getattr(method, hook)
     def called(self, *args, **kwargs):
         result = original(self, *args, **kwargs)
         if self.trainer.global_step == step:
             os._exit(9)
         return result
-    setattr(PromptTuning, hook, called)
+    setattr(method, hook, called)
 
 for job in json.loads(sys.argv[1]):
     child = os.fork()
@@ -50,7 +51,7 @@ for job in json.loads(sys.argv[1]):
         signal.alarm(100)  # a process that hangs ends itself
         torch.set_num_threads(2)
         if job["die"]:
-            die_at(*job["die"])
+            die_at(cli.METHODS[job["method"]], *job["die"])
         sys.argv = ["prompt-lab", *job["words"]]
         os._exit(cli.run())
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -76,6 +77,21 @@ def words(kind: str, model: Path, root: Path, run_dir: Path) -> list[str]:
     ]
 
 
+def meta_words(model: Path, root: Path, run_dir: Path) -> list[str]:
+    """The command: two meta-batches a step, and adaptation to a task in every evaluation."""
+    return [
+        *("fit", "--model=MetaPrompt", f"--model.backbone.name={model}"),
+        *("--model.num_virtual_tokens=5", "--model.episodes=2", "--model.learning_rate=0.05"),
+        *("--model.inner.steps=2", "--model.inner.learning_rate=0.1", "--model.support_size=2"),
+        *("--model.inner.learned=per_token", "--model.optim.schedule=linear"),
+        *("--model.adaptation.steps=2", "--model.validation_tasks=[emotion]"),
+        *(f"--data.root={root}", "--data.tasks=[glue-cola, glue-sst2, emotion]"),
+        *("--data.samples=[13]", "--trainer.accumulate_grad_batches=2"),
+        *(f"--trainer.max_steps={STEPS}", f"--trainer.val_check_interval={2 * EVERY}"),
+        *("--trainer.accelerator=cpu", "--trainer.logger=false", f"--run_dir={run_dir}"),
+    ]
+
+
 @pytest.fixture(scope="module")
 def folders(
     tmp_path_factory: pytest.TempPathFactory,
@@ -90,8 +106,15 @@ def folders(
         jobs.append({"words": whole, "die": None})
     for kind, name in CASES:
         given = words(kind, model_folder(kind), fewshot_root, base / f"{kind} {name}")
-        jobs.append({"words": given, "die": KILLS[name]})
+        jobs.append({"words": given, "die": KILLS[name], "method": "PromptTuning"})
         jobs.append({"words": [*given, "--ckpt_path=last"], "die": None})
+    whole, given = (
+        meta_words(model_folder("gpt2"), fewshot_root, base / f"meta {name}")
+        for name in ("whole", META_KILL)
+    )
+    jobs.append({"words": whole, "die": None})
+    jobs.append({"words": given, "die": KILLS[META_KILL], "method": "MetaPrompt"})
+    jobs.append({"words": [*given, "--ckpt_path=last"], "die": None})
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
     environment["MKL_CBWR"] = "AUTO"  # as `prompt-lab` sets it
     environment["OMP_WAIT_POLICY"] = "passive"  # threads that wait leave the cores to others
@@ -121,7 +144,17 @@ def test_a_killed_fit_that_is_resumed_equals_the_uninterrupted_one(folders, kind
         assert {**first.metadata(), "seconds": 0} == {**second.metadata(), "seconds": 0}
 
 
-@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_a_killed_meta_fit_that_is_resumed_leaves_the_files_of_the_uninterrupted_one(folders):
+    whole, resumed = folders("meta", "whole"), folders("meta", META_KILL)
+    assert (resumed / "curves.csv").read_bytes() == (whole / "curves.csv").read_bytes()
+    assert len(read_csv(whole / "curves.csv")) == STEPS // EVERY
+    first, second = (load_prompt(folder / "prompt.safetensors") for folder in (whole, resumed))
+    assert first.prompt.numpy().tobytes() == second.prompt.numpy().tobytes()
+    assert {**first.metadata(), "seconds": 0} == {**second.metadata(), "seconds": 0}
+    assert not first.prompt.equal(first.init)
+
+
+@pytest.mark.parametrize(("kind", "name"), [*CASES, ("meta", META_KILL)])
 def test_the_last_state_of_bank_and_optimizer_is_that_of_the_uninterrupted_fit(folders, kind, name):
     """Reference: every tensor of the uninterrupted fit's last checkpoint."""
     first, second = (
@@ -131,10 +164,12 @@ def test_the_last_state_of_bank_and_optimizer_is_that_of_the_uninterrupted_fit(f
     for key, value in first["state_dict"].items():
         if key != "seconds":
             assert value.equal(second["state_dict"][key]), key
-    moments, again = (saved["optimizer_states"][0]["state"][0] for saved in (first, second))
-    assert moments.keys() == again.keys()
-    for key, value in moments.items():
-        assert value.equal(again[key]), key
+    states, again = (saved["optimizer_states"][0]["state"] for saved in (first, second))
+    assert len(states) == len(again) == (2 if kind == "meta" else 1)  # of the inner rate too
+    for of_parameter, moments in states.items():
+        assert moments.keys() == again[of_parameter].keys()
+        for key, value in moments.items():
+            assert value.equal(again[of_parameter][key]), key
 
 
 def test_the_fits_that_are_compared_stop_runs_at_different_times(folders):

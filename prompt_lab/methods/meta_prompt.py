@@ -44,7 +44,7 @@ Algorithm = Literal["maml", "fomaml", "reptile", "multitask"]
 MOST_SKIPPED = 10
 """So many skipped steps in a row end a fit."""
 
-SUMS = ("loss", "second_order", "inner_moved", "improved", "steps", "skipped")
+SUMS = ("loss", "second_order", "inner_moved", "improved", "batches", "skipped")
 """What is summed over the steps between two evaluations."""
 
 
@@ -105,7 +105,7 @@ class MetaPrompt(PromptMethod):
         init_seed: seed of the initial prompt.
         learning_rate: peak outer learning rate.
         rate_factor: times ``learning_rate``, it is the outer learning rate of the logarithm of the
-            inner one, where that is learned.
+            inner one, where that is learned; logged, and kept by the checkpoint alone.
         seed: of the episodes.
         label_smoothing: share of each target's probability spread over the vocabulary.
         tokens_per_forward: most padded tokens of one forward pass; bounds memory, not results.
@@ -119,7 +119,6 @@ class MetaPrompt(PromptMethod):
     prompt: nn.Parameter
     log_rate: nn.Parameter | None
     best: Tensor
-    best_rate: Tensor
     best_score: Tensor
     best_step: Tensor
     best_dev: Tensor
@@ -231,7 +230,7 @@ class MetaPrompt(PromptMethod):
             raise ValueError(
                 f"maml with model.backbone.dtype {backbone.dtype}: the adapted prompt is rounded "
                 "to the weights' 8 bits, and Hessian products are off by more than what they add; "
-                f"use float32 (and trainer.precision bf16-mixed for speed), {instead}"
+                f"use float32, {instead}"
             )
 
     @property
@@ -247,10 +246,10 @@ class MetaPrompt(PromptMethod):
         if stage == "fit":
             self.check_budget()
         self.prepare(self.datamodule)
-        if stage == "test" and not self.runs:
+        if stage != "fit" and not self.runs:
             raise ValueError(
-                "there is nothing to test without model.validation_tasks: name some of data.tasks "
-                "there, or tune prompts from prompt.safetensors with PromptTuning"
+                "there is nothing to score without model.validation_tasks: name some of "
+                "data.tasks there, or tune prompts from prompt.safetensors with PromptTuning"
             )
 
     def check_trainer(self) -> None:
@@ -263,6 +262,12 @@ class MetaPrompt(PromptMethod):
             raise ValueError(
                 "trainer.precision 16-mixed: inner gradients are below what float16 holds; use "
                 "32-true or bf16-mixed"
+            )
+        if self.trainer.precision == "bf16-mixed" and self.second_order:
+            self.warn_once(
+                "bf16",
+                "maml with trainer.precision bf16-mixed: exact enough for small inner learning "
+                "rates; with large ones the second-order part may point elsewhere (README)",
             )
         super().check_trainer()
 
@@ -312,12 +317,10 @@ class MetaPrompt(PromptMethod):
         )
         self.prompt = nn.Parameter(made.clone())  # (1, N, D)
         width = {"fixed": 0, "shared": 1, "per_token": self.num_virtual_tokens}[self.inner.learned]
-        rates = torch.full((1, width or 1), self.inner.learning_rate).log()
-        self.log_rate = nn.Parameter(rates) if width else None
+        self.log_rate = nn.Parameter(torch.zeros(1, width)) if width else None
         for name, value in {
             "init": made,
             "best": made.clone(),
-            "best_rate": rates.exp(),
             "best_score": torch.tensor(-torch.inf, dtype=torch.float64),
             "best_step": torch.tensor(-1),
             "best_dev": torch.full((len(self.runs),), torch.nan, dtype=torch.float64),
@@ -355,7 +358,7 @@ class MetaPrompt(PromptMethod):
         """The inner learning rate: () or (N, 1)."""
         if self.log_rate is None:
             return self.prompt.new_tensor(self.inner.learning_rate)
-        rate = self.log_rate.detach().exp()
+        rate = self.inner.learning_rate * self.log_rate.detach().exp()
         return rate[0, 0] if rate.numel() == 1 else rate[0, :, None]
 
     def configure_optimizers(self) -> BankOptimizer:
@@ -376,7 +379,7 @@ class MetaPrompt(PromptMethod):
         trainer, batches = self.trainer, self.trainer.accumulate_grad_batches
         rows = [self.datamodule.rows(*key, split) for key in self.keys for split in SUPPORT_QUERY]
         self.check_lengths(rows, self.num_virtual_tokens)
-        self._check_sizes()
+        self._check_sizes(self.datamodule)
         progress = trainer.fit_loop.epoch_loop.batch_progress
         return self.datamodule.episode_steps(
             self.keys,
@@ -396,7 +399,7 @@ class MetaPrompt(PromptMethod):
         """Support batches of an episode."""
         return 1 if self.algorithm == "multitask" else self.inner.steps
 
-    def _check_sizes(self) -> None:
+    def _check_sizes(self, data: CrossFitDataModule) -> None:
         """Refuse tasks with fewer rows than one batch of support or query has.
 
         Raises:
@@ -404,10 +407,10 @@ class MetaPrompt(PromptMethod):
         """
         sizes = {"train": self.support_size, "dev": self.query_size}
         small = [
-            f"{task} {sample} ({len(self.datamodule.rows(task, sample, split))} {split} rows)"
+            f"{task} {sample} ({len(data.rows(task, sample, split))} {split} rows)"
             for task, sample in self.keys
             for split in SUPPORT_QUERY
-            if len(self.datamodule.rows(task, sample, split)) < sizes[split]
+            if len(data.rows(task, sample, split)) < sizes[split]
         ]
         if small:
             raise ValueError(
@@ -451,10 +454,12 @@ class MetaPrompt(PromptMethod):
         else:
             found = self.meta_gradient(batch, rate)
             finite = found.finite().all(0, keepdim=True)
+            if found.rate_gradient is not None:
+                finite = finite & found.rate_gradient.isfinite().all()
         finite = self.over_ranks((~finite).float()) == 0
-        first = batch_idx % self.trainer.accumulate_grad_batches == 0
-        self.active.copy_(finite if first else self.active & finite)
-        self._count(found, finite)
+        place = batch_idx % self.trainer.accumulate_grad_batches
+        self.active.copy_(self.active & finite if place else finite)
+        self._count(found, finite, is_last=place + 1 == self.trainer.accumulate_grad_batches)
         gradient = torch.zeros_like(self.prompt)
         value = self.prompt.new_zeros(())
         if found is not None:
@@ -509,7 +514,7 @@ class MetaPrompt(PromptMethod):
 
         return made
 
-    def _count(self, found: MetaGradient | None, finite: Tensor) -> None:
+    def _count(self, found: MetaGradient | None, finite: Tensor, is_last: bool) -> None:
         """Sum what is logged; nothing waits for the device."""
         values = self.sums.new_zeros(len(SUMS))
         if found is not None:
@@ -519,12 +524,14 @@ class MetaPrompt(PromptMethod):
             episodes = [found.losses.sum(), found.second_order.sum(), found.moved.sum(), improved]
             values[:4] = torch.stack([value.double() for value in episodes]) / self.episodes
         values = torch.where(finite, values, 0)
+        skipped = ~self.active[0] & is_last  # the step, that is all its meta-batches
         if self.trainer.is_global_zero:
             values[4] += finite[0]
-            values[5] += ~finite[0]
+            values[5] += skipped
         self.sums += values
-        self.skipped += ~finite[0]
-        self.skipped_in_row.copy_(torch.where(finite[0], 0, self.skipped_in_row + 1))
+        self.skipped += skipped
+        if is_last:
+            self.skipped_in_row.copy_(torch.where(skipped, self.skipped_in_row + 1, 0))
 
     def on_train_batch_end(self, outputs: Any, batch: Episodes, batch_idx: int) -> None:
         """End a fit whose steps are skipped one after another.
@@ -532,15 +539,17 @@ class MetaPrompt(PromptMethod):
         Raises:
             ValueError: no step was good before either, so that there is nothing to keep.
         """
-        if (batch_idx + 1) % MOST_SKIPPED or int(self.skipped_in_row) < MOST_SKIPPED:
+        batches = self.trainer.accumulate_grad_batches
+        if (batch_idx + 1) % (MOST_SKIPPED * batches) or int(self.skipped_in_row) < MOST_SKIPPED:
             return
         message = (
-            f"step {self.trainer.global_step}: the last {int(self.skipped_in_row)} meta-batches "
+            f"step {self.trainer.global_step}: the last {int(self.skipped_in_row)} steps "
             "were skipped, since a loss or gradient was not finite; training ends. The inner loop "
             f"diverges at model.inner.learning_rate {self.inner.learning_rate:g}: lower it, or "
             "model.inner.steps"
         )
-        if int(self.best_step) < 0:
+        never = int(self.skipped) * batches > batch_idx
+        if int(self.best_step) < 0 or never:
             raise ValueError(message)
         rank_zero_warn(f"{message}; the prompt of step {int(self.best_step)} is kept")
         self.trainer.should_stop = True
@@ -604,7 +613,6 @@ class MetaPrompt(PromptMethod):
         mean = known.mean() if self.runs else torch.tensor(-torch.inf, dtype=torch.float64)
         if not self.runs or bool((mean > self.best_score) | (self.best_step < 0)):
             self.best.copy_(self.prompt.detach())
-            self.best_rate.copy_(self.rate.reshape(self.best_rate.shape))
             self.best_score.copy_(mean)
             self.best_step.fill_(self.trainer.global_step)
             self.best_dev.copy_(scores)
@@ -617,7 +625,7 @@ class MetaPrompt(PromptMethod):
         self.seconds += now - self._clock
         self._clock = now
         sums = dict(zip(SUMS, self.over_ranks(self.sums).tolist(), strict=True))
-        count = max(1.0, sums["steps"])
+        count = max(1.0, sums["batches"])
         means = {name: sums[name] / count for name in SUMS[:4]}
         best = self.best_score.item()
         bar = {"train/loss": means["loss"], "best/val_score": best if self.runs else float("nan")}
@@ -662,11 +670,11 @@ class MetaPrompt(PromptMethod):
         """Warn of skipped steps, of inner loops that make it worse, and of those that stand."""
         if sums["skipped"]:
             rank_zero_warn(
-                f"step {self.trainer.global_step}: {sums['skipped']:.0f} meta-batches since the "
-                f"last evaluation were skipped, {int(self.skipped)} in all: a loss or gradient was "
+                f"step {self.trainer.global_step}: skipped {sums['skipped']:.0f} of the steps since the "
+                f"last evaluation, {int(self.skipped)} in all: a loss or gradient was "
                 "not finite. A lower model.inner.learning_rate may help"
             )
-        if self.algorithm == "multitask" or not sums["steps"]:
+        if self.algorithm == "multitask" or not sums["batches"]:
             return
         if self.inner.steps > 1 and means["improved"] < 0.25:
             self.warn_once(
@@ -771,10 +779,16 @@ class MetaPrompt(PromptMethod):
     # ---- test -----------------------------------------------------------------------------------
 
     def on_test_start(self) -> None:
-        """Adapt the learned prompt to the validation tasks."""
+        """Adapt the learned prompt to the validation tasks, and score dev unless the fit did."""
         self._restore_best()
         made, _ = self.adapt(self.best)
         self.adapted.copy_(made)
+        if self.best_dev.isnan().all():  # the learned prompt is from its file
+            dev = Evaluation(self, "dev", self.adapted)
+            with self.trainer.precision_plugin.forward_context():
+                for step in self.dev_steps():
+                    dev.add(step.to(self.device))
+            self.best_dev.copy_(dev.scores())
         self.evaluation = Evaluation(self, "test", self.adapted)
 
     def _restore_best(self) -> None:
@@ -802,7 +816,7 @@ class MetaPrompt(PromptMethod):
             Prompt(
                 prompt=self.adapted[i].detach().cpu(),
                 init=self.best[0].detach().cpu(),
-                name=f"{run.task}_{run.sample}_adapted",
+                name=run.name,
                 backbone=backbone.name,
                 backbone_digest=backbone.digest,
                 tokenizer_digest=backbone.tokenizer_digest,
@@ -839,6 +853,7 @@ class MetaPrompt(PromptMethod):
     def describe_fit(self, data: CrossFitDataModule, trainer: Trainer) -> str:
         """What would be learned, on which tasks, and the rows of a step."""
         self.prepare(data)
+        self._check_sizes(data)
         support = f"{self.inner_steps} x {self.support_size} support rows"
         inner = f"{self.inner.name}, learning rate {self.inner.learning_rate:g}"
         return "\n".join(

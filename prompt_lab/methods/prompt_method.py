@@ -28,6 +28,7 @@ from prompt_lab.data.files import SplitName
 from prompt_lab.data.tasks import Task
 from prompt_lab.methods.evaluation import Evaluation
 from prompt_lab.prompt_file import Prompt
+from prompt_lab.results import summary_table
 from prompt_lab.run import Run
 from prompt_lab.sandbox import SANDBOX
 
@@ -127,7 +128,7 @@ class PromptMethod(LightningModule):
         self.runs: list[Run] = []
         self._warned: set[str] = set()
 
-    def best_prompts(self, test_scores: Tensor | None = None) -> list[Prompt]:
+    def best_prompts(self, test_scores: Tensor | None = None) -> Iterable[Prompt]:
         """The prompt of every run that ``test`` is to score, ready to be stored."""
         raise NotImplementedError
 
@@ -136,8 +137,16 @@ class PromptMethod(LightningModule):
         return f"{len(self.runs)} runs of {self.num_virtual_tokens} virtual tokens"
 
     def result_facts(self, run: int) -> dict[str, Any]:
-        """What the results say of how a run was trained, beside what its prompt says."""
+        """What the results say of how a run was trained, beside or instead of its prompt's word."""
         raise NotImplementedError
+
+    def answer_variant(self, run: int) -> str:
+        """The variant of a run's answers in the file of predictions."""
+        return "tuned"
+
+    def score_table(self, rows: list[dict[str, Any]]) -> str:
+        """The table that an evaluation prints, from its lines of results."""
+        return summary_table(rows)
 
     def describe_fit(self, data: CrossFitDataModule, trainer: Trainer) -> str:
         """The text of ``fit --dry_run``.
@@ -202,9 +211,10 @@ class PromptMethod(LightningModule):
         if trainer.gradient_clip_val and self.trains_a_bank:
             raise ValueError(
                 "trainer.gradient_clip_val clips over all runs of the bank together and so couples "
-                "them: use model.optim.clip, which clips each run by itself"
+                "them: use model.optim.clip (in some methods model.clip), which clips each by itself"
             )
-        if getattr(trainer, "fast_dev_run", False) or trainer.limit_val_batches not in (None, 1.0):
+        share = trainer.limit_val_batches  # 1 is one batch, 1.0 are all
+        if getattr(trainer, "fast_dev_run", False) or isinstance(share, int) or share != 1.0:
             raise ValueError(
                 "trainer.fast_dev_run and limit_val_batches would score part of the rows: for a "
                 "quick look use --dry_run, or a small trainer.max_steps"
@@ -244,9 +254,8 @@ class PromptMethod(LightningModule):
     def answers(self, prefixes: Prefixes, step: EvaluationBatch) -> list[str]:
         """One answer per row of an evaluation batch; a batch too large for memory is halved."""
         task, batch = self.datamodule.tasks[step.task], step.batch
-        used = sorted(set(batch.prompts))
         try:
-            return self._answers(prefixes.of(used), renumber(batch, used), task, step)
+            return self._answers(*self.prefix_of(prefixes, batch), task, step)
         except RuntimeError as error:
             if not is_out_of_memory(error) or len(batch) < 2:
                 raise
@@ -255,6 +264,11 @@ class PromptMethod(LightningModule):
         return [
             text for part in parts for text in self.answers(prefixes, replace(step, batch=part))
         ]
+
+    def prefix_of(self, prefixes: Prefixes, batch: Batch) -> tuple[Prefix, Batch]:
+        """What the rows of a batch need of their prompts, and the rows numbered by its order."""
+        used = sorted(set(batch.prompts))
+        return prefixes.of(used), renumber(batch, used)
 
     def _answers(
         self, prefix: Prefix, batch: Batch, task: Task, step: EvaluationBatch
