@@ -490,7 +490,7 @@ def test_a_bad_step_is_skipped_and_training_goes_on(fit, monkeypatch):
     watch = Watch()
     inner = InnerConfig(2, learning_rate=0.1, learned="shared")
     trainer = {"steps": 4, "every": 2, "callbacks": [watch]}
-    with pytest.warns(UserWarning, match=r"step 4: 1 of the steps since .*, 1 in all"):
+    with pytest.warns(UserWarning, match=r"step 4: skipped 1 of the steps since .*, 1 in all"):
         method = fit(optim=OptimConfig("adamw"), inner=inner, trainer=trainer)
     assert watch.prompts[2].equal(watch.prompts[1])
     assert watch.moments[2].equal(watch.moments[1])

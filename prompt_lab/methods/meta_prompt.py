@@ -670,9 +670,9 @@ class MetaPrompt(PromptMethod):
         """Warn of skipped steps, of inner loops that make it worse, and of those that stand."""
         if sums["skipped"]:
             rank_zero_warn(
-                f"step {self.trainer.global_step}: skipped {sums['skipped']:.0f} of the steps since the "
-                f"last evaluation, {int(self.skipped)} in all: a loss or gradient was "
-                "not finite. A lower model.inner.learning_rate may help"
+                f"step {self.trainer.global_step}: skipped {sums['skipped']:.0f} of the steps since"
+                f" the last evaluation, {int(self.skipped)} in all: a loss or gradient was not "
+                "finite. A lower model.inner.learning_rate may help"
             )
         if self.algorithm == "multitask" or not sums["batches"]:
             return
