@@ -775,7 +775,7 @@ def test_the_shipped_config_fits_and_tests_through_the_command_line(tmp_path, mo
     assert not list(tmp_path.iterdir())
     assert cli.run(["fit", *given]) == 0
     saved = load_prompt(tmp_path / "prompt.safetensors")
-    assert (saved.origin, saved.steps) == ("maml sandbox/12_to_4/source", 2)
+    assert (saved.origin, saved.steps) == ("maml 10 of sandbox/12_to_4/source", 2)
     assert len(saved.source_tasks) == 10
     assert cli.run(["test", *given]) == 0
     rows = read_csv(tmp_path / "results.csv")

@@ -710,8 +710,11 @@ class MetaPrompt(PromptMethod):
             return f"{self.algorithm} {self.source_name}"
         given = [name for name in self.datamodule.given_tasks if name not in self.validation_tasks]
         sets = [name for name in given if expand_sets([name]) != self.validation_tasks]
-        name = sets[0] if len(sets) == 1 else f"{len(self.source_tasks)} tasks"
-        return f"{self.algorithm} {name}"
+        count = len(self.source_tasks)
+        if len(sets) != 1:
+            return f"{self.algorithm} {count} tasks"
+        part = "" if count == len(expand_sets(sets)) else f"{count} of "
+        return f"{self.algorithm} {part}{sets[0]}"
 
     @property
     def source_tasks(self) -> list[str]:
