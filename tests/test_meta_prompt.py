@@ -433,7 +433,7 @@ SET = "sandbox/12_to_4/source"
     ("tasks", "settings", "name"),
     [
         ([SET], {}, f"maml {SET}"),
-        ([SET], {"validation_tasks": ["sandbox-season"]}, f"maml {SET}"),
+        ([SET], {"validation_tasks": ["sandbox-season"]}, f"maml 11 of {SET}"),
         ([SET, "sandbox-gender"], {}, "maml 13 tasks"),
         (["sandbox-season", "sandbox-size"], {"algorithm": "reptile"}, "reptile 2 tasks"),
         ([SET], {"source_name": "mine"}, "maml mine"),
