@@ -12,14 +12,12 @@ import numpy as np
 import pytest
 
 from prompt_lab import offline
+from prompt_lab.adaptation_curves import Curve, adaptation, read_curves
 from prompt_lab.gain_report import (
-    Curve,
-    adaptation,
     draw_gains,
     find_gains,
     gain_rows,
     gain_table,
-    read_curves,
     relative_gain,
     sample_scores,
     show_gain,
