@@ -30,6 +30,8 @@ RESULT_COLUMNS = (
     "init_seed",
     "order_seed",
     "initialised",
+    "expression",
+    "scale",
     "num_virtual_tokens",
     "intrinsic_dim",
     "optimizer",

@@ -9,63 +9,39 @@ is loaded: prompts combine by the digests in their files. Left out: the choice o
 
 from __future__ import annotations
 
-import difflib
-import hashlib
 import math
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prompt_lab.methods.task_vectors import (
+    Group,
+    Source,
+    applied,
+    check_compatible,
+    common_init,
+    complete,
+    file_name,
+    find_vectors,
+    load_source,
+    made_from,
+    prompt_files,
+    shortened,
+)
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from prompt_lab.prompt_file import Prompt
 
-LONGEST_EXPRESSION, LONGEST_NAME = 100, 200
+LONGEST_NAME = 200
 """Characters in a file's name; what is longer is cut there and gets a digest."""
 
 LABELS = ("labels", "metric")
 ANSWERS = ("decoding", "max_new_tokens", "num_beams", "max_input_length", *LABELS)
 """Fields that say how a prompt answers, and those of them that belong to its task."""
-
-Group = tuple[int | None, int | None]
-"""Few-shot sample and seed of the initial prompt; None where a file does not say."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A prompt file that takes part.
-
-    Attributes:
-        path: its file.
-        prompt: what the file holds; prompt and init are (N, D) float32.
-    """
-
-    path: Path
-    prompt: Prompt
-
-    @property
-    def vector(self) -> Tensor:
-        """Its task prompt vector (N, D), float64."""
-        from prompt_lab.arithmetic import task_vector
-
-        return task_vector(self.prompt.prompt, self.prompt.init)
-
-    @property
-    def start(self) -> Tensor:
-        """The initial prompt that it stands for (N, D): its init, or what was made to start from.
-
-        A file with an origin, as meta-learning and ``vectors apply`` write, is itself a start.
-        """
-        return self.prompt.prompt if self.prompt.origin else self.prompt.init
-
-    def provenance(self) -> dict[str, str]:
-        """Name, path and SHA-256 of the file."""
-        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
-        return {"name": self.prompt.name, "path": str(self.path), "sha256": digest}
 
 
 @dataclass(frozen=True)
@@ -94,13 +70,7 @@ class Combination:
     @property
     def file_name(self) -> str:
         """The expression in letters, digits and - . _, as the start of file names."""
-        words: list[str] = []
-        for name, value in self.coefficients.items():
-            words += ["minus"] if value < 0 else ["plus"] * bool(words)
-            words += [f"{abs(value):g}".replace("+", "")] * (abs(value) != 1)
-            words.append(re.sub(r"[^\w.-]+", "-", name))
-        words += [f"times_{self.scale:g}".replace("+", "")] * (self.scale != 1)
-        return _shortened("_".join(words), LONGEST_EXPRESSION)
+        return file_name(self.coefficients, self.scale)
 
 
 def apply_vectors(
@@ -158,7 +128,9 @@ def apply_vectors(
         if not store.folder.is_dir():
             raise ValueError(f"out is the file {out}: give a folder")
         store.index()  # refuses a folder of something else
-    groups = _complete(find_vectors(prompts), list(coefficients), prompts)
+    groups, left_out = complete(find_vectors(prompts), list(coefficients), prompts)
+    if left_out:
+        print(f"prompt-lab: left out: {left_out}", file=sys.stderr)
     made = _results(asked, groups, None if init is None else _initial_prompts(Path(init)))
     there = [path for path in (store.path(prompt.name) for prompt in made) if path.exists()]
     if there:
@@ -186,7 +158,7 @@ def show_vectors(prompts: list[str]) -> None:
     rows: list[tuple[str, ...]] = []
     first = None
     for (sample, seed), paths in find_vectors(prompts).items():
-        sources = {task: _load(path) for task, path in paths.items()}
+        sources = {task: load_source(path) for task, path in paths.items()}
         for source in sources.values():
             first = first or source
             check_compatible(first, source)
@@ -222,163 +194,16 @@ def _cell(number: float | None) -> str:
 # ---- which prompts -------------------------------------------------------------------------------
 
 
-def find_vectors(folders: Sequence[str]) -> dict[Group, dict[str, Path]]:
-    """The files of the tuned prompts of stores.
-
-    Args:
-        folders: prompt stores, or folders of fits.
-
-    Returns:
-        By sample and seed, in rising order, and by task, the file of best dev score; of equal ones
-        the first.
-
-    Raises:
-        FileNotFoundError: a folder that is not there.
-        ValueError: a damaged file, or no prompt that was tuned for a task.
-    """
-    from prompt_lab.prompt_file import read_metadata
-
-    best: dict[Group, dict[str, tuple[float, Path]]] = {}
-    for path in (path for folder in folders for path in _files(Path(folder))):
-        known = read_metadata(path)
-        task = known.get("task")
-        if not task or known.get("made_from"):
-            continue
-        of_group = best.setdefault((known.get("sample"), known.get("init_seed")), {})
-        dev = known.get("dev_score")
-        score = -math.inf if dev is None else float(dev)
-        if task not in of_group or score > of_group[task][0]:
-            of_group[task] = score, path
-    if not best:
-        raise ValueError(f"no tuned prompt of a task in {', '.join(folders)}: give stores of fits")
-    groups = sorted(best, key=lambda group: [-math.inf if n is None else n for n in group])
-    return {g: {task: path for task, (_, path) in sorted(best[g].items())} for g in groups}
-
-
-def _files(folder: Path) -> list[Path]:
-    """The prompt files of a store, or of the store in the folder of a fit."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no prompt store {folder}: give the folder of prompt files or fit")
-    inner = folder / "prompts"
-    return sorted((inner if inner.is_dir() else folder).glob("*.safetensors"))
-
-
-def _complete(
-    found: Mapping[Group, Mapping[str, Path]], names: Sequence[str], folders: Sequence[str]
-) -> dict[Group, dict[str, Path]]:
-    """The files of the named tasks, for every sample and seed that has them all."""
-    known = {name: [group for group in found if name in found[group]] for name in names}
-    tasks = sorted({task for paths in found.values() for task in paths})
-    for name, groups in known.items():
-        if not groups:
-            raise ValueError(
-                f"no prompt of task {name!r} in {', '.join(folders)}; " + _near(name, tasks)
-            )
-    complete = {
-        group: {name: paths[name] for name in names}
-        for group, paths in found.items()
-        if all(name in paths for name in names)
-    }
-    if not complete:
-        parts = [f"{name} has {_listed(map(_words, groups))}" for name, groups in known.items()]
-        raise ValueError(f"no sample and seed has all tasks: {'; '.join(parts)}")
-    some = {group for groups in known.values() for group in groups}
-    partial = [group for group in found if group in some and group not in complete]
-    if partial:
-        left_out = (
-            f"{_words(group)} lacks {', '.join(n for n in names if n not in found[group])}"
-            for group in partial
-        )
-        print(f"prompt-lab: left out: {_listed(left_out)}", file=sys.stderr)
-    return complete
-
-
-def _near(name: str, tasks: Sequence[str]) -> str:
-    """What may be meant by the name of no task."""
-    joined = [task for task in tasks if name.startswith(f"{task}-")]
-    if joined:
-        return f"a minus needs spaces around it: {joined[0]} - ..."
-    near = difflib.get_close_matches(name, tasks, n=1)
-    return f"did you mean {near[0]}?" if near else f"there are: {', '.join(tasks)}"
-
-
-def _shortened(name: str, longest: int) -> str:
-    """A name for a file, cut with a digest of the whole where it is too long."""
-    digest = hashlib.sha256(name.encode()).hexdigest()[:12]
-    return name if len(name) <= longest else f"{name[:longest]}_{digest}"
-
-
-def _words(group: Group) -> str:
-    """A sample and a seed, in words."""
-    sample, seed = ("none" if number is None else number for number in group)
-    return f"sample {sample} seed {seed}"
-
-
-def _listed(parts: Iterable[str]) -> str:
-    """The first of some parts, and how many more there are."""
-    parts = list(parts)
-    more = f", and {len(parts) - 5} more" if len(parts) > 5 else ""
-    return ", ".join(parts[:5]) + more
-
-
-def _load(path: Path) -> Source:
-    """A prompt file whose numbers are all finite."""
-    from prompt_lab.prompt_file import load_prompt
-
-    prompt = load_prompt(path)
-    if not (prompt.prompt.isfinite().all() and prompt.init.isfinite().all()):
-        raise ValueError(f"{path}: the prompt holds numbers that are not finite")
-    return Source(path, prompt)
-
-
 def _initial_prompts(path: Path) -> list[Source]:
     """A prompt file, or of a store the first file of every different initial prompt."""
-    sources = [_load(file) for file in (_files(path) if path.is_dir() else [path])]
+    files = prompt_files(path) if path.is_dir() else [path]
+    sources = [load_source(file) for file in files]
     if not sources:
         raise FileNotFoundError(f"no prompt files in {path}: give another initial prompt")
     different: dict[bytes, Source] = {}
     for source in sources:
         different.setdefault(source.start.numpy().tobytes(), source)
     return list(different.values())
-
-
-def _common_init(sources: Sequence[Source]) -> Source:
-    """The first source, where all start from one initial prompt."""
-    first = sources[0]
-    for other in sources[1:]:
-        check_compatible(first, other)
-        if not first.prompt.init.equal(other.prompt.init):
-            raise ValueError(
-                f"{first.path} ({first.prompt.initialised}) and {other.path} "
-                f"({other.prompt.initialised}) start from different initial prompts: name one to "
-                "apply to with --init"
-            )
-    return first
-
-
-def check_compatible(one: Source, other: Source) -> None:
-    """Refuse two prompts that do not combine.
-
-    Raises:
-        ValueError: different weights, tokenizers or shapes, naming both.
-    """
-    for what, ours, theirs in zip(
-        ("backbone", "tokenizer", "shape"), _facts(one.prompt), _facts(other.prompt), strict=True
-    ):
-        if ours[0] != theirs[0]:
-            raise ValueError(
-                f"{one.path} and {other.path} do not combine: {what} {ours[1]} and {theirs[1]}"
-            )
-
-
-def _facts(prompt: Prompt) -> list[tuple[Any, str]]:
-    """Weights, tokenizer and shape, and how to call them."""
-    weights, tokenizer = prompt.backbone_digest, prompt.tokenizer_digest
-    return [
-        (weights, f"{prompt.backbone!r} with weights {weights[:12]}"),
-        (tokenizer, tokenizer[:12]),
-        (prompt.prompt.shape, " x ".join(map(str, prompt.prompt.shape))),
-    ]
 
 
 # ---- what is written -----------------------------------------------------------------------------
@@ -391,7 +216,7 @@ def _results(
     made: list[Prompt] = []
     first: Source | None = None
     for group, paths in groups.items():
-        vectors = {name: _load(path) for name, path in paths.items()}
+        vectors = {name: load_source(path) for name, path in paths.items()}
         _tell_zero(vectors.values())
         first = first or next(iter(vectors.values()))
         for source in (*vectors.values(), *(given or ())):
@@ -402,11 +227,11 @@ def _results(
             if number is not None
         )
         if given is None:
-            own = _common_init(list(vectors.values()))
+            own = common_init(list(vectors.values()), "name one to apply to with --init")
             made.append(_result(stem, asked, vectors, own, own.prompt.init))
             continue
         for base in given:
-            name = _shortened(f"{stem}_on_{base.path.stem}", LONGEST_NAME)
+            name = shortened(f"{stem}_on_{base.path.stem}", LONGEST_NAME)
             made.append(_result(name, asked, vectors, base, base.start))
     return made
 
@@ -422,25 +247,15 @@ def _result(
     name: str, asked: Combination, vectors: Mapping[str, Source], base: Source, init: Tensor
 ) -> Prompt:
     """The prompt init + scale * expression, with where it comes from."""
-    import torch
-
     from prompt_lab import __version__
-    from prompt_lab.arithmetic import apply_vector, combine
     from prompt_lab.prompt_file import Prompt
 
     factors = asked.coefficients
-    stacked = torch.stack([vectors[task].vector for task in factors])
-    prompt = apply_vector(init, combine(stacked, list(factors.values())), asked.scale)
-    if not prompt.isfinite().all():
-        raise ValueError(f"{name}: the numbers get too large for float32: give a smaller scale")
-    some = vectors[next(iter(factors))].prompt
-    parts = [
-        {"task": task, "coefficient": factors[task], **vectors[task].provenance()}
-        for task in factors
-    ]
+    sources = [vectors[task] for task in factors]
+    some = sources[0].prompt
     is_start = init is base.prompt.prompt
     return Prompt(
-        prompt=prompt,
+        prompt=applied(name, init, sources, list(factors.values()), asked.scale),
         init=init,
         name=name,
         backbone=some.backbone,
@@ -454,12 +269,13 @@ def _result(
         version=__version__,
         origin=asked.origin,
         source_tasks=list(factors),
-        made_from={
-            "expression": asked.expression,
-            "scale": asked.scale,
-            "vectors": parts,
-            "init": {"tensor": "prompt" if is_start else "init", **base.provenance()},
-        },
+        made_from=made_from(
+            asked.expression,
+            asked.scale,
+            vectors,
+            factors,
+            {"tensor": "prompt" if is_start else "init", **base.provenance()},
+        ),
     )
 
 

@@ -20,11 +20,7 @@ from prompt_lab.data.batches import EvaluationBatch
 from prompt_lab.data.files import SplitName
 from prompt_lab.metrics import BankMetric, chance_score, majority_score
 from prompt_lab.prompt_file import PromptStore
-from prompt_lab.results import (
-    RESULT_COLUMNS,
-    summary_table,
-    write_predictions,
-)
+from prompt_lab.results import RESULT_COLUMNS, write_predictions
 
 if TYPE_CHECKING:
     from prompt_lab.methods.prompt_method import PromptMethod
@@ -38,13 +34,15 @@ class Evaluation:
     Args:
         method: the method whose runs are evaluated.
         split: ``dev`` or ``test``.
-        prompts: (R, N, D) the prompts of the runs; they do not change meanwhile.
+        prompts: (R, N, D) the prompts of the runs, which do not change meanwhile; or the prefixes
+            of prompts that are made when they are asked for.
     """
 
-    def __init__(self, method: PromptMethod, split: SplitName, prompts: Tensor) -> None:
+    def __init__(self, method: PromptMethod, split: SplitName, prompts: Tensor | Prefixes) -> None:
         assert method.backbone is not None
         self.method = method
-        self.prefixes = Prefixes(method.backbone, prompts)
+        is_made = isinstance(prompts, Prefixes)
+        self.prefixes = prompts if is_made else Prefixes(method.backbone, prompts)
         self.split: SplitName = split
         self.members: dict[Key, list[int]] = defaultdict(list)
         for i, run in enumerate(method.runs):
@@ -112,7 +110,7 @@ class Evaluation:
             rows = [{**row, "test": row["dev"]} for row in rows]
         if not self.method.trainer.is_global_zero:
             return
-        print(f"\n{self.split} scores\n{summary_table(rows)}\n", flush=True)
+        print(f"\n{self.split} scores\n{self.method.score_table(rows)}\n", flush=True)
         if stage == "test":
             prompts = self.method.stores_prompts
             kept = "results, predictions and prompts" if prompts else "results and predictions"
@@ -123,7 +121,7 @@ class Evaluation:
         lines = []
         for i, prompt in enumerate(self.method.best_prompts()):
             run = self.method.runs[i]
-            line = self._common((run.task, run.sample), stage) | self.method.result_facts(i)
+            line = self._common((run.task, run.sample), stage)
             line |= {
                 "init_seed": run.init_seed,
                 "order_seed": self.method.datamodule.order_seed,
@@ -137,6 +135,7 @@ class Evaluation:
                 "seconds": prompt.seconds,
                 "status": prompt.status,
             }
+            line |= self.method.result_facts(i)
             if self.method.stores_prompts:
                 line["prompt_file"] = f"prompts/{prompt.name}.safetensors"
             lines.append(line)
@@ -173,6 +172,7 @@ class Evaluation:
     def _baseline_rows(self) -> list[dict[str, Any]]:
         """Lines for no prompt, the initial prompt, chance and the majority class."""
         lines = []
+        initialised = [prompt.initialised for prompt in self.method.best_prompts()]
         for variant in ("no_prompt", "initial_prompt"):
             chosen = self._distinct(by_seed=variant == "initial_prompt")
             scores = self._score_variant(variant, chosen)
@@ -181,7 +181,7 @@ class Evaluation:
                 line = self._common((run.task, run.sample), "test") | {"variant": variant}
                 if variant == "initial_prompt":
                     line["init_seed"] = run.init_seed
-                    line["initialised"] = self.method.best_prompts()[i].initialised
+                    line["initialised"] = initialised[i]
                 lines.append(line | {"test": scores[i].item()})
         for key in self.members:
             task, variant = self.method.datamodule.tasks[key[0]], self.method.metric_variant
@@ -216,8 +216,9 @@ class Evaluation:
         import json
 
         method = self.method
-        everything = [("tuned", self.predictions), *self.baseline_predictions.items()]
-        gathered = _gather([(variant, *p) for variant, found in everything for p in found])
+        own = [(method.answer_variant(p[0]), *p) for p in self.predictions]
+        baselines = self.baseline_predictions.items()
+        gathered = _gather(own + [(variant, *p) for variant, found in baselines for p in found])
         if not method.trainer.is_global_zero:
             return
         folder = Path(method.run_dir)

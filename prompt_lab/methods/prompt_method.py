@@ -211,7 +211,7 @@ class PromptMethod(LightningModule):
         if trainer.gradient_clip_val and self.trains_a_bank:
             raise ValueError(
                 "trainer.gradient_clip_val clips over all runs of the bank together and so couples "
-                "them: use model.optim.clip (in some methods model.clip), which clips each by itself"
+                "them: use model.optim.clip (some methods have model.clip), which clips each alone"
             )
         share = trainer.limit_val_batches  # 1 is one batch, 1.0 are all
         if getattr(trainer, "fast_dev_run", False) or isinstance(share, int) or share != 1.0:

@@ -1,0 +1,312 @@
+"""Which task prompt vectors stores hold, and which of them may be combined.
+
+Vectors are looked up by few-shot sample, seed of the initial prompt, and task. The vector of a
+prompt file is its ``prompt`` minus its ``init`` (Belanec et al. 2024, arXiv 2408.01119). Of a grid
+the file of best dev score stands for its task, sample and seed; files that were made by arithmetic
+hold no vector of a task and are passed over. Prompts combine by the digests in their files, so no
+model is loaded. The arithmetic itself is in ``prompt_lab.arithmetic``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prompt_lab.prompt_file import Prompt
+
+Group = tuple[int | None, int | None]
+"""Few-shot sample and seed of the initial prompt; None where a file does not say."""
+
+LONGEST_EXPRESSION = 100
+"""Characters of an expression in a file's name; a longer one is cut there and gets a digest."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A prompt file that takes part.
+
+    Attributes:
+        path: its file.
+        prompt: what the file holds; prompt and init are (N, D) float32.
+    """
+
+    path: Path
+    prompt: Prompt
+
+    @property
+    def vector(self) -> Tensor:
+        """Its task prompt vector (N, D), float64."""
+        from prompt_lab.arithmetic import task_vector
+
+        return task_vector(self.prompt.prompt, self.prompt.init)
+
+    @property
+    def start(self) -> Tensor:
+        """The initial prompt that it stands for (N, D): its init, or what was made to start from.
+
+        A file with an origin, as meta-learning and ``vectors apply`` write, is itself a start.
+        """
+        return self.prompt.prompt if self.prompt.origin else self.prompt.init
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the file, when it is first asked for."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+    def provenance(self) -> dict[str, str]:
+        """Name, path and SHA-256 of the file."""
+        return {"name": self.prompt.name, "path": str(self.path), "sha256": self.digest}
+
+
+def load_source(path: Path) -> Source:
+    """A prompt file whose numbers are all finite.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a damaged file, or numbers that are not finite.
+    """
+    from prompt_lab.prompt_file import load_prompt
+
+    prompt = load_prompt(path)
+    if not (prompt.prompt.isfinite().all() and prompt.init.isfinite().all()):
+        raise ValueError(f"{path}: the prompt holds numbers that are not finite")
+    return Source(path, prompt)
+
+
+# ---- the look-up ---------------------------------------------------------------------------------
+
+
+def find_vectors(folders: Sequence[str]) -> dict[Group, dict[str, Path]]:
+    """The files of the tuned prompts of stores.
+
+    Args:
+        folders: prompt stores, or folders of fits.
+
+    Returns:
+        By sample and seed, in rising order, and by task, the file of best dev score; of equal ones
+        the first.
+
+    Raises:
+        FileNotFoundError: a folder that is not there.
+        ValueError: a damaged file, or no prompt that was tuned for a task.
+    """
+    from prompt_lab.prompt_file import read_metadata
+
+    best: dict[Group, dict[str, tuple[float, Path]]] = {}
+    for path in (path for folder in folders for path in prompt_files(Path(folder))):
+        known = read_metadata(path)
+        task = known.get("task")
+        if not task or known.get("made_from"):
+            continue
+        of_group = best.setdefault((known.get("sample"), known.get("init_seed")), {})
+        dev = known.get("dev_score")
+        score = -math.inf if dev is None else float(dev)
+        if task not in of_group or score > of_group[task][0]:
+            of_group[task] = score, path
+    if not best:
+        raise ValueError(f"no tuned prompt of a task in {', '.join(folders)}: give stores of fits")
+    groups = sorted(best, key=lambda group: [-math.inf if n is None else n for n in group])
+    return {g: {task: path for task, (_, path) in sorted(best[g].items())} for g in groups}
+
+
+def prompt_files(folder: Path) -> list[Path]:
+    """The prompt files of a store, or of the store in the folder of a fit.
+
+    Raises:
+        FileNotFoundError: a folder that is not there.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no prompt store {folder}: give the folder of prompt files or fit")
+    inner = folder / "prompts"
+    return sorted((inner if inner.is_dir() else folder).glob("*.safetensors"))
+
+
+def complete(
+    found: Mapping[Group, Mapping[str, Path]], names: Sequence[str], folders: Sequence[str]
+) -> tuple[dict[Group, dict[str, Path]], str]:
+    """The files of the named tasks, for every sample and seed that has them all.
+
+    Args:
+        found: as :func:`find_vectors` gives it.
+        names: tasks.
+        folders: where they were looked for.
+
+    Returns:
+        Files by sample and seed, and by task in the order of ``names``; and which samples and seeds
+        have some of the tasks only, in words, or an empty text.
+
+    Raises:
+        ValueError: a task without any prompt, or no sample and seed that has all tasks.
+    """
+    known = {name: [group for group in found if name in found[group]] for name in names}
+    tasks = sorted({task for paths in found.values() for task in paths})
+    for name, groups in known.items():
+        if not groups:
+            raise ValueError(
+                f"no prompt of task {name!r} in {', '.join(folders)}; " + _near(name, tasks)
+            )
+    whole = {
+        group: {name: paths[name] for name in names}
+        for group, paths in found.items()
+        if all(name in paths for name in names)
+    }
+    if not whole:
+        parts = [f"{name} has {listed(map(_words, groups))}" for name, groups in known.items()]
+        raise ValueError(f"no sample and seed has all tasks: {'; '.join(parts)}")
+    some = {group for groups in known.values() for group in groups}
+    partial = [group for group in found if group in some and group not in whole]
+    lacking = (
+        f"{_words(group)} lacks {', '.join(n for n in names if n not in found[group])}"
+        for group in partial
+    )
+    return whole, listed(lacking)
+
+
+def _near(name: str, tasks: Sequence[str]) -> str:
+    """What may be meant by the name of no task."""
+    joined = [task for task in tasks if name.startswith(f"{task}-")]
+    if joined:
+        return f"a minus needs spaces around it: {joined[0]} - ..."
+    near = difflib.get_close_matches(name, tasks, n=1)
+    return f"did you mean {near[0]}?" if near else f"there are: {', '.join(tasks)}"
+
+
+def _words(group: Group) -> str:
+    """A sample and a seed, in words."""
+    sample, seed = ("none" if number is None else number for number in group)
+    return f"sample {sample} seed {seed}"
+
+
+def listed(parts: Iterable[str]) -> str:
+    """The first five of some parts, and how many more there are; empty where there is none."""
+    parts = list(parts)
+    more = f", and {len(parts) - 5} more" if len(parts) > 5 else ""
+    return ", ".join(parts[:5]) + more
+
+
+# ---- what combines -------------------------------------------------------------------------------
+
+
+def common_init(sources: Sequence[Source], advice: str) -> Source:
+    """The first source, where all start from one initial prompt.
+
+    Args:
+        sources: prompt files, at least one.
+        advice: what to do where they do not, for the error.
+
+    Raises:
+        ValueError: prompts that do not combine, or different initial prompts.
+    """
+    first = sources[0]
+    for other in sources[1:]:
+        check_compatible(first, other)
+        if not first.prompt.init.equal(other.prompt.init):
+            raise ValueError(
+                f"{first.path} ({first.prompt.initialised}) and {other.path} "
+                f"({other.prompt.initialised}) start from different initial prompts: {advice}"
+            )
+    return first
+
+
+def check_compatible(one: Source, other: Source) -> None:
+    """Refuse two prompts that do not combine.
+
+    Raises:
+        ValueError: different weights, tokenizers or shapes, naming both.
+    """
+    for what, ours, theirs in zip(
+        ("backbone", "tokenizer", "shape"), _facts(one.prompt), _facts(other.prompt), strict=True
+    ):
+        if ours[0] != theirs[0]:
+            raise ValueError(
+                f"{one.path} and {other.path} do not combine: {what} {ours[1]} and {theirs[1]}"
+            )
+
+
+def _facts(prompt: Prompt) -> list[tuple[Any, str]]:
+    """Weights, tokenizer and shape, and how to call them."""
+    weights, tokenizer = prompt.backbone_digest, prompt.tokenizer_digest
+    return [
+        (weights, f"{prompt.backbone!r} with weights {weights[:12]}"),
+        (tokenizer, tokenizer[:12]),
+        (prompt.prompt.shape, " x ".join(map(str, prompt.prompt.shape))),
+    ]
+
+
+# ---- what is made --------------------------------------------------------------------------------
+
+
+def applied(
+    name: str, init: Tensor, sources: Sequence[Source], coefficients: Sequence[float], scale: float
+) -> Tensor:
+    """The prompt init + scale * sum of coefficient * vector (N, D), rounded once to float32.
+
+    Args:
+        name: what is made, for errors.
+        init: (N, D), the initial prompt.
+        sources: prompt files whose vectors are added.
+        coefficients: factor of each vector.
+        scale: factor of the whole, lambda.
+
+    Raises:
+        ValueError: numbers too large for float32.
+    """
+    import torch
+
+    from prompt_lab.arithmetic import apply_vector, combine
+
+    total = combine(torch.stack([source.vector for source in sources]), coefficients)
+    prompt = apply_vector(init, total, scale)
+    if not prompt.isfinite().all():
+        raise ValueError(f"{name}: the numbers get too large for float32: give a smaller scale")
+    return prompt
+
+
+def made_from(
+    expression: str,
+    scale: float,
+    vectors: Mapping[str, Source],
+    coefficients: Mapping[str, float],
+    init: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """The provenance of a prompt that was made by arithmetic, for its file.
+
+    Args:
+        expression: the sum, as the user wrote it.
+        scale: factor of the whole.
+        vectors: the files whose vectors took part, by task.
+        coefficients: factor of each task's vector.
+        init: what says which initial prompt was taken; None for none.
+    """
+    parts = [
+        {"task": task, "coefficient": factor, **vectors[task].provenance()}
+        for task, factor in coefficients.items()
+    ]
+    return {"expression": expression, "scale": scale, "vectors": parts, "init": init}
+
+
+def file_name(coefficients: Mapping[str, float], scale: float = 1.0) -> str:
+    """A scaled sum in letters, digits and - . _, as the start of file names."""
+    words: list[str] = []
+    for name, value in coefficients.items():
+        words += ["minus"] if value < 0 else ["plus"] * bool(words)
+        words += [f"{abs(value):g}".replace("+", "")] * (abs(value) != 1)
+        words.append(re.sub(r"[^\w.-]+", "-", name))
+    words += [f"times_{scale:g}".replace("+", "")] * (scale != 1)
+    return shortened("_".join(words), LONGEST_EXPRESSION)
+
+
+def shortened(name: str, longest: int) -> str:
+    """A name for a file, cut with a digest of the whole where it is too long."""
+    digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+    return name if len(name) <= longest else f"{name[:longest]}_{digest}"

@@ -1,0 +1,809 @@
+"""``VectorArithmetic``: evaluate sums of task prompt vectors as one bank.
+
+A task prompt vector is what tuning added to an initial prompt (Belanec et al. 2024, arXiv
+2408.01119). Here the sums of a study (single vectors, all pairs, every vector on every initial
+prompt, or expressions of your own) become prompts init + lambda * sum, and all of them answer side
+by side, many prompts in a forward. For each sum lambda is the value of a grid with the best mean
+dev score; test rows are answered under that one alone. Nothing is trained.
+
+Prompts are made when their turn comes, a bounded number at a time, and let go afterwards; what
+grows with the study are scores, the chosen prompts' files, and the answers to test. Left out: the
+search for a lambda beyond the grid, and one for each vector of a sum.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from prompt_lab.arithmetic import parse_expression
+from prompt_lab.atomic_file import write_csv
+from prompt_lab.backbone import Backbone
+from prompt_lab.bank import Prefixes
+from prompt_lab.data.batches import EvaluationBatch
+from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.data.files import SplitName
+from prompt_lab.methods.evaluation import Evaluation
+from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod, some
+from prompt_lab.methods.task_vectors import (
+    Group,
+    Source,
+    applied,
+    check_compatible,
+    common_init,
+    complete,
+    file_name,
+    find_vectors,
+    load_source,
+    made_from,
+)
+from prompt_lab.prompt_file import Prompt, check_backbone
+from prompt_lab.run import Run
+
+Found = dict[Group, dict[str, Path]]
+Study = Literal["singles", "pairs", "cross", "expressions"]
+
+GRID = tuple(step / 20 for step in range(1, 21))
+"""The paper's 0 < lambda <= 1; the authors' code adds 0, the bare initial prompt."""
+
+VARIANTS = ("vectors", "vector_alone", "single", "initial_prompt")
+"""What is evaluated, in the order of the printed table."""
+
+ROUNDING = 1e-9
+"""Mean dev scores that differ by less are equal."""
+
+NO_FIT = "VectorArithmetic trains nothing: use prompt-lab test (or validate, for dev alone)"
+
+SCALE_COLUMNS = (
+    *("expression", "variant", "task", "sample", "init_seed", "initialised"),
+    *("scale", "dev", "chosen"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class VectorSum:
+    """A sum of task prompt vectors on an initial prompt; it has one scale for all its tasks.
+
+    Attributes:
+        variant: ``vectors``; ``single``, a tuned prompt itself; ``initial_prompt``; or
+            ``vector_alone``, without an initial prompt.
+        expression: the sum, as it was asked for; empty for an initial prompt.
+        coefficients: factor of each task's vector.
+        vectors: the prompt files that give the vectors, by task.
+        base: the prompt file that gives the initial prompt; None for zeros.
+        sample: few-shot sample.
+        seed: seed of the initial prompt that the vectors started from.
+        tasks: what it is evaluated on.
+        scales: values of lambda, rising.
+        crosses: whether the initial prompt is one of many.
+    """
+
+    variant: str
+    expression: str
+    coefficients: Mapping[str, float]
+    vectors: Mapping[str, Source]
+    base: Source | None
+    sample: int
+    seed: int
+    tasks: tuple[str, ...]
+    scales: tuple[float, ...]
+    crosses: bool = False
+
+    @property
+    def init(self) -> Tensor:
+        """The initial prompt (N, D)."""
+        if self.base is None:
+            return torch.zeros_like(next(iter(self.vectors.values())).prompt.init)
+        return self.base.prompt.init
+
+    def prompt(self, scale: float) -> Tensor:
+        """The prompt init + scale * sum (N, D), float32."""
+        sources = [self.vectors[task] for task in self.coefficients]
+        factors = list(self.coefficients.values())
+        return applied(self.name, self.init, sources, factors, scale)
+
+    @property
+    def name(self) -> str:
+        """A name that can be a file name, without the task and the scale."""
+        place = f"{self.variant}_{file_name(self.coefficients)}_{self.sample}_seed{self.seed}"
+        if self.variant == "initial_prompt":
+            place = f"{self.variant}_{self.sample}_seed{self.seed}"
+        return place if not self.crosses else f"{place}_on_seed{self.init_seed}"
+
+    @property
+    def init_seed(self) -> int | None:
+        """Seed of the initial prompt that it is applied to."""
+        return None if self.base is None else self.base.prompt.init_seed
+
+    @property
+    def initialised(self) -> str:
+        """How the initial prompt was made; with its seed where there are several to tell apart."""
+        if self.base is None:
+            return "zeros"
+        words = self.base.prompt.initialised
+        return f"{words} seed {self.init_seed}" if self.crosses else words
+
+    @property
+    def counted(self) -> tuple[str, ...]:
+        """The tasks that choose the scale: all but those whose vector is taken away."""
+        return tuple(task for task in self.tasks if self.coefficients.get(task, 0) >= 0)
+
+    @property
+    def is_tuned_prompt(self) -> bool:
+        """Whether it is one of the prompt files as it stands: init + 1 * tau (equality 9)."""
+        (source, *others) = self.vectors.values()
+        whole = list(self.coefficients.values()) == [1.0] and self.scales == (1.0,)
+        return whole and not others and self.base is source
+
+
+@dataclass(frozen=True)
+class Trial(Run):
+    """A sum at one scale, on one task.
+
+    Attributes:
+        of: the sum.
+        scale: lambda.
+    """
+
+    of: VectorSum
+    scale: float
+
+    @property
+    def name(self) -> str:
+        """A name that is unique among the chosen scales, and can be a file name."""
+        own = self.of.variant != "initial_prompt" and list(self.of.coefficients) == [self.task]
+        return self.of.name if own else f"{self.of.name}_for_{self.task}"
+
+
+class MadePrefixes(Prefixes):
+    """The prefixes of a bank whose prompts are made some at a time.
+
+    Rows must come by block: none of a block that was left comes later, or it is made again.
+
+    Args:
+        backbone: the frozen model.
+        size: prompts of a block; block b holds the prompts from b * size on.
+        make: returns the prompts of a block, (at most size, N, D).
+    """
+
+    def __init__(self, backbone: Backbone, size: int, make: Callable[[int], Tensor]) -> None:
+        super().__init__(backbone, torch.empty(0))
+        self.size, self.make = size, make
+        self.block = -1
+
+    def of(self, used: list[int]) -> tuple[Tensor, ...]:
+        """The prefix of some prompts of one block, in the order of ``used``."""
+        block = used[0] // self.size
+        if block != self.block:
+            self.used, self.prefix, self.prompts = [], (), torch.empty(0)  # let go, then make
+            self.prompts, self.block = self.make(block), block
+        return super().of([index - block * self.size for index in used])
+
+
+class Blocks:
+    """Evaluation batches of a bank, the rows of some runs after those of others.
+
+    Args:
+        runs: number of runs.
+        size: runs of a block.
+        steps: returns the batches of some runs, by their indices.
+    """
+
+    def __init__(
+        self, runs: int, size: int, steps: Callable[[list[int]], Iterable[EvaluationBatch]]
+    ) -> None:
+        self.blocks = [range(at, min(at + size, runs)) for at in range(0, runs, size)]
+        self.steps = steps
+
+    def __iter__(self) -> Iterator[EvaluationBatch]:
+        for block in self.blocks:
+            yield from self.steps(list(block))
+
+
+class VectorArithmetic(PromptMethod):
+    """Evaluates sums of task prompt vectors: init + lambda * sum, lambda chosen on dev.
+
+    It has ``validate`` and ``test`` only. Vectors are those of ``data.samples``, one set for each
+    seed that the prompt files have. Beside the sums, the tuned prompt of each task (``single``) and
+    the bare initial prompt (``initial_prompt``) are evaluated; a sum that is a tuned prompt itself
+    is listed as ``single`` alone. Of equal mean dev scores the smaller lambda is taken. A task
+    whose vector is taken away is scored but does not choose lambda.
+
+    Args:
+        prompts: prompt stores, or folders of fits, with the tuned prompts.
+        study: ``singles``, the vector of each of ``data.tasks`` on its own initial prompt;
+            ``pairs``, the sum of each two of them, evaluated on both; ``cross``, each vector on
+            every initial prompt of its sample, and alone, without one; ``expressions``, those of
+            ``expressions``.
+        expressions: sums of vectors by the names of their tasks, such as ``glue-qnli + glue-mnli``
+            or ``- glue-sst2``, as ``vectors apply`` reads them.
+        evaluate_on: what an expression is evaluated on: ``named``, the tasks that it adds; or
+            ``all`` of ``data.tasks``.
+        scales: values of lambda, 0 to 1; null for 0.05, 0.1, ... 1 where sums are of several
+            vectors or given as expressions, and for 1 in ``singles`` and ``cross``.
+        backbone: which frozen model.
+        tokens_per_forward: most padded tokens of one forward pass; bounds memory, not results; null
+            for 2048 on a CPU and 16384 on a GPU.
+        decoding: ``score`` chooses among the labels of tasks that have them by log-likelihood, and
+            generates other answers; ``generate`` generates all answers.
+        num_beams: beams of generated answers; 1 is greedy.
+        max_new_tokens: longest generated answer; null for the longest answer in train and dev.
+        metric_variant: ``crossfit`` computes metrics as CrossFit does, ``corrected`` without traps.
+
+    Attributes:
+        prompts_at_once: most prompts that are held at a time.
+    """
+
+    prompts_at_once: int = 128
+
+    def __init__(
+        self,
+        prompts: str | list[str],
+        study: Study = "pairs",
+        expressions: list[str] = [],  # noqa: B006 - read only
+        evaluate_on: Literal["named", "all"] = "named",
+        scales: list[float] | None = None,
+        backbone: BackboneConfig = BackboneConfig(),  # noqa: B008
+        tokens_per_forward: int | None = None,
+        decoding: Literal["score", "generate"] = "score",
+        num_beams: int = 1,
+        max_new_tokens: int | None = None,
+        metric_variant: Literal["crossfit", "corrected"] = "crossfit",
+    ) -> None:
+        super().__init__(
+            backbone, tokens_per_forward, decoding, num_beams, max_new_tokens, metric_variant
+        )
+        self.save_hyperparameters(logger=False)
+        self.simplify_settings()
+        self.folders = prompts if isinstance(prompts, list) else [prompts]
+        self.study, self.evaluate_on = study, evaluate_on
+        self.expressions = _expressions(study, expressions)
+        if evaluate_on == "all" and study != "expressions":
+            raise ValueError(f"model.evaluate_on all goes with study expressions, not {study}")
+        self.scales = _scales(study, scales)
+        self.trials: list[Trial] = []
+        self.dev: list[float] = []
+        self._sources: dict[Path, Source] = {}
+
+    # ---- set-up ---------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Load the backbone, the data and the prompts, once.
+
+        Raises:
+            ValueError: ``fit``, or a run folder that holds the tuned prompts.
+        """
+        if stage == "fit":
+            raise ValueError(NO_FIT)
+        self.check_trainer()
+        own = self.run_dir.resolve()
+        if own in [place for name in self.folders for place in _places(Path(name))]:
+            raise ValueError(
+                f"--run_dir {self.run_dir} holds the tuned prompts, whose results would be "
+                "overwritten: give another folder"
+            )
+        self.prepare(self.datamodule)
+
+    def prepare(self, data: CrossFitDataModule) -> None:
+        """As :meth:`setup`, without a trainer.
+
+        Raises:
+            FileNotFoundError: a store that is not there.
+            ValueError: prompts that are missing, do not combine or belong to another backbone; or
+                expressions and tasks that do not go together.
+        """
+        self.load_backbone(data)
+        if self.trials:
+            return
+        found = self._found(data)
+        sums = list(self._sums(data, found))
+        sums = [*self._baselines(sums, found), *(s for s in sums if not s.is_tuned_prompt)]
+        places = [(task, sample) for task in data.tasks for sample in data.samples]
+        self.trials = [
+            Trial(*place, made.seed, math.nan, 0, made, scale)
+            for place in places  # rows of a task come together
+            for made in sums
+            if made.sample == place[1] and place[0] in made.tasks
+            for scale in made.scales
+        ]
+        self.runs = list(self.trials)
+        _check_names(sums)
+        self._warn_of_settings(data)
+        self._warn_of_classes(data, dict.fromkeys((t.task, t.sample) for t in self.trials))
+
+    def _found(self, data: CrossFitDataModule) -> Found:
+        """The files of the samples of the data."""
+        found = find_vectors(self.folders)
+        own = {group: files for group, files in found.items() if group[0] in data.samples}
+        own = {group: files for group, files in own.items() if group[1] is not None}
+        absent = [str(n) for n in data.samples if n not in {sample for sample, _ in own}]
+        if absent:
+            raise ValueError(
+                f"no tuned prompt of sample {', '.join(absent)} in {', '.join(self.folders)}: tune "
+                "them first, or leave the sample out of data.samples"
+            )
+        return own
+
+    def _source(self, path: Path) -> Source:
+        """A prompt file, read once, that goes with the backbone and all others."""
+        if path not in self._sources:
+            assert self.backbone is not None
+            source = load_source(path)
+            check_backbone(source.prompt, self.backbone, path)
+            check_compatible(next(iter(self._sources.values()), source), source)
+            if source.prompt.prompt.equal(source.prompt.init):
+                self.warn_once(str(path), f"{path} adds nothing: it is its own init")
+            self.num_virtual_tokens = len(source.prompt.prompt)
+            self._sources[path] = source
+        return self._sources[path]
+
+    # ---- the sums of a study --------------------------------------------------------------------
+
+    def _sums(self, data: CrossFitDataModule, found: Found) -> Iterator[VectorSum]:
+        """The sums of the study, without what they are compared with."""
+        if self.study == "cross":
+            for task in data.tasks:
+                yield from self._crossed(task, data, found)
+            return
+        for expression, coefficients in self._asked(data).items():
+            tasks = self._evaluated(expression, coefficients, data)
+            for (sample, seed), files in self._groups(list(coefficients), data, found):
+                vectors = {task: self._source(path) for task, path in files.items()}
+                advice = "tune them from one, such as model.init.name vocab, or use vectors apply"
+                base = common_init(list(vectors.values()), advice)
+                made = VectorSum(
+                    *("vectors", expression, coefficients, vectors, base, sample, seed),
+                    *(tasks, self.scales),
+                )
+                if len(self.scales) > 1 and not made.counted:
+                    raise ValueError(
+                        f"expression {expression!r} takes away the vector of every task that it is "
+                        "evaluated on, so none can choose lambda: give one number in "
+                        "model.scales, or further data.tasks"
+                    )
+                yield made
+
+    def _asked(self, data: CrossFitDataModule) -> dict[str, dict[str, float]]:
+        """The coefficients of every expression of the study."""
+        if self.study == "expressions":
+            return self.expressions
+        sets = combinations(data.tasks, 1 if self.study == "singles" else 2)
+        if self.study == "pairs" and len(data.tasks) < 2:
+            raise ValueError("study pairs needs at least two data.tasks")
+        return {" + ".join(map(_written, tasks)): dict.fromkeys(tasks, 1.0) for tasks in sets}
+
+    def _evaluated(
+        self, expression: str, coefficients: Mapping[str, float], data: CrossFitDataModule
+    ) -> tuple[str, ...]:
+        """The tasks that an expression is evaluated on."""
+        if self.evaluate_on == "all":
+            return tuple(data.tasks)
+        added = [task for task, factor in coefficients.items() if factor > 0]
+        if not added:
+            raise ValueError(
+                f"expression {expression!r} adds no vector, so it names no task to be evaluated "
+                "on: set model.evaluate_on to all"
+            )
+        strange = [task for task in added if task not in data.tasks]
+        if strange:
+            raise ValueError(
+                f"expression {expression!r} is evaluated on {', '.join(strange)}, which data.tasks "
+                "has not: add them there, or set model.evaluate_on to all"
+            )
+        return tuple(added)
+
+    def _groups(
+        self, names: list[str], data: CrossFitDataModule, found: Found
+    ) -> Iterator[tuple[tuple[int, int], dict[str, Path]]]:
+        """Sample, seed and files of some tasks, wherever all of them have a prompt."""
+        groups, left_out = complete(found, names, self.folders)
+        absent = [str(n) for n in data.samples if n not in {sample for sample, _ in groups}]
+        if absent:
+            raise ValueError(
+                f"no seed of sample {', '.join(absent)} has prompts of {' and '.join(names)}: tune "
+                "them first, or leave the sample out of data.samples"
+            )
+        if left_out:
+            self.warn_once(f"left out {names}", f"left out: {left_out}")
+        for (sample, seed), files in groups.items():
+            assert sample is not None
+            assert seed is not None
+            yield (sample, seed), files
+
+    def _crossed(self, task: str, data: CrossFitDataModule, found: Found) -> Iterator[VectorSum]:
+        """A task's vectors on every initial prompt of their sample, and alone."""
+        own: dict[int, dict[int, Source]] = {sample: {} for sample in data.samples}
+        for (sample, seed), files in self._groups([task], data, found):
+            own[sample][seed] = self._source(files[task])
+        for sample, by_seed in own.items():
+            inits = [source.prompt.init for source in by_seed.values()]
+            if all(inits[0].equal(other) for other in inits):
+                raise ValueError(
+                    f"study cross: the prompts of {task} sample {sample} start from one initial "
+                    "prompt: tune some with several model.init_seed"
+                )
+            for seed, source in by_seed.items():
+                parts = (_written(task), {task: 1.0}, {task: source})
+                alone = ((task,), (1.0,))
+                for base in by_seed.values():
+                    yield VectorSum(
+                        *("vectors", *parts, base, sample, seed, (task,), self.scales),
+                        crosses=True,
+                    )
+                yield VectorSum("vector_alone", *parts, None, sample, seed, *alone)
+
+    def _baselines(self, sums: Sequence[VectorSum], found: Found) -> Iterator[VectorSum]:
+        """The initial prompts, and the tuned prompts of the tasks, that the sums compare with."""
+        bases: dict[tuple[str, int, int], Source] = {}
+        for made in sums:
+            if made.base is not None and made.init_seed is not None:
+                for task in made.tasks:
+                    bases.setdefault((task, made.sample, made.init_seed), made.base)
+        for (task, sample, seed), base in bases.items():
+            path = found[sample, seed].get(task)
+            own = base if path is None else self._source(path)
+            name = own.prompt.task
+            parts = ({name: 1.0}, {name: own}, own, sample, seed, (task,))
+            yield VectorSum("initial_prompt", "", *parts, (0.0,))
+            if path is not None:
+                yield VectorSum("single", _written(task), *parts, (1.0,))
+
+    # ---- warnings -------------------------------------------------------------------------------
+
+    def _warn_of_settings(self, data: CrossFitDataModule) -> None:
+        """Warn of prompts that were tuned on rows of another form."""
+        for name in ("task_prefix", "max_input_length"):
+            own, seen = getattr(data, name), [s.prompt for s in self._sources.values()]
+            other = [prompt for prompt in seen if getattr(prompt, name) not in (own, None)]
+            if other:
+                self.warn_once(
+                    name,
+                    f"data.{name} is {own}, but it was {getattr(other[0], name)} when "
+                    f"{some([prompt.name for prompt in other])} were tuned",
+                )
+
+    def _warn_of_classes(self, data: CrossFitDataModule, keys: Iterable[tuple[str, int]]) -> None:
+        """Warn of dev sets without rows of every class, on which scores say little of lambda."""
+        for task, sample in keys:
+            given = {answers[0] for answers in data.splits[task, sample]["dev"].references}
+            missing = [label for label in data.tasks[task].labels or () if label not in given]
+            if missing:
+                self.warn_once(
+                    f"classes {task} {sample}",
+                    f"dev of {task}, sample {sample}, has no row of {some(missing)}: lambda is "
+                    "chosen without",
+                )
+
+    # ---- evaluation -----------------------------------------------------------------------------
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Refuse; Lightning asks for this before :meth:`setup` can refuse a fit."""
+        raise ValueError(NO_FIT)
+
+    def configure_optimizers(self) -> None:
+        """No optimizer."""
+
+    def _steps(self, split: SplitName) -> Blocks:
+        """Rows of a split under all runs, a block of runs after the other."""
+        return Blocks(
+            len(self.runs),
+            self.prompts_at_once,
+            lambda runs: self.evaluation_steps(split, lambda: runs),
+        )
+
+    def _evaluation(self, split: SplitName) -> Evaluation:
+        """An evaluation of all runs, whose prompts are made block by block."""
+        assert self.backbone is not None
+        size = self.prompts_at_once
+        return Evaluation(
+            self, split, MadePrefixes(self.backbone, size, lambda block: self._made(block, size))
+        )
+
+    def _made(self, block: int, size: int) -> Tensor:
+        """The prompts of a block of runs, (at most size, N, D)."""
+        trials = self._current[block * size : (block + 1) * size]
+        return torch.stack([trial.of.prompt(trial.scale) for trial in trials]).to(self.device)
+
+    @property
+    def _current(self) -> list[Trial]:
+        """The runs, which are trials."""
+        return cast("list[Trial]", self.runs)
+
+    def dev_steps(self) -> Blocks:
+        """Dev rows under every sum at every scale."""
+        self.runs = list(self.trials)
+        return self._steps("dev")
+
+    def test_steps(self) -> Blocks:
+        """Choose the scales on dev; then test rows under the chosen ones."""
+        self._search()
+        return self._steps("test")
+
+    @torch.no_grad()
+    def _search(self) -> None:
+        """Answer dev under every sum at every scale, and choose."""
+        steps = self.dev_steps()
+        self.evaluation = self._evaluation("dev")
+        blocks, quiet = len(steps.blocks), not self.trainer.is_global_zero
+        for number, block in enumerate(steps.blocks):
+            if not quiet and number * 10 // blocks != (number - 1) * 10 // blocks:
+                print(f"dev: {block.start} of {len(self.runs)} prompts", flush=True)
+            for step in steps.steps(list(block)):
+                self._answer_dev(step.to(self.device))
+        self._choose(self.evaluation.scores())
+
+    def _answer_dev(self, step: EvaluationBatch) -> None:
+        """Answer dev rows; the scores stay, the answers of all scales would be too many to keep."""
+        self.evaluation.add(step)
+        self.evaluation.predictions.clear()
+
+    def on_validation_start(self) -> None:
+        """Begin the evaluation on dev."""
+        self.evaluation = self._evaluation("dev")
+
+    def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+        """Answer a batch of dev rows."""
+        self._answer_dev(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Choose the scales and show their dev scores."""
+        self._choose(self.evaluation.scores())
+        self.evaluation.report(torch.tensor(self.dev, dtype=torch.float64), "validate")
+
+    def on_test_start(self) -> None:
+        """Begin the evaluation on test."""
+        self.evaluation = self._evaluation("test")
+
+    def _choose(self, scores: Tensor) -> None:
+        """Keep the trials of each sum's best scale, and write the scores of all."""
+        dev = dict(zip(self.trials, scores.tolist(), strict=True))
+        by_sum: dict[VectorSum, dict[float, dict[str, float]]] = {}
+        for trial, score in dev.items():
+            of_scale = by_sum.setdefault(trial.of, {}).setdefault(trial.scale, {})
+            of_scale[trial.task] = score
+        best = {
+            made: best_scale({scale: _mean(made, found) for scale, found in by_scale.items()})
+            for made, by_scale in by_sum.items()
+        }
+        chosen = [trial for trial in self.trials if trial.scale == best[trial.of]]
+        self.runs, self.dev = list(chosen), [dev[trial] for trial in chosen]
+        if self.trainer.is_global_zero:
+            rows = (
+                {**_place(t), "task": t.task, "sample": t.sample, "dev": score}
+                | {"chosen": t.scale == best[t.of]}
+                for t, score in dev.items()
+            )
+            write_csv(self.run_dir / "scales.csv", SCALE_COLUMNS, rows)
+
+    # ---- results --------------------------------------------------------------------------------
+
+    def best_prompts(self, test_scores: Tensor | None = None) -> Iterator[Prompt]:
+        """The chosen prompts, one for each sum and task, made one after another."""
+        from prompt_lab import __version__
+
+        for i, trial in enumerate(self._current):
+            made, some_source = trial.of, next(iter(trial.of.vectors.values())).prompt
+            base = made.base and {"tensor": "init", **made.base.provenance()}
+            expression = made.expression or f"0 * {_written(some_source.task)}"
+            yield Prompt(
+                prompt=made.prompt(trial.scale),
+                init=made.init,
+                name=trial.name,
+                backbone=some_source.backbone,
+                backbone_digest=some_source.backbone_digest,
+                tokenizer_digest=some_source.tokenizer_digest,
+                task=trial.task,
+                sample=trial.sample,
+                initialised=made.initialised,
+                init_seed=made.init_seed,
+                dev_score=None if self.dev[i] != self.dev[i] else self.dev[i],
+                test_score=None if test_scores is None else test_scores[i].item(),
+                metric=self.datamodule.tasks[trial.task].metric,
+                status="finished",
+                **self.way_of_answering(trial.task, trial.sample),
+                version=__version__,
+                origin=f"vectors {trial.scale:g} * ({expression})",
+                source_tasks=list(made.coefficients),
+                made_from=made_from(expression, trial.scale, made.vectors, made.coefficients, base),
+            )
+
+    def result_facts(self, run: int) -> dict[str, Any]:
+        """What the results say of a chosen sum; how its vectors were tuned is in their files."""
+        absent = dict.fromkeys(("learning_rate", "batch_size", "order_seed"))
+        return absent | _place(self._current[run])
+
+    def answer_variant(self, run: int) -> str:
+        """The variant of a run's answers in the file of predictions."""
+        return self._current[run].of.variant
+
+    def digests(self) -> dict[str, Any]:
+        """Digests of backbone weights, tokenizer, data files and prompt files."""
+        files = {str(path): source.digest for path, source in self._sources.items()}
+        return {**super().digests(), "prompts": files}
+
+    def summary(self) -> str:
+        """What is evaluated, in a few words."""
+        sums = len({trial.of for trial in self.trials})
+        return f"{sums} prompts of {self.num_virtual_tokens} virtual tokens"
+
+    def describe_fit(self, data: CrossFitDataModule, trainer: Trainer) -> str:
+        """What ``test`` would evaluate."""
+        self.prepare(data)
+        lines = ["nothing is trained; prompt-lab test evaluates:"]
+        for variant in dict.fromkeys(trial.of.variant for trial in self.trials):
+            own = [trial for trial in self.trials if trial.of.variant == variant]
+            sums = {trial.of for trial in own}
+            scales = max(len(made.scales) for made in sums)
+            lines.append(
+                f"{variant}: {len(sums)} x {scales} values of lambda, {len(own)} prompts on dev "
+                f"and {sum(len(made.tasks) for made in sums)} on test"
+            )
+        lines.append(f"at most {self.prompts_at_once} prompts in memory at a time")
+        return "\n".join(lines)
+
+    def score_table(self, rows: list[dict[str, Any]]) -> str:
+        """A line for each variant, expression and task, over samples and seeds.
+
+        ``of single`` is the mean score over that of the task's tuned prompts of the same samples
+        and seeds (single-task performance kept).
+        """
+        place = {row["expression"]: -at for at, row in enumerate(reversed(rows))}  # the first
+        groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+        for row in sorted(
+            rows, key=lambda row: (VARIANTS.index(row["variant"]), place[row["expression"]])
+        ):
+            key = (row["expression"] or "-", row["variant"], row["task"])
+            groups.setdefault(key, []).append(row)
+        single = {
+            (row["task"], row["sample"], row["init_seed"]): row["test"]
+            for row in rows
+            if row["variant"] == "single"
+        }
+        head = ("expression", "variant", "task", "metric", "score", "of single", "scale", "prompts")
+        lines: list[tuple[str, ...]] = [head]
+        for (expression, variant, task), own in groups.items():
+            paired = [single.get((task, row["sample"], row["init_seed"])) for row in own]
+            scores = [row["test"] for row in own]
+            lines.append(
+                (
+                    *(expression, variant, task, own[0]["metric"], _spread(scores)),
+                    *(_kept(scores, paired), f"{statistics.mean(row['scale'] for row in own):.3g}"),
+                    str(len(own)),
+                )
+            )
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        lines.insert(1, tuple("-" * width for width in widths))
+        return "\n".join(
+            "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+
+
+def best_scale(means: Mapping[float, float]) -> float:
+    """The scale of the best mean dev score.
+
+    Going up from the smallest scale, a score must be better by more than ``ROUNDING`` to take the
+    place of the best so far, so of equal ones the smallest scale stays; NaN is the worst. That is
+    the rule of the authors' code (``ArithmeticsEvaluator``), which goes up and keeps strictly
+    better ones.
+
+    Args:
+        means: mean dev score by scale; at least one.
+    """
+    best, top = min(means), -torch.inf
+    for scale in sorted(means):
+        if means[scale] > top + ROUNDING:
+            best, top = scale, means[scale]
+    return best
+
+
+def _mean(made: VectorSum, found: Mapping[str, float]) -> float:
+    """The mean dev score over the tasks that count; over all where there is no choice."""
+    return statistics.fmean(found[task] for task in made.counted or made.tasks)
+
+
+def _place(trial: Trial) -> dict[str, Any]:
+    """What tells a trial apart from others of its task and sample, in columns of the results."""
+    made = trial.of
+    return {
+        "variant": made.variant,
+        "expression": made.expression or None,
+        "init_seed": made.seed,
+        "initialised": made.initialised,
+        "scale": trial.scale,
+    }
+
+
+def _spread(scores: Sequence[float]) -> str:
+    """Mean and standard deviation (ddof 1) of scores that are numbers."""
+    known = [score for score in scores if score == score]
+    if not known:
+        return "-"
+    spread = f" ± {statistics.stdev(known):.3f}" if len(known) > 1 else ""
+    return f"{statistics.fmean(known):.3f}{spread}"
+
+
+def _kept(scores: Sequence[float], single: Sequence[float | None]) -> str:
+    """Mean score over that of the tuned prompts; ``-`` where one is missing or not above 0."""
+    reference = statistics.fmean(math.nan if own is None else own for own in single)
+    return f"{statistics.fmean(scores) / reference:.3f}" if reference > 0 else "-"
+
+
+def _written(task: str) -> str:
+    """A task's name as an expression, in quotes where it needs them."""
+    try:
+        plain = parse_expression(task) == {task: 1.0}
+    except ValueError:
+        plain = False
+    return task if plain else f"'{task}'"
+
+
+def _places(folder: Path) -> list[Path]:
+    """A folder of prompts, and the folder of the fit whose store it is."""
+    folder = folder.resolve()
+    return [folder, folder.parent] if folder.name == "prompts" else [folder]
+
+
+def _expressions(study: Study, expressions: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The coefficients of each expression.
+
+    Raises:
+        ValueError: expressions without their study or the other way round, one that cannot be read,
+            or two that are the same sum.
+    """
+    if bool(expressions) != (study == "expressions"):
+        raise ValueError(
+            f"model.study is {study} and model.expressions has {len(expressions)} expressions: "
+            "give expressions with study expressions, and with it only"
+        )
+    found: dict[str, dict[str, float]] = {}
+    for text in expressions:
+        coefficients = parse_expression(text)
+        for other, known in found.items():
+            if known == coefficients:
+                raise ValueError(f"expressions {other!r} and {text!r} are the same: leave one out")
+        found[" ".join(text.split())] = coefficients
+    return found
+
+
+def _scales(study: Study, scales: Sequence[float] | None) -> tuple[float, ...]:
+    """The values of lambda, rising.
+
+    Raises:
+        ValueError: none, one out of its range, or one twice.
+    """
+    if scales is None:
+        return (1.0,) if study in ("singles", "cross") else GRID
+    wrong = [scale for scale in scales if not 0 <= scale <= 1]
+    if wrong or not scales or len(set(scales)) < len(scales):
+        raise ValueError(
+            f"model.scales is {list(scales)}: give distinct numbers from 0 (the bare initial "
+            "prompt) to 1; larger factors go into an expression, such as '2 * qnli'"
+        )
+    return tuple(sorted(float(scale) for scale in scales))
+
+
+def _check_names(sums: Sequence[VectorSum]) -> None:
+    """Refuse sums whose prompts would have one file.
+
+    Raises:
+        ValueError: naming both.
+    """
+    known: dict[tuple[str, str], VectorSum] = {}
+    for made in sums:
+        for task in made.tasks:
+            other = known.setdefault((made.name, task), made)
+            if other is not made:
+                raise ValueError(
+                    f"{other.expression!r} and {made.expression!r} have the same name, {made.name}:"
+                    " leave one out"
+                )
