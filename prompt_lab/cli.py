@@ -27,22 +27,24 @@ from lightning.pytorch.utilities import rank_zero_only
 from prompt_lab.callbacks import EvaluationLines, SaveRunConfig, WandbCurves, flag_names
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.methods.adapter_subspace import AdapterSubspace, AdapterTuning
+from prompt_lab.methods.attempt import Attempt
 from prompt_lab.methods.fine_tuning import FineTuning
 from prompt_lab.methods.intrinsic_subspace import IntrinsicSubspace
 from prompt_lab.methods.meta_prompt import MetaPrompt
 from prompt_lab.methods.prompt_method import PromptMethod
 from prompt_lab.methods.prompt_tuning import PromptTuning
+from prompt_lab.methods.vector_arithmetic import VectorArithmetic
 
 METHODS = {
     kind.__name__: kind
     for kind in (
-        *(PromptTuning, IntrinsicSubspace, MetaPrompt),
-        *(AdapterSubspace, AdapterTuning, FineTuning),
+        *(PromptTuning, IntrinsicSubspace, MetaPrompt, Attempt),
+        *(AdapterSubspace, AdapterTuning, FineTuning, VectorArithmetic),
     )
 }
 RUN_DIR_VARIABLE = "PROMPT_LAB_RUN_DIR"
 OUTPUTS = ("prompts", "checkpoints", "logs", "results.csv", "curves.csv", "predictions.jsonl")
-OUTPUTS += ("*.safetensors",)
+OUTPUTS += ("*.safetensors", "target_prompts", "attention.csv")
 
 
 class PromptLabParser(LightningArgumentParser):

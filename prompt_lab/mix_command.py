@@ -1,0 +1,163 @@
+"""The command ``prompt-lab vectors mix``: a start for a target task, mixed from source prompts.
+
+SPoT (Vu et al. 2022, arXiv 2110.07904, section 3) tunes a prompt on the target task first, compares
+it with the prompts of source tasks, and tunes again from their sum, weighted by similarity. This
+command stands between the two fits: it reads prompt files and writes prompt files. No model is
+loaded. Left out: the choice of the most similar sources, which ``prompt-lab select`` makes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from prompt_lab.prompt_file import Prompt
+
+ORIGIN = "spot mixture"
+
+
+def mix_prompts(
+    target: str,
+    *,
+    prompts: list[str],
+    out: str,
+    sources: list[str] | None = None,
+    sample: int | None = None,
+) -> list[Path]:
+    """Write a sum of source prompts, weighted by how alike they are to a target prompt.
+
+    The similarity of two prompts is the cosine of their mean rows; weights are similarities over
+    their sum, and negative ones count as 0. Of a store of target prompts each gets a mixture of its
+    own, so that PromptTuning with init.name file and init.path OUT starts each task from its own.
+    The weights are printed, and kept in made_from with the files and their digests. Nothing is
+    overwritten.
+
+    Args:
+        target: prompt file of the target task, tuned briefly or to the end; or a prompt store or
+            the folder of a fit with those of several tasks, of which each task and sample's best
+            by dev is taken.
+        prompts: prompt stores, or folders of fits, that hold the source prompts.
+        out: prompt store to write to; made if it is not there.
+        sources: source tasks, or sets of partitions; by default all tasks of the stores but the
+            target's own.
+        sample: few-shot sample of the source prompts; by default that of the target prompt.
+
+    Returns:
+        The prompt files that were written.
+
+    Raises:
+        FileNotFoundError: a target or source prompt that is not there.
+        ValueError: no source, prompts of different backbones or shapes, a source without a
+            similarity, or a file that exists.
+    """
+    from prompt_lab.data.partitions import expand_sets
+    from prompt_lab.methods.source_prompts import best_prompts
+    from prompt_lab.prompt_file import PromptStore
+
+    store = PromptStore(out)
+    if store.folder.exists():
+        store.index()  # refuses a folder of something else
+    found = best_prompts(prompts)
+    files = list(best_prompts([target]).values()) if Path(target).is_dir() else [Path(target)]
+    if not files:
+        raise FileNotFoundError(f"no prompts of tasks in {target}: tune a prompt of the target")
+    made = []
+    for file in files:
+        task, of_sample = _task_of(file, sample)
+        others = [name for name, own in found if own == of_sample and name != task]
+        names = expand_sets(sources) if sources else others
+        missing = [name for name in names if (name, of_sample) not in found]
+        if missing or not names:
+            raise FileNotFoundError(
+                f"no source prompt of sample {'none' if of_sample < 0 else of_sample} in "
+                f"{', '.join(prompts)} for {', '.join(missing) or 'any task'}: tune them, or give "
+                "another --sample"
+            )
+        made.append(_mixture(file, {name: found[name, of_sample] for name in names}))
+    there = [path for path in (store.path(prompt.name) for prompt in made) if path.exists()]
+    if there:
+        raise ValueError(f"{there[0]} is there and is not overwritten: choose another folder")
+    store.save(made)
+    for prompt in made:
+        for part in (prompt.made_from or {})["sources"]:
+            print(f"{prompt.task}\t{part['task']}\t{part['weight']:.4f}")
+    return [store.path(prompt.name) for prompt in made]
+
+
+def _task_of(file: Path, sample: int | None) -> tuple[str, int]:
+    """Task of a target prompt, and the sample of its sources; -1 stands for none."""
+    from prompt_lab.prompt_file import read_metadata
+
+    known = read_metadata(file)
+    own = known.get("sample") if sample is None else sample
+    return known.get("task", ""), -1 if own is None else own
+
+
+def _mixture(file: Path, sources: dict[str, Path]) -> Prompt:
+    """The mixture for a target prompt, with where it comes from; it answers as the target's."""
+    import torch
+
+    from prompt_lab import __version__
+    from prompt_lab.attention_mixture import mix, similarity_weights
+    from prompt_lab.prompt_file import load_prompt
+
+    target = load_prompt(file)
+    loaded = {task: load_prompt(path) for task, path in sources.items()}
+    _check_compatible(file, target, sources, loaded)
+    stacked = torch.stack([prompt.prompt for prompt in loaded.values()]).double()
+    try:
+        weights = similarity_weights(target.prompt, stacked)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    mixed = mix(weights, stacked).float()
+    parts = [
+        {"task": task, "weight": weight, **_provenance(loaded[task].name, path)}
+        for (task, path), weight in zip(sources.items(), weights.tolist(), strict=True)
+    ]
+    return replace(
+        target,
+        prompt=mixed,
+        init=mixed,
+        code=None,
+        name=f"{target.name}_mixture",
+        initialised=ORIGIN,
+        learning_rate=None,
+        batch_size=None,
+        steps=None,
+        dev_score=None,
+        test_score=None,
+        status="",
+        seconds=None,
+        version=__version__,
+        origin=ORIGIN,
+        source_tasks=list(sources),
+        made_from={"mixture": ORIGIN, "target": _provenance(target.name, file), "sources": parts},
+    )
+
+
+def _provenance(name: str, path: Path) -> dict[str, str]:
+    """Name, path and SHA-256 of a prompt file."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"name": name, "path": str(path), "sha256": digest}
+
+
+def _check_compatible(
+    file: Path, target: Prompt, paths: dict[str, Path], sources: dict[str, Prompt]
+) -> None:
+    """Refuse prompts of different weights or shapes, naming both files."""
+    for task, source in sources.items():
+        for what, own, other in (
+            ("backbone weights", target.backbone_digest[:12], source.backbone_digest[:12]),
+            ("shape", _size(target.prompt.shape), _size(source.prompt.shape)),
+        ):
+            if own != other:
+                raise ValueError(f"{file} and {paths[task]} do not mix: {what} {own} and {other}")
+
+
+def _size(shape: Sequence[int]) -> str:
+    """A shape in words."""
+    return " x ".join(map(str, shape))
