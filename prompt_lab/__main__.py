@@ -28,11 +28,14 @@ TASKS_COMMANDS = {
 VECTORS_COMMANDS = {
     "vectors apply": "add a sum of task prompt vectors to initial prompts",
     "vectors show": "list the task prompt vectors of prompt stores",
+    "vectors mix": "mix source prompts by how alike they are to a target's",
 }
 STUDY_COMMANDS = {
     "sweep": "run the trials of a wandb sweep file one after another",
     "report": "tables and pictures from results.csv files",
-    "select": "rank source tasks by how alike their prompts are to a target's, choose some",
+    "select": "rank source tasks for target tasks, choose some",
+    "select evaluate": "compare rankings of source tasks with measured transfer",
+    "interpret": "what prompts say: nearest tokens, drift, spread of runs",
 }
 COMMANDS = TRAINER_COMMANDS | OFFLINE_COMMANDS | TASKS_COMMANDS | VECTORS_COMMANDS | STUDY_COMMANDS
 GROUPS = {
@@ -88,7 +91,7 @@ def _help(version: str) -> str:
         *(line for group in GROUPS for line in (*_group_help(group), "")),
         "usage: prompt-lab COMMAND FILE... [--setting value ...]",
         "",
-        *(f"  {name:<10}{text}" for name, text in STUDY_COMMANDS.items()),
+        *(f"  {name:<17}{text}" for name, text in STUDY_COMMANDS.items()),
         "",
         "prompt-lab COMMAND --help lists all settings; --print_config (fit, validate, test) shows",
         "their values.",

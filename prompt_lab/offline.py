@@ -32,9 +32,12 @@ FUNCTIONS = {
     "tasks build": ("prompt_lab.build_command", "build_tasks"),
     "vectors apply": ("prompt_lab.vectors_command", "apply_vectors"),
     "vectors show": ("prompt_lab.vectors_command", "show_vectors"),
+    "vectors mix": ("prompt_lab.mix_command", "mix_prompts"),
     "sweep": ("prompt_lab.sweep_command", "sweep_command"),
     "report": ("prompt_lab.report_command", "report_command"),
     "select": ("prompt_lab.select_command", "select_command"),
+    "select evaluate": ("prompt_lab.select_evaluate_command", "evaluate_command"),
+    "interpret": ("prompt_lab.interpret_command", "interpret_command"),
 }
 
 
@@ -78,7 +81,7 @@ def run(words: list[str] | None = None) -> int:
     ``head`` does, ends the command quietly.
     """
     words = sys.argv[1:] if words is None else words
-    length = 1 if words[0] in FUNCTIONS else 2
+    length = 2 if " ".join(words[:2]) in FUNCTIONS else 1
     command = " ".join(words[:length])
     function = _function(command)
     settings = make_parser(command).parse_args(words[length:])

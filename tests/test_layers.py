@@ -16,11 +16,13 @@ LAYERS = {
     0: "atomic_file prompts prompt_file peft_format checkpoint "
     "subspace fastfood optim meta_gradient arithmetic similarity "
     "selection interpretation metrics statistics batch run results "
-    "candidates training_forward metric_names",
+    "candidates training_forward metric_names attention_mixture",
     1: "backbone pretrained prompt_cache bank adapters data sandbox",
     2: "methods exchange",
-    3: "plots report gain_report report_command callbacks predict_command prediction tasks_command "
-    "build_command sweep_command select_command vectors_command",
+    3: "plots report gain_report adaptation_curves report_command callbacks predict_command "
+    "prediction tasks_command "
+    "build_command sweep_command select_command select_evaluate_command vectors_command "
+    "mix_command interpret_command interpretation_plots",
     4: "cli offline __main__",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}

@@ -1,12 +1,15 @@
-"""``prompt-lab select``: what is ranked, chosen and written, and what is refused."""
+"""``prompt-lab select`` and ``select evaluate``: what they rank, tell, write and refuse."""
 
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
+import types
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,9 +17,11 @@ import torch
 import yaml
 from test_cli import CONFIGS, ParseOnly
 
-from prompt_lab import offline
+from prompt_lab import offline, select_command, similarity
+from prompt_lab.atomic_file import write_csv
 from prompt_lab.data.partitions import partition
 from prompt_lab.prompt_file import Prompt, PromptStore
+from prompt_lab.results import RESULT_COLUMNS, read_csv
 from prompt_lab.select_command import (
     Likeness,
     choose_sources,
@@ -334,3 +339,353 @@ def test_wrong_flags_are_one_sentence(words, sentence, capsys):
     with pytest.raises(SystemExit):
         command("aim", "--prompts", "store", *words)
     assert capsys.readouterr().err == f"prompt-lab: {sentence}\n"
+
+
+# ---- other methods -------------------------------------------------------------------------------
+
+
+def ranking(out: str) -> dict[str, float]:
+    """The first table of an output: similarity by source, in its order."""
+    lines = out.splitlines()
+    start = lines.index("aim") + 2
+    cells = (line.split() for line in lines[start : lines.index("", start)])
+    return {row[1]: float(row[2]) for row in cells}
+
+
+@pytest.mark.parametrize(
+    ("method", "function"),
+    [
+        ("feature", similarity.feature_similarities),
+        ("feature-unit", partial(similarity.feature_similarities, unit_rows=True)),
+        ("unigram", similarity.unigram_similarities),
+        ("unigram-unit", partial(similarity.unigram_similarities, unit_rows=True)),
+        ("max", similarity.max_similarities),
+        ("max-source", partial(similarity.max_similarities, over="source")),
+        ("cosine", similarity.cosine_similarities),
+        ("frobenius", lambda a, b: -similarity.frobenius_distances(a, b)),
+    ],
+)
+def test_every_measure_of_prompts_ranks_the_sources(method, function, capsys):
+    tasks = ["aim", "c", "b", "a"]
+    drawn = torch.randn(4, N, D, generator=torch.Generator().manual_seed(1))
+    save(*(prompt(task, own) for task, own in zip(tasks, drawn, strict=True)))
+    assert command("aim", "--prompts", "store", "--number", "1", "--method", method) == 0
+    out = capsys.readouterr().out
+    wanted = dict(zip("cba", function(drawn[:1], drawn[1:])[0].tolist(), strict=True))
+    assert list(ranking(out)) == sorted(wanted, key=lambda task: -wanted[task])
+    assert ranking(out) == {task: float(f"{value:.3f}") for task, value in wanted.items()}
+    assert out.endswith(f"--data.tasks '[{max(wanted, key=lambda task: wanted[task])}]'\n")
+
+
+def data(**sizes: int) -> str:
+    """A data root with training files of so many rows, and a smaller K of each."""
+    for task, size in sizes.items():
+        (Path("root") / task).mkdir(parents=True, exist_ok=True)
+        for name, rows_ in ((f"{task}_all_13", size), (f"{task}_16_13", 1), (f"{task}_4_7", 30)):
+            lines = [f"{task} {row}\tyes\n" for row in range(rows_)]
+            (Path("root") / task / f"{name}_train.tsv").write_text("".join(lines))
+    return "root"
+
+
+def test_size_ranks_by_the_rows_of_the_whole_training_sets_without_prompts(capsys):
+    root = data(small=2, large=12, middle=7)
+    words = ("aim", "--method", "size", "--root", root, "--number", "2")
+    assert command(*words, "--sources", "small", "middle", "large") == 0
+    out = capsys.readouterr().out
+    assert ranking(out) == {"large": 12, "middle": 7, "small": 2}
+    assert "1     large   12          1\n" in out
+    assert out.endswith("--data.tasks '[large, middle]'\n")
+
+
+def test_size_and_random_take_the_other_tasks_of_the_stores_as_sources(store, capsys):
+    words = ("aim", "--prompts", store, "--number", "1", "--method")
+    assert command(*words, "size", "--root", data(near=1, half=2, far=3)) == 0
+    assert capsys.readouterr().out.endswith("--data.tasks '[far]'\n")
+    seen = set()
+    for seed in map(str, range(6)):
+        assert command(*words, "random", "--seed", seed) == 0
+        out = capsys.readouterr().out
+        assert command(*words, "random", "--seed", seed, "--sources", *SOURCES[::-1]) == 0
+        assert capsys.readouterr().out == out
+        seen.add(tuple(ranking(out)))
+    assert len(seen) > 1
+
+
+def test_the_embedded_sandbox_is_a_root(capsys):
+    words = ("--method", "size", "--root", "sandbox", "--number", "1")
+    assert command("aim", "--sources", "sandbox-sst", "sandbox-gender", *words) == 0
+    assert ranking(capsys.readouterr().out) == {"sandbox-gender": 512, "sandbox-sst": 512}
+    assert command("aim", "--sources", "sandbox-sst", "other", *words) == 1
+    assert "1 of 2 tasks have no training file in sandbox: other" in capsys.readouterr().err
+
+
+class Encoder:
+    """Stands in for a sentence encoder: counts letters."""
+
+    largest = 0
+
+    def __init__(self, name: str) -> None:
+        assert name == "letters"
+
+    def encode(self, texts: list[str], show_progress_bar: bool) -> np.ndarray:
+        assert not show_progress_bar
+        Encoder.largest = max(Encoder.largest, len(texts))
+        return np.array([[text.count(c) for c in "abcd 1"] for text in texts], dtype=np.float32)
+
+
+@pytest.fixture
+def encoder(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of an encoder that a stand-in for sentence-transformers has."""
+    module = types.ModuleType("sentence_transformers")
+    module.SentenceTransformer = Encoder  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "sentence_transformers", module)
+    return "letters"
+
+
+def test_semb_is_the_cosine_of_the_mean_embeddings_of_all_inputs(encoder, capsys, monkeypatch):
+    """Reference: NumPy on all rows at once."""
+    monkeypatch.setattr(select_command, "_CHUNK", 4)
+    sizes = {"aim": 11, "abacus": 3, "cab": 9, "dd": 4}
+    words = ("--method", "semb", "--root", data(**sizes), "--encoder", encoder, "--number", "1")
+    assert command("aim", *words, "--sources", "abacus", "cab", "dd") == 0
+    out = capsys.readouterr().out
+    assert Encoder.largest == 4
+    means = {
+        task: Encoder("letters").encode([f"{task} {i}" for i in range(size)], False).mean(axis=0)
+        for task, size in sizes.items()
+    }
+    wanted = {
+        task: float(means["aim"] @ mean / np.linalg.norm(means["aim"]) / np.linalg.norm(mean))
+        for task, mean in means.items()
+        if task != "aim"
+    }
+    assert ranking(out) == pytest.approx(wanted, abs=6e-4)
+    assert list(ranking(out)) == sorted(wanted, key=lambda task: -wanted[task])
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--method", "max"], "max compares tuned prompts: give their stores with --prompts"),
+        (["--method", "size"], "size and semb read training files: name their folder with --root"),
+        (["--method", "size", "--root", "no"], "no folder no: name the data root with --root"),
+        (
+            ["--method", "size", "--root", "root"],
+            "1 of 2 tasks have no training file in root: b; prompt-lab tasks build makes them",
+        ),
+        (["--method", "semb", "--root", "root"], "semb needs a sentence encoder: give its id or"),
+        (
+            ["--method", "semb", "--root", "root", "--encoder", "x", "--sources", "c"],
+            "semb needs the package sentence-transformers: pip install 'prompt-lab[semb]'",
+        ),
+        (["--method", "random", "--sources", "aim"], "source and target at once: aim"),
+    ],
+)
+def test_what_a_method_lacks_is_one_sentence(words, sentence, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    data(a=1, aim=1, c=2)
+    given = [] if "--sources" in words else ["--sources", "a", "b"]
+    assert command("aim", *words, *given, "--number", "1") == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"prompt-lab: {sentence}")
+    assert (captured.err.count("\n"), captured.out) == (1, "")
+
+
+def test_sources_are_needed_from_somewhere(capsys):
+    assert command("aim", "--method", "random") == 1
+    assert "no source tasks: name them with --sources, or give --prompts" in capsys.readouterr().err
+
+
+# ---- evaluate ------------------------------------------------------------------------------------
+
+
+def qualities(out: str) -> dict[str, list[str]]:
+    """Cells of the printed table by method, without the standard deviations."""
+    lines = out.splitlines()
+    start = next(at for at, line in enumerate(lines) if line.startswith("method"))
+    found = {}
+    for line in lines[start:]:
+        method, *cells = re.split(r"\s{2,}", line)
+        found[method] = [cell.split(" ± ")[0] for cell in cells]
+        if not cells:
+            break
+    return found
+
+
+def test_the_published_table_is_evaluated_without_any_model(capsys):
+    """Reference: the notes' figures for SIZE, and the exact mean for RANDOM."""
+    assert command("evaluate", "paper", "--out", "found") == 0
+    out = capsys.readouterr().out
+    assert "130 pairs of 13 sources and 10 targets; percent" in out
+    table = qualities(out)
+    assert table["method"] == ["nDCG", "Regret@1", "Regret@3", "gain@1", "gain@3", "targets"]
+    assert table["random"][:2] == ["86.54", "1.37"]
+    assert table["size"][1:3] == ["1.92", "0.61"]
+    assert table["size"][-1] == "10"
+    assert out.splitlines()[-2:] == ["found/methods.csv", "found/targets.csv"]
+    rows = read_csv(Path("found/targets.csv"))
+    assert len(rows) == 20
+    copa = next(row for row in rows if (row["method"], row["target"]) == ("size", "selection-copa"))
+    assert copa["first"] == "selection-mnli"
+    assert float(copa["gain@1"]) == pytest.approx(100 * 3 / 60)
+    assert float(copa["score@3"]) == 67.33
+    assert float(copa["Regret@3"]) == pytest.approx(100 * (68 - 67.33) / 68)
+    assert rows[0]["first"] == "13 equal ones"
+    summary = {row["method"]: row for row in read_csv(Path("found/methods.csv"))}
+    own = [float(row["nDCG"]) for row in rows if row["method"] == "size"]
+    assert float(summary["size"]["nDCG"]) == pytest.approx(np.mean(own))
+    assert float(summary["size"]["nDCG std"]) == pytest.approx(np.std(own, ddof=1))
+
+
+def test_rankings_come_from_prompts_and_from_files(store, capsys):
+    """Prompts rank near, half, far; the table has the best source last."""
+    Path("t.csv").write_text("source,aim\nnear,70\nhalf,75\nfar,80\n")
+    Path("mine.csv").write_text("source,target,score\nnear,aim,1\nhalf,aim,2\nfar,aim,9\n")
+    words = ("--prompts", store, "--similarity", "mine.csv", "--root", data(near=1, half=2, far=2))
+    assert command("evaluate", "t.csv", *words) == 0
+    table = qualities(capsys.readouterr().out)
+    methods = get_args(select_command.PromptMethod)
+    assert list(table)[1:] == ["random", "size", *methods, "mine"]
+    assert table["method"] == ["nDCG", "Regret@1", "Regret@3", "targets"]
+    assert table["mine"] == ["100.00", "0.00", "0.00", "1"]
+    assert table["subspace"][1] == "12.50"
+    assert table["size"][1] == f"{100 * 2.5 / 80:.2f}"  # half and far are equal
+
+
+def test_semb_is_judged_too(encoder, capsys):
+    Path("t.csv").write_text("source,aim\ncab,70\ndd,75\n")
+    words = ("--root", data(aim=4, cab=3, dd=4), "--encoder", encoder)
+    assert command("evaluate", "t.csv", *words) == 0
+    assert list(qualities(capsys.readouterr().out)) == ["method", "random", "size", "semb"]
+
+
+def test_seeds_are_judged_by_themselves_on_request(capsys):
+    lines = ["source,target,score,seed", "a,x,70,1", "b,x,80,1", "a,x,80,2", "b,x,60,2"]
+    Path("t.csv").write_text("\n".join(lines))
+    Path("mine.csv").write_text("source,x\na,1\nb,0\n")
+    regrets = []
+    for seeds in ("mean", "each"):
+        words = ("t.csv", "--similarity", "mine.csv", "--seeds", seeds)
+        assert command("evaluate", *words) == 0
+        out = capsys.readouterr().out
+        assert "1 targets, 2 seeds (" in out
+        regrets.append(qualities(out)["mine"][1])
+    assert regrets == ["0.00", f"{100 * (10 / 80 + 0) / 2:.2f}"]
+
+
+def result(task: str, initialised: str, test: float, **facts: Any) -> dict[str, Any]:
+    """A line of results.csv."""
+    given = {"fit_id": "f", "method": "PromptTuning", "variant": "tuned", "backbone": "tiny"}
+    given |= {"task": task, "sample": 13, "init_seed": 0, "order_seed": 0, "metric": "ACC"}
+    given |= {"dev": 0.5, "num_virtual_tokens": N, "initialised": initialised, "test": test}
+    return given | facts
+
+
+def save_results(*lines: dict[str, Any], folder: str = "fits") -> str:
+    write_csv(Path(folder) / "results.csv", RESULT_COLUMNS, lines)
+    return folder
+
+
+def starts(*tasks: str) -> list[str]:
+    """How runs are initialised that start from the prompts of tasks in the store."""
+    save(*(prompt(task, torch.ones(N, D)) for task in tasks))
+    return [f"file store/{task}-13.safetensors" for task in tasks]
+
+
+def test_runs_that_start_from_the_prompt_of_another_task_are_transfers(capsys):
+    a, b, x = starts("a", "b", "x")
+    lines = [
+        result("x", a, 0.70, learning_rate=0.3, dev=0.9),
+        result("x", a, 0.99, learning_rate=0.1, dev=0.1),  # dev chose the other
+        result("x", a, 0.80, init_seed=1),
+        result("x", b, 0.60),
+        result("x", b, 0.70, init_seed=1),
+        result("x", x, 0.95),  # its own prompt
+        result("x", "vocab 5000", 0.50),
+        result("x", "vocab 5000", 0.70, init_seed=1),
+        result("a", "vocab 5000", 0.9),  # how the sources were tuned
+        result("x", "maml mpt/cls_to_cls/source", 0.9),
+        result("x", "", 0.4, variant="no_prompt"),
+        result("x", a, math.nan, init_seed=2),
+    ]
+    folder = save_results(*lines)
+    assert command("evaluate", folder, "--out", "found") == 0
+    out = capsys.readouterr().out
+    assert "2 pairs of 2 sources and 1 targets, 2 seeds (their mean scores)" in out
+    assert "left out, 2 tuned runs of other tasks or other starts" in out
+    assert "left out, 1 runs without a test score" in out
+    assert "left out, a task as its own source: x" in out
+    (row,) = read_csv(Path("found/targets.csv"))
+    assert float(row["no transfer"]) == pytest.approx(60)
+    assert float(row["score@1"]) == pytest.approx(70)  # the mean of 75 and 65
+    assert float(row["gain@1"]) == pytest.approx(100 * 10 / 60)
+    assert command("evaluate", f"{folder}/results.csv") == 0
+
+
+def test_results_and_tables_make_one_transfer_table(capsys):
+    (a,) = starts("a")
+    save_results(result("x", a, 0.5))
+    Path("t.csv").write_text("source,x\nb,60\n")
+    assert command("evaluate", "fits", "t.csv") == 0
+    assert "2 pairs of 2 sources" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("other", "sentence"),
+    [
+        ({"backbone": "large"}, "the transfer runs differ in backbone: large, tiny; give the"),
+        ({"metric_variant": "corrected"}, "the transfer runs differ in metric_variant"),
+        (
+            {"initialised": "file lost.safetensors"},
+            "1 prompt files that runs start from are not there: lost.safetensors; run the command",
+        ),
+        (
+            {"initialised": "text 'good'"},
+            "several starts without transfer: text 'good', vocab 5000; give the result files of",
+        ),
+    ],
+)
+def test_results_that_cannot_be_compared_are_refused(other, sentence, capsys):
+    a, b = starts("a", "b")
+    lines = [result("x", a, 0.7), result("x", b, 0.6), result("x", "vocab 5000", 0.5)]
+    assert command("evaluate", save_results(*lines)) == 0
+    capsys.readouterr()
+    assert command("evaluate", save_results(*lines, result("x", b, 0.5, init_seed=1) | other)) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"prompt-lab: {sentence}")
+    assert (captured.err.count("\n"), captured.out) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["nothing.csv"], "no file nothing.csv: give a CSV table"),
+        (["t.csv", "--similarity", "few.csv"], "few: no similarity of 1 of 2 pairs"),
+        (["t.csv", "--similarity", "random.csv"], "random.csv: there is a method random already"),
+        (["t.csv", "--prompts", "store"], "1 of 1 target tasks have no prompt in store: x"),
+        (["t.csv", "--root", "nowhere"], "no folder nowhere: name the data root with --root"),
+        (["t.csv", "--encoder", "e"], "size and semb read training files: name their folder"),
+        (["t.csv", "--out", "t.csv"], "--out t.csv is a file: name a folder"),
+        (["t.csv", "t.csv"], "2 scores stand more than once, such as that of a for x"),
+        (["store"], "no results.csv in store or below"),
+        (["fits"], "no run starts from the prompt file of another task"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_in_one_sentence(words, sentence, capsys):
+    starts("a")
+    save_results(result("x", "vocab 5000", 0.5))
+    Path("t.csv").write_text("source,x\na,70\nb,75\n")
+    Path("few.csv").write_text("source,x\na,1\n")
+    Path("random.csv").write_text("source,x\na,1\nb,2\n")
+    assert command("evaluate", *words) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"prompt-lab: {sentence}")
+    assert (captured.err.count("\n"), captured.out) == (1, "")
+
+
+def test_targets_that_nothing_helps_are_named(capsys):
+    Path("t.csv").write_text("source,x,y\na,0,70\nb,0,80\n")
+    assert command("evaluate", "t.csv") == 0
+    out = capsys.readouterr().out
+    assert out.endswith("no source scores above 0, so not judged: x\n")
+    assert qualities(out)["random"][-1] == "1"

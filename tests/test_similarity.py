@@ -1,6 +1,8 @@
-"""Subspaces of prompts: NumPy's and SciPy's answers, what must not matter, and bad input."""
+"""Similarities of prompts: naive loops, NumPy and SciPy, what must not matter, and bad input."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,10 +11,15 @@ from scipy.linalg import subspace_angles
 from torch import Tensor
 
 from prompt_lab.similarity import (
+    cosine_similarities,
+    feature_similarities,
+    frobenius_distances,
+    max_similarities,
     prompt_subspace,
     subspace_ranks,
     subspace_similarities,
     subspace_similarity,
+    unigram_similarities,
 )
 
 N, D = 6, 20
@@ -195,3 +202,162 @@ def test_banks_that_cannot_be_compared_are_refused():
 def test_what_is_no_basis_is_refused(other, reason):
     with pytest.raises(ValueError, match=reason):
         subspace_similarity(torch.eye(D), other)
+
+
+# ---- rows and numbers ----------------------------------------------------------------------------
+
+FUNCTIONS = {
+    "feature": feature_similarities,
+    "feature, unit rows": partial(feature_similarities, unit_rows=True),
+    "unigram": unigram_similarities,
+    "unigram, unit rows": partial(unigram_similarities, unit_rows=True),
+    "max": max_similarities,
+    "max over source": partial(max_similarities, over="source"),
+    "inner product": partial(max_similarities, unit_rows=False),
+    "cosine": cosine_similarities,
+    "frobenius": frobenius_distances,
+}
+ONE_LENGTH = ("unigram", "unigram, unit rows", "cosine", "frobenius")
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """Cosine of two rows of numbers."""
+    return float(np.dot(a, b) / np.sqrt(np.dot(a, a)) / np.sqrt(np.dot(b, b)))
+
+
+def naive(name: str, target: np.ndarray, source: np.ndarray) -> float:
+    """A similarity of two prompts (N, D), number by number."""
+    if name.endswith("unit rows"):
+        target, source = (
+            np.array([row / np.linalg.norm(row) for row in p]) for p in (target, source)
+        )
+    if name.startswith("feature"):
+        return cosine(sum(target) / len(target), sum(source) / len(source))
+    if name.startswith("unigram"):
+        ours, theirs = ([sum(row) / len(row) for row in p] for p in (target, source))
+        return cosine(np.array(ours), np.array(theirs))
+    if name == "cosine":
+        return cosine(target.reshape(-1), source.reshape(-1))
+    if name == "frobenius":
+        pairs = zip(target.reshape(-1), source.reshape(-1), strict=True)
+        return sum((a - b) ** 2 for a, b in pairs) ** 0.5
+    if name == "max over source":
+        return sum(max(cosine(t, s) for t in target) for s in source) / len(source)
+    product = cosine if name == "max" else np.dot
+    return sum(max(float(product(t, s)) for s in source) for t in target) / len(target)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32])
+def test_similarities_of_rows_equal_a_loop_over_prompts(name, kind):
+    targets = skewed(3, N, D).to(kind)
+    sources = draw(4, N if name in ONE_LENGTH else N - 2, D, seed=1).to(kind)
+    before = targets.clone(), sources.clone()
+    found = FUNCTIONS[name](targets, sources)
+    assert found.shape == (3, 4)
+    assert found.dtype == torch.float64
+    wanted = [
+        [naive(name, t, s) for s in sources.double().numpy()] for t in targets.double().numpy()
+    ]
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-12 if kind == torch.float64 else 2e-6)
+    assert torch.equal(targets, before[0])
+    assert torch.equal(sources, before[1])
+
+
+def like(name: str, target: Tensor, source: Tensor) -> float:
+    """One similarity of two prompts in float64."""
+    return FUNCTIONS[name](target[None].double(), source[None].double()).item()
+
+
+def changed(prompt: Tensor) -> dict[str, Tensor]:
+    """A prompt with something about it changed."""
+    sizes = torch.linspace(0.3, 3, len(prompt)).unsqueeze(1)
+    return {"order": prompt.flip(0), "size": 2.5 * prompt, "row sizes": prompt * sizes}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_does_not_matter_to_one_prompt_and_what_does(name):
+    """Order of rows, size of the prompt, sizes of its rows; of the source, then of the target."""
+    of_rows = {"order"} if name in ("inner product",) else {"order", "size"}
+    unit = {"order", "size", "row sizes"}
+    same = {
+        "feature": of_rows,
+        "feature, unit rows": unit,
+        "unigram": {"size"},
+        "unigram, unit rows": {"size", "row sizes"},
+        "max": unit,
+        "max over source": unit,
+        "inner product": of_rows,
+        "cosine": {"size"},
+        "frobenius": set(),
+    }[name]
+    target, source = skewed(N, D).double(), draw(N, D, seed=1).double()
+    wanted = like(name, target, source)
+    for what, other in changed(source).items():
+        assert (abs(like(name, target, other) - wanted) < 1e-9) == (what in same), what
+    for what, other in changed(target).items():
+        assert (abs(like(name, other, source) - wanted) < 1e-9) == (what in same), what
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_one_order_for_both_prompts_never_matters_and_one_rotation_only_to_unigram(name):
+    target, source = skewed(N, D).double(), draw(N, D, seed=1).double()
+    wanted = like(name, target, source)
+    mixed = torch.randperm(N, generator=torch.Generator().manual_seed(2))
+    assert like(name, target[mixed], source[mixed]) == pytest.approx(wanted, abs=1e-12)
+    rotation, _ = torch.linalg.qr(draw(D, D, seed=3).double())
+    rotated = like(name, target @ rotation, source @ rotation)
+    assert (abs(rotated - wanted) < 1e-9) == (not name.startswith("unigram"))
+
+
+def test_only_max_knows_a_direction_and_its_two_are_each_other_turned_round():
+    target, source = skewed(N, D), draw(N, D, seed=1)
+    for name in FUNCTIONS:
+        turned = like(name, source, target)
+        symmetric = abs(turned - like(name, target, source)) < 1e-12
+        assert symmetric == (name not in ("max", "max over source", "inner product")), name
+    assert like("max", source, target) == pytest.approx(like("max over source", target, source))
+
+
+def test_equal_prompts_have_cosine_1_and_distance_0_and_a_common_shift_keeps_distances():
+    prompts = draw(3, N, D)
+    for name, function in FUNCTIONS.items():
+        own = function(prompts, prompts).diagonal()
+        if name == "frobenius":
+            assert own.tolist() == [0, 0, 0]
+        elif name != "inner product":
+            np.testing.assert_allclose(own, 1, rtol=0, atol=1e-6)
+            assert (own <= 1).all()
+    others, shift = draw(2, N, D, seed=1), draw(N, D, seed=2)
+    before, after = (
+        frobenius_distances(prompts, others),
+        frobenius_distances(prompts + shift, others + shift),
+    )
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+
+
+def test_max_looks_for_rows_where_the_other_has_more():
+    """A target of one of the source's rows is found whole; the source is not."""
+    source = draw(N, D)
+    target = source[2:3]
+    assert like("max", target, source) == pytest.approx(1)
+    assert like("max over source", target, source) < 0.9
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_banks_without_such_a_similarity_are_refused(name):
+    function, good = FUNCTIONS[name], draw(2, N, D)
+    with pytest.raises(ValueError, match="targets of width 20 and sources of width 8"):
+        function(good, draw(2, N, 8))
+    with pytest.raises(ValueError, match=r"prompts are \(R, N, D\)"):
+        function(good[0], good)
+    with pytest.raises(ValueError, match="1 of 1 prompts hold NaN"):
+        function(good, torch.full((1, N, D), torch.nan))
+    if name in ONE_LENGTH:
+        with pytest.raises(ValueError, match="targets of 6 rows and sources of 4: row is compared"):
+            function(good, draw(2, 4, D))
+    if name not in ("frobenius", "inner product"):
+        with pytest.raises(ValueError, match="have no direction: leave the"):
+            function(good, torch.cat([good, torch.zeros(1, N, D)]))
+    with pytest.raises(ValueError, match="over is 'both'; allowed: target, source"):
+        max_similarities(good, good, over="both")  # pyright: ignore[reportArgumentType]
