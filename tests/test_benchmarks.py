@@ -9,7 +9,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent / "benchmarks"
 GOALS = {
-    f"G{number}" for number in (1, 2, 3, 4, 5, 7, 8, 12, 13, 14, 17, 18, 19)
+    f"G{number}" for number in (1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 14, 17, 18, 19, 20)
 }  # G16 needs bf16 instructions
 
 
@@ -24,3 +24,13 @@ def test_a_quick_run_gives_a_line_for_every_goal_and_a_table(tmp_path: Path) -> 
     assert {line["goal"] for line in lines} >= GOALS
     assert all(line["value"] > 0 and line["machine"] and line["versions"] for line in lines)
     assert made.stdout.count("\n| G") == len(lines)
+
+
+def test_memory_of_meta_gradients_gives_a_table_and_a_figure(tmp_path: Path) -> None:
+    words = ["--quick", "--threads", "1", "--models", "GPT-2-like", "--out", str(tmp_path)]
+    made = subprocess.run(
+        [sys.executable, FOLDER / "meta.py", *words], capture_output=True, text=True, timeout=120
+    )
+    assert made.returncode == 0, made.stderr
+    assert "| GPT-2-like | 2 |" in made.stdout
+    assert len(list(tmp_path.glob("*.png"))) == len(list(tmp_path.glob("*.svg"))) == 1

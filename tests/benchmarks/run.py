@@ -36,6 +36,8 @@ GOALS = {
     "G5": ("steps", "t5_banks"),
     "G7": ("answers", "causal_answers"),
     "G8": ("answers", "t5_answers"),
+    "G9": ("meta", "memory"),
+    "G11": ("meta", "time"),
     "G12": ("counts", "padded_tokens"),
     "G13": ("counts", "file_bytes"),
     "G14": ("loop", "lightning_steps"),
@@ -43,6 +45,7 @@ GOALS = {
     "G17": ("loading", "loading"),
     "G18": ("subspaces", "subspace_bank"),
     "G19": ("subspaces", "subspace_finding"),
+    "G20": ("interpretation", "nearest"),
 }
 
 
