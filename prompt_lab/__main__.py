@@ -28,6 +28,7 @@ TASKS_COMMANDS = {
 VECTORS_COMMANDS = {
     "vectors apply": "add a sum of task prompt vectors to initial prompts",
     "vectors show": "list the task prompt vectors of prompt stores",
+    "vectors compare": "how alike prompts and their vectors are: cosines, norms",
     "vectors mix": "mix source prompts by how alike they are to a target's",
 }
 STUDY_COMMANDS = {

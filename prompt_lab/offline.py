@@ -32,6 +32,7 @@ FUNCTIONS = {
     "tasks build": ("prompt_lab.build_command", "build_tasks"),
     "vectors apply": ("prompt_lab.vectors_command", "apply_vectors"),
     "vectors show": ("prompt_lab.vectors_command", "show_vectors"),
+    "vectors compare": ("prompt_lab.compare_command", "compare_vectors"),
     "vectors mix": ("prompt_lab.mix_command", "mix_prompts"),
     "sweep": ("prompt_lab.sweep_command", "sweep_command"),
     "report": ("prompt_lab.report_command", "report_command"),

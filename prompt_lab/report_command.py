@@ -48,7 +48,24 @@ from prompt_lab.report import (
     read_results,
     tasks_in_order,
 )
+from prompt_lab.significance_report import (
+    Correction,
+    StartReport,
+    draw_starts,
+    start_report,
+    start_sections,
+    start_tables,
+    with_source_seed,
+)
 from prompt_lab.statistics import DENOMINATOR_RULE
+from prompt_lab.vectors_report import (
+    VectorReport,
+    draw_vectors,
+    is_sum,
+    vector_report,
+    vector_sections,
+    vector_tables,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -85,6 +102,8 @@ class Report:
         references: what each line is compared with, by the reference's name in words.
         sets: the sets of tasks.
         gains: gains of prompts learned on other tasks.
+        vectors: task prompt vectors.
+        starts: starts of prompt tuning.
         source: how many runs were read from how many files, in words.
         notes: what to know of the whole.
     """
@@ -93,6 +112,8 @@ class Report:
     references: References
     sets: Sets
     gains: GainReport
+    vectors: VectorReport
+    starts: StartReport
     source: str
     notes: Sequence[str]
 
@@ -103,6 +124,7 @@ def report_command(
     out: str,
     reference: list[str] | None = None,
     partition: str | None = None,
+    correction: Correction = "holm",
 ) -> list[Path]:
     """Compare methods: tables and pictures from the results.csv files of tests.
 
@@ -111,6 +133,9 @@ def report_command(
     table.csv (each figure with its counts), tasks.csv (each task), and pictures as PNG and SVG.
     Where prompts start from ones learned on other tasks, also gains.csv (relative gains against
     plain prompt tuning) and adaptation.csv (dev scores over steps, from the fits' curves.csv).
+    Where tasks were tuned from several starts, or with several K, also starts.csv and
+    significance.csv (t-tests of the best start against the second best). Of VectorArithmetic's
+    results, vectors-cross.csv, vectors-pairs.csv and vectors-expressions.csv.
 
     Args:
         results: results.csv files, or folders to search for them.
@@ -118,6 +143,7 @@ def report_command(
         reference: methods to compare with, such as prompt_tuning, or names of lines as the table
             has them; without it prompt_tuning and fine_tuning where the results have them.
         partition: name of a partition, such as ipt/random, for means over its sets.
+        correction: of the p-values of one table for their number: holm, bonferroni, or none.
 
     Returns:
         The files.
@@ -131,13 +157,16 @@ def report_command(
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"--out {folder} is a file: name a folder")
-    report = make_report(results, reference, partition)
+    report = make_report(results, reference, partition, correction)
     text = markdown(report)
     print(text)
     write_atomically(folder / "table.md", text.encode())
     write_csv(folder / "table.csv", TABLE_COLUMNS, table_rows(report))
     write_csv(folder / "tasks.csv", TASK_COLUMNS, task_rows(report))
     tables = [folder / name for name in ("table.md", "table.csv", "tasks.csv")]
+    for name, columns, rows in (*vector_tables(report.vectors), *start_tables(report.starts)):
+        tables.append(folder / name)
+        write_csv(tables[-1], columns, rows)
     return [*tables, *_write_gains(report.gains, folder), *draw(report, folder)]
 
 
@@ -157,6 +186,7 @@ def make_report(
     places: Iterable[str | Path],
     reference: Sequence[str] | None = None,
     partition: str | None = None,
+    correction: Correction = "holm",
 ) -> Report:
     """Read results and find out what is compared with what.
 
@@ -164,15 +194,18 @@ def make_report(
         places: result files and folders.
         reference: methods or labels; None for those of `DEFAULT_REFERENCES` that are there.
         partition: name of a partition of the package.
+        correction: of p-values.
 
     Raises:
         FileNotFoundError: as `find_results`.
-        ValueError: as `read_results`, `find_reference` and `prompt_lab.data.partitions.partition`.
+        ValueError: as `read_results`, `find_reference`, `prompt_lab.data.partitions.partition`,
+            `vector_report` and `start_report`.
     """
     sets_of_partition = _partition_sets(partition) if partition is not None else {}
     files = find_results(places)
-    rows = read_results(files)
-    lines = make_lines(rows)
+    rows = [with_source_seed(row) for row in read_results(files)]
+    vectors = vector_report(rows, correction)
+    lines = make_lines([row for row in rows if not is_sum(row)])
     references, notes = _find_references(reference, lines)
     sets: dict[tuple[str, str], set[str] | None] = {_EVERYTHING: None}
     sets |= {("ontology", name): tasks for name, tasks in by_ontology(lines).items()}
@@ -181,7 +214,8 @@ def make_report(
         notes += _partition_notes(partition, sets_of_partition, lines)
     tasks = {row.cells["task"] for row in rows}
     source = f"{len(rows)} runs of {counted(len(tasks), 'task')} from {counted(len(files), 'file')}"
-    return Report(lines, references, sets, find_gains(lines, reference), source, notes)
+    gains, starts = find_gains(lines, reference), start_report(rows, correction)
+    return Report(lines, references, sets, gains, vectors, starts, source, notes)
 
 
 def _find_references(
@@ -245,9 +279,13 @@ def markdown(report: Report) -> str:
     if report.gains.settings:
         parts += ["## Average relative gain", gain_legend(report.gains)]
         parts.append(_table(*gain_table(report.gains)))
+    for title, legend, table in (*vector_sections(report.vectors), *start_sections(report.starts)):
+        parts += [f"## {title}", legend, _table(*table)]
     notes = [
         *report.notes,
         *report.gains.notes,
+        *report.vectors.notes,
+        *report.starts.notes,
         *line_notes(report.lines),
         *comparison_notes(report),
     ]
@@ -581,6 +619,7 @@ def draw(report: Report, folder: Path) -> list[Path]:
     """
     files = [*_draw_bars(report, folder), *_draw_maps(report, folder)]
     files += draw_gains(report.gains, folder)
+    files += [*draw_vectors(report.vectors, folder), *draw_starts(report.starts, folder)]
     if len(dimensions(report.lines)) > 1:
         for name in (None, *report.references):
             files += _draw_curves(report, name, folder)
