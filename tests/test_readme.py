@@ -108,7 +108,9 @@ def test_commands_parse(command, tmp_path, monkeypatch):
     from prompt_lab import offline
     from prompt_lab.cli import PromptLabCLI
 
-    words = shlex.split(command)[1:]
+    chosen = tmp_path / "chosen.yaml"  # what the command before it writes
+    chosen.write_text("data: {tasks: [sandbox-size]}\n")
+    words = [str(chosen) if word == chosen.name else word for word in shlex.split(command)[1:]]
     for count in (2, 1):  # words of a command's name
         if " ".join(words[:count]) in offline.FUNCTIONS:
             parser = offline.make_parser(" ".join(words[:count]))
