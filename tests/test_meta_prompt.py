@@ -784,3 +784,15 @@ def test_the_shipped_config_fits_and_tests_through_the_command_line(tmp_path, mo
         ("sandbox-has-garment", "MetaPrompt", "adapted"),
     ]
     assert all(row["test"] and row["dev"] for row in rows)
+
+
+def test_an_inner_loop_that_runs_far_away_ends_the_fit_though_its_loss_is_finite(tmp_path, capsys):
+    """A T5's norm makes a huge prompt vanish, so that the loss says nothing."""
+    config = Path(__file__).parents[1] / "configs" / "meta" / "sandbox.yaml"
+    words = [
+        *("fit", f"--config={config}", "--model.inner.learning_rate=1e6", f"--run_dir={tmp_path}"),
+        *("--trainer.max_steps=10", "--trainer.val_check_interval=10", "--data.samples=[100]"),
+        *("--model.adaptation.steps=1", "--model.episodes=1", "--trainer.accelerator=cpu"),
+    ]
+    assert cli.run(words) == 1
+    assert "the inner loop ran far away" in capsys.readouterr().err

@@ -44,6 +44,9 @@ Algorithm = Literal["maml", "fomaml", "reptile", "multitask"]
 MOST_SKIPPED = 10
 """So many skipped steps in a row end a fit."""
 
+MOST_MOVED = 100.0
+"""Norms of the prompt by which an inner loop may move it; beyond that it has diverged."""
+
 SUMS = ("loss", "second_order", "inner_moved", "improved", "batches", "skipped")
 """What is summed over the steps between two evaluations."""
 
@@ -444,8 +447,8 @@ class MetaPrompt(PromptMethod):
     def training_step(self, batch: Episodes, batch_idx: int) -> Tensor:
         """A loss whose gradient is the mean meta-gradient over all episodes of the step.
 
-        A step with an episode whose loss or gradient is not finite is skipped: neither the prompt
-        nor the optimizer's state moves.
+        A step with an episode whose loss or gradient is not finite, or whose inner loop runs far
+        away, is skipped: neither the prompt nor the optimizer's state moves.
         """
         rate = self.rate
         scale = self.trainer.world_size / self.episodes
@@ -453,7 +456,7 @@ class MetaPrompt(PromptMethod):
             found, finite = None, self.active.new_ones(1)
         else:
             found = self.meta_gradient(batch, rate)
-            finite = found.finite().all(0, keepdim=True)
+            finite = (found.finite() & (found.moved <= MOST_MOVED)).all(0, keepdim=True)
             if found.rate_gradient is not None:
                 finite = finite & found.rate_gradient.isfinite().all()
         finite = self.over_ranks((~finite).float()) == 0
@@ -544,7 +547,8 @@ class MetaPrompt(PromptMethod):
             return
         message = (
             f"step {self.trainer.global_step}: the last {int(self.skipped_in_row)} steps "
-            "were skipped, since a loss or gradient was not finite; training ends. The inner loop "
+            "were skipped, since a loss or gradient was not finite or the inner loop ran far away "
+            f"(over {MOST_MOVED:.0f} times the prompt's norm); training ends. The inner loop "
             f"diverges at model.inner.learning_rate {self.inner.learning_rate:g}: lower it, or "
             "model.inner.steps"
         )
@@ -672,7 +676,7 @@ class MetaPrompt(PromptMethod):
             rank_zero_warn(
                 f"step {self.trainer.global_step}: skipped {sums['skipped']:.0f} of the steps since"
                 f" the last evaluation, {int(self.skipped)} in all: a loss or gradient was not "
-                "finite. A lower model.inner.learning_rate may help"
+                "finite, or the inner loop ran far away. A lower model.inner.learning_rate may help"
             )
         if self.algorithm == "multitask" or not sums["batches"]:
             return
