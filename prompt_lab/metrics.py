@@ -148,6 +148,7 @@ def _lcs_words(x: list[str], y: list[str]) -> set[str]:
     rows = _lcs_rows(x, y)
 
     def length(i: int, j: int) -> int:
+        """Length of a longest common subsequence of the first i and the first j words."""
         return j - (rows[i] & ((1 << j) - 1)).bit_count()
 
     i, j, words = len(x), len(y), set()

@@ -22,10 +22,6 @@ from test_plots import assert_readable
 from prompt_lab import offline
 from prompt_lab.backbone import Backbone
 from prompt_lab.interpret_command import (
-    Block,
-    Token,
-    as_html,
-    as_markdown,
     byte_letters,
     is_byte_level,
     read_vocabulary,
@@ -42,6 +38,7 @@ from prompt_lab.interpretation_plots import (
     tsne_points,
 )
 from prompt_lab.prompt_file import Prompt, PromptStore, save_prompt
+from prompt_lab.report_blocks import Block, Token, as_html, as_markdown
 
 N = 4
 TASKS = ("one", "two")
@@ -384,7 +381,7 @@ def test_a_token_of_any_script_is_one_cell_that_shows_it_as_it_is(name, is_stron
     markdown_it = pytest.importorskip("markdown_it")
     shown = readable(NASTY[name], False)
     table = Block("table", header=("a", "b", "c"), rows=[["1", Token(shown, is_strong), "2"]])
-    assert Cells(as_html([table])).cells == ["1", shown, "2"]
+    assert Cells(as_html([table], "title")).cells == ["1", shown, "2"]
     made = markdown_it.MarkdownIt("commonmark").enable(["table", "strikethrough"])
     page = made.render(as_markdown([table]))
     cells = [cell.strip("\u2068\u2069") for cell in Cells(page).cells]

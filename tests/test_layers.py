@@ -22,8 +22,8 @@ LAYERS = {
     3: "plots report gain_report adaptation_curves report_command callbacks predict_command "
     "prediction tasks_command "
     "build_command sweep_command select_command select_evaluate_command vectors_command "
-    "mix_command interpret_command interpretation_plots compare_command vectors_report "
-    "significance_report",
+    "mix_command interpret_command interpretation_plots report_blocks compare_command "
+    "vectors_report significance_report",
     4: "cli offline __main__",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}

@@ -391,7 +391,6 @@ class Attempt(PromptMethod):
         Raises:
             ValueError: naming both sides.
         """
-        assert self.backbone is not None
         own = [f"{task} {sample}" for task, sample in self.keys]
         for what, saved, here in (
             ("source prompts", checkpoint.get("source_prompts", []), self.source_names),
@@ -407,11 +406,7 @@ class Attempt(PromptMethod):
                 "the source prompts are not those of the checkpoint, though their names are: "
                 "resume with the prompt files of the fit"
             )
-        if checkpoint.get("backbone_digest") != self.backbone.digest:
-            raise ValueError(
-                "the checkpoint is of a backbone with other weights: resume with the backbone of "
-                "the fit"
-            )
+        self.check_backbone_of(checkpoint)
 
     # ---- evaluation -----------------------------------------------------------------------------
 
@@ -590,33 +585,17 @@ class Attempt(PromptMethod):
 
     def best_prompts(self, test_scores: Tensor | None = None) -> list[Prompt]:
         """The target prompt of every task, which answers only beside the others of the mixture."""
-        from prompt_lab import __version__
-
-        backbone, data, dev = self.backbone, self.datamodule, self.dev.tolist()
-        assert backbone is not None
+        dev = self.dev.tolist()
         return [
-            Prompt(
-                prompt=self.best[i].detach().cpu(),
-                init=self.init[i].detach().cpu(),
-                name=run.name,
-                backbone=backbone.name,
-                backbone_digest=backbone.digest,
-                tokenizer_digest=backbone.tokenizer_digest,
-                task=run.task,
-                sample=run.sample,
+            self.stored_prompt(
+                run,
+                self.best[i],
+                self.init[i],
+                dev[i],
+                None if test_scores is None else test_scores[i].item(),
                 initialised=self.init_config.describe(),
-                init_seed=run.init_seed,
-                order_seed=data.order_seed,
-                learning_rate=run.learning_rate,
-                batch_size=run.batch_size,
+                order_seed=self.datamodule.order_seed,
                 steps=int(self.best_step),
-                dev_score=None if dev[i] != dev[i] else dev[i],
-                test_score=None if test_scores is None else test_scores[i].item(),
-                metric=data.tasks[run.task].metric,
-                status="finished",
-                seconds=round(self.seconds.item(), 3),
-                **self.way_of_answering(run.task, run.sample),
-                version=__version__,
                 source_tasks=self.source_tasks,
                 made_from={"attempt": self.attention_path.name, "sources": self.source_names},
             )

@@ -71,6 +71,7 @@ def saved_bytes(
     seen: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
+        """Count a tensor's storage, once, unless it is a weight's."""
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             seen[storage.data_ptr()] = storage.nbytes()

@@ -302,18 +302,13 @@ class IntrinsicSubspace(PromptMethod):
         Raises:
             ValueError: naming both sides.
         """
-        assert self.backbone is not None
         saved, own = checkpoint.get("source_prompts", []), self.source_names[: len(self.keys)]
         if saved != own:
             raise ValueError(
                 f"the checkpoint is of a subspace of the prompts {some(saved)}, the settings give "
                 f"{some(own)}: resume with the prompts and tasks of the fit"
             )
-        if checkpoint.get("backbone_digest") != self.backbone.digest:
-            raise ValueError(
-                "the checkpoint is of a backbone with other weights: resume with the backbone of "
-                "the fit"
-            )
+        self.check_backbone_of(checkpoint)
 
     # ---- evaluation -----------------------------------------------------------------------------
 
@@ -457,37 +452,21 @@ class IntrinsicSubspace(PromptMethod):
 
     def best_prompts(self, test_scores: Tensor | None = None) -> list[Prompt]:
         """The reconstructed prompt of every task under every map, ready to be stored."""
-        from prompt_lab import __version__
-
-        backbone, data = self.backbone, self.datamodule
-        assert backbone is not None
         made = self.reconstructed(self.best_subspaces).cpu()
         with torch.no_grad():
             codes = [subspace.project(self.source).cpu() for subspace in self.best_subspaces]
         dev, each = self.dev.tolist(), len(self.keys) + len(self.unseen)
         return [
-            Prompt(
-                prompt=made[i],
-                init=self.init[i].detach().cpu(),
+            self.stored_prompt(
+                run,
+                made[i],
+                self.init[i],
+                dev[i],
+                None if test_scores is None else test_scores[i].item(),
                 code=codes[i // each][i % each],
                 name=f"{run.task}_{run.sample}_dim{self.dims[i // each]}",
-                backbone=backbone.name,
-                backbone_digest=backbone.digest,
-                tokenizer_digest=backbone.tokenizer_digest,
-                task=run.task,
-                sample=run.sample,
                 initialised=f"reconstruction of {self.source_names[i % each]}",
-                init_seed=run.init_seed,
-                learning_rate=run.learning_rate,
-                batch_size=run.batch_size,
                 steps=int(self.best_step[i // each]),
-                dev_score=None if dev[i] != dev[i] else dev[i],
-                test_score=None if test_scores is None else test_scores[i].item(),
-                metric=data.tasks[run.task].metric,
-                status="finished",
-                seconds=round(self.seconds.item(), 3),
-                **self.way_of_answering(run.task, run.sample),
-                version=__version__,
             )
             for i, run in enumerate(self.runs)
         ]

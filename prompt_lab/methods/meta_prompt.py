@@ -360,7 +360,7 @@ class MetaPrompt(PromptMethod):
     def rate(self) -> Tensor:
         """The inner learning rate: () or (N, 1)."""
         if self.log_rate is None:
-            return self.prompt.new_tensor(self.inner.learning_rate)
+            return self.prompt.new_full((), self.inner.learning_rate)
         rate = self.inner.learning_rate * self.log_rate.detach().exp()
         return rate[0, 0] if rate.numel() == 1 else rate[0, :, None]
 
@@ -769,7 +769,6 @@ class MetaPrompt(PromptMethod):
         Raises:
             ValueError: naming both sides.
         """
-        assert self.backbone is not None
         saved = checkpoint.get("episodes_of", [])
         own = [f"{task} {sample}" for task, sample in self.keys]
         if saved != own:
@@ -777,11 +776,7 @@ class MetaPrompt(PromptMethod):
                 f"the checkpoint learns from {len(saved)} items ({some(saved)}), the settings give "
                 f"{len(own)} ({some(own)}): resume with the tasks and samples of the fit"
             )
-        if checkpoint.get("backbone_digest") != self.backbone.digest:
-            raise ValueError(
-                "the checkpoint is of a backbone with other weights: resume with the backbone of "
-                "the fit"
-            )
+        self.check_backbone_of(checkpoint)
 
     # ---- test -----------------------------------------------------------------------------------
 
@@ -814,34 +809,17 @@ class MetaPrompt(PromptMethod):
 
     def best_prompts(self, test_scores: Tensor | None = None) -> list[Prompt]:
         """The adapted prompt of every validation run, ready to be stored."""
-        from prompt_lab import __version__
-
-        backbone, data = self.backbone, self.datamodule
-        assert backbone is not None
         dev = self.best_dev.tolist()
         return [
-            Prompt(
-                prompt=self.adapted[i].detach().cpu(),
-                init=self.best[0].detach().cpu(),
-                name=run.name,
-                backbone=backbone.name,
-                backbone_digest=backbone.digest,
-                tokenizer_digest=backbone.tokenizer_digest,
-                task=run.task,
-                sample=run.sample,
+            self.stored_prompt(
+                run,
+                self.adapted[i],
+                self.best[0],
+                dev[i],
+                None if test_scores is None else test_scores[i].item(),
                 initialised=self.origin,
-                init_seed=run.init_seed,
-                order_seed=data.order_seed,
-                learning_rate=run.learning_rate,
-                batch_size=run.batch_size,
+                order_seed=self.datamodule.order_seed,
                 steps=int(self.best_step),
-                dev_score=None if dev[i] != dev[i] else dev[i],
-                test_score=None if test_scores is None else test_scores[i].item(),
-                metric=data.tasks[run.task].metric,
-                status="finished",
-                seconds=round(self.seconds.item(), 3),
-                **self.way_of_answering(run.task, run.sample),
-                version=__version__,
             )
             for i, run in enumerate(self.runs)
         ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
@@ -91,6 +92,7 @@ class PromptMethod(LightningModule):
         runs: what each prompt of the bank is for; empty before :meth:`setup`.
         evaluation: the pass over dev or test that is going on.
         init: (R, N, D) the prompts that the runs start from.
+        seconds: () wall-clock seconds of the fit so far.
         num_virtual_tokens: N.
         test_baselines: whether ``test`` also scores no prompt and other baselines.
         trains_a_bank: whether several runs train side by side.
@@ -100,6 +102,7 @@ class PromptMethod(LightningModule):
 
     evaluation: Evaluation
     init: Tensor
+    seconds: Tensor
     num_virtual_tokens: int
     test_baselines: bool = False
     trains_a_bank: bool = True
@@ -438,7 +441,59 @@ class PromptMethod(LightningModule):
             self._warned.add(key)
             rank_zero_warn(message)
 
+    def stored_prompt(
+        self, run: Run, prompt: Tensor, init: Tensor, dev: float, test: float | None, **facts: Any
+    ) -> Prompt:
+        """A run's prompt with all that its file says.
+
+        Args:
+            run: what the prompt is of.
+            prompt: (N, D).
+            init: (N, D) what it was trained from.
+            dev: dev score that chose it; NaN or infinite where there is none.
+            test: test score.
+            facts: further fields of :class:`Prompt`, and those that differ from the run's.
+        """
+        from prompt_lab import __version__
+
+        assert self.backbone is not None
+        fields = {
+            "name": run.name,
+            "backbone": self.backbone.name,
+            "backbone_digest": self.backbone.digest,
+            "tokenizer_digest": self.backbone.tokenizer_digest,
+            "task": run.task,
+            "sample": run.sample,
+            "init_seed": run.init_seed,
+            "learning_rate": run.learning_rate,
+            "batch_size": run.batch_size,
+            "dev_score": dev if math.isfinite(dev) else None,
+            "test_score": test,
+            "metric": self.datamodule.tasks[run.task].metric,
+            "status": "finished",
+            "seconds": round(self.seconds.item(), 3),
+            "version": __version__,
+            **self.way_of_answering(run.task, run.sample),
+        }
+        kept = {"prompt": prompt.detach().cpu(), "init": init.detach().cpu()}
+        return Prompt(**kept, **(fields | facts))
+
     # ---- checkpoints ----------------------------------------------------------------------------
+
+    def check_backbone_of(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to resume on other weights.
+
+        Raises:
+            ValueError: naming both sides.
+        """
+        assert self.backbone is not None
+        weights = checkpoint.get("backbone_digest", "")
+        if weights != self.backbone.digest:
+            raise ValueError(
+                f"the checkpoint is of a backbone with other weights ({weights[:12]}) than "
+                f"{self.backbone.name!r} has ({self.backbone.digest[:12]}): resume with the "
+                "backbone of the fit"
+            )
 
     def simplify_settings(self) -> None:
         """Make the saved constructor arguments plain values, which checkpoints can hold."""

@@ -277,13 +277,7 @@ class PromptTuning(PromptMethod):
                 "the checkpoint was tuned in another subspace, or in none: resume with the "
                 "model.subspace of the fit"
             )
-        weights = checkpoint.get("backbone_digest", "")
-        if weights != self.backbone.digest:
-            raise ValueError(
-                f"the checkpoint is of a backbone with weights {weights[:12]}, but "
-                f"{self.backbone.name!r} has weights {self.backbone.digest[:12]}: resume with the "
-                "backbone of the fit"
-            )
+        self.check_backbone_of(checkpoint)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of all live runs; a run whose loss or gradient is not finite rests from here on."""
@@ -449,36 +443,20 @@ class PromptTuning(PromptMethod):
 
     def best_prompts(self, test_scores: Tensor | None = None) -> list[Prompt]:
         """The best prompt of every run, ready to be stored."""
-        from prompt_lab import __version__
-
-        backbone, data = self.backbone, self.datamodule
-        assert backbone is not None
         score, step = self.best_score.tolist(), self.best_step.tolist()
-        status = self.status.tolist()
+        status, order_seed = self.status.tolist(), self.datamodule.order_seed
         return [
-            Prompt(
-                prompt=self.best[i].detach().cpu(),
-                init=self.init[i].detach().cpu(),
+            self.stored_prompt(
+                run,
+                self.best[i],
+                self.init[i],
+                score[i],
+                None if test_scores is None else test_scores[i].item(),
                 code=None if self.best_code is None else self.best_code[i].detach().cpu(),
-                name=run.name,
-                backbone=backbone.name,
-                backbone_digest=backbone.digest,
-                tokenizer_digest=backbone.tokenizer_digest,
-                task=run.task,
-                sample=run.sample,
                 initialised=self.initialised,
-                init_seed=run.init_seed,
-                order_seed=data.order_seed,
-                learning_rate=run.learning_rate,
-                batch_size=run.batch_size,
+                order_seed=order_seed,
                 steps=step[i],
-                dev_score=score[i] if score[i] > -torch.inf else None,
-                test_score=None if test_scores is None else test_scores[i].item(),
-                metric=data.tasks[run.task].metric,
                 status=STATUS[status[i]],
-                seconds=round(self.seconds.item(), 3),
-                **self.way_of_answering(run.task, run.sample),
-                version=__version__,
             )
             for i, run in enumerate(self.runs)
         ]

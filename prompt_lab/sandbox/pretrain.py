@@ -107,6 +107,7 @@ def instruction(
     """Writes a task as instruction words; with `examples` a class is named by one of its words."""
 
     def name(value: str) -> str:
+        """A class by its own name or by one of its words."""
         known = examples and (value in WORDS or value == "person")
         return rng.choice(words_of(value)) if known else value
 
@@ -257,6 +258,7 @@ def optimizers(
     warm = max(1, min(200, steps // 10))
 
     def rate(step: int) -> float:
+        """Share of the learning rate at a step: a linear rise, then a linear fall to zero."""
         return min((step + 1) / warm, (steps - step) / max(1, steps - warm))
 
     return result, [torch.optim.lr_scheduler.LambdaLR(each, rate) for each in result]
