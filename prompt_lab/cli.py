@@ -44,7 +44,7 @@ METHODS = {
 }
 RUN_DIR_VARIABLE = "PROMPT_LAB_RUN_DIR"
 OUTPUTS = ("prompts", "checkpoints", "logs", "results.csv", "curves.csv", "predictions.jsonl")
-OUTPUTS += ("*.safetensors", "target_prompts", "attention.csv")
+OUTPUTS += ("*.safetensors", "target_prompts", "attention.csv", "steps")
 
 
 class PromptLabParser(LightningArgumentParser):

@@ -533,3 +533,45 @@ def test_gradient_checkpointing_trains_the_same_prompt(
     assert torch.equal(made[False], made[True])
     with pytest.raises(ValueError, match="do not go together"):
         BackboneConfig(gradient_checkpointing=True, compile=True).load()
+
+
+# ---- transfer, and prompts of chosen steps -------------------------------------------------------
+
+
+def test_a_bank_of_transfers_follows_single_fits_from_each_source(fit, fewshot_root, tmp_path):
+    """Reference: one fit per target and source, from the file of that source's prompt."""
+    model = make_backbone("t5")
+    fit(model=model, tasks=["glue-sst2", "emotion"], init_seed=[0, 1], run_dir=tmp_path / "sources")
+    store = tmp_path / "sources" / "prompts"
+    targets = ["glue-sst2", "emotion"]
+    transfer = {"name": "file", "path": str(store), "source_tasks": ["emotion", "glue-sst2"]}
+    bank = fit(model=model, tasks=targets, init_seed=[0, 1], init=transfer)
+    assert len(bank.runs) == 8
+    for i, run in enumerate(bank.runs):
+        path = store / f"{run.source}_13_seed{run.init_seed}_lr0.03_bs4.safetensors"
+        alone = fit(model=model, tasks=[run.task], init={"name": "file", "path": str(path)})
+        assert bank.starts[i] == alone.starts[0] == f"file {path}"
+        assert torch.equal(bank.init[i], alone.init[0])
+        torch.testing.assert_close(bank.trained[i], alone.trained[0], rtol=1e-5, atol=1e-5)
+    kept = PromptStore(Path(bank.trainer.default_root_dir) / "prompts").index()
+    assert [row["initialised"] for row in kept] == [
+        start for _, start in sorted(zip([run.name for run in bank.runs], bank.starts, strict=True))
+    ]
+
+
+def test_the_prompts_of_chosen_steps_are_kept_with_their_dev_scores(fit, tmp_path):
+    """Step 3 of six equals the last step of a fit of three under a constant schedule."""
+    whole = fit(run_dir=tmp_path / "whole", init_seed=[0, 1], save_steps=[3])
+    half = fit(init_seed=[0, 1], trainer={"steps": 3})
+    store = PromptStore(tmp_path / "whole" / "steps" / "3")
+    kept = store.load([run.name for run in whole.runs], whole.backbone)
+    assert [prompt.steps for prompt in kept] == [3, 3]
+    assert torch.equal(torch.stack([prompt.prompt for prompt in kept]), half.trained.detach())
+    assert [prompt.dev_score for prompt in kept] == half.best_score.tolist()
+    assert sorted(path.name for path in (tmp_path / "whole" / "steps").iterdir()) == ["3"]
+
+
+@pytest.mark.parametrize("steps", [[4], [0], [9]])
+def test_steps_that_are_not_evaluated_cannot_be_kept(fit, steps):
+    with pytest.raises(ValueError, match=r"model.save_steps has \d, where nothing is evaluated"):
+        fit(save_steps=steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,68 @@ def test_a_store_gives_each_run_the_prompt_of_its_task(backbone: Factory, tmp_pa
     runs = [run("tone"), run("tone", sample=42), run("tone", 1, sample=42), run("other", seed=3)]
     made = initial_prompts(InitConfig("file", path=str(tmp_path)), model, runs, TASKS, 3)
     assert made[:, 0, 0].tolist() == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_transferred_prompt_is_that_of_the_source_its_sample_and_seed_and_best_by_dev(
+    backbone: Factory, tmp_path: Path
+) -> None:
+    """Seeds that the source lacks take the best of all seeds; a sum goes by its expression."""
+    model = backbone("t5")
+    given = {"task": "tone", "sample": 13}
+    PromptStore(tmp_path).save(
+        [
+            stored(model, "a", 1.0, **given, init_seed=0, dev_score=0.5),
+            stored(model, "b", 2.0, **given, init_seed=0, dev_score=0.6, learning_rate=0.1),
+            stored(model, "c", 3.0, **given, init_seed=1, dev_score=0.9),
+            stored(model, "d", 4.0, init_seed=0, made_from={"expression": "tone + other"}),
+        ]
+    )
+    config = InitConfig("file", path=str(tmp_path), source_tasks=["tone", " tone  + other"])
+    assert config.sources == ["tone", "tone + other"]
+    seeds = [replace(run("other", seed, sample=42), source="tone") for seed in (0, 1, 7)]
+    runs = [*seeds, replace(run("open"), source="tone + other")]
+    made = initial_prompts(config, model, runs, TASKS, 3)
+    assert made[:, 0, 0].tolist() == [2.0, 3.0, 3.0, 4.0]
+    names = [Path(words.removeprefix("file ")).stem for words in config.describe_runs(runs)]
+    assert names == ["b", "c", "c", "d"]
+
+
+def test_a_transferred_prompt_that_says_what_to_call_it_is_called_that(
+    backbone: Factory, tmp_path: Path
+) -> None:
+    model = backbone("t5")
+    known = {"made_from": {"expression": "a + b"}, "origin": "vectors a + b"}
+    PromptStore(tmp_path / "prompts").save([stored(model, "d", 4.0, **known)])
+    config = InitConfig("file", path=str(tmp_path), source_tasks=["a + b"])
+    assert config.describe_runs([replace(run("open"), source="a + b")]) == ["vectors a + b"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"source_tasks": []}, "init.source_tasks is empty"),
+        ({"name": "vocab", "source_tasks": ["a"]}, "needs init.name file and the folder"),
+        ({"path": "no-such-folder", "source_tasks": ["a"]}, "needs init.name file and the folder"),
+    ],
+)
+def test_a_transfer_without_a_store_or_sources_is_refused(
+    values: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        InitConfig(**{"name": "file", "path": str(tmp_path), **values})
+
+
+def test_sources_that_a_store_lacks_are_named_with_what_it_has(
+    backbone: Factory, tmp_path: Path
+) -> None:
+    model = backbone("t5")
+    PromptStore(tmp_path).save([stored(model, "a", 1.0, task="tone")])
+    config = InitConfig("file", path=str(tmp_path), source_tasks=["tone", "smell"])
+    runs = [replace(run("open"), source=source) for source in config.sources]
+    with pytest.raises(ValueError, match=r"no prompt for 1 runs: open.*_from_smell; it has: tone"):
+        initial_prompts(config, model, runs, TASKS, 3)
+    with pytest.raises(ValueError, match="only PromptTuning has it"):
+        initial_prompts(config, model, [run("tone")], TASKS, 3)
 
 
 def test_all_prompts_that_a_store_lacks_are_named(backbone: Factory, tmp_path: Path) -> None:

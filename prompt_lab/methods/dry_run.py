@@ -43,7 +43,9 @@ def describe_grid(method: PromptTuning, data: CrossFitDataModule, trainer: Train
         ("init_seed", method.init_seeds),
         ("learning_rate", method.learning_rates),
         ("batch_size", method.batch_sizes),
+        ("source_tasks", method.init_config.source_tasks or []),
     )
+    axes = tuple((name, values) for name, values in axes if values)
     lines = [
         f"{len(method.runs)} runs = " + " x ".join(f"{len(v)} {name}" for name, v in axes),
         *(f"  {name}: {', '.join(map(str, values))}" for name, values in axes),

@@ -174,7 +174,7 @@ class Evaluation:
         lines = []
         initialised = [prompt.initialised for prompt in self.method.best_prompts()]
         for variant in ("no_prompt", "initial_prompt"):
-            chosen = self._distinct(by_seed=variant == "initial_prompt")
+            chosen = self._distinct(by_start=variant == "initial_prompt")
             scores = self._score_variant(variant, chosen)
             for i in chosen:
                 run = self.method.runs[i]
@@ -194,11 +194,12 @@ class Evaluation:
                 lines.append(self._common(key, "test") | {"variant": name, "test": value})
         return lines
 
-    def _distinct(self, by_seed: bool) -> list[int]:
-        """One run per (task, sample), or per (task, sample, initial seed)."""
+    def _distinct(self, by_start: bool) -> list[int]:
+        """One run per (task, sample), or per (task, sample, initial seed, source)."""
         first: dict[tuple[Any, ...], int] = {}
         for i, run in enumerate(self.method.runs):
-            first.setdefault((run.task, run.sample, run.init_seed if by_seed else 0), i)
+            start = (run.init_seed, run.source) if by_start else ()
+            first.setdefault((run.task, run.sample, *start), i)
         return list(first.values())
 
     def _score_variant(self, variant: str, chosen: list[int]) -> Tensor:

@@ -2,14 +2,15 @@
 
 A vocabulary, text or noise prompt depends on (seed, backbone, N) alone; class labels add the task.
 A prompt from a prompt file or a PEFT folder serves every run; from a prompt store or a checkpoint
-each run takes the one of its own task. PEFT folders do not say for which weights they were made:
-their width is compared with the backbone's, the weights are not.
+each run takes the one of its own task, or of its source task where prompts are transferred. PEFT
+folders do not say for which weights they were made: their width is compared with the backbone's,
+the weights are not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from prompt_lab import prompts
 from prompt_lab.backbone import Backbone
 from prompt_lab.checkpoint import load_checkpoint
+from prompt_lab.data.partitions import expand_sets
 from prompt_lab.data.tasks import Task
 from prompt_lab.exchange import adopt
 from prompt_lab.peft_format import is_peft, load_peft
@@ -40,7 +42,11 @@ class InitConfig:
         text: the text of ``text``; cut to N tokens, or repeated.
         std: standard deviation of ``normal``.
         limit: largest magnitude of ``uniform``.
-        path: prompt file, folder of a prompt store, PEFT folder or ``.ckpt`` file, for ``file``.
+        path: prompt file, folder of a prompt store or of a fit, PEFT folder or ``.ckpt`` file, for
+            ``file``.
+        source_tasks: transfer: every run is made once for each of these tasks, and starts from its
+            prompt in the store. Sets of partitions stand for their tasks; a sum that ``vectors
+            apply`` wrote goes by its expression. Of PromptTuning only.
     """
 
     name: InitName = "vocab"
@@ -49,6 +55,7 @@ class InitConfig:
     std: float = 0.02
     limit: float = 0.5
     path: str | None = None
+    source_tasks: list[str] | None = None
 
     def __post_init__(self) -> None:
         """Check that the way is known and what it needs is there."""
@@ -61,6 +68,25 @@ class InitConfig:
                 "init.name is file: give a prompt file or store with init.path, or a PEFT folder "
                 "or a checkpoint"
             )
+        if self.source_tasks is not None:
+            self._check_transfer(self.source_tasks)
+
+    def _check_transfer(self, sources: list[str]) -> None:
+        """Check that there are sources, and a store to find their prompts in."""
+        if not sources:
+            raise ValueError("init.source_tasks is empty: name source tasks, or leave it out")
+        if self.name != "file" or not self.path or not Path(self.path).is_dir():
+            raise ValueError(
+                f"init.source_tasks needs init.name file and the folder of a prompt store as "
+                f"init.path; they are {self.name} and {self.path}"
+            )
+
+    @property
+    def sources(self) -> list[str]:
+        """The axis of a grid: source tasks, or one empty name where prompts are not transferred."""
+        if self.source_tasks is None:
+            return [""]
+        return expand_sets([" ".join(source.split()) for source in self.source_tasks])
 
     def describe(self) -> str:
         """The way in a few words, for results and prompt files.
@@ -79,6 +105,19 @@ class InitConfig:
             "file": f"{self.path}",
         }
         return f"{self.name} {details[self.name]}"
+
+    def describe_runs(self, runs: Sequence[Run]) -> list[str]:
+        """As :meth:`describe`, for each run; where prompts are transferred, by the file of each.
+
+        Raises:
+            ValueError: source tasks without a prompt in the store.
+        """
+        if self.source_tasks is None:
+            return [self.describe()] * len(runs)
+        files = source_files(Path(self.path or ""), runs)
+        alone = {path: replace(self, path=str(path), source_tasks=None) for path in set(files)}
+        words = {path: config.describe() for path, config in alone.items()}
+        return [words[path] for path in files]
 
     def learned_from(self) -> dict[str, Any]:
         """Metadata of the prompt file that all prompts start from; empty where there is none."""
@@ -102,6 +141,11 @@ def initial_prompts(
             backbone; a PEFT adapter of another kind; a task without labels for ``labels``; too
             small a vocabulary.
     """
+    if config.source_tasks is not None and not all(run.source for run in runs):
+        raise ValueError(
+            "model.init.source_tasks makes a run for each source: only PromptTuning has it; give "
+            "the prompt file of one source as init.path"
+        )
     if config.name == "file":
         made = _from_files(Path(config.path or ""), backbone, runs)
         for run, prompt in zip(runs, made, strict=True):
@@ -178,10 +222,26 @@ def _from_files(path: Path, backbone: Backbone, runs: Sequence[Run]) -> list[Ten
         return [adopt(load_peft(path), backbone, path).prompt] * len(runs)
     if not path.is_dir():
         return [load_prompt(path, backbone).prompt] * len(runs)
-    store = PromptStore(path)
-    names = _names(store.index(), runs, path)
-    loaded = {name: load_prompt(store.path(name), backbone).prompt for name in set(names)}
-    return [loaded[name] for name in names]
+    files = source_files(path, runs)
+    loaded = {file: load_prompt(file, backbone).prompt for file in set(files)}
+    return [loaded[file] for file in files]
+
+
+def source_files(path: Path, runs: Sequence[Run]) -> list[Path]:
+    """The file of a store that each run starts from.
+
+    It is that of the run's task, or of its source where it has one: of its sample and seed, if the
+    store has those, and of several the one with the best dev score.
+
+    Args:
+        path: prompt store, or folder of a fit (its store is ``prompts``).
+        runs: the runs.
+
+    Raises:
+        ValueError: naming all runs without a prompt, or all with several; or no store.
+    """
+    store = PromptStore(path / "prompts" if (path / "prompts").is_dir() else path)
+    return [store.path(name) for name in _names(store.index(), runs, path)]
 
 
 def _names(index: Sequence[Mapping[str, object]], runs: Sequence[Run], path: Path) -> list[str]:
@@ -193,7 +253,10 @@ def _names(index: Sequence[Mapping[str, object]], runs: Sequence[Run], path: Pat
     names = [_matches(index, run) for run in runs]
     missing = [run.name for run, found in zip(runs, names, strict=True) if not found]
     if missing:
-        raise ValueError(f"{path} has no prompt for {len(missing)} runs: {', '.join(missing)}")
+        held = ", ".join(sorted({_made_for(row) for row in index})) or "none"
+        raise ValueError(
+            f"{path} has no prompt for {len(missing)} runs: {', '.join(missing)}; it has: {held}"
+        )
     several = [run.name for run, found in zip(runs, names, strict=True) if len(found) > 1]
     if several:
         raise ValueError(
@@ -207,15 +270,24 @@ def _matches(index: Sequence[Mapping[str, object]], run: Run) -> list[str]:
     """Names of the prompts of a run's task, narrowed to its sample and seed where needed.
 
     Of several of its sample and seed, as a grid leaves them, the one with the best dev score (of
-    equal ones the first) is taken, if all have one.
+    equal ones the first) is taken, if all have one. Where a run has a source, it is the task; seeds
+    of sources need not be those of targets, and the best of several seeds is taken.
     """
-    found = [row for row in index if row["task"] == run.task]
+    wanted = run.source or run.task
+    found = [row for row in index if _made_for(row) == wanted]
     own: tuple[tuple[str, object], ...] = (("sample", run.sample), ("init_seed", run.init_seed))
     for key, value in own:
         if len(found) > 1:
             found = [row for row in found if row[key] == value] or found
     scores = [row.get("dev_score") for row in found]
-    is_grid = all(row[key] == value for row in found for key, value in own)
+    is_grid = bool(run.source) or all(row[key] == value for row in found for key, value in own)
     if len(found) > 1 and is_grid and None not in scores:
         found = [found[scores.index(max(scores))]]  # type: ignore[type-var]
     return [str(row["name"]) for row in found]
+
+
+def _made_for(row: Mapping[str, object]) -> str:
+    """Task of a prompt by its metadata; of a sum of vectors for no task, its expression."""
+    made_from = row.get("made_from")
+    expression = made_from.get("expression") if isinstance(made_from, Mapping) else None
+    return str(row["task"] or expression or "")

@@ -1,11 +1,11 @@
 """``PromptTuning``: train a bank of soft prompts, each as if it were alone.
 
 Prompt tuning (Lester et al. 2021, arXiv 2104.08691) trains an (N, D) prompt in front of a frozen
-model. One fit trains a grid of runs, tasks x samples x seeds x learning rates x batch sizes, in one
-(R, N, D) parameter: the loss of a step is the sum of the runs' own mean losses, and optimizer,
-schedule, best prompt, early stop and failure belong to the run. Which rows a run sees at step t is
-a function of (order seed, task, sample, t), so a bank follows its single runs, and a resumed fit
-the uninterrupted one.
+model. One fit trains a grid of runs, tasks x samples x seeds x learning rates x batch sizes (x
+source tasks, where prompts are transferred), in one (R, N, D) parameter: the loss of a step is the
+sum of the runs' own mean losses, and optimizer, schedule, best prompt, early stop and failure
+belong to the run. Which rows a run sees at step t is a function of (order seed, task, sample, t),
+so a bank follows its single runs, and a resumed fit the uninterrupted one.
 
 With a subspace, each run trains I numbers instead, its code, which the subspace's frozen map turns
 into the prompt (intrinsic subspace tuning, Qin et al. 2021).
@@ -52,9 +52,11 @@ class PromptTuning(PromptMethod):
     """Trains a bank of prompts and keeps the best of each run by its dev score.
 
     The grid of runs is data.tasks x data.samples x init_seed x learning_rate x batch_size; with one
-    value each it is ordinary prompt tuning. ``trainer.max_steps`` is the budget of every run and
-    ``trainer.val_check_interval`` the number of steps between evaluations on dev; with
-    ``trainer.num_sanity_val_steps`` -1 the initial prompts are scored too, as step 0 of the curves.
+    value each it is ordinary prompt tuning. With ``init.source_tasks`` each of them is made once
+    for every source task, from whose prompt it starts (SPoT, Vu et al. 2022).
+    ``trainer.max_steps`` is the budget of every run and ``trainer.val_check_interval`` the number
+    of steps between evaluations on dev; with ``trainer.num_sanity_val_steps`` -1 the initial
+    prompts are scored too, as step 0 of the curves.
 
     Args:
         backbone: which frozen model.
@@ -67,6 +69,8 @@ class PromptTuning(PromptMethod):
         batch_size: rows per step and run, one value or several.
         label_smoothing: share of each target's probability spread over the vocabulary.
         patience: stop a run after so many evaluations without a better dev score; null for never.
+        save_steps: evaluations, by their steps, whose prompts are kept as prompt stores
+            ``steps/<step>`` of the run's folder, for task embeddings over the course of training.
         test_baselines: ``test`` also scores no prompt, the initial prompt, chance and majority.
         tokens_per_forward: most padded tokens of one forward pass; bounds memory, not results; null
             for 2048 on a CPU and 16384 on a GPU.
@@ -103,6 +107,7 @@ class PromptTuning(PromptMethod):
         batch_size: int | list[int] = 8,
         label_smoothing: float = 0.0,
         patience: int | None = None,
+        save_steps: list[int] = [],  # noqa: B006 - read only; a list so that the CLI shows it
         test_baselines: bool = False,
         tokens_per_forward: int | None = None,
         decoding: Literal["score", "generate"] = "score",
@@ -132,6 +137,7 @@ class PromptTuning(PromptMethod):
         self.learning_rates = learning_rate if isinstance(learning_rate, list) else [learning_rate]
         self.batch_sizes = batch_size if isinstance(batch_size, list) else [batch_size]
         self.patience, self.test_baselines = patience, test_baselines
+        self.save_steps = list(save_steps)
         self._live: list[int] = []
         self._start_scores: list[float] = []
 
@@ -142,6 +148,7 @@ class PromptTuning(PromptMethod):
         self.check_trainer()
         if stage == "fit":
             self.check_budget()
+            self._check_save_steps()
         self.prepare(self.datamodule)
 
     def prepare(self, data: CrossFitDataModule) -> None:
@@ -150,7 +157,12 @@ class PromptTuning(PromptMethod):
         if self.runs:
             return
         self.runs = grid(
-            list(data.tasks), data.samples, self.init_seeds, self.learning_rates, self.batch_sizes
+            list(data.tasks),
+            data.samples,
+            self.init_seeds,
+            self.learning_rates,
+            self.batch_sizes,
+            [""] if self.subspace_config is not None else self.init_config.sources,
         )
         init = self._make_bank(backbone, data)
         count = len(self.runs)
@@ -173,6 +185,21 @@ class PromptTuning(PromptMethod):
         if self.subspace is None:
             self._warn_of_scale(init)
             self._warn_of_source_tasks(data)
+
+    def _check_save_steps(self) -> None:
+        """Refuse to keep the prompts of steps that are not evaluated.
+
+        Raises:
+            ValueError: naming them.
+        """
+        steps, interval = self.trainer.max_steps, self.trainer.val_check_interval
+        every = interval if isinstance(interval, int) else max(1, int(steps * interval))
+        never = [step for step in self.save_steps if step % every or not 0 < step <= steps]
+        if never:
+            raise ValueError(
+                f"model.save_steps has {', '.join(map(str, never))}, where nothing is evaluated: "
+                f"give multiples of trainer.val_check_interval ({every}) up to {steps}"
+            )
 
     def _make_bank(self, backbone: Backbone, data: CrossFitDataModule) -> Tensor:
         """Make what is trained; returns the initial prompts (R, N, D)."""
@@ -317,6 +344,7 @@ class PromptTuning(PromptMethod):
         self._stop_runs()
         self._warn_of_answers()
         self._log_evaluation(scores)
+        self._save_step(scores.tolist())
         self.loss_sum.zero_()
         self.loss_steps.zero_()
         if not self._live:
@@ -382,6 +410,28 @@ class PromptTuning(PromptMethod):
         self.log_dict({k: logged[k] for k in bar}, prog_bar=True, rank_zero_only=False)
         if self.trainer.is_global_zero:
             append_curves(self.run_dir / "curves.csv", self._curve_rows(losses, dev))
+
+    def _save_step(self, dev: list[float]) -> None:
+        """Keep the prompts of the evaluated runs, if this is one of the steps to keep."""
+        step = self.trainer.global_step
+        if step not in self.save_steps or not self.trainer.is_global_zero:
+            return
+        bank, order_seed = self.bank().detach(), self.datamodule.order_seed
+        kept = [
+            self.stored_prompt(
+                self.runs[i],
+                bank[i],
+                self.init[i],
+                dev[i],
+                None,
+                initialised=self.starts[i],
+                order_seed=order_seed,
+                steps=step,
+                status=STATUS[TRAINING],
+            )
+            for i in self._evaluated
+        ]
+        PromptStore(self.run_dir / "steps" / str(step)).save(kept)
 
     def _curve_rows(self, losses: list[float], dev: list[float]) -> Iterator[dict[str, Any]]:
         """A line per evaluated run."""
@@ -453,7 +503,7 @@ class PromptTuning(PromptMethod):
                 score[i],
                 None if test_scores is None else test_scores[i].item(),
                 code=None if self.best_code is None else self.best_code[i].detach().cpu(),
-                initialised=self.initialised,
+                initialised=self.starts[i],
                 order_seed=order_seed,
                 steps=step[i],
                 status=STATUS[status[i]],
@@ -488,11 +538,18 @@ class PromptTuning(PromptMethod):
             "optimizer": self.optim_config.name,
         }
 
-    @cached_property
+    @property
     def initialised(self) -> str:
         """How the prompts were initialised, in words."""
         config = self.subspace_config or self.init_config
         return config.describe()
+
+    @cached_property
+    def starts(self) -> list[str]:
+        """The same for each run."""
+        if self.subspace_config is not None:
+            return [self.initialised] * len(self.runs)
+        return self.init_config.describe_runs(self.runs)
 
     def _warn_of_scale(self, init: Tensor) -> None:
         """Warn of initial prompts off the scale of the embeddings."""
@@ -537,5 +594,9 @@ class PromptTuning(PromptMethod):
 
 
 def _trained_on(runs: Iterable[dict[str, Any]]) -> list[str]:
-    """Task, sample and initial seed of every run."""
-    return [f"{run['task']} {run['sample']} seed {run['init_seed']}" for run in runs]
+    """Task, sample, initial seed, and source if there is one, of every run."""
+    return [
+        f"{run['task']} {run['sample']} seed {run['init_seed']}"
+        + (f" from {run['source']}" if run.get("source") else "")
+        for run in runs
+    ]
