@@ -34,6 +34,7 @@ def build_tasks(
     apart_from: list[str] = [],  # noqa: B006 - read only
     workers: int = 4,
     overwrite: bool = False,
+    lines: bool = False,
     task_file: str | None = None,
 ) -> int:
     """Build few-shot files in CrossFit's layout from the hub's data sets, or from your own rows.
@@ -57,6 +58,9 @@ def build_tasks(
             share nothing but the test rows with them.
         workers: tasks to download and build at a time.
         overwrite: replace files that were built with other settings.
+        lines: the source is a folder with <task>/train.tsv, test.tsv and perhaps dev.tsv that hold
+            finished lines: no header, input, tab, answers. Train and dev are drawn from the pool of
+            train.tsv and dev.tsv.
         task_file: YAML file with rows for your own tasks.
 
     Returns:
@@ -73,6 +77,8 @@ def build_tasks(
 
     if workers < 1:
         raise ValueError(f"workers is {workers}: give at least 1")
+    if lines and source == "hub":
+        raise ValueError("lines are read from a folder: give it as source")
     chosen = _find(tasks, task_file)
     numbers = [_whole(text, "samples") for text in samples]
     seen = [_whole(text, "apart_from") for text in apart_from]
@@ -92,6 +98,7 @@ def build_tasks(
         sampling_law=sampling,
         apart_from=seen,
         overwrite=overwrite,
+        has_lines=lines,
     )
     done: list[Built] = []
     failed: list[str] = []

@@ -183,6 +183,48 @@ def test_stratified_samples_have_k_rows_in_all(tmp_path, colors, own):
     assert built.sampling == "stratified"
 
 
+def write_lines(folder: Path, **splits: list[str]) -> None:
+    """Write whole sets in the gym's form."""
+    folder.mkdir(parents=True)
+    for split, lines in splits.items():
+        (folder / f"{split}.tsv").write_text("".join(line + "\n" for line in lines))
+
+
+def test_finished_lines_give_the_files_that_their_rows_give(tmp_path, colors, own):
+    """Reference: the same data set as rows of the hub, with templates; dev joins the pool."""
+    lines = [f"what is {r['thing']}?\t{list(COLORS.values())[r['color']]}" for r in rows_of(30)]
+    tests = [f"what is {r['thing']}?\t{list(COLORS.values())[r['color']]}" for r in rows_of(9)]
+    write_lines(tmp_path / "lines" / "colors", train=lines[:25], dev=lines[25:], test=tests)
+    for shots in (2, "all"):
+        build_task(colors, tmp_path / "a", str(own), shots)
+        build_task(colors, tmp_path / "b", str(tmp_path / "lines"), shots, has_lines=True)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_a_task_without_a_source_can_be_drawn_from_finished_lines(tmp_path, task_file):
+    lines = [f"input {n}\tanswer\tother" for n in range(12)]
+    write_lines(tmp_path / "lines" / "bare", train=lines, test=lines[:2])
+    source, out = tmp_path / "lines", tmp_path / "out"
+    assert build(out, source, task_file, tasks=["bare"], lines=True, samples=["7"]) == 0
+    assert (out / "bare" / "bare_2_7_test.tsv").read_text() == "".join(x + "\n" for x in lines[:2])
+
+
+@pytest.mark.parametrize(
+    ("splits", "reason"),
+    [
+        ({"train": ["a\tblue"]}, r"no file .*test.tsv: finished lines stand in"),
+        ({"test": ["a\tblue"]}, r"no file .*train.tsv"),
+        ({"train": ["a"], "test": ["a\tblue"]}, r"train.tsv, line 1: the target column is missing"),
+        ({"train": ["a\tblue"], "test": ["a\tblue"]}, "no row to draw from has the label red"),
+    ],
+)
+def test_lines_that_are_not_there_or_broken_are_said(tmp_path, colors, splits, reason):
+    write_lines(tmp_path / "lines" / "colors", **splits)
+    with pytest.raises(DataError, match=reason):
+        build_task(colors, tmp_path / "out", str(tmp_path / "lines"), has_lines=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_samples_apart_from_another_share_none_of_its_rows(tmp_path, colors, own):
     build_task(colors, tmp_path / "a", str(own), samples=[100])
     build_task(colors, tmp_path / "b", str(own), samples=[100])
@@ -310,13 +352,14 @@ def test_a_task_that_fails_does_not_lose_the_others(tmp_path, task_file, own, ca
         ({"tasks": ["colors"], "samples": ["-1"]}, "samples has '-1'; allowed: whole numbers"),
         ({"tasks": ["colors"], "samples": ["1"], "apart_from": ["1"]}, "both name 1"),
         ({"tasks": ["colors"], "workers": 0}, "workers is 0: give at least 1"),
+        ({"tasks": ["colors"], "source": "hub", "lines": True}, "lines are read from a folder"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_made(
     tmp_path, task_file, own, settings, reason
 ):
     with pytest.raises(ValueError, match=reason):
-        build(tmp_path / "out", own, task_file, **settings)
+        build(tmp_path / "out", task_file=task_file, **{"source": own, **settings})
     assert not (tmp_path / "out").exists()
 
 

@@ -1,7 +1,8 @@
 """Build the few-shot files of one task from the rows of its data set.
 
 Rows become lines (`prompt_lab.data.templates`), lines become splits (`prompt_lab.data.sampling`),
-and each file is written whole or not at all. Where CrossFit published the MD5 digest of a file, the
+and each file is written whole or not at all. Lines that are there already, as whole sets in the
+gym's form, are drawn from without templates. Where CrossFit published the MD5 digest of a file, the
 new one is compared with it. Beside the files stands ``<task>_<K>_build.json``: settings, digests,
 and what to know; it is written last, so that a task without it is not finished.
 """
@@ -19,7 +20,7 @@ from typing import Literal
 from prompt_lab import __version__
 from prompt_lab.atomic_file import write_atomically
 from prompt_lab.data import sampling
-from prompt_lab.data.files import SPLITS, DataError
+from prompt_lab.data.files import SPLITS, DataError, MissingDataError, parse_line, split_lines
 from prompt_lab.data.sources import HUB, read_rows
 from prompt_lab.data.tasks import Shots, Task
 from prompt_lab.data.templates import Line, make_lines
@@ -78,6 +79,7 @@ def build_task(
     sampling_law: Sampling = "crossfit",
     apart_from: Sequence[int] = (),
     overwrite: bool = False,
+    has_lines: bool = False,
 ) -> Built:
     """Make the files of a task, if they are not there yet.
 
@@ -92,13 +94,16 @@ def build_task(
         apart_from: Samples whose train and dev rows, of the same K, are not drawn again. So two
             samples share their test rows only: unseen data for what was learnt on the other.
         overwrite: Replace files that were built with other settings.
+        has_lines: The source is a folder with ``<task>/train.tsv``, ``test.tsv`` and perhaps
+            ``dev.tsv``, whose lines have the gym's form: no header, input, tab, answers. Train and
+            dev are drawn from the first and last together.
 
     Raises:
         DataError: No source, rows that do not fit the table, a label without any row, or files of
             other settings; in one line. No file has then been written or changed.
         OSError: The folder cannot be written to.
     """
-    if task.source is None:
+    if task.source is None and not has_lines:
         raise DataError(
             f"{task.name}: its row does not say what it is made from (train, input ...)"
         )
@@ -124,7 +129,8 @@ def build_task(
             earlier.is_new = False
             return earlier
     built = Built(task.name, shots, sampling_law, apart)
-    contents = dict(_contents(task, source, built, samples, apart_from))
+    pool, test = _read_lines(task, source) if has_lines else _pool_and_test(task, source)
+    contents = dict(_contents(task, pool, test, built, samples, apart_from))
     _write(folder, contents, built, earlier, overwrite)
     record_bytes = json.dumps(_as_record(built), indent=1, ensure_ascii=False).encode()
     write_atomically(record, record_bytes + b"\n")
@@ -144,10 +150,14 @@ def published_digests() -> dict[str, str]:
 
 
 def _contents(
-    task: Task, source: str, built: Built, samples: Sequence[int], apart_from: Sequence[int]
+    task: Task,
+    pool: Sequence[Line],
+    test: Sequence[Line],
+    built: Built,
+    samples: Sequence[int],
+    apart_from: Sequence[int],
 ) -> Iterator[tuple[str, bytes]]:
     """Name and content of every file; what to know of them goes to the notes of ``built``."""
-    pool, test = _pool_and_test(task, source)
     _check_rows(task, pool, test)
     draw = _drawer([line[1:] for line in pool], task, built.shots, built.sampling)
     if apart_from:
@@ -167,8 +177,8 @@ def _contents(
 
 def _check_rows(task: Task, pool: Sequence[Line], test: Sequence[Line]) -> None:
     """Refuse a part without rows, and a label without a row to draw."""
-    assert task.source is not None
-    for lines, where in ((pool, f"split {task.source.train}"), (test, "the test part")):
+    split = "train" if task.source is None else task.source.train
+    for lines, where in ((pool, f"split {split}"), (test, "the test part")):
         if not lines:
             raise DataError(f"{task.name}: {where} has no rows")
     if task.kind != "classification" or not task.labels:
@@ -194,6 +204,23 @@ def _pool_and_test(task: Task, source: str) -> tuple[list[Line], list[Line]]:
         sampling.take_part(lines[origin.train], origin.train_part),
         sampling.take_part(lines[origin.test], origin.test_part),
     )
+
+
+def _read_lines(task: Task, source: str) -> tuple[list[Line], list[Line]]:
+    """The lines of whole sets in the gym's form: train and dev together, and test."""
+    folder = Path(source) / task.name
+    held: dict[str, list[Line]] = {}
+    for split in SPLITS:
+        path = folder / f"{split}.tsv"
+        if path.is_file():
+            texts = split_lines(path, path.read_bytes())
+            held[split] = [tuple(parse_line(path, n, text)) for n, text in enumerate(texts, 1)]
+        elif split != "dev":
+            raise MissingDataError(
+                f"no file {path}: finished lines stand in <source>/<task>/train.tsv, test.tsv and, "
+                "if you like, dev.tsv"
+            )
+    return held["train"] + held.get("dev", []), held["test"]
 
 
 def _drawer(
