@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +71,29 @@ def test_a_k_that_no_file_can_have_is_refused(shots: Any) -> None:
         CrossFitDataModule(["glue-sst2"], "data", shots=shots)
 
 
-def test_the_sandbox_has_a_k_of_its_own() -> None:
-    with pytest.raises(ValueError, match=r"data\.shots is 16, but the sandbox has its own rows"):
-        CrossFitDataModule(["sandbox-review"], shots=16)
+@pytest.mark.parametrize("task", ["sandbox-count-food", "sandbox-what-foreign"])
+def test_k_rows_of_the_sandbox_are_some_of_its_own_with_the_shares_of_the_labels(task: str) -> None:
+    few, whole = (CrossFitDataModule([task], samples=[13], shots=k) for k in (40, None))
+    few.setup(), whole.setup()
+    own, all_of = few.splits[task, 13], whole.splits[task, 13]
+    pairs = set(zip(all_of["train"].inputs, map(tuple, all_of["train"].references), strict=True))
+    drawn = set(zip(own["train"].inputs, map(tuple, own["train"].references), strict=True))
+    assert len(drawn) == 40
+    assert drawn < pairs
+    assert own["dev"] == replace(all_of["dev"], path=own["dev"].path)
+    assert own["train"].digest != all_of["train"].digest
+    if few.tasks[task].labels:
+        share = Counter(answers[0] for answers in all_of["train"].references)
+        for label, count in Counter(answers[0] for answers in own["train"].references).items():
+            assert abs(count - 40 * share[label] / 512) < 1
+
+
+@pytest.mark.parametrize(
+    ("shots", "reason"), [(513, "has 512 training rows"), ("all", "has 512"), (3, "all 4 labels")]
+)
+def test_a_k_that_the_sandbox_cannot_draw_is_refused(shots: Any, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        CrossFitDataModule(["sandbox-count-food"], shots=shots).setup()
 
 
 @pytest.mark.parametrize(("shots", "column"), [(64, "64"), ("all", "all"), (None, "64")])

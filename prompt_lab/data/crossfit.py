@@ -21,9 +21,17 @@ from lightning.pytorch.utilities import rank_zero_warn
 from prompt_lab.backbone import Backbone
 from prompt_lab.data.batches import EvaluationSteps, Layout, Rows, TrainSteps
 from prompt_lab.data.episodes import EpisodeSteps
-from prompt_lab.data.files import Split, SplitName, check_overlap, find_shots, read_samples
+from prompt_lab.data.files import (
+    DataError,
+    Split,
+    SplitName,
+    check_overlap,
+    find_shots,
+    read_samples,
+)
 from prompt_lab.data.mixtures import Key, Mixing, MixtureSteps, task_weights
 from prompt_lab.data.partitions import expand_sets
+from prompt_lab.data.sampling import draw_stratified
 from prompt_lab.data.tasks import Shots, Task, find_tasks
 from prompt_lab.data.token_cache import (
     cache_key,
@@ -34,6 +42,7 @@ from prompt_lab.data.token_cache import (
 )
 from prompt_lab.run import Run
 from prompt_lab.sandbox import SANDBOX, TASKS, rows
+from prompt_lab.sandbox.tasks import SPLIT_ROWS
 
 
 class CrossFitDataModule(LightningDataModule):
@@ -52,7 +61,8 @@ class CrossFitDataModule(LightningDataModule):
         order_seed: seed of the order in which each run sees its training rows.
         allow_overlap: accept files that share a row between splits, as some of CrossFit's own do
             (their sources repeat rows), instead of refusing them.
-        shots: K of the file names, a number or ``all``; null takes that of the task table.
+        shots: K of the file names, a number or ``all``; null takes that of the task table. Of the
+            sandbox it is the number of training rows, out of 512.
         cache: folder that keeps tokenised rows for the next time, of any tasks and backbones; null
             keeps none.
 
@@ -327,18 +337,22 @@ def tokenise(
 
 
 def _check_shots(shots: Shots, root: str) -> None:
-    """Refuse a K that no file can have, and any for the sandbox, whose rows have their own."""
-    if root == SANDBOX:
-        raise ValueError(f"data.shots is {shots}, but the sandbox has its own rows: leave it out")
+    """Refuse a K that no file, or no draw from the sandbox's rows, can have."""
     if shots != "all" and (not isinstance(shots, int) or isinstance(shots, bool) or shots < 1):
         raise ValueError(f"data.shots is {shots!r}: give a whole number above 0, or all")
+    most = SPLIT_ROWS["train"]
+    if root == SANDBOX and (shots == "all" or shots > most):
+        raise ValueError(
+            f"data.shots is {shots}, but a sandbox task has {most} training rows: give up to "
+            f"{most}, or leave it out"
+        )
 
 
 def _sandbox_splits(task: Task, sample: int) -> dict[SplitName, Split]:
-    """The generated splits of a sandbox task.
+    """The generated splits of a sandbox task; of the training rows K, with the labels' shares.
 
     Raises:
-        ValueError: a task that is not one of the sandbox's.
+        ValueError: a task that is not one of the sandbox's, or a K that cannot hold all labels.
     """
     if task.name not in TASKS:
         raise ValueError(
@@ -348,6 +362,8 @@ def _sandbox_splits(task: Task, sample: int) -> dict[SplitName, Split]:
     made: dict[SplitName, Split] = {}
     for name in ("train", "dev", "test"):
         pairs = rows(task.name, sample, name)
+        if name == "train" and task.shots != SPLIT_ROWS["train"]:
+            pairs = _draw(task, pairs, sample)
         text = "".join(f"{source}\t{target}\n" for source, target in pairs)
         made[name] = Split(
             inputs=[source for source, _ in pairs],
@@ -357,3 +373,14 @@ def _sandbox_splits(task: Task, sample: int) -> dict[SplitName, Split]:
         )
     check_overlap(made["train"], made["dev"], made["test"])
     return made
+
+
+def _draw(task: Task, pairs: list[tuple[str, str]], sample: int) -> list[tuple[str, str]]:
+    """K of the training rows of a sandbox task: N rows in all, in which labels keep their share."""
+    assert isinstance(task.shots, int)
+    kinds = [answer if task.labels else "" for _, answer in pairs]
+    try:
+        chosen, _ = draw_stratified(kinds, task.shots, 0, sample)
+    except DataError as error:
+        raise DataError(f"{task.name}: {error}") from None
+    return [pairs[row] for row in chosen]
