@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from prompt_lab.data.build import Built
     from prompt_lab.data.tasks import Shots, Task
 
+Sizes = tuple[list["Built"], list[str]]
+"""The sets of a task that were built, and a line for each that failed."""
+
 INTERRUPTED = 130
 """Exit status after an interrupt, as shells have it."""
 
@@ -106,10 +109,9 @@ def build_tasks(
         jobs = {pool.submit(_build_sizes, build, task, sizes): task.name for task in chosen}
         try:
             for job in _progress(jobs):
-                try:
-                    done += job.result()
-                except (ValueError, OSError) as error:
-                    failed.append(_one_line(jobs[job], error))
+                built, errors = job.result()
+                done += built
+                failed += errors
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             print(
@@ -132,12 +134,18 @@ def _find(names: Sequence[str], task_file: str | None) -> list[Task]:
     return find_tasks(list(dict.fromkeys(expand_sets(names))), task_file)
 
 
-def _build_sizes(build: partial[Built], task: Task, sizes: Sequence[Shots | None]) -> list[Built]:
-    """Build one task for every K."""
-    return [build(task, shots=size) for size in sizes]
+def _build_sizes(build: partial[Built], task: Task, sizes: Sequence[Shots | None]) -> Sizes:
+    """Build one task for every K; what was built, and why the others failed."""
+    built, failed = [], []
+    for size in sizes:
+        try:
+            built.append(build(task, shots=size))
+        except (ValueError, OSError) as error:
+            failed.append(_one_line(task.name, error))
+    return built, list(dict.fromkeys(failed))
 
 
-def _progress(jobs: dict[Future[list[Built]], str]) -> Iterator[Future[list[Built]]]:
+def _progress(jobs: dict[Future[Sizes], str]) -> Iterator[Future[Sizes]]:
     """The jobs as they finish, under a bar that names the last one."""
     from tqdm import tqdm
 
@@ -171,7 +179,9 @@ def _report(done: Sequence[Built], failed: Sequence[str], out: str) -> None:
     if same:
         print(f"{sum(same)} of {len(same)} digests that CrossFit published agree")
     if failed:
-        print(f"{len(failed)} tasks failed; run the command again to try them once more")
+        print(
+            f"{len({line.split(':')[0] for line in failed})} tasks failed; run the command again to try them once more"
+        )
 
 
 def _one_line(task: str, error: Exception) -> str:

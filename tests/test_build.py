@@ -329,6 +329,13 @@ def test_a_broken_parquet_file_is_one_line(tmp_path, colors, copy):
     assert "\n" not in str(caught.value)
 
 
+def test_a_k_that_fails_does_not_lose_the_others(tmp_path, task_file, own, capsys):
+    settings = {"sampling": "stratified", "shots": ["2", "6"], "samples": ["100"]}
+    assert build(tmp_path / "out", own, task_file, tasks=["colors"], **settings) == 1
+    assert {name.split("_")[1] for name in contents(tmp_path / "out")} == {"6"}
+    assert "colors: 2 rows cannot hold all 3 labels" in capsys.readouterr().err
+
+
 def test_a_task_that_fails_does_not_lose_the_others(tmp_path, task_file, own, capsys):
     (own / "things" / "train.jsonl").unlink()
     status = build(tmp_path / "out", own, task_file, tasks=["things", "colors"])
