@@ -179,9 +179,8 @@ def _report(done: Sequence[Built], failed: Sequence[str], out: str) -> None:
     if same:
         print(f"{sum(same)} of {len(same)} digests that CrossFit published agree")
     if failed:
-        print(
-            f"{len({line.split(':')[0] for line in failed})} tasks failed; run the command again to try them once more"
-        )
+        tasks = {line.partition(":")[0] for line in failed}
+        print(f"{len(tasks)} tasks failed; run the command again to try them once more")
 
 
 def _one_line(task: str, error: Exception) -> str:
