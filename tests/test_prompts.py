@@ -273,6 +273,20 @@ def test_a_transferred_prompt_is_that_of_the_source_its_sample_and_seed_and_best
     assert names == ["b", "c", "c", "d"]
 
 
+def test_a_path_may_hold_the_seed_of_the_run(backbone: Factory, tmp_path: Path) -> None:
+    model = backbone("t5")
+    for seed in (0, 1):
+        known = {"origin": "multitask", "init_seed": seed}
+        save_prompt(tmp_path / f"p{seed}.safetensors", stored(model, "p", seed + 1.0, **known))
+    config = InitConfig("file", path=str(tmp_path / "p{init_seed}.safetensors"))
+    runs = [run("tone", 1), run("tone", 0), run("open", 1)]
+    made = initial_prompts(config, model, runs, TASKS, 3)
+    assert made[:, 0, 0].tolist() == [2.0, 1.0, 2.0]
+    assert config.describe_runs(runs) == ["multitask"] * 3
+    with pytest.raises(FileNotFoundError, match=r"p7.safetensors"):
+        initial_prompts(config, model, [run("tone", 7)], TASKS, 3)
+
+
 def test_a_transferred_prompt_that_says_what_to_call_it_is_called_that(
     backbone: Factory, tmp_path: Path
 ) -> None:
@@ -288,7 +302,7 @@ def test_a_transferred_prompt_that_says_what_to_call_it_is_called_that(
     [
         ({"source_tasks": []}, "init.source_tasks is empty"),
         ({"name": "vocab", "source_tasks": ["a"]}, "needs init.name file and the folder"),
-        ({"path": "no-such-folder", "source_tasks": ["a"]}, "needs init.name file and the folder"),
+        ({"path": "a.safetensors", "source_tasks": ["a"]}, "needs init.name file and the folder"),
     ],
 )
 def test_a_transfer_without_a_store_or_sources_is_refused(
@@ -309,6 +323,8 @@ def test_sources_that_a_store_lacks_are_named_with_what_it_has(
         initial_prompts(config, model, runs, TASKS, 3)
     with pytest.raises(ValueError, match="only PromptTuning has it"):
         initial_prompts(config, model, [run("tone")], TASKS, 3)
+    with pytest.raises(FileNotFoundError, match="no prompt store nowhere"):
+        initial_prompts(replace(config, path="nowhere"), model, runs, TASKS, 3)
 
 
 def test_all_prompts_that_a_store_lacks_are_named(backbone: Factory, tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ class InitConfig:
         std: standard deviation of ``normal``.
         limit: largest magnitude of ``uniform``.
         path: prompt file, folder of a prompt store or of a fit, PEFT folder or ``.ckpt`` file, for
-            ``file``.
+            ``file``. ``{init_seed}`` in it becomes the seed of each run, for starts that were made
+            once per seed.
         source_tasks: transfer: every run is made once for each of these tasks, and starts from its
             prompt in the store. Sets of partitions stand for their tasks; a sum that ``vectors
             apply`` wrote goes by its expression. Of PromptTuning only.
@@ -75,7 +76,7 @@ class InitConfig:
         """Check that there are sources, and a store to find their prompts in."""
         if not sources:
             raise ValueError("init.source_tasks is empty: name source tasks, or leave it out")
-        if self.name != "file" or not self.path or not Path(self.path).is_dir():
+        if self.name != "file" or Path(self.path or "").suffix in (".safetensors", ".ckpt"):
             raise ValueError(
                 f"init.source_tasks needs init.name file and the folder of a prompt store as "
                 f"init.path; they are {self.name} and {self.path}"
@@ -87,6 +88,12 @@ class InitConfig:
         if self.source_tasks is None:
             return [""]
         return expand_sets([" ".join(source.split()) for source in self.source_tasks])
+
+    def of_seed(self, seed: int) -> InitConfig:
+        """The same with the path of one seed."""
+        if not self.path or "{init_seed}" not in self.path:
+            return self
+        return replace(self, path=self.path.replace("{init_seed}", str(seed)))
 
     def describe(self) -> str:
         """The way in a few words, for results and prompt files.
@@ -107,13 +114,15 @@ class InitConfig:
         return f"{self.name} {details[self.name]}"
 
     def describe_runs(self, runs: Sequence[Run]) -> list[str]:
-        """As :meth:`describe`, for each run; where prompts are transferred, by the file of each.
+        """As :meth:`describe`, for each run by the file that it starts from.
 
         Raises:
             ValueError: source tasks without a prompt in the store.
         """
         if self.source_tasks is None:
-            return [self.describe()] * len(runs)
+            seeds = {run.init_seed: self.of_seed(run.init_seed) for run in runs}
+            of_seed = {seed: config.describe() for seed, config in seeds.items()}
+            return [of_seed[run.init_seed] for run in runs]
         files = source_files(Path(self.path or ""), runs)
         alone = {path: replace(self, path=str(path), source_tasks=None) for path in set(files)}
         words = {path: config.describe() for path, config in alone.items()}
@@ -147,7 +156,7 @@ def initial_prompts(
             "the prompt file of one source as init.path"
         )
     if config.name == "file":
-        made = _from_files(Path(config.path or ""), backbone, runs)
+        made = _from_files(config, backbone, runs)
         for run, prompt in zip(runs, made, strict=True):
             if len(prompt) != num_virtual_tokens:
                 raise ValueError(
@@ -210,8 +219,19 @@ def _tokens(backbone: Backbone, text: str) -> list[int]:
     return backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _from_files(path: Path, backbone: Backbone, runs: Sequence[Run]) -> list[Tensor]:
+def _from_files(config: InitConfig, backbone: Backbone, runs: Sequence[Run]) -> list[Tensor]:
+    """A prompt per run, from the path of its seed."""
+    found: dict[Run, Tensor] = {}
+    for path in dict.fromkeys(config.of_seed(run.init_seed).path or "" for run in runs):
+        own = [run for run in runs if config.of_seed(run.init_seed).path == path]
+        found |= zip(own, _from_path(Path(path), backbone, own), strict=True)
+    return [found[run] for run in runs]
+
+
+def _from_path(path: Path, backbone: Backbone, runs: Sequence[Run]) -> list[Tensor]:
     """A prompt per run: one for all from a file or PEFT folder, its own from a bank of them."""
+    if runs[0].source:
+        return _from_store(path, backbone, runs)
     if path.suffix == ".ckpt":
         saved = {prompt.name: prompt for prompt in load_checkpoint(path)}
         names = _names([prompt.metadata() for prompt in saved.values()], runs, path)
@@ -222,6 +242,11 @@ def _from_files(path: Path, backbone: Backbone, runs: Sequence[Run]) -> list[Ten
         return [adopt(load_peft(path), backbone, path).prompt] * len(runs)
     if not path.is_dir():
         return [load_prompt(path, backbone).prompt] * len(runs)
+    return _from_store(path, backbone, runs)
+
+
+def _from_store(path: Path, backbone: Backbone, runs: Sequence[Run]) -> list[Tensor]:
+    """A prompt per run, of its task or its source."""
     files = source_files(path, runs)
     loaded = {file: load_prompt(file, backbone).prompt for file in set(files)}
     return [loaded[file] for file in files]
@@ -238,8 +263,11 @@ def source_files(path: Path, runs: Sequence[Run]) -> list[Path]:
         runs: the runs.
 
     Raises:
-        ValueError: naming all runs without a prompt, or all with several; or no store.
+        FileNotFoundError: no such folder.
+        ValueError: naming all runs without a prompt, or all with several.
     """
+    if not path.is_dir():
+        raise FileNotFoundError(f"no prompt store {path}: give the folder of prompt files or a fit")
     store = PromptStore(path / "prompts" if (path / "prompts").is_dir() else path)
     return [store.path(name) for name in _names(store.index(), runs, path)]
 

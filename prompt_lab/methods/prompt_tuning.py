@@ -565,7 +565,8 @@ class PromptTuning(PromptMethod):
 
     def _warn_of_source_tasks(self, data: CrossFitDataModule) -> None:
         """Warn of tasks that the initial prompt was already learned on."""
-        sources = self.init_config.learned_from().get("source_tasks") or []
+        config = self.init_config.of_seed(self.init_seeds[0])
+        sources = config.learned_from().get("source_tasks") or []
         both = [task for task in data.tasks if task in sources]
         if both:
             self.warn_once(
