@@ -268,17 +268,18 @@ def _draw(found: Comparison, folder: Path) -> list[Path]:
     for (what, which), entries in found.cosines.items():
         if not any(one.count for one in entries.values()):
             continue
-        means = [[entries.get((a, b), _NO_PAIRS).mean for b in found.tasks] for a in found.tasks]
+        cells = [[entries.get((a, b), _NO_PAIRS) for b in found.tasks] for a in found.tasks]
         pairs = extent([one.count for one in entries.values()])
-        note = f"mean over {pairs} pairs of {which} initial prompts"
+        note = f"mean ± std (ddof 1) over {pairs} pairs of {which} initial prompts"
         if which == "different" and found.initial.count:
             note += f"; initial prompts themselves: {found.initial.mean:.3f}"
         figure = heatmap(
             found.tasks,
             found.tasks,
-            np.array(means),
+            np.array([[one.mean for one in row] for row in cells]),
             f"cosine of {what}",
-            form="{:.3f}",
+            form="{:.2f}",
+            spread=np.array([[one.std for one in row] for row in cells]),
             note=note,
         )
         files += save_figure(figure, folder / f"{what}-{which}")

@@ -8,6 +8,7 @@ colour. Left out: which prompts are drawn on which page, which the command decid
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ def heatmap(
     *,
     axes_names: tuple[str, str] = ("", ""),
     form: str = "{:.3g}",
+    spread: Matrix | None = None,
     note: str = "",
 ) -> Figure:
     """A matrix in grey, darker for larger values, with the value in each cell.
@@ -54,6 +56,7 @@ def heatmap(
         label: what the values are.
         axes_names: what columns and lines are.
         form: how a value is written.
+        spread: a deviation for each cell, written below its value; NaN for none.
         note: a text for below the picture.
 
     Raises:
@@ -70,7 +73,8 @@ def heatmap(
     lines, heads = ([_text(name, width) for name in some] for some in (names, columns))
     cell = max(_LINE * (1 + name.count("\n")) for name in (*lines, *heads)) + 0.05
     longest = _LETTER * min(width, max(map(len, (*names, *columns))))
-    size = (max(cell, 0.5), max(cell, 0.3)) if has_values else (cell, cell)
+    size = (max(cell, 0.5), max(cell, 0.3 if spread is None else 0.42))
+    size = size if has_values else (cell, cell)
     figure, axes = _new_figure(
         max(WIDTH * 0.6, longest + size[0] * len(columns) + 1.8),
         longest + size[1] * len(names) + 1.0,
@@ -85,9 +89,10 @@ def heatmap(
             if math.isnan(value):
                 continue
             colour = _ink(mesh, float(value))
-            axes.text(
-                column, row, form.format(value), ha="center", va="center", fontsize=7, color=colour
-            )
+            text = re.sub(r"^-(?=0*\.?0*$)", "", form.format(value))  # no -0.00
+            if spread is not None and not math.isnan(spread[row, column]):
+                text += f"\n±{form.format(spread[row, column])}"
+            axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
     if note:
         wide = int(figure.get_figwidth() / 0.07)
         figure.supxlabel(_text(note, wide), fontsize=7.5, color="#333")
@@ -139,15 +144,23 @@ def drift_map(
 
 
 def norm_violins(
-    names: Sequence[str], norms: Sequence[Matrix], label: str, note: str = ""
+    names: Sequence[str],
+    norms: Sequence[Matrix],
+    label: str,
+    note: str = "",
+    *,
+    dots: int = 0,
+    level: float | None = None,
 ) -> Figure:
-    """Distributions of norms as lying violins, with median and range.
+    """Distributions of norms, or of other numbers, as lying violins with median and range.
 
     Args:
         names: name of each distribution, from top to bottom.
         norms: its values.
         label: what the values are.
         note: a text for below the picture.
+        dots: distributions of at most so many values show each value as a dot.
+        level: where to draw a line across all distributions.
 
     Raises:
         ValueError: no distribution, an empty one, or not one name for each.
@@ -158,19 +171,22 @@ def norm_violins(
     row = max(_LINE * (1 + name.count("\n")) for name in lines) + 0.25
     figure, axes = _new_figure(WIDTH, 0.9 + row * len(names))
     places = np.arange(len(names))
+    given = [np.asarray(values, dtype=float) for values in norms]
     drawn: dict[str, Any] = axes.violinplot(
-        [np.asarray(values, dtype=float) for values in norms],
-        places,
-        orientation="horizontal",
-        widths=0.85,
-        showmedians=True,
+        given, places, orientation="horizontal", widths=0.85, showmedians=True
     )
     for body in drawn["bodies"]:
         body.set(facecolor="#c9c9c9", edgecolor="black", alpha=1, linewidth=0.6)
     for part in ("cmins", "cmaxes", "cbars", "cmedians"):
         drawn[part].set(color="black", linewidth=1.6 if part == "cmedians" else 0.8)
+    for place, values in zip(places, given, strict=True):
+        if len(values) <= dots:
+            style = {"markersize": 3.2, "color": "black", "markerfacecolor": "white"}
+            axes.plot(values, np.full(len(values), place), "o", markeredgewidth=0.7, **style)
     axes.set_yticks(places, lines)
     axes.set_ylim(len(names) - 0.5, -0.5)
+    if level is not None:
+        axes.axvline(level, color="#555", linewidth=1, dashes=(1, 1.5))
     axes.set_xlim(left=min(0.0, float(axes.get_xlim()[0])))
     axes.set_xlabel(label)
     axes.grid(axis="x", color="#ddd", linewidth=0.6)
