@@ -329,6 +329,14 @@ def test_a_broken_parquet_file_is_one_line(tmp_path, colors, copy):
     assert "\n" not in str(caught.value)
 
 
+def test_a_rare_label_without_a_training_row_is_told(tmp_path, colors):
+    lines = [f"{n}\t{'red' if n else 'blue'}" for n in range(20)] + ["x\tgreen"]
+    write_lines(tmp_path / "lines" / "colors", train=lines, test=lines)
+    settings = {"shots": 3, "samples": [100], "sampling_law": "stratified", "has_lines": True}
+    built = build_task(colors, tmp_path / "out", str(tmp_path / "lines"), **settings)
+    assert built.notes == ["100 train: no row has the label blue, green"]
+
+
 def test_a_k_that_fails_does_not_lose_the_others(tmp_path, task_file, own, capsys):
     settings = {"sampling": "stratified", "shots": ["2", "6"], "samples": ["100"]}
     assert build(tmp_path / "out", own, task_file, tasks=["colors"], **settings) == 1

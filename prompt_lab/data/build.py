@@ -170,7 +170,10 @@ def _contents(
             if not numbers:
                 raise DataError(f"{task.name}: the rows do not suffice for {split} of {sample}")
             where = f"{sample} {split}"
-            content = _encode([pool[number] for number in numbers], where, built.notes)
+            drawn = [pool[number] for number in numbers]
+            if split == "train":
+                built.notes += _without_rows(task, drawn, where)
+            content = _encode(drawn, where, built.notes)
             yield _file_name(task, built.shots, sample, split), content
         yield _file_name(task, built.shots, sample, "test"), test_bytes
 
@@ -190,6 +193,14 @@ def _check_rows(task: Task, pool: Sequence[Line], test: Sequence[Line]) -> None:
             f"{task.name}: no row to draw from has the label {', '.join(empty)}; the "
             f"{len(pool)} rows have {', '.join(sorted(held))}"
         )
+
+
+def _without_rows(task: Task, train: Sequence[Line], where: str) -> list[str]:
+    """A note on labels that a stratified draw left without a training row, if there are any."""
+    held = {line[1] for line in train}
+    known = task.labels if task.kind == "classification" else None
+    lost = [label for label in known or () if label not in held]
+    return [f"{where}: no row has the label {', '.join(lost)}"] if lost else []
 
 
 def _pool_and_test(task: Task, source: str) -> tuple[list[Line], list[Line]]:
