@@ -458,6 +458,7 @@ def test_an_interrupt_keeps_what_is_finished(tmp_path, task_file, copy, hub):
             if finished.exists():
                 break
             time.sleep(0.1)
+        time.sleep(1)  # the command notices a little after the file is there
         running.send_signal(signal.SIGINT)
         _, said = running.communicate(timeout=60)
     assert running.returncode == 130
