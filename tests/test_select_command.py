@@ -1,15 +1,14 @@
-"""``prompt-lab select`` and ``select evaluate``: what they rank, tell, write and refuse."""
+"""``prompt-lab select``: what it ranks, tells, writes and refuses."""
 
 from __future__ import annotations
 
 import math
-import re
 import subprocess
 import sys
 import types
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +17,8 @@ import yaml
 from test_cli import CONFIGS, ParseOnly
 
 from prompt_lab import offline, select_command, similarity
-from prompt_lab.atomic_file import write_csv
 from prompt_lab.data.partitions import partition
 from prompt_lab.prompt_file import Prompt, PromptStore
-from prompt_lab.results import RESULT_COLUMNS, read_csv
 from prompt_lab.select_command import (
     Likeness,
     choose_sources,
@@ -494,198 +491,3 @@ def test_what_a_method_lacks_is_one_sentence(words, sentence, capsys, monkeypatc
 def test_sources_are_needed_from_somewhere(capsys):
     assert command("aim", "--method", "random") == 1
     assert "no source tasks: name them with --sources, or give --prompts" in capsys.readouterr().err
-
-
-# ---- evaluate ------------------------------------------------------------------------------------
-
-
-def qualities(out: str) -> dict[str, list[str]]:
-    """Cells of the printed table by method, without the standard deviations."""
-    lines = out.splitlines()
-    start = next(at for at, line in enumerate(lines) if line.startswith("method"))
-    found = {}
-    for line in lines[start:]:
-        method, *cells = re.split(r"\s{2,}", line)
-        found[method] = [cell.split(" ± ")[0] for cell in cells]
-        if not cells:
-            break
-    return found
-
-
-def test_the_published_table_is_evaluated_without_any_model(capsys):
-    """Reference: the notes' figures for SIZE, and the exact mean for RANDOM."""
-    assert command("evaluate", "paper", "--out", "found") == 0
-    out = capsys.readouterr().out
-    assert "130 pairs of 13 sources and 10 targets; percent" in out
-    table = qualities(out)
-    assert table["method"] == ["nDCG", "Regret@1", "Regret@3", "gain@1", "gain@3", "targets"]
-    assert table["random"][:2] == ["86.54", "1.37"]
-    assert table["size"][1:3] == ["1.92", "0.61"]
-    assert table["size"][-1] == "10"
-    assert out.splitlines()[-2:] == ["found/methods.csv", "found/targets.csv"]
-    rows = read_csv(Path("found/targets.csv"))
-    assert len(rows) == 20
-    copa = next(row for row in rows if (row["method"], row["target"]) == ("size", "selection-copa"))
-    assert copa["first"] == "selection-mnli"
-    assert float(copa["gain@1"]) == pytest.approx(100 * 3 / 60)
-    assert float(copa["score@3"]) == 67.33
-    assert float(copa["Regret@3"]) == pytest.approx(100 * (68 - 67.33) / 68)
-    assert rows[0]["first"] == "13 equal ones"
-    summary = {row["method"]: row for row in read_csv(Path("found/methods.csv"))}
-    own = [float(row["nDCG"]) for row in rows if row["method"] == "size"]
-    assert float(summary["size"]["nDCG"]) == pytest.approx(np.mean(own))
-    assert float(summary["size"]["nDCG std"]) == pytest.approx(np.std(own, ddof=1))
-
-
-def test_rankings_come_from_prompts_and_from_files(store, capsys):
-    """Prompts rank near, half, far; the table has the best source last."""
-    Path("t.csv").write_text("source,aim\nnear,70\nhalf,75\nfar,80\n")
-    Path("mine.csv").write_text("source,target,score\nnear,aim,1\nhalf,aim,2\nfar,aim,9\n")
-    words = ("--prompts", store, "--similarity", "mine.csv", "--root", data(near=1, half=2, far=2))
-    assert command("evaluate", "t.csv", *words) == 0
-    table = qualities(capsys.readouterr().out)
-    methods = get_args(select_command.PromptMethod)
-    assert list(table)[1:] == ["random", "size", *methods, "mine"]
-    assert table["method"] == ["nDCG", "Regret@1", "Regret@3", "targets"]
-    assert table["mine"] == ["100.00", "0.00", "0.00", "1"]
-    assert table["subspace"][1] == "12.50"
-    assert table["size"][1] == f"{100 * 2.5 / 80:.2f}"  # half and far are equal
-
-
-def test_semb_is_judged_too(encoder, capsys):
-    Path("t.csv").write_text("source,aim\ncab,70\ndd,75\n")
-    words = ("--root", data(aim=4, cab=3, dd=4), "--encoder", encoder)
-    assert command("evaluate", "t.csv", *words) == 0
-    assert list(qualities(capsys.readouterr().out)) == ["method", "random", "size", "semb"]
-
-
-def test_seeds_are_judged_by_themselves_on_request(capsys):
-    lines = ["source,target,score,seed", "a,x,70,1", "b,x,80,1", "a,x,80,2", "b,x,60,2"]
-    Path("t.csv").write_text("\n".join(lines))
-    Path("mine.csv").write_text("source,x\na,1\nb,0\n")
-    regrets = []
-    for seeds in ("mean", "each"):
-        words = ("t.csv", "--similarity", "mine.csv", "--seeds", seeds)
-        assert command("evaluate", *words) == 0
-        out = capsys.readouterr().out
-        assert "1 targets, 2 seeds (" in out
-        regrets.append(qualities(out)["mine"][1])
-    assert regrets == ["0.00", f"{100 * (10 / 80 + 0) / 2:.2f}"]
-
-
-def result(task: str, initialised: str, test: float, **facts: Any) -> dict[str, Any]:
-    """A line of results.csv."""
-    given = {"fit_id": "f", "method": "PromptTuning", "variant": "tuned", "backbone": "tiny"}
-    given |= {"task": task, "sample": 13, "init_seed": 0, "order_seed": 0, "metric": "ACC"}
-    given |= {"dev": 0.5, "num_virtual_tokens": N, "initialised": initialised, "test": test}
-    return given | facts
-
-
-def save_results(*lines: dict[str, Any], folder: str = "fits") -> str:
-    write_csv(Path(folder) / "results.csv", RESULT_COLUMNS, lines)
-    return folder
-
-
-def starts(*tasks: str) -> list[str]:
-    """How runs are initialised that start from the prompts of tasks in the store."""
-    save(*(prompt(task, torch.ones(N, D)) for task in tasks))
-    return [f"file store/{task}-13.safetensors" for task in tasks]
-
-
-def test_runs_that_start_from_the_prompt_of_another_task_are_transfers(capsys):
-    a, b, x = starts("a", "b", "x")
-    lines = [
-        result("x", a, 0.70, learning_rate=0.3, dev=0.9),
-        result("x", a, 0.99, learning_rate=0.1, dev=0.1),  # dev chose the other
-        result("x", a, 0.80, init_seed=1),
-        result("x", b, 0.60),
-        result("x", b, 0.70, init_seed=1),
-        result("x", x, 0.95),  # its own prompt
-        result("x", "vocab 5000", 0.50),
-        result("x", "vocab 5000", 0.70, init_seed=1),
-        result("a", "vocab 5000", 0.9),  # how the sources were tuned
-        result("x", "maml mpt/cls_to_cls/source", 0.9),
-        result("x", "", 0.4, variant="no_prompt"),
-        result("x", a, math.nan, init_seed=2),
-    ]
-    folder = save_results(*lines)
-    assert command("evaluate", folder, "--out", "found") == 0
-    out = capsys.readouterr().out
-    assert "2 pairs of 2 sources and 1 targets, 2 seeds (their mean scores)" in out
-    assert "left out, 2 tuned runs of other tasks or other starts" in out
-    assert "left out, 1 runs without a test score" in out
-    assert "left out, a task as its own source: x" in out
-    (row,) = read_csv(Path("found/targets.csv"))
-    assert float(row["no transfer"]) == pytest.approx(60)
-    assert float(row["score@1"]) == pytest.approx(70)  # the mean of 75 and 65
-    assert float(row["gain@1"]) == pytest.approx(100 * 10 / 60)
-    assert command("evaluate", f"{folder}/results.csv") == 0
-
-
-def test_results_and_tables_make_one_transfer_table(capsys):
-    (a,) = starts("a")
-    save_results(result("x", a, 0.5))
-    Path("t.csv").write_text("source,x\nb,60\n")
-    assert command("evaluate", "fits", "t.csv") == 0
-    assert "2 pairs of 2 sources" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("other", "sentence"),
-    [
-        ({"backbone": "large"}, "the transfer runs differ in backbone: large, tiny; give the"),
-        ({"metric_variant": "corrected"}, "the transfer runs differ in metric_variant"),
-        (
-            {"initialised": "file lost.safetensors"},
-            "1 prompt files that runs start from are not there: lost.safetensors; run the command",
-        ),
-        (
-            {"initialised": "text 'good'"},
-            "several starts without transfer: text 'good', vocab 5000; give the result files of",
-        ),
-    ],
-)
-def test_results_that_cannot_be_compared_are_refused(other, sentence, capsys):
-    a, b = starts("a", "b")
-    lines = [result("x", a, 0.7), result("x", b, 0.6), result("x", "vocab 5000", 0.5)]
-    assert command("evaluate", save_results(*lines)) == 0
-    capsys.readouterr()
-    assert command("evaluate", save_results(*lines, result("x", b, 0.5, init_seed=1) | other)) == 1
-    captured = capsys.readouterr()
-    assert captured.err.startswith(f"prompt-lab: {sentence}")
-    assert (captured.err.count("\n"), captured.out) == (1, "")
-
-
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (["nothing.csv"], "no file nothing.csv: give a CSV table"),
-        (["t.csv", "--similarity", "few.csv"], "few: no similarity of 1 of 2 pairs"),
-        (["t.csv", "--similarity", "random.csv"], "random.csv: there is a method random already"),
-        (["t.csv", "--prompts", "store"], "1 of 1 target tasks have no prompt in store: x"),
-        (["t.csv", "--root", "nowhere"], "no folder nowhere: name the data root with --root"),
-        (["t.csv", "--encoder", "e"], "size and semb read training files: name their folder"),
-        (["t.csv", "--out", "t.csv"], "--out t.csv is a file: name a folder"),
-        (["t.csv", "t.csv"], "2 scores stand more than once, such as that of a for x"),
-        (["store"], "no results.csv in store or below"),
-        (["fits"], "no run starts from the prompt file of another task"),
-    ],
-)
-def test_what_cannot_be_evaluated_is_refused_in_one_sentence(words, sentence, capsys):
-    starts("a")
-    save_results(result("x", "vocab 5000", 0.5))
-    Path("t.csv").write_text("source,x\na,70\nb,75\n")
-    Path("few.csv").write_text("source,x\na,1\n")
-    Path("random.csv").write_text("source,x\na,1\nb,2\n")
-    assert command("evaluate", *words) == 1
-    captured = capsys.readouterr()
-    assert captured.err.startswith(f"prompt-lab: {sentence}")
-    assert (captured.err.count("\n"), captured.out) == (1, "")
-
-
-def test_targets_that_nothing_helps_are_named(capsys):
-    Path("t.csv").write_text("source,x,y\na,0,70\nb,0,80\n")
-    assert command("evaluate", "t.csv") == 0
-    out = capsys.readouterr().out
-    assert out.endswith("no source scores above 0, so not judged: x\n")
-    assert qualities(out)["random"][-1] == "1"

@@ -11,17 +11,8 @@ import pytest
 from sklearn.metrics import ndcg_score
 
 from prompt_lab.data.partitions import partition
-from prompt_lab.selection import (
-    NO_TRANSFER,
-    PAPER_TABLE,
-    Entry,
-    best_of_top_k,
-    evaluate,
-    make_table,
-    ndcg,
-    read_table,
-    regret_at_k,
-)
+from prompt_lab.selection import best_of_top_k, evaluate, ndcg, regret_at_k
+from prompt_lab.transfer_table import NO_TRANSFER, PAPER_TABLE, Entry, make_table, read_table
 
 
 def orders(similarities: list[float]) -> list[tuple[int, ...]]:
