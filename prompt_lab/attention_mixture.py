@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from prompt_lab import __version__
 from prompt_lab.atomic_file import write_atomically
+from prompt_lab.similarity import feature_similarities
 
 if TYPE_CHECKING:
     from prompt_lab.backbone import Backbone
@@ -190,23 +191,10 @@ def similarity_weights(target: Tensor, sources: Tensor) -> Tensor:
         (J,) float64, at least 0, of sum 1.
 
     Raises:
-        ValueError: shapes that do not fit, numbers that are not finite, no source with a positive
-            similarity, or a prompt whose rows have a mean of 0.
+        ValueError: as :func:`prompt_lab.similarity.feature_similarities`, or no source with a
+            positive similarity.
     """
-    if target.dim() != 2 or sources.dim() != 3 or target.shape[1] != sources.shape[2]:
-        raise ValueError(
-            f"target {tuple(target.shape)} and sources {tuple(sources.shape)}: give (N, D) and "
-            "(J, N, D) of one D"
-        )
-    means = torch.cat([target.double().mean(0, keepdim=True), sources.double().mean(1)])
-    norms = means.norm(dim=1)
-    if not means.isfinite().all() or not norms.all():
-        raise ValueError(
-            "a prompt has no similarity to others: its numbers are not finite, or its rows have a "
-            "mean of 0; leave it out"
-        )
-    unit = means / norms[:, None]
-    similar = (unit[1:] @ unit[0]).clamp(min=0)
+    similar = feature_similarities(target.unsqueeze(0), sources)[0].clamp(min=0)
     if not similar.any():
         raise ValueError(
             f"none of {len(sources)} source prompts has a positive similarity to the target: give "
@@ -216,6 +204,26 @@ def similarity_weights(target: Tensor, sources: Tensor) -> Tensor:
 
 
 # ---- files ---------------------------------------------------------------------------------------
+
+TARGET_OF = "attempt"
+"""Field of a prompt's ``made_from`` that names the attention beside which it was trained."""
+
+
+def check_answers_alone(where: str | Path, made_from: Mapping[str, Any] | None) -> None:
+    """Refuse a target prompt of ``Attempt``, which is only a part of what answers.
+
+    Args:
+        where: its file or folder, for the error.
+        made_from: what the file says that it was made from.
+
+    Raises:
+        ValueError: such a prompt.
+    """
+    if TARGET_OF in (made_from or {}):
+        raise ValueError(
+            f"{where}: target prompts of Attempt answer only in mixtures with source prompts, by "
+            "the attention of their fit: use prompt-lab test with the config of that fit"
+        )
 
 
 def save_attention(

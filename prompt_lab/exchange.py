@@ -48,12 +48,17 @@ def export_prompts(
 
     Raises:
         FileNotFoundError: a source or a prompt that is not there.
-        ValueError: a source of another kind, a target that exists, or a backbone whose config
-            cannot be had or that has another width (PEFT needs layers, heads and kind of model).
+        ValueError: a source of another kind, a prompt that does not answer alone, a target that
+            exists, or a backbone whose config cannot be had or that has another width (PEFT needs
+            layers, heads and kind of model).
     """
+    from prompt_lab.attention_mixture import check_answers_alone
+
     if format not in ("peft", "tensor"):
         raise ValueError(f"format is {format!r}; allowed: peft, tensor")
     prompts = _chosen(_read_prompts(Path(source)), names, source)
+    for prompt in prompts:
+        check_answers_alone(source, prompt.made_from)
     if backbone is not None:
         prompts = [replace(prompt, backbone=backbone) for prompt in prompts]
     single = Path(source).is_file() and Path(source).suffix != ".ckpt"

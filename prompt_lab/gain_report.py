@@ -28,6 +28,7 @@ from prompt_lab.report import (
     UPSTREAM,
     Line,
     counted,
+    few,
     listed,
     named_lines,
     part,
@@ -243,7 +244,7 @@ def find_gains(lines: Sequence[Line], names: Sequence[str] | None = None) -> Gai
         settings.append(setting)
         for who, text in about:
             notes[text].append(who)
-    return GainReport(settings, [f"{'; '.join(who)}: {text}." for text, who in notes.items()])
+    return GainReport(settings, [f"{few(who)}: {text}." for text, who in notes.items()])
 
 
 def _is_tuned(line: Line, method: str) -> bool:
@@ -278,7 +279,7 @@ def _unclear(name: str, found: Sequence[Line]) -> str:
     """Why there is no gain."""
     if not found:
         return f"no average relative gain: no line of {name} on the same backbone"
-    labels = "; ".join(line.label for line in found)
+    labels = few([line.label for line in found])
     return f"no average relative gain: {name} is several lines ({labels}); --reference names one"
 
 

@@ -8,11 +8,12 @@ loaded. Left out: the choice of the most similar sources, which ``prompt-lab sel
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from prompt_lab.methods.source_prompts import best_prompts
+from prompt_lab.methods.task_vectors import check_compatible, load_source
 
 if TYPE_CHECKING:
     from prompt_lab.prompt_file import Prompt
@@ -55,7 +56,6 @@ def mix_prompts(
             similarity, or a file that exists.
     """
     from prompt_lab.data.partitions import expand_sets
-    from prompt_lab.methods.source_prompts import best_prompts
     from prompt_lab.prompt_file import PromptStore
 
     store = PromptStore(out)
@@ -103,27 +103,27 @@ def _mixture(file: Path, sources: dict[str, Path]) -> Prompt:
 
     from prompt_lab import __version__
     from prompt_lab.attention_mixture import mix, similarity_weights
-    from prompt_lab.prompt_file import load_prompt
 
-    target = load_prompt(file)
-    loaded = {task: load_prompt(path) for task, path in sources.items()}
-    _check_compatible(file, target, sources, loaded)
-    stacked = torch.stack([prompt.prompt for prompt in loaded.values()]).double()
+    target = load_source(file)
+    loaded = {task: load_source(path) for task, path in sources.items()}
+    for source in loaded.values():
+        check_compatible(target, source)
+    stacked = torch.stack([source.prompt.prompt for source in loaded.values()]).double()
     try:
-        weights = similarity_weights(target.prompt, stacked)
+        weights = similarity_weights(target.prompt.prompt, stacked)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     mixed = mix(weights, stacked).float()
     parts = [
-        {"task": task, "weight": weight, **_provenance(loaded[task].name, path)}
-        for (task, path), weight in zip(sources.items(), weights.tolist(), strict=True)
+        {"task": task, "weight": weight, **source.provenance()}
+        for (task, source), weight in zip(loaded.items(), weights.tolist(), strict=True)
     ]
     return replace(
-        target,
+        target.prompt,
         prompt=mixed,
         init=mixed,
         code=None,
-        name=f"{target.name}_mixture",
+        name=f"{target.prompt.name}_mixture",
         initialised=ORIGIN,
         learning_rate=None,
         batch_size=None,
@@ -135,29 +135,5 @@ def _mixture(file: Path, sources: dict[str, Path]) -> Prompt:
         version=__version__,
         origin=ORIGIN,
         source_tasks=list(sources),
-        made_from={"mixture": ORIGIN, "target": _provenance(target.name, file), "sources": parts},
+        made_from={"mixture": ORIGIN, "target": target.provenance(), "sources": parts},
     )
-
-
-def _provenance(name: str, path: Path) -> dict[str, str]:
-    """Name, path and SHA-256 of a prompt file."""
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return {"name": name, "path": str(path), "sha256": digest}
-
-
-def _check_compatible(
-    file: Path, target: Prompt, paths: dict[str, Path], sources: dict[str, Prompt]
-) -> None:
-    """Refuse prompts of different weights or shapes, naming both files."""
-    for task, source in sources.items():
-        for what, own, other in (
-            ("backbone weights", target.backbone_digest[:12], source.backbone_digest[:12]),
-            ("shape", _size(target.prompt.shape), _size(source.prompt.shape)),
-        ):
-            if own != other:
-                raise ValueError(f"{file} and {paths[task]} do not mix: {what} {own} and {other}")
-
-
-def _size(shape: Sequence[int]) -> str:
-    """A shape in words."""
-    return " x ".join(map(str, shape))

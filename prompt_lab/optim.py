@@ -4,6 +4,9 @@ The first axis of every parameter is the run; no arithmetic crosses it. Each run
 ``torch.optim.AdamW`` or ``SGD``, or transformers' ``Adafactor`` with a given learning rate, step by
 step, as if it were trained alone; a run that is not active does not move at all, its state
 included. The learning rate schedule is part of the optimizer, because it differs from run to run.
+
+Methods that train weights which no run owns alone, such as the map of a subspace, take torch's
+AdamW with :func:`adamw_with_warmup`.
 """
 
 from __future__ import annotations
@@ -242,6 +245,46 @@ def schedule_factor(step: Tensor, schedule: str, warmup_steps: int, total_steps:
     else:
         falling = torch.ones_like(step)
     return torch.where(step < warmup_steps, rising, falling)
+
+
+# ---- weights that no run owns alone --------------------------------------------------------------
+
+
+def adamw_with_warmup(
+    groups: list[dict[str, Any]], warmup: float, total_steps: int
+) -> dict[str, Any]:
+    """AdamW whose learning rates rise linearly, then fall linearly to zero, without weight decay.
+
+    With r steps of rise, at least 1, the rate at step s, counted from 0, is the peak rate times
+    min((s + 1) / r, (total_steps - s) / (total_steps - r)).
+
+    Args:
+        groups: parameters (``params``) and their peak learning rate (``lr``).
+        warmup: share of the steps in which the rates rise, 0 to 1.
+        total_steps: steps at which the rates reach zero.
+
+    Returns:
+        Optimizer and schedule, as Lightning's ``configure_optimizers`` returns them.
+    """
+    rise = max(1, round(warmup * total_steps))
+    fall = max(1, total_steps - rise)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / rise, max(0.0, (total_steps - step) / fall))
+    )
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def check_warmup_and_clip(warmup: float, clip: float | None) -> None:
+    """Refuse a share or a norm that makes no sense.
+
+    Raises:
+        ValueError: naming the setting and what is allowed.
+    """
+    if not 0 <= warmup <= 1:
+        raise ValueError(f"model.warmup is {warmup}: give a share of the steps, 0 to 1")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"model.clip is {clip}: give a positive norm, or null for none")
 
 
 def _align(values: Tensor, like: Tensor) -> Tensor:

@@ -116,7 +116,8 @@ def predict_command(
 
     Raises:
         FileNotFoundError: a prompt or input file that is not there.
-        ValueError: prompts for different backbones, bad settings, or a line that cannot be read.
+        ValueError: prompts for different backbones, prompts that do not answer alone, bad settings,
+            or a line that cannot be read.
     """
     numbers = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
     numbers |= {"max_input_length": max_input_length}
@@ -215,10 +216,13 @@ def _check_input(given: str | None) -> Path | None:
 
 def _find_prompts(given: Sequence[str]) -> tuple[list[str], list[Path], list[dict[str, Any]]]:
     """Names, files and metadata; where names repeat, prompts are named by their files."""
+    from prompt_lab.attention_mixture import check_answers_alone
     from prompt_lab.prompt_file import read_metadata
 
     paths = [path for text in given for path in _prompt_files(Path(text))]
     metadata = [read_metadata(path) for path in paths]
+    for path, row in zip(paths, metadata, strict=True):
+        check_answers_alone(path, row.get("made_from"))
     names = [str(row["name"]) for row in metadata]
     unique = len(set(names)) == len(names)
     return names if unique else [str(path) for path in paths], paths, metadata

@@ -607,7 +607,7 @@ def find_reference(name: str, lines: Sequence[Line]) -> dict[str, Line]:
         if len(found) > 1:
             raise ValueError(
                 f"{name!r} is several lines for {label!r}: "
-                f"{'; '.join(line.label for line in found)}; name one of them as the reference"
+                f"{few([line.label for line in found])}; name one of them as the reference"
             )
     return {label: found[0] for label, found in references.items() if found}
 
@@ -663,3 +663,9 @@ def counted(number: int, word: str) -> str:
 def listed(tasks: Sequence[str]) -> str:
     """Names of tasks and how many they are."""
     return f"{counted(len(tasks), 'task')} ({', '.join(tasks)})"
+
+
+def few(names: Sequence[str]) -> str:
+    """The first three names, with semicolons, and how many more there are."""
+    more = f"; and {len(names) - 3} more" if len(names) > 3 else ""
+    return "; ".join(names[:3]) + more

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prompt_lab.methods.source_prompts import prompt_files
 from prompt_lab.methods.task_vectors import (
     Group,
     Source,
@@ -27,7 +28,6 @@ from prompt_lab.methods.task_vectors import (
     find_vectors,
     load_source,
     made_from,
-    prompt_files,
     shortened,
 )
 

@@ -14,7 +14,7 @@ from test_intrinsic_subspace import SaveAtStepFour, make_store
 from test_prompt_tuning import make_data, make_method, make_trainer
 from torch import Tensor, nn
 
-from prompt_lab import cli
+from prompt_lab import cli, offline
 from prompt_lab.attention_mixture import PromptAttention, load_attention
 from prompt_lab.backbone import Backbone
 from prompt_lab.bank import Prefixes
@@ -228,6 +228,23 @@ def test_the_files_answer_as_the_fit_did(fit, backbone, tmp_path):
     saved = load_attention(fitted.run_dir / "attention.safetensors", backbone("gpt2"))
     assert saved.metadata["source_tasks"] == SOURCES
     assert saved.metadata["steps"] == int(fitted.best_step)
+
+
+def test_target_prompts_are_refused_where_a_prompt_answers_alone(fit, tmp_path, capsys):
+    folder = fit(trainer={"max_steps": 3}).target_store.folder
+    file, inputs = sorted(folder.glob("*.safetensors"))[0], tmp_path / "inputs.txt"
+    inputs.write_text("a text\n")
+    for source in (folder, file):
+        for words in (
+            ["predict", str(source), "--input", str(inputs)],
+            ["export", str(source), f"--out={tmp_path / 'out'}", "--format=tensor"],
+        ):
+            assert offline.run(words) == 1
+            said = capsys.readouterr()
+            assert "target prompts of Attempt answer only in mixtures with source" in said.err
+            assert said.err.count("\n") == 1
+            assert not said.out
+    assert not (tmp_path / "out").exists()
 
 
 def test_attention_csv_has_the_mean_weights_of_the_test_rows(fit):

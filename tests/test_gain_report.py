@@ -355,6 +355,18 @@ def test_an_unclear_reference_is_a_note_and_can_be_named(report):
         assert setting.gains["maml"].value == pytest.approx(gain)
 
 
+def test_notes_name_three_lines_and_settings_and_count_the_others(report):
+    plain = [run(f"file {n}.safetensors") for n in range(6)]
+    learned = [run(f"maml {n}") for n in range(5)]
+    (note,) = report(*plain, *learned).notes
+    assert note == (
+        "0; 1; 2; and 2 more: no average relative gain: plain prompt tuning is several lines "
+        "(prompt tuning, initialised file 0.safetensors; prompt tuning, initialised file "
+        "1.safetensors; prompt tuning, initialised file 2.safetensors; and 3 more); --reference "
+        "names one."
+    )
+
+
 def test_an_unclear_fine_tuning_is_a_note_and_the_rest_goes_on(report):
     rows = [run(), run("maml x"), tuned(), tuned(optimizer="adafactor", test=1.0)]
     found = report(*rows)

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from prompt_lab.optim import BankOptimizer, OptimConfig
+from prompt_lab.optim import (
+    BankOptimizer,
+    OptimConfig,
+    adamw_with_warmup,
+    check_warmup_and_clip,
+)
 
 RATES = [0.3, 0.05, 1.0, 0.001]
 STEPS = 20
@@ -279,3 +285,40 @@ def test_a_factor_changes_the_learning_rate_of_one_parameter() -> None:
     optimizer.step()
     moved, less = (start() - parameter.detach() for parameter in (first, second))
     torch.testing.assert_close(less, 0.1 * moved, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("warmup", "rise"), [(0.0, 1), (0.3, 6), (1.0, STEPS)])
+def test_adamw_with_warmup_follows_torchs_adamw_at_rates_by_interpolation(
+    warmup: float, rise: int
+) -> None:
+    """Reference: ``torch.optim.AdamW`` whose rates NumPy interpolates between the corners."""
+    peaks = (0.3, 0.01)
+    ours = [torch.nn.Parameter(start()) for _ in peaks]
+    groups = [{"params": [own], "lr": peak} for own, peak in zip(ours, peaks, strict=True)]
+    made = adamw_with_warmup(groups, warmup, STEPS)
+    theirs = [torch.nn.Parameter(start()) for _ in peaks]
+    references = [torch.optim.AdamW([own], weight_decay=0.0) for own in theirs]
+    for step, gradient in enumerate(gradients()):
+        share = np.interp(step, [-1, rise - 1, rise, STEPS], [0, 1, 1, 0])
+        for peak, reference in zip(peaks, references, strict=True):
+            reference.param_groups[0]["lr"] = peak * share
+        for parameter in (*ours, *theirs):
+            parameter.grad = gradient.clone()
+        for optimizer in (made["optimizer"], *references):
+            optimizer.step()
+        made["lr_scheduler"]["scheduler"].step()
+    for own, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-6, atol=1e-7)
+    assert made["lr_scheduler"]["interval"] == "step"
+    assert [group["lr"] for group in made["optimizer"].param_groups] == [0, 0]
+
+
+def test_a_bad_share_of_warmup_or_clip_is_refused() -> None:
+    check_warmup_and_clip(0.0, None)
+    check_warmup_and_clip(1.0, 0.1)
+    for warmup in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=r"model.warmup is .*: give a share of the steps"):
+            check_warmup_and_clip(warmup, None)
+    for clip in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"model.clip is .*: give a positive norm, or null"):
+            check_warmup_and_clip(0.1, clip)

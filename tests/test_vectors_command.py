@@ -376,7 +376,7 @@ def test_numbers_that_are_not_finite_are_refused(tensor):
         (("emotion", "--scale", "1e999"), "scale is inf: give a finite number"),
         (("emotion", "--out", "file"), "out is the file file: give a folder"),
         (("emotion", "--out", "foreign"), "damaged or not a safetensors file"),
-        (("emotion", "--prompts", "nowhere"), "no prompt store nowhere: give the folder"),
+        (("emotion", "--prompts", "nowhere"), "no prompt store nowhere: tune the prompts"),
         (("emotion", "--prompts", "empty"), "no tuned prompt of a task in empty"),
         (("emotion", "--init", "nowhere"), "no prompt file nowhere"),
         (("emotion", "--init", "empty"), "no prompt files in empty: give another"),

@@ -31,7 +31,7 @@ from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod
 from prompt_lab.methods.prompt_tuning import PromptTuning
 from prompt_lab.methods.subspace_tuning import initial_codes
-from prompt_lab.optim import OptimConfig
+from prompt_lab.optim import OptimConfig, adamw_with_warmup, check_warmup_and_clip
 from prompt_lab.subspace import Subspace, _read_metadata, save_subspace
 
 
@@ -290,10 +290,7 @@ class AdapterSubspace(_AdapterMethod):
         for name, size in sizes.items():
             if size is not None and size < 1:
                 raise ValueError(f"model.{name} is {size}: give at least 1")
-        if not 0 <= warmup <= 1:
-            raise ValueError(f"model.warmup is {warmup}: give a share of the steps, 0 to 1")
-        if clip is not None and clip <= 0:
-            raise ValueError(f"model.clip is {clip}: give a positive norm, or null for none")
+        check_warmup_and_clip(warmup, clip)
         _check_std(std)
         self.intrinsic_dim, self.inner_size, self.bottleneck = intrinsic_dim, inner_size, bottleneck
         self.std, self.warmup, self.clip, self.seed = std, warmup, clip, seed
@@ -325,19 +322,9 @@ class AdapterSubspace(_AdapterMethod):
 
     def configure_optimizers(self) -> Any:
         """AdamW over map and codes; the learning rate rises, then falls linearly to zero."""
-        total = self.trainer.max_steps
-        rise = max(1, round(self.warmup * total))
-        optimizer = torch.optim.AdamW(
-            [*self.map.parameters(), self.trained], lr=self.learning_rates[0], weight_decay=0.0
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda step: min((step + 1) / rise, max(0.0, (total - step) / max(1, total - rise))),
-        )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        trained = [*self.map.parameters(), self.trained]
+        groups = [{"params": trained, "lr": self.learning_rates[0]}]
+        return adamw_with_warmup(groups, self.warmup, self.trainer.max_steps)
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         """Clip the gradient over map and codes."""

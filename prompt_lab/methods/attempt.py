@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from prompt_lab.atomic_file import write_csv
 from prompt_lab.attention_mixture import (
+    TARGET_OF,
     PromptAttention,
     load_attention,
     max_pool,
@@ -52,6 +53,7 @@ from prompt_lab.methods.evaluation import Evaluation
 from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts
 from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod, as_config, some
 from prompt_lab.methods.source_prompts import source_prompts
+from prompt_lab.optim import adamw_with_warmup, check_warmup_and_clip
 from prompt_lab.prompt_file import Prompt, PromptStore
 from prompt_lab.results import append_curves, start_curves
 from prompt_lab.run import Run
@@ -166,12 +168,11 @@ class Attempt(PromptMethod):
         for name in ("num_virtual_tokens", "inner_size", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}: give at least 1")
-        for name in ("learning_rate", "attention_learning_rate", "temperature", "clip"):
+        for name in ("learning_rate", "attention_learning_rate", "temperature"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"model.{name} is {value}: give a positive number")
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"model.warmup is {self.warmup}: give a share of the steps, 0 to 1")
+        check_warmup_and_clip(self.warmup, self.clip)
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(
                 f"model.label_smoothing is {self.label_smoothing}: give 0 up to below 1"
@@ -257,21 +258,11 @@ class Attempt(PromptMethod):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW over target prompts and G, each at its rate; it rises, then falls linearly to 0."""
-        total = self.trainer.max_steps
-        rise = max(1, round(self.warmup * total))
         groups = [
             {"params": [self.prompt], "lr": self.learning_rate},
             {"params": list(self.attention.parameters()), "lr": self.attention_learning_rate},
         ]
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda step: min((step + 1) / rise, max(0.0, (total - step) / max(1, total - rise))),
-        )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return adamw_with_warmup(groups, self.warmup, self.trainer.max_steps)
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         """Clip the gradient of target prompts and G together."""
@@ -597,7 +588,7 @@ class Attempt(PromptMethod):
                 order_seed=self.datamodule.order_seed,
                 steps=int(self.best_step),
                 source_tasks=self.source_tasks,
-                made_from={"attempt": self.attention_path.name, "sources": self.source_names},
+                made_from={TARGET_OF: self.attention_path.name, "sources": self.source_names},
             )
             for i, run in enumerate(self.runs)
         ]

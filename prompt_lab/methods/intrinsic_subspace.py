@@ -37,6 +37,7 @@ from prompt_lab.data.partitions import expand_sets
 from prompt_lab.methods.evaluation import Evaluation
 from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod, some
 from prompt_lab.methods.source_prompts import source_prompts
+from prompt_lab.optim import adamw_with_warmup, check_warmup_and_clip
 from prompt_lab.prompt_file import Prompt, PromptStore
 from prompt_lab.results import append_curves, start_curves
 from prompt_lab.run import Run
@@ -117,7 +118,8 @@ class IntrinsicSubspace(PromptMethod):
         self.simplify_settings()
         self.folders = prompts if isinstance(prompts, list) else [prompts]
         self.dims = intrinsic_dim if isinstance(intrinsic_dim, list) else [intrinsic_dim]
-        _check(self.dims, alpha, warmup, clip, learning_rate)
+        _check(self.dims, alpha, learning_rate)
+        check_warmup_and_clip(warmup, clip)
         self.unseen_tasks = expand_sets(unseen_tasks)
         self.inner_size, self.alpha = inner_size, alpha
         self.mixing: Mixing = mixing
@@ -201,19 +203,8 @@ class IntrinsicSubspace(PromptMethod):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW over the maps; the learning rate rises, then falls linearly to zero."""
-        total = self.trainer.max_steps
-        rise = max(1, round(self.warmup * total))
-        optimizer = torch.optim.AdamW(
-            self.subspaces.parameters(), lr=self.learning_rate, weight_decay=0.0
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda step: min((step + 1) / rise, max(0.0, (total - step) / max(1, total - rise))),
-        )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        groups = [{"params": list(self.subspaces.parameters()), "lr": self.learning_rate}]
+        return adamw_with_warmup(groups, self.warmup, self.trainer.max_steps)
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         """Clip the gradient of each map by itself."""
@@ -505,9 +496,7 @@ class IntrinsicSubspace(PromptMethod):
         }
 
 
-def _check(
-    dims: list[int], alpha: float, warmup: float, clip: float | None, learning_rate: float
-) -> None:
+def _check(dims: list[int], alpha: float, learning_rate: float) -> None:
     """Refuse settings that make no sense.
 
     Raises:
@@ -517,9 +506,5 @@ def _check(
         raise ValueError(f"model.intrinsic_dim is {dims}: give distinct numbers of 1 or more")
     if alpha < 0:
         raise ValueError(f"model.alpha is {alpha}: give 0 or more")
-    if not 0 <= warmup <= 1:
-        raise ValueError(f"model.warmup is {warmup}: give a share of the steps, 0 to 1")
-    if clip is not None and clip <= 0:
-        raise ValueError(f"model.clip is {clip}: give a positive norm, or null for none")
     if learning_rate <= 0:
         raise ValueError(f"model.learning_rate is {learning_rate}: give a positive number")

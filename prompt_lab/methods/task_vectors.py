@@ -19,6 +19,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prompt_lab.methods.source_prompts import best_files
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -100,35 +102,27 @@ def find_vectors(folders: Sequence[str]) -> dict[Group, dict[str, Path]]:
         FileNotFoundError: a folder that is not there.
         ValueError: a damaged file, or no prompt that was tuned for a task.
     """
-    from prompt_lab.prompt_file import read_metadata
 
-    best: dict[Group, dict[str, tuple[float, Path]]] = {}
-    for path in (path for folder in folders for path in prompt_files(Path(folder))):
-        known = read_metadata(path)
+    def key_of(known: dict[str, Any]) -> tuple[Group, str] | None:
+        """Sample and seed, and task, of a tuned prompt."""
         task = known.get("task")
         if not task or known.get("made_from"):
-            continue
-        of_group = best.setdefault((known.get("sample"), known.get("init_seed")), {})
-        dev = known.get("dev_score")
-        score = -math.inf if dev is None else float(dev)
-        if task not in of_group or score > of_group[task][0]:
-            of_group[task] = score, path
+            return None
+        return (known.get("sample"), known.get("init_seed")), task
+
+    best = best_files(folders, key_of)
     if not best:
         raise ValueError(f"no tuned prompt of a task in {', '.join(folders)}: give stores of fits")
-    groups = sorted(best, key=lambda group: [-math.inf if n is None else n for n in group])
-    return {g: {task: path for task, (_, path) in sorted(best[g].items())} for g in groups}
+    found: dict[Group, dict[str, Path]] = {}
+    for group, task in sorted(best, key=_place):
+        found.setdefault(group, {})[task] = best[group, task]
+    return found
 
 
-def prompt_files(folder: Path) -> list[Path]:
-    """The prompt files of a store, or of the store in the folder of a fit.
-
-    Raises:
-        FileNotFoundError: a folder that is not there.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no prompt store {folder}: give the folder of prompt files or fit")
-    inner = folder / "prompts"
-    return sorted((inner if inner.is_dir() else folder).glob("*.safetensors"))
+def _place(key: tuple[Group, str]) -> tuple[list[float], str]:
+    """Where the vector of a sample, seed and task stands among others; none before all numbers."""
+    group, task = key
+    return [-math.inf if number is None else number for number in group], task
 
 
 def complete(

@@ -46,6 +46,7 @@ GOALS = {
     "G18": ("subspaces", "subspace_bank"),
     "G19": ("subspaces", "subspace_finding"),
     "G20": ("interpretation", "nearest"),
+    "G21": ("many_prompts", "evaluation"),
 }
 
 
