@@ -200,11 +200,18 @@ class EvaluationSteps:
             yield from self._batches(key, members)
 
     def _batches(self, key: tuple[str, int], members: list[int]) -> Iterator[EvaluationBatch]:
-        """Batches of one task's sample: rows grouped by prompt (decoder-only) or by length."""
+        """Batches of one task's sample: rows by length, grouped by prompt in decoder-only models.
+
+        Every second prompt has its shortest row first, so that a batch that holds rows of two
+        prompts joins rows of about one length.
+        """
         rows, longest = self.rows[key], self.longest_answer[key]
         pairs = [(index, row) for index in members for row in range(len(rows))]
-        grouped = self.layout.left_padded
-        pairs.sort(key=lambda pair: (pair[0] if grouped else 0, -len(rows.inputs[pair[1]])))
+        pairs.sort(key=lambda pair: -len(rows.inputs[pair[1]]))
+        if self.layout.left_padded:
+            groups = [[pair for pair in pairs if pair[0] == index] for index in members]
+            turned = [group[::-1] if at % 2 else group for at, group in enumerate(groups)]
+            pairs = [pair for group in turned for pair in group]
         pairs = pairs[self.rank :: self.world]
         lengths = [len(rows.inputs[row]) for _, row in pairs]
         extra = self.extra_per_row(rows.task, longest)
