@@ -224,7 +224,7 @@ def find_gains(lines: Sequence[Line], names: Sequence[str] | None = None) -> Gai
         if line.upstream and _is_tuned(line, "PromptTuning"):
             by_key[_setting_key(line)][line.upstream[0]] = line
     named = [line.label for name in names or () for line in named_lines(name, lines)]
-    plain = [x for x in lines if _is_tuned(x, "PromptTuning") and not x.upstream]
+    plain = named_lines("PromptTuning", lines)
     tuned = [line for line in lines if _is_tuned(line, "FineTuning")]
     reader = CurveReader()
     settings, notes = [], defaultdict(list)

@@ -23,7 +23,7 @@ from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
-from prompt_lab.results import BASELINES, RESULT_COLUMNS
+from prompt_lab.results import BASELINES, RESULT_COLUMNS, is_plain
 from prompt_lab.statistics import Relative, relative_performance, summarise
 
 FIXED: tuple[str, ...] = ("method", "variant", "stage", "backbone", "intrinsic_dim")
@@ -584,7 +584,8 @@ def find_reference(name: str, lines: Sequence[Line]) -> dict[str, Line]:
     """The reference of every line under one name.
 
     The name is a label, or a method such as "prompt_tuning", which stands for its tuned lines
-    without an intrinsic dimension and without a start from a prompt learned on other tasks. A
+    without an intrinsic dimension and without a start from a prompt learned on other tasks; of
+    those, if there are any, for the ones that start from no prompt file or vector. A
     line's reference has the same backbone; if several have, the one that also agrees in K, way of
     answering and metric variant.
 
@@ -616,7 +617,7 @@ def named_lines(name: str, lines: Iterable[Line]) -> list[Line]:
     """The lines that a name stands for, as `find_reference` reads it; empty where there is none."""
     lines = list(lines)
     labelled = [line for line in lines if _plain(line.label) == _plain(name)]
-    return labelled or [
+    found = labelled or [
         line
         for line in lines
         if _plain(line.key["method"]) == _plain(name)
@@ -624,6 +625,7 @@ def named_lines(name: str, lines: Iterable[Line]) -> list[Line]:
         and line.dimension is None
         and line.upstream is None
     ]
+    return labelled or [line for line in found if is_plain(line.key["initialised"])] or found
 
 
 def references_among(line: Line, named: Sequence[Line]) -> list[Line]:

@@ -66,6 +66,10 @@ CURVE_COLUMNS = (
 BASELINES = ("no_prompt", "initial_prompt", "chance", "majority")
 
 
+_PLAIN = ("vocab", "text", "labels", "normal", "uniform")
+"""Starts of prompt tuning that know no other task."""
+
+
 def read_csv(path: Path) -> list[dict[str, str]]:
     """Rows of a CSV file as text, by column name.
 
@@ -97,24 +101,29 @@ def write_predictions(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def best_by_dev(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Of the tuned runs of each (task, sample, seed), the one with the best dev score.
+    """Of the tuned runs of each task, sample, seed and start, the one with the best dev score.
 
     Runs without a dev score lose to all others; of equal scores the first stays.
     """
     best: dict[tuple[Any, ...], Mapping[str, Any]] = {}
     for row in rows:
-        key = (row["task"], row["sample"], row["init_seed"])
+        key = (row["task"], row["sample"], row["init_seed"], row.get("initialised"))
         if key not in best or _number(row["dev"]) > _number(best[key]["dev"]):
             best[key] = row
     return list(best.values())
 
 
+def is_plain(initialised: str) -> bool:
+    """Whether a prompt's start, as results and prompt files tell it, knows no other task."""
+    return initialised.partition(" ")[0] in _PLAIN
+
+
 def summary_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table that ``test`` prints: a line per task, the baselines beside what was trained.
 
-    A column of what was trained is one variant and intrinsic dimension: the mean over samples and
-    seeds of the run that dev chose among learning rates and batch sizes, with the standard
-    deviation (ddof 1); ``prompts`` is the number of those that have a score.
+    A column of what was trained is one variant and intrinsic dimension: the mean over samples,
+    seeds and starts of the run that dev chose among learning rates and batch sizes, with the
+    standard deviation (ddof 1); ``prompts`` is the number of those that have a score.
     """
     columns = [name for name in BASELINES if any(row["variant"] == name for row in rows)]
     trained = list(dict.fromkeys(_trained(row) for row in rows if row["variant"] not in BASELINES))

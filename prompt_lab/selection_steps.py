@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from prompt_lab.results import is_plain
 from prompt_lab.select_command import Likeness, PromptMethod, load_banks, rank_by_prompts
 from prompt_lab.selection import Quality, Seeds, evaluate, judge, mean_quality
-from prompt_lab.transfer_results import is_plain
 from prompt_lab.transfer_table import Table, some
 
 if TYPE_CHECKING:

@@ -383,9 +383,13 @@ def _score_table(report: StartReport) -> Table:
         for shots, by_start in panel.scores.items():
             line = [panel.label, panel.metric, shots]
             contest = contests.get((panel.label, shots))
+            means = {start: summarise(runs.values()).mean for start, runs in by_start.items()}
+            top = None if contest is None else means[contest.best]
+            if all(mean == top for mean in means.values()):
+                top = None
             for start in report.starts:
                 text = spread(summarise(by_start.get(start, {}).values()))
-                is_best = contest is not None and contest.best == start
+                is_best = top is not None and means.get(start) == top
                 line.append(f"**{text}**{mark(contest.adjusted)}" if contest and is_best else text)
             lines.append(line)
     return ["task", "metric", "K", *report.starts], lines

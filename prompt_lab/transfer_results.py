@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prompt_lab.results import is_plain
 from prompt_lab.transfer_table import NO_TRANSFER, PAPER_TABLE, Entry, Table, make_table, read_table
 
 if TYPE_CHECKING:
@@ -20,9 +21,6 @@ PAPER = "paper"
 
 _ALIKE = ("method", "backbone", "num_virtual_tokens", "metric_variant")
 """Columns of result files in which all runs of a transfer table must agree."""
-
-_PLAIN = ("vocab", "text", "labels", "normal", "uniform")
-"""Starts of prompt tuning that know no other task."""
 
 
 def read_transfer(places: Sequence[str]) -> Table:
@@ -65,11 +63,6 @@ def _is_result_file(path: Path) -> bool:
         return False
     with path.open(encoding="utf-8", errors="replace") as file:
         return "fit_id" in file.readline().strip().split(",")
-
-
-def is_plain(initialised: str) -> bool:
-    """Whether a prompt's start, as results and prompt files tell it, knows no other task."""
-    return initialised.partition(" ")[0] in _PLAIN
 
 
 def _results_entries(rows: Sequence[Row]) -> tuple[list[Entry], tuple[str, ...]]:

@@ -15,14 +15,16 @@ ROOT = Path(prompt_lab.__file__).parent
 LAYERS = {
     0: "atomic_file prompts prompt_file peft_format checkpoint "
     "subspace fastfood optim meta_gradient arithmetic similarity "
-    "selection interpretation metrics statistics batch run results "
+    "selection transfer_table interpretation metrics statistics batch run results "
     "candidates training_forward metric_names attention_mixture",
     1: "backbone pretrained prompt_cache bank adapters data sandbox",
     2: "methods exchange",
     3: "plots report gain_report adaptation_curves report_command callbacks predict_command "
     "prediction tasks_command "
-    "build_command sweep_command select_command select_evaluate_command vectors_command "
-    "mix_command interpret_command interpretation_plots report_blocks compare_command "
+    "build_command sweep_command select_command select_evaluate_command selection_steps "
+    "selection_report selection_plots transfer_results vectors_command "
+    "mix_command interpret_command interpret_prompts interpret_tokens interpret_transfer "
+    "interpret_figures interpret_report interpretation_plots report_blocks compare_command "
     "vectors_report significance_report",
     4: "cli offline __main__",
 }

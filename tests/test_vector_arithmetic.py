@@ -361,7 +361,33 @@ def test_a_sum_is_scored_on_a_task_without_a_vector_of_its_own(run):
     assert {(row["variant"], row["task"]) for row in results(method)} == {
         ("vectors", "e2e_nlg_cleaned"),
         ("initial_prompt", "e2e_nlg_cleaned"),
+        ("no_prompt", "e2e_nlg_cleaned"),
     }
+
+
+@pytest.mark.parametrize("kind", ["t5", "gpt2"])
+def test_tuned_prompts_are_scored_on_all_tasks_and_each_task_without_prompt(run, kind, capsys):
+    """As zero-shot transfer needs it. Reference: row by row through the plain model."""
+    tasks = ["glue-sst2", "emotion"]
+    method = run(
+        kind, study="expressions", expressions=tasks, evaluate_on="all", scales=[1.0], tasks=tasks
+    )
+    table = capsys.readouterr().out
+    model = method.backbone
+    for task in tasks:
+        for source in tasks:
+            variant = "single" if source == task else "vectors"
+            (row,) = results(method, variant=variant, expression=source, task=task, init_seed=1)
+            expected = naive_score(method, tuned(model, source, 1).prompt, task, "test")
+            assert float(row["test"]) == pytest.approx(expected, abs=1e-9)
+        (row,) = results(method, variant="no_prompt", task=task)  # one for all seeds
+        expected = naive_score(method, torch.empty(0, HIDDEN), task, "test")
+        assert float(row["test"]) == pytest.approx(expected, abs=1e-9)
+        assert not row["expression"] + row["scale"] + row["init_seed"]
+        line = next(x for x in table.splitlines() if x.split()[1:3] == ["no_prompt", task])
+        assert f"  {expected:.3f}  " in line
+    told = [json.loads(line) for line in (method.run_dir / "predictions.jsonl").open()]
+    assert len(told) == 12 * len(results(method))
 
 
 def test_a_report_reads_the_results(run, tmp_path, capsys):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -55,7 +55,7 @@ Study = Literal["singles", "pairs", "cross", "expressions"]
 GRID = tuple(step / 20 for step in range(1, 21))
 """The paper's 0 < lambda <= 1; the authors' code adds 0, the bare initial prompt."""
 
-VARIANTS = ("vectors", "vector_alone", "single", "initial_prompt")
+VARIANTS = ("vectors", "vector_alone", "single", "initial_prompt", "no_prompt")
 """What is evaluated, in the order of the printed table."""
 
 ROUNDING = 1e-9
@@ -209,14 +209,29 @@ class Blocks:
             yield from self.steps(list(block))
 
 
+class BesideNoPrompt(Evaluation):
+    """An evaluation that also scores the tasks without any prompt, where the method says so."""
+
+    def _baseline_rows(self) -> list[dict[str, Any]]:
+        """A line for each task and sample."""
+        first = {key: runs[0] for key, runs in self.members.items()}
+        scores = self._score_variant("no_prompt", list(first.values()))
+        absent = dict.fromkeys(("expression", "init_seed", "initialised", "scale"))
+        return [
+            self._common(key, "test") | absent | {"variant": "no_prompt", "test": scores[i].item()}
+            for key, i in first.items()
+        ]
+
+
 class VectorArithmetic(PromptMethod):
     """Evaluates sums of task prompt vectors: init + lambda * sum, lambda chosen on dev.
 
     It has ``validate`` and ``test`` only. Vectors are those of ``data.samples``, one set for each
     seed that the prompt files have. Beside the sums, the tuned prompt of each task (``single``) and
     the bare initial prompt (``initial_prompt``) are evaluated; a sum that is a tuned prompt itself
-    is listed as ``single`` alone. Of equal mean dev scores the smaller lambda is taken. A task
-    whose vector is taken away is scored but does not choose lambda.
+    is listed as ``single`` on its own task and as ``vectors`` on others. Of equal mean dev scores
+    the smaller lambda is taken. A task whose vector is taken away is scored but does not choose
+    lambda.
 
     Args:
         prompts: prompt stores, or folders of fits, with the tuned prompts.
@@ -227,7 +242,9 @@ class VectorArithmetic(PromptMethod):
         expressions: sums of vectors by the names of their tasks, such as ``glue-qnli + glue-mnli``
             or ``- glue-sst2``, as ``vectors apply`` reads them.
         evaluate_on: what an expression is evaluated on: ``named``, the tasks that it adds; or
-            ``all`` of ``data.tasks``.
+            ``all`` of ``data.tasks``, and ``test`` then also scores each without any prompt
+            (``no_prompt``). Tasks at scale 1 on all give the transfer of their prompts, for
+            ``prompt-lab interpret --transfer``.
         scales: values of lambda, 0 to 1; null for 0.05, 0.1, ... 1 where sums are of several
             vectors or given as expressions, and for 1 in ``singles`` and ``cross``.
         backbone: which frozen model.
@@ -266,6 +283,7 @@ class VectorArithmetic(PromptMethod):
         self.simplify_settings()
         self.folders = prompts if isinstance(prompts, list) else [prompts]
         self.study, self.evaluate_on = study, evaluate_on
+        self.test_baselines = evaluate_on == "all"
         self.expressions = _expressions(study, expressions)
         if evaluate_on == "all" and study != "expressions":
             raise ValueError(f"model.evaluate_on all goes with study expressions, not {study}")
@@ -306,7 +324,7 @@ class VectorArithmetic(PromptMethod):
             return
         found = self._found(data)
         sums = list(self._sums(data, found))
-        sums = [*self._baselines(sums, found), *(s for s in sums if not s.is_tuned_prompt)]
+        sums = [*self._baselines(sums, found), *_beside_single(sums)]
         places = [(task, sample) for task in data.tasks for sample in data.samples]
         self.trials = [
             Trial(*place, made.seed, math.nan, 0, made, scale)
@@ -504,9 +522,15 @@ class VectorArithmetic(PromptMethod):
         """An evaluation of all runs, whose prompts are made block by block."""
         assert self.backbone is not None
         size = self.prompts_at_once
-        return Evaluation(
+        return BesideNoPrompt(
             self, split, MadePrefixes(self.backbone, size, lambda block: self._made(block, size))
         )
+
+    @property
+    def init(self) -> Tensor:
+        """What no prompt is made of: (R, 0, D)."""
+        assert self.backbone is not None
+        return torch.empty(len(self.runs), 0, self.backbone.hidden_size, device=self.device)
 
     def _made(self, block: int, size: int) -> Tensor:
         """The prompts of a block of runs, (at most size, N, D)."""
@@ -676,7 +700,7 @@ class VectorArithmetic(PromptMethod):
             lines.append(
                 (
                     *(expression, variant, task, own[0]["metric"], _spread(scores)),
-                    *(_kept(scores, paired), f"{statistics.mean(row['scale'] for row in own):.3g}"),
+                    *(_kept(scores, paired), _mean_scale(own)),
                     str(len(own)),
                 )
             )
@@ -736,6 +760,23 @@ def _kept(scores: Sequence[float], single: Sequence[float | None]) -> str:
     """Mean score over that of the tuned prompts; ``-`` where one is missing or not above 0."""
     reference = statistics.fmean(math.nan if own is None else own for own in single)
     return f"{statistics.fmean(scores) / reference:.3f}" if reference > 0 else "-"
+
+
+def _mean_scale(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Mean scale of some lines; ``-`` for no prompt."""
+    scales = [row["scale"] for row in rows if row["scale"] is not None]
+    return f"{statistics.fmean(scales):.3g}" if scales else "-"
+
+
+def _beside_single(sums: Iterable[VectorSum]) -> Iterator[VectorSum]:
+    """The sums, those that are a tuned prompt only on other tasks than its own."""
+    for made in sums:
+        if not made.is_tuned_prompt:
+            yield made
+            continue
+        others = tuple(task for task in made.tasks if task not in made.coefficients)
+        if others:
+            yield replace(made, tasks=others)
 
 
 def _written(task: str) -> str:
