@@ -147,9 +147,13 @@ def _check_alike(rows: Sequence[Row], starts: Mapping[str, str]) -> None:
             f"the transfer runs of a task differ in shots: {'; '.join(several)}; give the result "
             "files of one"
         )
-    ways = {row.cells["initialised"] for row in rows}
-    plain = sorted(way for way in ways if starts[way] == NO_TRANSFER)
-    if len(plain) > 1:
+    ways: dict[str, set[str]] = {}
+    for row in rows:
+        if starts[row.cells["initialised"]] == NO_TRANSFER:
+            ways.setdefault(row.cells["task"], set()).add(row.cells["initialised"])
+    plain = [f"{task} ({', '.join(sorted(own))})" for task, own in ways.items() if len(own) > 1]
+    if plain:
         raise ValueError(
-            f"several starts without transfer: {', '.join(plain)}; give the result files of one"
+            f"a task has several starts without transfer: {'; '.join(plain)}; give the result "
+            "files of one"
         )

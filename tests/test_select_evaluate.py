@@ -205,6 +205,15 @@ def test_results_and_tables_make_one_transfer_table(capsys):
     assert "2 pairs of 2 sources" in capsys.readouterr().out
 
 
+def test_each_target_may_have_a_start_of_its_own_without_transfer(capsys):
+    a, b = starts("a", "b")
+    lines = [result("x", a, 0.7), result("x", b, 0.6), result("x", "text 'good'", 0.5)]
+    lines += [result("y", a, 0.3), result("y", b, 0.2), result("y", "text 'bad'", 0.1)]
+    assert command("evaluate", save_results(*lines), "--out", "o") == 0
+    (row,) = [row for row in read_csv(Path("o/targets.csv")) if row["target"] == "y"][:1]
+    assert float(row["no transfer"]) == pytest.approx(10)
+
+
 @pytest.mark.parametrize(
     ("other", "sentence"),
     [
@@ -217,7 +226,7 @@ def test_results_and_tables_make_one_transfer_table(capsys):
         ),
         (
             {"initialised": "text 'good'"},
-            "several starts without transfer: text 'good', vocab 5000; give the result files of",
+            "a task has several starts without transfer: x (text 'good', vocab 5000); give the",
         ),
     ],
 )
