@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from prompt_lab.methods.source_prompts import best_prompts
+from prompt_lab.methods.source_prompts import best_files, best_prompts
 from prompt_lab.methods.task_vectors import check_compatible, load_source
 
 if TYPE_CHECKING:
@@ -33,14 +33,15 @@ def mix_prompts(
 
     The similarity of two prompts is the cosine of their mean rows; weights are similarities over
     their sum, and negative ones count as 0. Of a store of target prompts each gets a mixture of its
-    own, so that PromptTuning with init.name file and init.path OUT starts each task from its own.
-    The weights are printed, and kept in made_from with the files and their digests. Nothing is
-    overwritten.
+    own, so that PromptTuning with init.name file and init.path OUT starts each task, sample and
+    seed from its own. Source prompts are those of the target prompt's seed where the stores have
+    them, and otherwise the best by dev of all seeds. The weights are printed, and kept in made_from
+    with the files and their digests. Nothing is overwritten.
 
     Args:
         target: prompt file of the target task, tuned briefly or to the end; or a prompt store or
-            the folder of a fit with those of several tasks, of which each task and sample's best
-            by dev is taken.
+            the folder of a fit with those of several tasks, of which the best by dev of each task,
+            sample and seed is taken.
         prompts: prompt stores, or folders of fits, that hold the source prompts.
         out: prompt store to write to; made if it is not there.
         sources: source tasks, or sets of partitions; by default all tasks of the stores but the
@@ -56,18 +57,20 @@ def mix_prompts(
             similarity, or a file that exists.
     """
     from prompt_lab.data.partitions import expand_sets
-    from prompt_lab.prompt_file import PromptStore
+    from prompt_lab.prompt_file import PromptStore, read_metadata
 
     store = PromptStore(out)
     if store.folder.exists():
         store.index()  # refuses a folder of something else
-    found = best_prompts(prompts)
-    files = list(best_prompts([target]).values()) if Path(target).is_dir() else [Path(target)]
+    found, seeded = best_prompts(prompts), best_files(prompts, _seeded)
+    is_folder = Path(target).is_dir()
+    files = list(best_files([target], _seeded).values()) if is_folder else [Path(target)]
     if not files:
         raise FileNotFoundError(f"no prompts of tasks in {target}: tune a prompt of the target")
     made = []
     for file in files:
-        task, of_sample = _task_of(file, sample)
+        task, of_sample, seed = _key(read_metadata(file))
+        of_sample = of_sample if sample is None else sample
         others = [name for name, own in found if own == of_sample and name != task]
         names = expand_sets(sources) if sources else others
         missing = [name for name in names if (name, of_sample) not in found]
@@ -77,24 +80,28 @@ def mix_prompts(
                 f"{', '.join(prompts)} for {', '.join(missing) or 'any task'}: tune them, or give "
                 "another --sample"
             )
-        made.append(_mixture(file, {name: found[name, of_sample] for name in names}))
+        own = {name: seeded.get((name, of_sample, seed), found[name, of_sample]) for name in names}
+        made.append(_mixture(file, own))
     there = [path for path in (store.path(prompt.name) for prompt in made) if path.exists()]
     if there:
         raise ValueError(f"{there[0]} is there and is not overwritten: choose another folder")
     store.save(made)
     for prompt in made:
         for part in (prompt.made_from or {})["sources"]:
-            print(f"{prompt.task}\t{part['task']}\t{part['weight']:.4f}")
+            print(f"{prompt.name}\t{part['task']}\t{part['weight']:.4f}")
     return [store.path(prompt.name) for prompt in made]
 
 
-def _task_of(file: Path, sample: int | None) -> tuple[str, int]:
-    """Task of a target prompt, and the sample of its sources; -1 stands for none."""
-    from prompt_lab.prompt_file import read_metadata
+def _key(known: dict[str, Any]) -> tuple[str, int, int]:
+    """Task, sample and initialisation seed of a prompt; -1 stands for none."""
+    numbers = (known.get(name) for name in ("sample", "init_seed"))
+    sample, seed = (-1 if number is None else number for number in numbers)
+    return known.get("task") or "", sample, seed
 
-    known = read_metadata(file)
-    own = known.get("sample") if sample is None else sample
-    return known.get("task", ""), -1 if own is None else own
+
+def _seeded(known: dict[str, Any]) -> tuple[str, int, int] | None:
+    """The same of a prompt of a task."""
+    return _key(known) if known.get("task") else None
 
 
 def _mixture(file: Path, sources: dict[str, Path]) -> Prompt:

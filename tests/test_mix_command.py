@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_backbone
 from test_intrinsic_subspace import TASKS, TOKENS, make_store
 from test_prompt_tuning import make_data, make_method, make_trainer
@@ -48,7 +49,25 @@ def test_a_mixture_is_the_sum_by_cosines_of_mean_rows(store, tmp_path, capsys):
         source = store / f"{task}.safetensors"
         assert parts[task]["weight"] == pytest.approx(weight)
         assert parts[task]["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
-        assert f"{TARGET}\t{task}\t{weight:.4f}\n" in said
+        assert f"{TARGET}_mixture\t{task}\t{weight:.4f}\n" in said
+
+
+def test_each_seed_of_a_target_gets_a_mixture_of_the_sources_of_its_seed(store, tmp_path):
+    """Of a source without that seed the best one takes part."""
+    target = load_prompt(store / f"{TARGET}.safetensors")
+    source = load_prompt(store / f"{SOURCES[0]}.safetensors")
+    source = replace(source, prompt=2 * target.prompt)  # alike, so that it has a weight
+    own = replace(source, prompt=3 * target.prompt, name="own", init_seed=7, dev_score=0.0)
+    seeds = [replace(target, name=f"target{seed}", init_seed=seed) for seed in (7, 8)]
+    PromptStore(tmp_path / "targets").save(seeds)
+    PromptStore(tmp_path / "sources").save([source, own])
+    made = mix_prompts(
+        str(tmp_path / "targets"), prompts=[str(tmp_path / "sources")], out=str(tmp_path / "out")
+    )
+    first, second = (load_prompt(path) for path in made)
+    assert (first.init_seed, second.init_seed) == (7, 8)
+    torch.testing.assert_close(first.prompt, own.prompt)
+    torch.testing.assert_close(second.prompt, source.prompt)
 
 
 def test_prompt_tuning_starts_each_task_from_its_own_mixture(

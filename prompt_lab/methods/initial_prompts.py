@@ -117,16 +117,21 @@ class InitConfig:
         """As :meth:`describe`, for each run by the file that it starts from.
 
         Raises:
-            ValueError: source tasks without a prompt in the store.
+            FileNotFoundError: a store that is not there.
+            ValueError: tasks without a prompt in the store.
         """
-        if self.source_tasks is None:
-            seeds = {run.init_seed: self.of_seed(run.init_seed) for run in runs}
-            of_seed = {seed: config.describe() for seed, config in seeds.items()}
-            return [of_seed[run.init_seed] for run in runs]
-        files = source_files(Path(self.path or ""), runs)
-        alone = {path: replace(self, path=str(path), source_tasks=None) for path in set(files)}
-        words = {path: config.describe() for path, config in alone.items()}
-        return [words[path] for path in files]
+        return [self._describe_run(run) for run in runs]
+
+    def _describe_run(self, run: Run) -> str:
+        """The start of one run in a few words; of a store, what its file says to call it."""
+        config = self.of_seed(run.init_seed)
+        path = Path(config.path or "")
+        if config.name != "file" or not path.is_dir() or is_peft(path):
+            return config.describe()
+        (file,) = source_files(path, [run])
+        alone = replace(config, path=str(file), source_tasks=None)
+        is_told = run.source or alone.learned_from().get("origin")
+        return alone.describe() if is_told else config.describe()
 
     def learned_from(self) -> dict[str, Any]:
         """Metadata of the prompt file that all prompts start from; empty where there is none."""
