@@ -354,9 +354,19 @@ def corrected(p_values: Sequence[float], correction: Correction) -> list[float]:
 
 
 def start_sections(report: StartReport) -> Iterator[tuple[str, str, Table]]:
-    """Title, legend and table of each section that the report has lines for."""
-    if report.panels:
-        yield "Starts of prompt tuning", _score_legend(report), _score_table(report)
+    """Title, legend and table of each section that the report has lines for.
+
+    Tasks that were tuned from the same starts share a table.
+    """
+    groups: dict[tuple[str, ...], list[Panel]] = defaultdict(list)
+    for panel in report.panels:
+        groups[tuple(start for start in report.starts if _has(panel, start))].append(panel)
+    for starts, panels in groups.items():
+        title = "Starts of prompt tuning"
+        if len(groups) > 1:
+            title += f": {', '.join(panel.label for panel in panels)}"
+        legend = _score_legend(report) if panels[0] is report.panels[0] else "As above."
+        yield title, legend, _score_table(report, starts, panels)
     if report.contests:
         yield "Best start against second best", _contest_legend(report), _contest_table(report)
 
@@ -375,11 +385,11 @@ def _score_legend(report: StartReport) -> str:
     return text.strip()
 
 
-def _score_table(report: StartReport) -> Table:
+def _score_table(report: StartReport, starts: Sequence[str], panels: Sequence[Panel]) -> Table:
     """A line per task and K, a column per start."""
     contests = {(one.panel, one.shots): one for one in report.contests}
     lines = []
-    for panel in report.panels:
+    for panel in panels:
         for shots, by_start in panel.scores.items():
             line = [panel.label, panel.metric, shots]
             contest = contests.get((panel.label, shots))
@@ -387,12 +397,12 @@ def _score_table(report: StartReport) -> Table:
             top = None if contest is None else means[contest.best]
             if all(mean == top for mean in means.values()):
                 top = None
-            for start in report.starts:
+            for start in starts:
                 text = spread(summarise(by_start.get(start, {}).values()))
                 is_best = top is not None and means.get(start) == top
                 line.append(f"**{text}**{mark(contest.adjusted)}" if contest and is_best else text)
             lines.append(line)
-    return ["task", "metric", "K", *report.starts], lines
+    return ["task", "metric", "K", *starts], lines
 
 
 def _contest_legend(report: StartReport) -> str:
