@@ -97,11 +97,13 @@ def read_transfer(places: Sequence[str], tuned: Sequence[Tuned]) -> list[dict[st
         ValueError: a column that is missing, a score that is no number, results of other weights
             or without scores of no prompt, or no pair of tasks that have prompts.
     """
+    from prompt_lab.report import is_result_file
+
     paths = [Path(place) for place in dict.fromkeys(places)]
     missing = [str(path) for path in paths if not path.exists()]
     if missing:
         raise FileNotFoundError(f"no table of transfer {', '.join(missing)}")
-    results = [path for path in paths if path.is_dir() or _has_results(path)]
+    results = [path for path in paths if path.is_dir() or is_result_file(path)]
     lines = [line for path in paths if path not in results for line in _table_lines(path)]
     if results:
         lines += _result_lines(results, tuned[0].prompt.backbone_digest)
@@ -124,12 +126,6 @@ def read_transfer(places: Sequence[str], tuned: Sequence[Tuned]) -> list[dict[st
         found = {"source": source, "target": target, "score": score, "no_prompt": without}
         rows.append({**found, "gain": score - without, "lines": len(scores)})
     return rows
-
-
-def _has_results(path: Path) -> bool:
-    """Whether a file is a results.csv, by its header."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return "fit_id" in file.readline().strip().split(",")
 
 
 def _table_lines(path: Path) -> Iterator[_Line]:

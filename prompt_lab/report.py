@@ -236,6 +236,14 @@ class Comparison:
 # ---- reading -------------------------------------------------------------------------------------
 
 
+def is_result_file(path: Path) -> bool:
+    """Whether a file is a results.csv, by its header; a folder and nothing are none."""
+    if not path.is_file():
+        return False
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return "fit_id" in file.readline().strip().split(",")
+
+
 def find_results(places: Iterable[str | Path]) -> list[Path]:
     """The result files at some places, each once.
 

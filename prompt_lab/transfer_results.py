@@ -36,7 +36,7 @@ def read_transfer(places: Sequence[str]) -> Table:
         FileNotFoundError: a file, folder or prompt file that is not there.
         ValueError: a table that cannot be read, results of several settings, or no transfer.
     """
-    from prompt_lab.report import find_results, read_results
+    from prompt_lab.report import find_results, is_result_file, read_results
 
     entries: list[Entry] = []
     sizes: dict[str, float] = {}
@@ -44,7 +44,7 @@ def read_transfer(places: Sequence[str]) -> Table:
     notes: tuple[str, ...] = ()
     for place in places:
         path = PAPER_TABLE if place == PAPER else Path(place)
-        if path.is_dir() or _is_result_file(path):
+        if path.is_dir() or is_result_file(path):
             results += find_results([path])
             continue
         found, own_sizes = read_table(path)
@@ -55,14 +55,6 @@ def read_transfer(places: Sequence[str]) -> Table:
         entries += found
     table = make_table(entries, sizes)
     return Table(table.scores, table.baseline, table.sizes, (*notes, *table.notes))
-
-
-def _is_result_file(path: Path) -> bool:
-    """Whether a file is a results.csv, by its header."""
-    if not path.is_file():
-        return False
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return "fit_id" in file.readline().strip().split(",")
 
 
 def _results_entries(rows: Sequence[Row]) -> tuple[list[Entry], tuple[str, ...]]:
