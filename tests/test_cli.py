@@ -22,7 +22,7 @@ import yaml
 from prompt_lab import cli
 from prompt_lab.prompt_file import load_prompt
 from prompt_lab.results import read_csv
-from prompt_lab.sweep_command import make_trials, read_sweep
+from prompt_lab.sweep_command import Trial, make_trials, read_sweep
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SWEEPS = sorted((CONFIGS / "sweeps").glob("*.yaml"))
@@ -195,22 +195,59 @@ def test_the_settings_of_meta_prompt_tuning_are_an_algorithm_and_a_partition(alg
     assert config.model.init_args.optim.name == "adafactor"  # of the first file
 
 
+def shipped_trials(path: Path, folder: Path) -> list[Trial]:
+    """The trials of a grid; five of a search, drawn at random as a Bayesian search begins."""
+    content = yaml.safe_load(path.read_text())
+    if content["method"] == "bayes":
+        with pytest.raises(ValueError, match="method bayes needs the service"):
+            read_sweep(path)
+        path = folder / path.name
+        path.write_text(yaml.safe_dump(content | {"method": "random"}))
+    return make_trials(read_sweep(path), run_cap=None if content["method"] == "grid" else 5)
+
+
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_every_trial_of_a_shipped_sweep_is_parsed(path, monkeypatch):
+def test_every_trial_of_a_shipped_sweep_is_parsed(path, tmp_path, monkeypatch):
     monkeypatch.chdir(CONFIGS.parent)
-    trials = make_trials(read_sweep(path))
+    trials = shipped_trials(path, tmp_path)
     assert len(trials) > 1
     for trial in trials:
         assert trial.words[0] == "prompt-lab"
-        config = ParseOnly(list(trial.words[1:])).config.fit
-        assert config.test_after_fit
+        parsed = ParseOnly([*trial.words[1:], f"--run_dir={tmp_path}"]).config
+        config = parsed[parsed.subcommand]
+        assert parsed.subcommand == "test" or config.test_after_fit
         for name, value in trial.settings.items():
-            section, setting = name.split(".")
-            part = config[section]
-            parsed = part.get("init_args", part)[setting]
+            section, *settings = name.split(".")
+            found = config[section].get("init_args", config[section])
+            for setting in settings:
+                found = found[setting]
             if isinstance(value, dict):  # the rest of the mapping has its defaults
-                parsed = {key: parsed[key] for key in value}
-            assert parsed == value
+                found = {key: found[key] for key in value}
+            assert found == value
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_a_shipped_sweep_with_a_metric_logs_it_to_wandb_often_enough_for_hyperband(
+    path, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(CONFIGS.parent)
+    content = yaml.safe_load(path.read_text())
+    if content["method"] != "grid" or "metric" in content:
+        assert content["metric"] == {"name": "best/val_score", "goal": "maximize"}
+        config = ParseOnly(list(shipped_trials(path, tmp_path)[0].words[1:])).config.fit
+        assert config.trainer.logger.class_path.endswith("WandbLogger")
+        evaluations = config.trainer.max_steps // config.trainer.val_check_interval
+        assert content.get("early_terminate", {}).get("min_iter", 1) < evaluations
+
+
+def test_the_shipped_sweeps_cover_methods_and_searches():
+    contents = {path.stem: yaml.safe_load(path.read_text()) for path in SWEEPS}
+    assert {content["method"] for content in contents.values()} == {"grid", "random", "bayes"}
+    for stem in ("prompt_tuning", "intrinsic", "meta", "vectors"):
+        assert [name for name in contents if name.startswith(f"{stem}_")]
+    stopped = [content for content in contents.values() if "early_terminate" in content]
+    assert {content["early_terminate"]["type"] for content in stopped} == {"hyperband"}
+    assert {content["method"] for content in stopped} >= {"bayes"}
 
 
 @pytest.mark.parametrize("path", TUNING, ids=lambda path: path.stem)
