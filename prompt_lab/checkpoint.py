@@ -16,6 +16,8 @@ from prompt_lab.prompt_file import Prompt
 from prompt_lab.run import Run
 
 _TENSORS = ("init", "best", "best_score", "best_step")
+_DAMAGE = (UnpicklingError, OSError, RuntimeError, EOFError)
+_DAMAGE += (ValueError, LookupError, TypeError, AttributeError)
 
 
 def load_checkpoint(path: str | Path) -> list[Prompt]:
@@ -78,8 +80,8 @@ def read_pickle(path: str | Path) -> Any:
         raise FileNotFoundError(f"no file {path}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, OSError, RuntimeError, EOFError, ValueError, LookupError) as error:
+    except _DAMAGE as error:
         raise ValueError(
             f"{path}: not a file of tensors and plain values by torch.save, or damaged "
-            f"({type(error).__name__})"
+            f"({type(error).__name__}): give another file"
         ) from error

@@ -1,8 +1,14 @@
 """``fit``, ``validate`` and ``test``: LightningCLI with the traps taken out.
 
 Flags and files are LightningCLI's; what is different: everything of a run lands in ``--run_dir``;
-earlier work there is moved aside, not overwritten; a checkpoint never overrides flags; the saved
+earlier work there is moved aside, not overwritten; one process at a time has it; checkpoints are
+written whole or not at all; a checkpoint never overrides flags and is never unpickled; the saved
 config never aborts a second run; ``--dry_run`` shows the grid; errors are sentences.
+
+``model.class_path`` is one of the methods here or another subclass of ``PromptMethod``; ``data`` is
+always the package's. Callbacks, loggers, plugins and what else Lightning lets a config name may be
+any class of the right kind that can be imported: a config is to be read before it is run, like a
+program.
 """
 
 from __future__ import annotations
@@ -14,17 +20,21 @@ import re
 import sys
 import time
 import warnings
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import yaml
-from lightning.pytorch import Trainer
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
+from prompt_lab.atomic_file import held, write_atomically
 from prompt_lab.callbacks import EvaluationLines, SaveRunConfig, WandbCurves, flag_names
+from prompt_lab.checkpoint import read_pickle
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.methods.adapter_subspace import AdapterSubspace, AdapterTuning
 from prompt_lab.methods.attempt import Attempt
@@ -45,6 +55,49 @@ METHODS = {
 RUN_DIR_VARIABLE = "PROMPT_LAB_RUN_DIR"
 OUTPUTS = ("prompts", "checkpoints", "logs", "results.csv", "curves.csv", "predictions.jsonl")
 OUTPUTS += ("*.safetensors", "target_prompts", "attention.csv", "steps")
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Writes checkpoints whole or not at all, and reads nothing but tensors and plain values.
+
+    Lightning writes them to the system's folder for temporary files and moves them. Where that is
+    on another disk the move is a copy into place, of which a killed process leaves a part.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write to a draft beside the file; what is not on a disk, as Lightning does."""
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        content = BytesIO()
+        torch.save(checkpoint, content)
+        write_atomically(path, content.getvalue())
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = "cpu", weights_only: Any = None
+    ) -> Any:
+        """As Lightning's, whatever ``--weights_only`` says."""
+        return super().load_checkpoint(path, map_location, weights_only=True)
+
+
+class WriteWhatIsTrained(Callback):
+    """Lets a fit that was killed after its last step write what it was trained for.
+
+    Methods write at the end of training, and a resumed fit that has no step left never comes there.
+    """
+
+    trained = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that there is a step left."""
+        self.trained = True
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the method write, where it has not."""
+        if not self.trained:
+            pl_module.on_train_end()
 
 
 class PromptLabParser(LightningArgumentParser):
@@ -123,14 +176,21 @@ class PromptLabCLI(LightningCLI):
         """Keep the flags where a checkpoint holds other settings, and tell the differences.
 
         LightningCLI would silently take the checkpoint's.
+
+        Raises:
+            ValueError: a checkpoint that is not there, damaged, or not one of a fit.
         """
         config = self._settings
         self._resolve_checkpoint(config)
         path = config.get("ckpt_path")
         if not path:
             return
-        saved = torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {})
-        old = flag_names({k: v for k, v in saved.items() if not k.startswith("_")})
+        saved = read_pickle(path)
+        needed = ("state_dict", "hyper_parameters", "pytorch-lightning_version")
+        if not isinstance(saved, dict) or any(name not in saved for name in needed):
+            raise ValueError(f"{path} is not the checkpoint of a fit: leave --ckpt_path out")
+        settings = saved["hyper_parameters"].items()
+        old = flag_names({k: v for k, v in settings if not k.startswith("_")})
         dumped = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         new = flag_names(dumped[self.config.subcommand]["model"]["init_args"])
         changed = [f"{k} {old[k]!r} -> {new[k]!r}" for k in old if k in new and old[k] != new[k]]
@@ -178,8 +238,6 @@ class PromptLabCLI(LightningCLI):
         for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
             if logger and logger.init_args.get("save_dir") in (None, "."):
                 logger.init_args.save_dir = str(run_dir)
-        if command == "fit" and not config.get("ckpt_path") and not config.dry_run:
-            _set_aside(run_dir)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with one checkpoint that holds the last state."""
@@ -193,9 +251,30 @@ class PromptLabCLI(LightningCLI):
             )
             kwargs["callbacks"] = [
                 *(self.config_init[self.config.subcommand].trainer.callbacks or []),
-                checkpoint,
+                *(checkpoint, WriteWhatIsTrained()),
             ]
-        return super().instantiate_trainer(**kwargs)
+        made = super().instantiate_trainer(**kwargs)
+        if type(made.strategy.checkpoint_io) is TorchCheckpointIO:  # not one that the config names
+            made.strategy.checkpoint_io = AtomicCheckpoints()
+        return made
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the command while the first process of the job holds the run folder.
+
+        Raises:
+            ValueError: another process holds it.
+        """
+        config = self._settings
+        if rank_zero_only.rank != 0 or (subcommand == "fit" and config.dry_run):
+            super()._run_subcommand(subcommand)
+            return
+        run_dir = Path(config.trainer.default_root_dir)
+        with held(run_dir, "another prompt-lab fit, validate or test"):
+            for draft in run_dir.glob("checkpoints/.*.part"):  # of a process that was killed
+                draft.unlink()
+            if subcommand == "fit" and not config.get("ckpt_path"):
+                _set_aside(run_dir)
+            super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
         """With ``--dry_run``, print the grid and leave."""
@@ -215,7 +294,7 @@ def run(args: list[str] | None = None) -> int:
     _quieten()
     try:
         PromptLabCLI(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("PROMPT_LAB_TRACEBACK"):
             raise
         print(f"prompt-lab: {_reason(error)}", file=sys.stderr)
@@ -249,7 +328,7 @@ def _new_run_dir() -> str:
 def _set_aside(run_dir: Path) -> None:
     """Move the outputs of an earlier fit in the same folder to ``previous-N`` within it."""
     found = [path for name in OUTPUTS for path in sorted(run_dir.glob(name))]
-    if not found or rank_zero_only.rank != 0:
+    if not found:
         return
     number = 1
     while (run_dir / f"previous-{number}").exists():
@@ -291,6 +370,12 @@ def _plain_error(message: str) -> str:
     """A parser's message without its nested repetitions, with the nearest known name."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     text = " ".join(lines)
+    foreign = re.search(
+        r"subclass of PromptMethod.*Given value: (?:\{'class_path': ')?([\w.]+)", text
+    )
+    if foreign and "not correspond" in text:
+        known = f"{', '.join(METHODS)}, or the import path of another subclass of PromptMethod"
+        return f"{foreign[1]} is no method; allowed: {known}"
     unknown = re.search(r"import path string: (\w+)", text) or re.search(
         r"class_path.*?'(\w+)'", text
     )

@@ -241,7 +241,8 @@ def _model_facts(name: str) -> tuple[int, Literal["SEQ_2_SEQ_LM", "CAUSAL_LM"], 
     from prompt_lab.sandbox import ASSETS, SANDBOX
 
     try:
-        config: Any = AutoConfig.from_pretrained(ASSETS if name == SANDBOX else name)
+        path = ASSETS if name == SANDBOX else name
+        config: Any = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(

@@ -1,12 +1,15 @@
 """Finding and loading a model and its tokenizer, with a sentence for what can go wrong.
 
-What is run with them is in ``backbone.py``.
+Code that comes with a model is never run, and pickled weights are read as tensors alone. What is
+run with the model is in ``backbone.py``.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,8 +34,8 @@ def load_pretrained(name: str, dtype: str, attention: str) -> tuple[Any, Any]:
         attention: attention implementation of transformers.
 
     Raises:
-        ValueError: another dtype, no such model, a folder without tokenizer, an unsupported
-            architecture, or T5 in float16.
+        ValueError: another dtype, no such model, damaged files, a folder without tokenizer, an
+            unsupported architecture, one that needs code of its own, or T5 in float16.
     """
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
@@ -41,13 +44,11 @@ def load_pretrained(name: str, dtype: str, attention: str) -> tuple[Any, Any]:
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
     path = ASSETS if name == SANDBOX else name
-    try:
-        config = AutoConfig.from_pretrained(path)
-        refuse_unsupported(config.model_type, DTYPES[dtype], name)
-        _refuse_without_tokenizer(path)
-        return _load_model(path, config, attention), AutoTokenizer.from_pretrained(path)
-    except OSError as error:
-        raise ValueError(_missing_model(name, error)) from error
+    config = _read(name, AutoConfig.from_pretrained, path)
+    refuse_unsupported(config.model_type, DTYPES[dtype], name)
+    _refuse_without_tokenizer(path)
+    model = _load_model(name, path, config, attention)
+    return model, _read(name, AutoTokenizer.from_pretrained, path)
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -86,13 +87,38 @@ def _refuse_without_tokenizer(path: str | Path) -> None:
         )
 
 
-def _load_model(path: str | Path, config: Any, attention: str) -> PreTrainedModel:
+def _read(name: str, read: Callable[..., Any], path: str | Path, **settings: Any) -> Any:
+    """What transformers reads of a model, without running code that comes with it.
+
+    Raises:
+        ValueError: no such model, damaged files, or a model that needs such code.
+    """
+    try:
+        return read(path, trust_remote_code=False, **settings)
+    except OSError as error:
+        raise ValueError(_missing_model(name, error)) from error
+    except Exception as error:  # the libraries that read the files have kinds of their own
+        if "custom code" in str(error):
+            raise ValueError(
+                f"backbone {name!r} needs Python code that comes with it, which is never run: take "
+                f"a model of one of the types {', '.join(ENCODER_DECODER + DECODER_ONLY)}"
+            ) from error
+        reason = (str(error).strip().splitlines() or [""])[0]
+        if isinstance(error, UnpicklingError):  # whose words advise to run the code
+            reason = "pickled weights that hold more than tensors"
+        raise ValueError(
+            f"backbone {name!r} cannot be loaded ({type(error).__name__}: {reason}); if its files "
+            "are damaged or incomplete, get them again"
+        ) from error
+
+
+def _load_model(name: str, path: str | Path, config: Any, attention: str) -> PreTrainedModel:
     """The model in its published dtype, BLOOM with its own attention."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     chosen = {} if config.model_type == "bloom" else {"attn_implementation": attention}
-    return kind.from_pretrained(path, config=config, dtype="auto", **chosen)
+    return _read(name, kind.from_pretrained, path, config=config, dtype="auto", **chosen)
 
 
 def plain_generation(model: PreTrainedModel) -> GenerationConfig:

@@ -180,10 +180,15 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         with safe_open(str(path), "pt") as file:
             raw = file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"{path}: damaged or not a safetensors file ({error})") from error
+        raise ValueError(
+            f"{path}: damaged or not a safetensors file ({error}); get or make it again"
+        ) from error
     if raw.get("format") != "prompt_lab":
         raise ValueError(f"{path}: not a prompt file of prompt_lab (no such metadata)")
-    version = int(raw["format_version"])
+    try:
+        version = int(raw["format_version"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path}: damaged, no version of the format ({error!r})") from None
     if version > FORMAT_VERSION:
         raise ValueError(
             f"{path}: prompt file format {version}; this version of prompt_lab reads up to "
@@ -192,7 +197,14 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     lacking = [name for name in REQUIRED_FIELDS if name not in raw]
     if lacking:
         raise ValueError(f"{path}: the prompt file's metadata lacks {', '.join(lacking)}")
-    return {name: json.loads(raw[name]) for name in METADATA_FIELDS if name in raw}
+    try:
+        known = {name: json.loads(raw[name]) for name in METADATA_FIELDS if name in raw}
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged, its metadata is not JSON ({error})") from None
+    wrong = [name for name in REQUIRED_FIELDS if not isinstance(known[name], str)]
+    if wrong:
+        raise ValueError(f"{path}: damaged, {', '.join(wrong)} in its metadata is no text")
+    return known
 
 
 def check_backbone(prompt: Prompt, backbone: Backbone, where: str | Path) -> None:

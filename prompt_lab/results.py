@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prompt_lab.atomic_file import cell, write_atomically, write_csv
+from prompt_lab.atomic_file import cell, naming, write_atomically, write_csv
 
 RESULT_COLUMNS = (
     "fit_id",
@@ -75,20 +75,40 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
     Raises:
         FileNotFoundError: no such file.
+        ValueError: a file that is no text, or no CSV.
     """
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is damaged, or no CSV file ({error})") from None
 
 
 def start_curves(path: Path, step: int) -> None:
-    """Begin ``curves.csv``, keeping what a fit that is resumed at ``step`` has already written."""
-    kept = read_csv(path) if path.is_file() and step > 0 else []
-    write_csv(path, CURVE_COLUMNS, [row for row in kept if int(row["step"]) <= step])
+    """Begin ``curves.csv``, keeping what a fit that is resumed at ``step`` has already written.
+
+    Raises:
+        ValueError: a file that is damaged, but for a last line that a killed fit did not end.
+    """
+    lines = read_csv(path) if path.is_file() and step > 0 else []
+    if lines and None in lines[-1].values():
+        lines.pop()
+    try:
+        kept = [line for line in lines if int(line["step"]) <= step]
+        write_csv(path, CURVE_COLUMNS, kept)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error!r}): move it away to resume without the earlier curves"
+        ) from None
 
 
 def append_curves(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Add the lines of one evaluation to ``curves.csv``."""
-    with path.open("a", encoding="utf-8", newline="") as file:
+    """Add the lines of one evaluation to ``curves.csv``.
+
+    Raises:
+        OSError: naming the file: a full disk, a folder that cannot be written to.
+    """
+    with naming(path), path.open("a", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, CURVE_COLUMNS, lineterminator="\n")
         for row in rows:
             writer.writerow({name: cell(row.get(name)) for name in CURVE_COLUMNS})

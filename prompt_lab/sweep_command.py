@@ -28,14 +28,14 @@ import sys
 import time
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from prompt_lab.atomic_file import write_atomically, write_csv
+from prompt_lab.atomic_file import held, write_atomically, write_csv
 from prompt_lab.results import BASELINES, RESULT_COLUMNS, best_by_dev, read_csv
 
 READ_KEYS = ("name", "program", "command", "method", "parameters", "run_cap", "metric")
@@ -165,7 +165,7 @@ def sweep_command(
     program = _launched(trials[0].words)[0]
     if shutil.which(program) is None:
         raise ValueError(f"no program {program!r}: command begins with it in {file}")
-    with _locked(root) as lock:
+    with held(root, "another sweep, or by a trial that one left behind") as lock:
         return _run_all(sweep, trials, root, lock)
 
 
@@ -487,10 +487,19 @@ def trial_state(folder: Path) -> tuple[str, float | None]:
     Returns:
         ``done`` (ended with status 0), ``failed`` (another status), ``interrupted`` (started, did
         not end by itself) or ``not run``; the seconds of the first two.
+
+    Raises:
+        ValueError: a marker that is damaged.
     """
-    if (folder / MARKER).is_file():
-        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        return marker["state"], marker["seconds"]
+    path = folder / MARKER
+    if path.is_file():
+        try:
+            marker = json.loads(path.read_text(encoding="utf-8"))
+            return str(marker["state"]), float(marker["seconds"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error!r}): delete it to have the trial run or resumed"
+            ) from None
     return ("interrupted" if folder.is_dir() else "not run"), None
 
 
@@ -580,28 +589,6 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-@contextmanager
-def _locked(root: Path) -> Iterator[int]:
-    """Hold the folder of a sweep; gives the descriptor of the lock file."""
-    import fcntl
-
-    root.mkdir(parents=True, exist_ok=True)
-    lock = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            process = os.pread(lock, 20, 0).decode() or "not started yet"
-            raise ValueError(
-                f"{root} is in use by another sweep, or by a trial that one left behind (process "
-                f"{process}): wait for it or stop it, or give another --run_dir"
-            ) from None
-        os.truncate(lock, 0)
-        yield lock
-    finally:
-        os.close(lock)
-
-
 # ---- what is told --------------------------------------------------------------------------------
 
 
@@ -614,13 +601,22 @@ def read_scores(folder: Path) -> tuple[float | None, float | None]:
     Returns:
         The scores in ``results.csv``; without it those that a fit keeps in its prompt store, which
         has no test score unless the prompts were tested. None where there is no score.
+
+    Raises:
+        ValueError: a file that is damaged.
     """
-    rows = [row for row in _rows(folder / "results.csv") if row["variant"] not in BASELINES]
-    if not rows:
-        index = _rows(folder / "prompts" / "index.csv")
-        rows = [{**row, "dev": row["dev_score"], "test": row["test_score"]} for row in index]
-    best = best_by_dev(rows)
-    dev, test = ([float(row[key]) for row in best if row[key]] for key in ("dev", "test"))
+    try:
+        rows = [row for row in _rows(folder / "results.csv") if row["variant"] not in BASELINES]
+        if not rows:
+            index = _rows(folder / "prompts" / "index.csv")
+            rows = [{**row, "dev": row["dev_score"], "test": row["test_score"]} for row in index]
+        best = best_by_dev(rows)
+        dev, test = ([float(row[key]) for row in best if row[key]] for key in ("dev", "test"))
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"{folder}: results.csv or prompts/index.csv there is damaged ({error!r}): delete "
+            f"{MARKER} beside it to have the trial run again"
+        ) from None
     return statistics.mean(dev) if dev else None, statistics.mean(test) if test else None
 
 
