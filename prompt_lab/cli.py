@@ -43,7 +43,7 @@ from prompt_lab.methods.intrinsic_subspace import IntrinsicSubspace
 from prompt_lab.methods.meta_prompt import MetaPrompt
 from prompt_lab.methods.prompt_method import PromptMethod
 from prompt_lab.methods.prompt_tuning import PromptTuning
-from prompt_lab.methods.vector_arithmetic import VectorArithmetic
+from prompt_lab.methods.vector_arithmetic import SCALES, VectorArithmetic
 
 METHODS = {
     kind.__name__: kind
@@ -54,7 +54,7 @@ METHODS = {
 }
 RUN_DIR_VARIABLE = "PROMPT_LAB_RUN_DIR"
 OUTPUTS = ("prompts", "checkpoints", "logs", "results.csv", "curves.csv", "predictions.jsonl")
-OUTPUTS += ("*.safetensors", "target_prompts", "attention.csv", "steps")
+OUTPUTS += ("*.safetensors", "target_prompts", "attention.csv", "steps", SCALES)
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -198,6 +198,13 @@ class PromptLabCLI(LightningCLI):
             print(f"the checkpoint had other settings: {', '.join(changed)}", file=sys.stderr)
 
     @property
+    def _starts_anew(self) -> bool:
+        """Whether the command makes its own results, and reads no run folder of an earlier one."""
+        command = self.config.subcommand
+        method = str(self._settings.model.class_path).rpartition(".")[2]
+        return command == "fit" or (command == "test" and method == VectorArithmetic.__name__)
+
+    @property
     def _settings(self) -> Any:
         """The settings of the command."""
         return self.config[self.config.subcommand]
@@ -228,7 +235,7 @@ class PromptLabCLI(LightningCLI):
         trainer = config.trainer
         if trainer.default_root_dir is not None:
             raise ValueError("use --run_dir instead of --trainer.default_root_dir")
-        if command != "fit" and config.run_dir is None:
+        if not self._starts_anew and config.run_dir is None:
             raise ValueError(f"{command} needs --run_dir, the folder of the fit")
         run_dir = Path(config.run_dir or _new_run_dir())
         os.environ[RUN_DIR_VARIABLE] = str(run_dir)  # for the processes that DDP starts
@@ -272,7 +279,8 @@ class PromptLabCLI(LightningCLI):
         with held(run_dir, "another prompt-lab fit, validate or test"):
             for draft in run_dir.glob("checkpoints/.*.part"):  # of a process that was killed
                 draft.unlink()
-            if subcommand == "fit" and not config.get("ckpt_path"):
+            is_new_fit = subcommand == "fit" and not config.get("ckpt_path")
+            if is_new_fit or (subcommand == "test" and (run_dir / SCALES).is_file()):
                 _set_aside(run_dir)
             super()._run_subcommand(subcommand)
 
@@ -326,7 +334,7 @@ def _new_run_dir() -> str:
 
 
 def _set_aside(run_dir: Path) -> None:
-    """Move the outputs of an earlier fit in the same folder to ``previous-N`` within it."""
+    """Move the outputs of an earlier run in the same folder to ``previous-N`` within it."""
     found = [path for name in OUTPUTS for path in sorted(run_dir.glob(name))]
     if not found:
         return
@@ -337,10 +345,9 @@ def _set_aside(run_dir: Path) -> None:
     target.mkdir()
     for path in [*found, *run_dir.glob("config-*.yaml"), *run_dir.glob("digests.json")]:
         path.rename(target / path.name)
-    print(
-        f"{run_dir} held an earlier run, now in {target} (to resume it instead: --ckpt_path last)",
-        file=sys.stderr,
-    )
+    is_fit = (target / "checkpoints").is_dir()
+    hint = " (to resume it instead: --ckpt_path last)" if is_fit else ""
+    print(f"{run_dir} held an earlier run, now in {target}{hint}", file=sys.stderr)
 
 
 def _csv_logger(run_dir: Path) -> Any:

@@ -560,6 +560,13 @@ def test_the_configs_run_from_fit_to_test(command, capsys, monkeypatch):
     run_dir = Path(words[2].removeprefix("--run_dir="))
     (of_cola, *_) = [r for r in read_csv(run_dir / "results.csv") if r["variant"] == "vectors"]
     assert of_cola["expression"] == "- glue-sst2"
+    before = {path.name for path in (run_dir / "prompts").iterdir()}
+    assert cli.run([*words[:-1], "--model.expressions=['glue-sst2 - glue-cola']"]) == 0
+    assert {path.name for path in (run_dir / "previous-1" / "prompts").iterdir()} == before
+    files = {row["prompt_file"] for row in read_csv(run_dir / "results.csv")} - {""}
+    assert {path.name for path in (run_dir / "prompts").glob("*.safetensors")} == {
+        Path(file).name for file in files
+    }
     with (run_dir.parent / "cross" / "results.csv").open() as file:
         assert {"expression", "scale"} <= set(next(csv.reader(file)))
 

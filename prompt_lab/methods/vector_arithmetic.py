@@ -63,6 +63,9 @@ ROUNDING = 1e-9
 
 NO_FIT = "VectorArithmetic trains nothing: use prompt-lab test (or validate, for dev alone)"
 
+SCALES = "scales.csv"
+"""The file of a test's folder with the dev score of every value of lambda."""
+
 SCALE_COLUMNS = (
     *("expression", "variant", "task", "sample", "init_seed", "initialised"),
     *("scale", "dev", "chosen"),
@@ -606,7 +609,7 @@ class VectorArithmetic(PromptMethod):
                 | {"chosen": t.scale == best[t.of]}
                 for t, score in dev.items()
             )
-            write_csv(self.run_dir / "scales.csv", SCALE_COLUMNS, rows)
+            write_csv(self.run_dir / SCALES, SCALE_COLUMNS, rows)
 
     # ---- results --------------------------------------------------------------------------------
 
