@@ -264,7 +264,10 @@ def _read_metadata(path: str | Path) -> dict[str, Any]:
     if kind != FORMAT:
         found = "a prompt file" if kind == "prompt_lab" else "no such metadata"
         raise ValueError(f"{path}: not a subspace file of prompt_lab ({found})")
-    version = int(raw.pop("format_version"))
+    try:
+        version = int(raw.pop("format_version"))
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path}: damaged, no version of the format ({error!r})") from None
     if version > FORMAT_VERSION:
         raise ValueError(
             f"{path}: subspace file format {version}; this version of prompt_lab reads up to "
@@ -273,7 +276,10 @@ def _read_metadata(path: str | Path) -> dict[str, Any]:
     lacking = [name for name in (*SIZES, *REQUIRED) if name not in raw]
     if lacking:
         raise ValueError(f"{path}: the subspace file's metadata lacks {', '.join(lacking)}")
-    return {name: json.loads(value) for name, value in raw.items()}
+    try:
+        return {name: json.loads(value) for name, value in raw.items()}
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged, its metadata is not JSON ({error})") from None
 
 
 def _check_use(

@@ -287,6 +287,20 @@ def test_a_newer_format_and_lacking_metadata_are_refused(written: Path) -> None:
         load_subspace(written)
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"format_version": None}, "damaged, no version of the format"),
+        ({"format_version": "one"}, "damaged, no version of the format"),
+        ({"backbone": "{"}, "damaged, its metadata is not JSON"),
+    ],
+)
+def test_damaged_metadata_is_told(written: Path, changes: dict[str, str], reason: str) -> None:
+    rewrite(written, **changes)
+    with pytest.raises(ValueError, match=reason):
+        load_subspace(written)
+
+
 def test_shapes_that_disagree_with_the_metadata_are_refused(written: Path) -> None:
     rewrite(written, intrinsic_dim="4")
     with pytest.raises(ValueError, match=r"damaged: tensors .*\(3, 24\).*mean .*\(4, 24\)"):

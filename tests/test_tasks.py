@@ -169,6 +169,7 @@ def test_sandbox_rows_are_part_of_the_table(
         ("mine: ACC", "row 'mine': must be a mapping"),
         ("yes: {metric: ACC}", "row True: the name is not text but bool; quote it"),
         ("a/b: {metric: ACC}", "row 'a/b': a name is also a folder name"),
+        ("..: {metric: ACC}", "row '..': a name is also a folder name"),
         ("glue-sst2: {metric: ACC}", "row 'glue-sst2': the package already has a task"),
         ("mine: {metric: ACC}\nmine: {metric: EM}", "row 'mine': the name occurs twice"),
         ("- mine", "must hold rows of the form"),

@@ -189,8 +189,11 @@ def _parse_row(name: object, row: object) -> Task:
     """Check one row; the error says the reason only."""
     if not isinstance(name, str):
         raise ValueError(f"the name is not text but {type(name).__name__}; quote it")
-    if not name or "/" in name or name != name.strip():
-        raise ValueError("a name is also a folder name: no slash, no spaces around it, not empty")
+    if not name or set("/\\") & set(name) or name.startswith(".") or name != name.strip():
+        raise ValueError(
+            "a name is also a folder name: no slash, no dot at its start, no spaces around it, not "
+            "empty"
+        )
     if not isinstance(row, dict):
         raise ValueError("must be a mapping such as {metric: ACC, labels: [good, bad]}")
     unknown = [str(key) for key in row if key not in _KEYS]
