@@ -130,22 +130,14 @@ def _check_alike(rows: Sequence[Row], starts: Mapping[str, str]) -> None:
                 f"the transfer runs differ in {column}: {', '.join(values)}; give the result files "
                 "of one"
             )
-    shots: dict[str, set[str]] = {}
-    for row in rows:
-        shots.setdefault(row.cells["task"], set()).add(row.cells["shots"])
-    several = [f"{task} ({', '.join(sorted(own))})" for task, own in shots.items() if len(own) > 1]
-    if several:
-        raise ValueError(
-            f"the transfer runs of a task differ in shots: {'; '.join(several)}; give the result "
-            "files of one"
-        )
-    ways: dict[str, set[str]] = {}
-    for row in rows:
-        if starts[row.cells["initialised"]] == NO_TRANSFER:
-            ways.setdefault(row.cells["task"], set()).add(row.cells["initialised"])
-    plain = [f"{task} ({', '.join(sorted(own))})" for task, own in ways.items() if len(own) > 1]
-    if plain:
-        raise ValueError(
-            f"a task has several starts without transfer: {'; '.join(plain)}; give the result "
-            "files of one"
-        )
+    alone = [row for row in rows if starts[row.cells["initialised"]] == NO_TRANSFER]
+    for what, column, own in (
+        ("the transfer runs of a task differ in shots", "shots", rows),
+        ("a task has several starts without transfer", "initialised", alone),
+    ):
+        found: dict[str, set[str]] = {}
+        for row in own:
+            found.setdefault(row.cells["task"], set()).add(row.cells[column])
+        several = [f"{x} ({', '.join(sorted(ways))})" for x, ways in found.items() if len(ways) > 1]
+        if several:
+            raise ValueError(f"{what}: {'; '.join(several)}; give the result files of one")

@@ -20,6 +20,8 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from prompt_lab.backbone import Backbone
 
 HIDDEN = 32
@@ -217,3 +219,47 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
+    """The figures by name, which are kept here instead of being written."""
+    from prompt_lab import plots
+
+    kept: dict[str, Figure] = {}
+
+    def keep(figure: Figure, stem: Path) -> list[Path]:
+        """Stands in for `save_figure`."""
+        kept[stem.name] = figure
+        return []
+
+    monkeypatch.setattr(plots, "save_figure", keep)
+    return kept
+
+
+def result_line(**given: Any) -> dict[str, Any]:
+    """A line of ``results.csv``, of a tuned prompt unless other cells are given."""
+    cells = {
+        "fit_id": "a1",
+        "method": "PromptTuning",
+        "variant": "tuned",
+        "stage": "test",
+        "backbone": "t5-base",
+        "sample": 100,
+        "shots": 16,
+        "init_seed": 0,
+        "order_seed": 0,
+        "initialised": "vocab 5000",
+        "num_virtual_tokens": 100,
+        "optimizer": "adamw",
+        "learning_rate": 0.3,
+        "batch_size": 8,
+        "decoding": "score",
+        "metric": "ACC",
+        "metric_variant": "crossfit",
+        "dev": 0.5,
+        "test": 0.5,
+        "status": "finished",
+        "version": "0.1.0",
+    }
+    return cells | given

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import result_line
 
 from prompt_lab import offline
 from prompt_lab.adaptation_curves import Curve, adaptation, read_curves
@@ -40,32 +41,9 @@ def run(
     initialised: str = PLAIN, test: float | None = 0.5, task: str = "emo", **given: Any
 ) -> Cells:
     """A line of results of prompt tuning."""
-    cells = {
-        "fit_id": "a1",
-        "method": "PromptTuning",
-        "variant": "tuned",
-        "stage": "test",
-        "backbone": "t5-large",
-        "task": task,
-        "ontology": KIND.get(task, "other/x"),
-        "sample": "100",
-        "shots": 16,
-        "init_seed": 0,
-        "order_seed": 0,
-        "initialised": initialised,
-        "num_virtual_tokens": 100,
-        "optimizer": "adamw",
-        "learning_rate": 0.3,
-        "batch_size": 8,
-        "decoding": "score",
-        "metric": "ACC",
-        "metric_variant": "crossfit",
-        "dev": 0.5,
-        "test": test,
-        "status": "finished",
-        "version": "0.1.0",
-    }
-    cells |= given
+    own = {"backbone": "t5-large", "sample": "100", "initialised": initialised, "test": test}
+    own |= {"task": task, "ontology": KIND.get(task, "other/x")}
+    cells = result_line(**own | given)
     name = f"{cells['task']}_{cells['sample']}_seed{cells['init_seed']}_lr0.3_bs8"
     is_prompt = cells["method"] == "PromptTuning"
     return {"prompt_file": f"prompts/{name}.safetensors" if is_prompt else "", **cells}

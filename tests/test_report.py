@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import result_line
 from lightning.pytorch import Trainer
 
 from prompt_lab import offline
@@ -47,31 +48,7 @@ ONTOLOGY = {
 
 def row(**given: Any) -> Cells:
     """A line of results of prompt tuning."""
-    cells = {
-        "fit_id": "a1",
-        "method": "PromptTuning",
-        "variant": "tuned",
-        "stage": "test",
-        "backbone": "t5-base",
-        "task": "boolq",
-        "sample": 13,
-        "shots": 16,
-        "init_seed": 0,
-        "order_seed": 0,
-        "initialised": "vocab 5000",
-        "num_virtual_tokens": 100,
-        "optimizer": "adamw",
-        "learning_rate": 0.3,
-        "batch_size": 8,
-        "decoding": "score",
-        "metric": "ACC",
-        "metric_variant": "crossfit",
-        "dev": 0.5,
-        "test": 0.5,
-        "status": "finished",
-        "version": "0.1.0",
-    }
-    cells |= given
+    cells = result_line(**{"task": "boolq", "sample": 13} | given)
     return {"ontology": ONTOLOGY[cells["task"]], **cells}
 
 

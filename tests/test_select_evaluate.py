@@ -19,7 +19,7 @@ from scipy.stats import bootstrap
 from test_plots import assert_readable
 from test_select_command import D, Encoder, N, command, data, prompt, rows, save
 
-from prompt_lab import plots, select_command
+from prompt_lab import select_command
 from prompt_lab.atomic_file import write_csv
 from prompt_lab.results import RESULT_COLUMNS, read_csv
 
@@ -291,20 +291,6 @@ def seeded(name: str = "t.csv") -> str:
             lines += [f"{source},{target},{score},{seed}" for seed, score in enumerate(scores)]
     Path(name).write_text("\n".join(lines))
     return name
-
-
-@pytest.fixture
-def pictures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
-    """The figures by name, which are kept here instead of being written."""
-    kept: dict[str, Figure] = {}
-
-    def keep(figure: Figure, stem: Path) -> list[Path]:
-        """Stands in for `save_figure`."""
-        kept[stem.name] = figure
-        return []
-
-    monkeypatch.setattr(plots, "save_figure", keep)
-    return kept
 
 
 def interval(values: list[float]) -> tuple[float, float]:

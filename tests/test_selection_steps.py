@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from test_select_command import D, N, command, prompt, save
 
-from prompt_lab import plots
 from prompt_lab.prompt_file import Prompt
 from prompt_lab.results import read_csv
 from prompt_lab.selection_steps import StepPrompt, find_steps, own_scores
@@ -27,20 +25,6 @@ FIT = "runs/fit"
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def pictures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
-    """The figures by name, which are kept here instead of being written."""
-    kept: dict[str, Figure] = {}
-
-    def keep(figure: Figure, stem: Path) -> list[Path]:
-        """Stands in for `save_figure`."""
-        kept[stem.name] = figure
-        return []
-
-    monkeypatch.setattr(plots, "save_figure", keep)
-    return kept
 
 
 def drawn(*seeds: int) -> torch.Tensor:

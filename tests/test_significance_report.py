@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import result_line
 from scipy.stats import ttest_ind, ttest_rel
 
 from prompt_lab import offline
@@ -32,32 +33,8 @@ PLAIN, VECTORS = "vocab 5000", "vectors glue-qnli + glue-mnli"
 
 def line(initialised: str, test: float | None, **given: Any) -> Cells:
     """A line of results of prompt tuning."""
-    cells = {
-        "fit_id": "a1",
-        "method": "PromptTuning",
-        "variant": "tuned",
-        "stage": "test",
-        "backbone": "t5-base",
-        "task": "scitail",
-        "ontology": "cls/nli",
-        "sample": 100,
-        "shots": 16,
-        "init_seed": 0,
-        "order_seed": 0,
-        "initialised": initialised,
-        "num_virtual_tokens": 100,
-        "optimizer": "adamw",
-        "learning_rate": 0.3,
-        "batch_size": 8,
-        "decoding": "score",
-        "metric": "ACC",
-        "metric_variant": "crossfit",
-        "dev": 0.5,
-        "test": test,
-        "status": "finished",
-        "version": "0.1.0",
-    }
-    return cells | given
+    own = {"task": "scitail", "ontology": "cls/nli", "initialised": initialised, "test": test}
+    return result_line(**own | given)
 
 
 def runs(initialised: str, tests: Iterable[float | None], **given: Any) -> list[Cells]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import result_line
 from scipy.stats import ttest_rel
 
 from prompt_lab import offline
@@ -34,30 +35,11 @@ SEEDS = (0, 1, 2)
 
 def line(variant: str, task: str, test: float | None, **given: Any) -> Cells:
     """A line of results of VectorArithmetic."""
-    cells = {
-        "fit_id": "a1",
-        "method": "VectorArithmetic",
-        "variant": variant,
-        "stage": "test",
-        "backbone": "t5-base",
-        "task": task,
-        "ontology": "cls/other",
-        "sample": 100,
-        "shots": 16,
-        "init_seed": 0,
-        "initialised": "vocab 5000",
-        "expression": "" if variant == "initial_prompt" else task,
-        "scale": 0 if variant == "initial_prompt" else 1,
-        "num_virtual_tokens": 100,
-        "decoding": "score",
-        "metric": "ACC",
-        "metric_variant": "crossfit",
-        "dev": 0.5,
-        "test": test,
-        "status": "finished",
-        "version": "0.1.0",
-    }
-    cells |= given
+    is_sum = variant != "initial_prompt"
+    cells = dict.fromkeys(("order_seed", "optimizer", "learning_rate", "batch_size"))
+    cells |= {"method": "VectorArithmetic", "variant": variant, "task": task, "test": test}
+    cells |= {"ontology": "cls/other", "expression": task if is_sum else "", "scale": int(is_sum)}
+    cells = result_line(**cells | given)
     return {"prompt_file": f"prompts/{variant}-{task}.safetensors", **cells}
 
 

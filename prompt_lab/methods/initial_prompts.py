@@ -120,18 +120,25 @@ class InitConfig:
             FileNotFoundError: a store that is not there.
             ValueError: tasks without a prompt in the store.
         """
-        return [self._describe_run(run) for run in runs]
+        found: dict[Run, str] = {}
+        for seed in dict.fromkeys(run.init_seed for run in runs):
+            own = [run for run in runs if run.init_seed == seed]
+            found |= zip(own, self.of_seed(seed)._describe_starts(own), strict=True)
+        return [found[run] for run in runs]
 
-    def _describe_run(self, run: Run) -> str:
-        """The start of one run in a few words; of a store, what its file says to call it."""
-        config = self.of_seed(run.init_seed)
-        path = Path(config.path or "")
-        if config.name != "file" or not path.is_dir() or is_peft(path):
-            return config.describe()
-        (file,) = source_files(path, [run])
-        alone = replace(config, path=str(file), source_tasks=None)
-        is_told = run.source or alone.learned_from().get("origin")
-        return alone.describe() if is_told else config.describe()
+    def _describe_starts(self, runs: Sequence[Run]) -> list[str]:
+        """The starts of runs from one path; from a store, what the run's file says to call it."""
+        path = Path(self.path or "")
+        if self.name != "file" or not path.is_dir() or is_peft(path):
+            return [self.describe()] * len(runs)
+        files = source_files(path, runs)
+        alone = {file: replace(self, path=str(file), source_tasks=None) for file in set(files)}
+        told = {file: one.describe() for file, one in alone.items()}
+        named = {file for file, one in alone.items() if one.learned_from().get("origin")}
+        return [
+            told[file] if run.source or file in named else self.describe()
+            for run, file in zip(runs, files, strict=True)
+        ]
 
     def learned_from(self) -> dict[str, Any]:
         """Metadata of the prompt file that all prompts start from; empty where there is none."""

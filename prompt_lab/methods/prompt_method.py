@@ -325,12 +325,17 @@ class PromptMethod(LightningModule):
         steps, interval = self.trainer.max_steps, self.trainer.val_check_interval
         if steps < 1:
             raise ValueError("trainer.max_steps is not set: give the number of optimizer steps")
-        every = interval if isinstance(interval, int) else max(1, int(steps * interval))
-        if steps % every:
+        if steps % self.steps_between_evaluations:
             raise ValueError(
                 f"trainer.max_steps {steps} is not a multiple of trainer.val_check_interval "
                 f"{interval}, so the last steps would not be evaluated: change one of them"
             )
+
+    @property
+    def steps_between_evaluations(self) -> int:
+        """The interval of evaluations in steps; as a share it is one of the whole budget."""
+        steps, interval = self.trainer.max_steps, self.trainer.val_check_interval
+        return interval if isinstance(interval, int) else max(1, int(steps * interval))
 
     def evaluation_steps(self, split: SplitName, live: Callable[[], list[int]]) -> EvaluationSteps:
         """Evaluation batches on one split."""

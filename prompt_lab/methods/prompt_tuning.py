@@ -192,8 +192,7 @@ class PromptTuning(PromptMethod):
         Raises:
             ValueError: naming them.
         """
-        steps, interval = self.trainer.max_steps, self.trainer.val_check_interval
-        every = interval if isinstance(interval, int) else max(1, int(steps * interval))
+        steps, every = self.trainer.max_steps, self.steps_between_evaluations
         never = [step for step in self.save_steps if step % every or not 0 < step <= steps]
         if never:
             raise ValueError(
