@@ -16,7 +16,7 @@ LAYERS = {
     0: "atomic_file prompts prompt_file peft_format checkpoint "
     "subspace fastfood optim meta_gradient arithmetic similarity "
     "selection transfer_table interpretation metrics statistics batch run results "
-    "candidates training_forward metric_names attention_mixture",
+    "candidates run_shares training_forward metric_names attention_mixture",
     1: "backbone pretrained prompt_cache bank adapters data sandbox",
     2: "methods exchange",
     3: "plots report gain_report adaptation_curves report_command callbacks predict_command "

@@ -135,7 +135,7 @@ class _AdapterMethod(PromptTuning):
     def summary(self) -> str:
         """What is trained, in a few words."""
         return (
-            f"{len(self.runs)} codes of {self.map.intrinsic_dim} numbers for "
+            f"{len(self.all_runs)} codes of {self.map.intrinsic_dim} numbers for "
             f"{self.map.hidden_size:,} adapter weights"
         )
 
@@ -254,6 +254,7 @@ class AdapterSubspace(_AdapterMethod):
     """
 
     frozen = ("backbone.",)
+    independent_runs = False
 
     def __init__(
         self,

@@ -1,7 +1,8 @@
 """One pass over dev or test: the answers of every run, its scores, and the files of a test.
 
 Metric states are tensors that sum over ranks, each row answered by one rank, so scores are those of
-one process however the rows are shared.
+one process however the rows are shared. Where whole runs are shared, each rank scores its own, and
+what is written is joined in the order of the grid.
 """
 
 from __future__ import annotations
@@ -55,8 +56,14 @@ class Evaluation:
     def _metric(self, key: Key, prompts: int) -> BankMetric:
         """The metric of a task's sample for so many prompts."""
         task, rows = self.method.datamodule.tasks[key[0]], self.references(key)
-        variant = self.method.metric_variant
-        metric = BankMetric(task.metric, prompts, rows, task.labels, variant)
+        metric = BankMetric(
+            task.metric,
+            prompts,
+            rows,
+            task.labels,
+            self.method.metric_variant,
+            sync_on_compute=not self.method.shares.divided,
+        )
         return metric.to(self.method.device)
 
     def references(self, key: Key) -> list[list[str]]:
@@ -97,7 +104,7 @@ class Evaluation:
 
     def report(self, scores: Tensor, stage: str) -> None:
         """Print the table; on ``test`` also write results, predictions and scored prompts."""
-        rows = self._result_rows(scores, stage)
+        rows = self.method.shares.join(self._result_rows(scores, stage))
         if stage == "test":
             if self.method.test_baselines:
                 rows += self._baseline_rows()
@@ -117,7 +124,7 @@ class Evaluation:
             print(f"{kept} are in {self.method.run_dir}", flush=True)
 
     def _result_rows(self, scores: Tensor, stage: str) -> list[dict[str, Any]]:
-        """A line of results per run."""
+        """A line of results per own run."""
         lines = []
         for i, prompt in enumerate(self.method.best_prompts()):
             run = self.method.runs[i]
@@ -176,14 +183,16 @@ class Evaluation:
         for variant in ("no_prompt", "initial_prompt"):
             chosen = self._distinct(by_start=variant == "initial_prompt")
             scores = self._score_variant(variant, chosen)
+            own: list[dict[str, Any] | None] = [None] * len(self.method.runs)
             for i in chosen:
                 run = self.method.runs[i]
                 line = self._common((run.task, run.sample), "test") | {"variant": variant}
                 if variant == "initial_prompt":
                     line["init_seed"] = run.init_seed
                     line["initialised"] = initialised[i]
-                lines.append(line | {"test": scores[i].item()})
-        for key in self.members:
+                own[i] = line | {"test": scores[i].item()}
+            lines += [line for line in self.method.shares.join(own) if line is not None]
+        for key in dict.fromkeys((run.task, run.sample) for run in self.method.all_runs):
             task, variant = self.method.datamodule.tasks[key[0]], self.method.metric_variant
             test = self.references(key)
             train = self.method.datamodule.splits[key]["train"].references
@@ -195,12 +204,13 @@ class Evaluation:
         return lines
 
     def _distinct(self, by_start: bool) -> list[int]:
-        """One run per (task, sample), or per (task, sample, initial seed, source)."""
+        """Own runs among one per (task, sample), or per (task, sample, initial seed, source)."""
         first: dict[tuple[Any, ...], int] = {}
-        for i, run in enumerate(self.method.runs):
+        for place, run in enumerate(self.method.all_runs):
             start = (run.init_seed, run.source) if by_start else ()
-            first.setdefault((run.task, run.sample, *start), i)
-        return list(first.values())
+            first.setdefault((run.task, run.sample, *start), place)
+        chosen = set(first.values())
+        return [i for i, place in enumerate(self.method.shares.own) if place in chosen]
 
     def _score_variant(self, variant: str, chosen: list[int]) -> Tensor:
         """Scores (R,) of chosen runs with no prompt or with their initial prompt."""
@@ -217,9 +227,15 @@ class Evaluation:
         import json
 
         method = self.method
-        own = [(method.answer_variant(p[0]), *p) for p in self.predictions]
-        baselines = self.baseline_predictions.items()
-        gathered = _gather(own + [(variant, *p) for variant, found in baselines for p in found])
+        found = [(method.answer_variant(p[0]), *p) for p in self.predictions]
+        for variant, others in self.baseline_predictions.items():
+            found += [(variant, *p) for p in others]
+        places = method.shares.own
+        gathered = _gather([(variant, places[i], *answer) for variant, i, *answer in found])
+        if method.stores_prompts:
+            method.save_prompts(
+                PromptStore(Path(method.run_dir) / "prompts"), method.best_prompts(scores)
+            )
         if not method.trainer.is_global_zero:
             return
         folder = Path(method.run_dir)
@@ -227,13 +243,11 @@ class Evaluation:
         write_predictions(folder / "predictions.jsonl", map(self._prediction, sorted(gathered)))
         digests = json.dumps(method.digests(), indent=1)
         write_atomically(folder / "digests.json", digests.encode())
-        if method.stores_prompts:
-            PromptStore(folder / "prompts").save(method.best_prompts(scores))
 
     def _prediction(self, found: tuple[str, int, int, str]) -> dict[str, Any]:
         """One line of the predictions file."""
-        variant, i, row, text = found
-        run = self.method.runs[i]
+        variant, place, row, text = found
+        run = self.method.all_runs[place]
         return {
             "variant": variant,
             "run": run.name,

@@ -28,9 +28,10 @@ from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.data.files import SplitName
 from prompt_lab.data.tasks import Task
 from prompt_lab.methods.evaluation import Evaluation
-from prompt_lab.prompt_file import Prompt
+from prompt_lab.prompt_file import Prompt, PromptStore
 from prompt_lab.results import summary_table
 from prompt_lab.run import Run
+from prompt_lab.run_shares import RunShares
 from prompt_lab.sandbox import SANDBOX
 
 Made = TypeVar("Made")
@@ -89,7 +90,8 @@ class PromptMethod(LightningModule):
         metric_variant: ``crossfit`` computes metrics as CrossFit does, ``corrected`` without traps.
 
     Attributes:
-        runs: what each prompt of the bank is for; empty before :meth:`setup`.
+        runs: what each prompt of the bank is for; empty before :meth:`setup`. Where processes share
+            whole runs, those of this process.
         evaluation: the pass over dev or test that is going on.
         init: (R, N, D) the prompts that the runs start from.
         seconds: () wall-clock seconds of the fit so far.
@@ -137,7 +139,7 @@ class PromptMethod(LightningModule):
 
     def summary(self) -> str:
         """What is trained, in a few words."""
-        return f"{len(self.runs)} runs of {self.num_virtual_tokens} virtual tokens"
+        return f"{len(self.all_runs)} runs of {self.num_virtual_tokens} virtual tokens"
 
     def result_facts(self, run: int) -> dict[str, Any]:
         """What the results say of how a run was trained, beside or instead of its prompt's word."""
@@ -160,6 +162,39 @@ class PromptMethod(LightningModule):
         raise ValueError(
             f"{type(self).__name__} has no --dry_run: for a look use a small trainer.max_steps"
         )
+
+    # ---- processes ------------------------------------------------------------------------------
+
+    @property
+    def shares(self) -> RunShares:
+        """Which process has which runs: here, each has all of them."""
+        return RunShares([list(range(len(self.runs)))])
+
+    @property
+    def all_runs(self) -> list[Run]:
+        """The runs of all processes."""
+        return self.runs
+
+    @property
+    def row_share(self) -> tuple[int, int]:
+        """Which share of the rows is this process's, and how many there are."""
+        if self.shares.divided:
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size
+
+    def over_ranks(self, values: Tensor) -> Tensor:
+        """Sum over the processes that share rows."""
+        if self.row_share[1] == 1:
+            return values
+        return self.trainer.strategy.reduce(values.clone(), reduce_op="sum")
+
+    def save_prompts(self, store: PromptStore, prompts: Iterable[Prompt | None]) -> None:
+        """Write the prompts of all processes, by the first one; None leaves a run out."""
+        joined = (prompt for prompt in self.shares.stream(prompts) if prompt is not None)
+        if self.trainer.is_global_zero:
+            store.save(joined)
+        elif self.shares.divided:
+            list(joined)  # empty: sends them
 
     # ---- set-up ---------------------------------------------------------------------------------
 
@@ -339,7 +374,6 @@ class PromptMethod(LightningModule):
 
     def evaluation_steps(self, split: SplitName, live: Callable[[], list[int]]) -> EvaluationSteps:
         """Evaluation batches on one split."""
-        trainer = self.trainer
         rows = self.datamodule.rows_of(self.runs, split)
         self.check_lengths(rows.values(), self.num_virtual_tokens)
         return self.datamodule.evaluation_steps(
@@ -348,8 +382,7 @@ class PromptMethod(LightningModule):
             self.tokens_per_forward,
             lambda task, longest: self.tokens_beside_input(self.num_virtual_tokens, task, longest),
             live,
-            trainer.global_rank,
-            trainer.world_size,
+            *self.row_share,
         )
 
     def bank_gradient(
@@ -394,12 +427,6 @@ class PromptMethod(LightningModule):
             f"{self.trainer.global_step} on; give that to start with it"
         )
 
-    def over_ranks(self, values: Tensor) -> Tensor:
-        """Sum over processes."""
-        if self.trainer.world_size == 1:
-            return values
-        return self.trainer.strategy.reduce(values.clone(), reduce_op="sum")
-
     def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """Answer a batch of dev rows."""
         self.evaluation.add(batch)
@@ -436,7 +463,7 @@ class PromptMethod(LightningModule):
     def fit_id(self) -> str:
         """A name for this fit: equal settings, weights and data give equal names."""
         identity = {"settings": dict(self.hparams), "max_steps": self.trainer.max_steps}
-        identity |= {"digests": self.digests(), "runs": [run.name for run in self.runs]}
+        identity |= {"digests": self.digests(), "runs": [run.name for run in self.all_runs]}
         text = json.dumps(identity, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 

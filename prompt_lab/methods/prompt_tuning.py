@@ -10,13 +10,16 @@ so a bank follows its single runs, and a resumed fit the uninterrupted one.
 With a subspace, each run trains I numbers instead, its code, which the subspace's frozen map turns
 into the prompt (intrinsic subspace tuning, Qin et al. 2021).
 
+On several processes, whole runs are shared where there are at least as many runs as processes, and
+the rows of each step where there are fewer.
+
 Test data is never looked at before ``test``, and then only under each run's best prompt by dev.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any, Literal
@@ -41,11 +44,15 @@ from prompt_lab.pretrained import weights_digest
 from prompt_lab.prompt_file import Prompt, PromptStore
 from prompt_lab.prompts import scale_ratio
 from prompt_lab.results import append_curves, start_curves
-from prompt_lab.run import grid
+from prompt_lab.run import Run, grid
+from prompt_lab.run_shares import RunShares, share_runs
 from prompt_lab.subspace import Subspace
 
 TRAINING, STOPPED, FAILED, FINISHED = range(4)
 STATUS = ("training", "stopped early", "failed: loss not finite", "finished")
+PER_RUN = ("prompt", "code", "init", "best", "best_code", "best_score", "best_step")
+PER_RUN += ("bad_evaluations", "status", "active", "loss_sum")
+"""What the state holds of each run, (R, ...)."""
 
 
 class PromptTuning(PromptMethod):
@@ -81,8 +88,12 @@ class PromptTuning(PromptMethod):
         metric_variant: ``crossfit`` computes metrics as CrossFit does, ``corrected`` without traps.
     """
 
+    independent_runs = True
+    """Whether runs have nothing in common that is trained, so that processes can share them."""
+
     prompt: nn.Parameter | None
     code: nn.Parameter | None
+    anchor: nn.Parameter | None
     init: Tensor
     best: Tensor
     best_code: Tensor | None
@@ -138,6 +149,8 @@ class PromptTuning(PromptMethod):
         self.batch_sizes = batch_size if isinstance(batch_size, list) else [batch_size]
         self.patience, self.test_baselines = patience, test_baselines
         self.save_steps = list(save_steps)
+        self._grid: list[Run] = []
+        self._shares = RunShares([[]])
         self._live: list[int] = []
         self._start_scores: list[float] = []
 
@@ -149,14 +162,14 @@ class PromptTuning(PromptMethod):
         if stage == "fit":
             self.check_budget()
             self._check_save_steps()
-        self.prepare(self.datamodule)
+        self.prepare(self.datamodule, self.trainer.global_rank, self.trainer.world_size)
 
-    def prepare(self, data: CrossFitDataModule) -> None:
+    def prepare(self, data: CrossFitDataModule, rank: int = 0, world: int = 1) -> None:
         """As :meth:`setup`, without a trainer: for a look at the grid before training."""
         backbone = self.load_backbone(data)
         if self.runs:
             return
-        self.runs = grid(
+        self._grid = grid(
             list(data.tasks),
             data.samples,
             self.init_seeds,
@@ -164,6 +177,7 @@ class PromptTuning(PromptMethod):
             self.batch_sizes,
             [""] if self.subspace_config is not None else self.init_config.sources,
         )
+        self._share(data, rank, world)
         init = self._make_bank(backbone, data)
         count = len(self.runs)
         for name, value in {
@@ -181,10 +195,47 @@ class PromptTuning(PromptMethod):
         }.items():
             self.register_buffer(name, value)
         self._live = list(range(count))
-        self.keep_frozen_out_of_ddp()
+        self._leave_to_ddp()
         if self.subspace is None:
             self._warn_of_scale(init)
             self._warn_of_source_tasks(data)
+
+    def _share(self, data: CrossFitDataModule, rank: int, world: int) -> None:
+        """Choose this process's runs; a step of a run costs about what its rows are long."""
+        if world == 1 or len(self._grid) < world or not self.independent_runs:
+            self._shares = RunShares([list(range(len(self._grid)))])
+        else:
+            length = {}
+            for key, splits in data.splits.items():
+                inputs = splits["train"].inputs
+                length[key] = 1 + sum(map(len, inputs)) / max(1, len(inputs))
+            costs = [run.batch_size * length[run.task, run.sample] for run in self._grid]
+            self._shares = RunShares(share_runs(costs, world), rank)
+        self.runs = [self._grid[place] for place in self._shares.own]
+
+    @property
+    def shares(self) -> RunShares:
+        """Which process has which runs."""
+        return self._shares
+
+    @property
+    def all_runs(self) -> list[Run]:
+        """The runs of all processes."""
+        return self._grid
+
+    def _leave_to_ddp(self) -> None:
+        """Keep out of DDP what is frozen, and own runs, whose gradients no other process has.
+
+        Then DDP is left with a number that nothing depends on, since it refuses to have nothing.
+        """
+        self.keep_frozen_out_of_ddp()
+        self.anchor = None
+        if self.shares.divided:
+            name = "prompt" if self.subspace is None else "code"
+            # DDP broadcasts and checks by the first name, and reduces by the second.
+            self._ddp_params_and_buffers_to_ignore += [name, f".{name}"]
+            self.anchor = nn.Parameter(torch.zeros(()))
+            self.frozen = (*self.frozen, "anchor")
 
     def _check_save_steps(self) -> None:
         """Refuse to keep the prompts of steps that are not evaluated.
@@ -242,12 +293,7 @@ class PromptTuning(PromptMethod):
         rows = self.datamodule.rows_of(self.runs, "train")
         self.check_lengths(rows.values(), self.num_virtual_tokens)
         return self.datamodule.train_steps(
-            self.runs,
-            trainer.max_steps,
-            lambda: trainer.global_step,
-            self.live,
-            trainer.global_rank,
-            trainer.world_size,
+            self.runs, trainer.max_steps, lambda: trainer.global_step, self.live, *self.row_share
         )
 
     def dev_steps(self) -> EvaluationSteps:
@@ -270,29 +316,31 @@ class PromptTuning(PromptMethod):
             self.active |= finished
         self._live = [i for i, s in enumerate(self.status.tolist()) if s == TRAINING]
         self._clock = time.monotonic()
+        scores = self.shares.join(self._start_scores) if self._start_scores else []
         if self.trainer.is_global_zero:
             curves = self.run_dir / "curves.csv"
             start_curves(curves, self.trainer.global_step)
-            names = [run.name for run in self.runs]
-            scored = zip(names, self._start_scores, strict=False)  # none, or one for each run
+            names = [run.name for run in self.all_runs]
+            scored = zip(names, scores, strict=False)  # none, or one for each run
             append_curves(curves, ({"step": 0, "run": n, "dev": dev} for n, dev in scored))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note what each prompt of the bank is trained on, and which weights and tokenizer."""
+        """Join the runs of all processes, and note what they are trained on, weights, tokenizer."""
         assert self.backbone is not None
-        checkpoint["runs"] = [asdict(run) for run in self.runs]
+        self._convert_runs(checkpoint, self.shares.join_tensor)
+        checkpoint["runs"] = [asdict(run) for run in self.all_runs]
         checkpoint["backbone_digest"] = self.backbone.digest
         checkpoint["tokenizer_digest"] = self.backbone.tokenizer_digest
         checkpoint["subspace_digest"] = self._subspace_digest()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the bank of other data, seeds or weights, which would only look like this one.
+        """Take this process's runs; refuse other data, seeds or weights, which may look like these.
 
         Raises:
             ValueError: naming both sides.
         """
         assert self.backbone is not None
-        saved, own = _trained_on(checkpoint.get("runs", [])), _trained_on(map(asdict, self.runs))
+        saved, own = _trained_on(checkpoint.get("runs", [])), _trained_on(map(asdict, self.all_runs))
         if saved != own:
             raise ValueError(
                 f"the checkpoint is of {len(saved)} runs ({some(saved)}), the settings ask for "
@@ -304,6 +352,22 @@ class PromptTuning(PromptMethod):
                 "model.subspace of the fit"
             )
         self.check_backbone_of(checkpoint)
+        self._convert_runs(checkpoint, self.shares.take)
+
+    def _convert_runs(
+        self, checkpoint: dict[str, Any], convert: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Put what ``convert`` makes of it in the place of what a checkpoint holds of each run."""
+        state = checkpoint["state_dict"]
+        found = {name: convert(state[name]) for name in PER_RUN if name in state}
+        checkpoint["state_dict"] = {**state, **found}
+        if not self.independent_runs:
+            return
+        for of_optimizer in checkpoint.get("optimizer_states", []):
+            of_optimizer["state"] = {
+                parameter: {name: convert(value) for name, value in values.items()}
+                for parameter, values in of_optimizer["state"].items()
+            }
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of all live runs; a run whose loss or gradient is not finite rests from here on."""
@@ -311,7 +375,7 @@ class PromptTuning(PromptMethod):
         bank = self.bank()
         losses, gradient = self.bank_gradient(bank, batch, self.label_smoothing)
         finite = losses.isfinite() & gradient.flatten(1).isfinite().all(1)
-        world = self.trainer.world_size
+        _, world = self.row_share
         if world > 1:
             failures = self.trainer.strategy.reduce((~finite).float(), reduce_op="sum")
             finite = failures == 0
@@ -320,7 +384,8 @@ class PromptTuning(PromptMethod):
         gradient = torch.where(self.active[:, None, None], gradient, 0)
         self.loss_sum += losses
         self.loss_steps += 1
-        return with_gradient(losses.sum() * world, bank, gradient * world)
+        loss = with_gradient(losses.sum() * world, bank, gradient * world)
+        return loss if self.anchor is None else loss + 0 * self.anchor
 
     def on_validation_start(self) -> None:
         """Begin an evaluation: of the current prompts in a fit, else of the best ones."""
@@ -346,8 +411,13 @@ class PromptTuning(PromptMethod):
         self._save_step(scores.tolist())
         self.loss_sum.zero_()
         self.loss_steps.zero_()
-        if not self._live:
+        if not any(self.shares.gather(self._live_runs())):
             self.trainer.should_stop = True
+
+    def _live_runs(self) -> list[bool]:
+        """Whether each own run still trains."""
+        live = set(self._live)
+        return [i in live for i in range(len(self.runs))]
 
     def _keep_better(self, scores: Tensor) -> None:
         """Update each live run's best prompt; ties keep the earlier, NaN counts as the worst."""
@@ -376,7 +446,9 @@ class PromptTuning(PromptMethod):
             self.status.masked_fill_(self.status == TRAINING, FINISHED)
         self.active &= self.status == TRAINING
         status = self.status.tolist()
-        failed = [self.runs[i].name for i in self._live if status[i] == FAILED]
+        failed = self.shares.gather(
+            [self.runs[i].name for i in self._live if status[i] == FAILED]
+        )
         if failed:
             rank_zero_warn(
                 f"loss or gradient not finite by step {self.trainer.global_step}: "
@@ -390,17 +462,19 @@ class PromptTuning(PromptMethod):
         now = time.monotonic()
         self.seconds += now - self._clock
         self._clock = now
-        dev, best = scores.tolist(), self.best_score.tolist()
         losses = (self.over_ranks(self.loss_sum) / self.loss_steps.clamp(min=1)).tolist()
-        logged: dict[str, float] = {"runs_alive": float(len(self._live))}
+        rows = self._joined_rows(losses, scores.tolist())
+        best = self.shares.join(self.best_score.tolist())
+        tasks = {run.name: run.task for run in self.all_runs}
+        logged: dict[str, float] = {"runs_alive": float(sum(self.shares.gather(self._live_runs())))}
         for task in self.datamodule.tasks:
-            values = [dev[i] for i in self._evaluated if self.runs[i].task == task]
+            values = [row["dev"] for row in rows if tasks[row["run"]] == task]
             known = [value for value in values if value == value]
             if known:
                 logged[f"dev/{task}/min"] = min(known)
                 logged[f"dev/{task}/mean"] = sum(known) / len(known)
                 logged[f"dev/{task}/max"] = max(known)
-        alive = [losses[i] for i in self._evaluated]
+        alive = [row["train_loss"] for row in rows]
         logged["train/loss"] = sum(alive) / max(1, len(alive))
         finite = [value for value in best if value > -torch.inf]
         logged["best/val_score"] = sum(finite) / len(finite) if finite else float("nan")
@@ -408,15 +482,16 @@ class PromptTuning(PromptMethod):
         self.log_dict({k: v for k, v in logged.items() if k not in bar}, rank_zero_only=False)
         self.log_dict({k: logged[k] for k in bar}, prog_bar=True, rank_zero_only=False)
         if self.trainer.is_global_zero:
-            append_curves(self.run_dir / "curves.csv", self._curve_rows(losses, dev))
+            append_curves(self.run_dir / "curves.csv", rows)
 
     def _save_step(self, dev: list[float]) -> None:
         """Keep the prompts of the evaluated runs, if this is one of the steps to keep."""
         step = self.trainer.global_step
-        if step not in self.save_steps or not self.trainer.is_global_zero:
+        if step not in self.save_steps:
             return
         bank, order_seed = self.bank().detach(), self.datamodule.order_seed
-        kept = [
+        evaluated = set(self._evaluated)
+        kept = (
             self.stored_prompt(
                 self.runs[i],
                 bank[i],
@@ -428,9 +503,18 @@ class PromptTuning(PromptMethod):
                 steps=step,
                 status=STATUS[TRAINING],
             )
-            for i in self._evaluated
-        ]
-        PromptStore(self.run_dir / "steps" / str(step)).save(kept)
+            if i in evaluated
+            else None
+            for i in range(len(self.runs))
+        )
+        self.save_prompts(PromptStore(self.run_dir / "steps" / str(step)), kept)
+
+    def _joined_rows(self, losses: list[float], dev: list[float]) -> list[dict[str, Any]]:
+        """A line of the curves for every evaluated run of all processes, on each of them."""
+        own: list[dict[str, Any] | None] = [None] * len(self.runs)
+        for i, row in zip(self._evaluated, self._curve_rows(losses, dev), strict=True):
+            own[i] = row
+        return [row for row in self.shares.join(own) if row is not None]
 
     def _curve_rows(self, losses: list[float], dev: list[float]) -> Iterator[dict[str, Any]]:
         """A line per evaluated run."""
@@ -459,8 +543,7 @@ class PromptTuning(PromptMethod):
 
     def on_train_end(self) -> None:
         """Write the best prompt of every run to the store."""
-        if self.trainer.is_global_zero:
-            PromptStore(self.run_dir / "prompts").save(self.best_prompts())
+        self.save_prompts(PromptStore(self.run_dir / "prompts"), self.best_prompts())
         self.trainer.strategy.barrier("prompts written")
 
     # ---- test -----------------------------------------------------------------------------------
@@ -576,7 +659,9 @@ class PromptTuning(PromptMethod):
 
     def _warn_of_answers(self) -> None:
         """Warn of runs that answer every dev row alike, and of prompts that do not move."""
-        constant = [self.runs[i].name for i in self.evaluation.constant_runs()]
+        constant = self.shares.gather(
+            [self.runs[i].name for i in self.evaluation.constant_runs()]
+        )
         if constant and self.trainer.global_step > self.trainer.max_steps // 4:
             self.warn_once(
                 "constant",
@@ -584,7 +669,9 @@ class PromptTuning(PromptMethod):
                 f"{some(constant)}; the score is that of a constant. Try another learning_rate",
             )
         moved = self._moved().tolist()
-        still = [self.runs[i].name for i in self._evaluated if moved[i] < 1e-3]
+        still = self.shares.gather(
+            [self.runs[i].name for i in self._evaluated if moved[i] < 1e-3]
+        )
         if still:
             self.warn_once(
                 "still",

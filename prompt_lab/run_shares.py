@@ -1,0 +1,121 @@
+"""Whole runs of a bank shared among processes, and what they hold joined again.
+
+Each process trains and scores the runs that it has as a bank of its own, and holds nothing of the
+others: no prompt, no optimizer state, no rows, no gradient to sum. So a bank may be larger than the
+memory of one device. What is told of all runs (curves, tables, prompts, checkpoints) is joined in
+the order of the grid, so it does not depend on the number of processes.
+
+Left out: moving runs between processes when others have stopped; sharing the rows of a run, which
+is what methods do where there are fewer runs than processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def share_runs(costs: Sequence[float], processes: int) -> list[list[int]]:
+    """Which runs each process has: the costliest first, each to the one with the least to do.
+
+    The longest-processing-time rule (Graham 1969, doi 10.1137/0117039): at most 4/3 of the shortest
+    time that any sharing takes.
+
+    Args:
+        costs: what a step of each run costs, in any unit.
+        processes: number of processes.
+
+    Returns:
+        For each process its runs in ascending order; some have none where there are fewer runs.
+    """
+    load, shares = [0.0] * processes, [list[int]() for _ in range(processes)]
+    for run in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        process = min(range(processes), key=lambda p: (load[p], len(shares[p]), p))
+        load[process] += costs[run]
+        shares[process].append(run)
+    return [sorted(share) for share in shares]
+
+
+@dataclass(frozen=True)
+class RunShares:
+    """The runs of every process.
+
+    All methods that join are called on all processes at the same time.
+
+    Attributes:
+        shares: for each process its runs, by their places in the grid, ascending. One share is that
+            of a process that has all runs, and then nothing is sent.
+        rank: this process; 0 with one share.
+    """
+
+    shares: list[list[int]]
+    rank: int = 0
+
+    @property
+    def divided(self) -> bool:
+        """Whether the runs are shared."""
+        return len(self.shares) > 1
+
+    @property
+    def own(self) -> list[int]:
+        """Places in the grid of this process's runs."""
+        return self.shares[self.rank]
+
+    def gather(self, values: Sequence[T]) -> list[T]:
+        """Values of all processes, however many each has, one process after another."""
+        if not self.divided:
+            return list(values)
+        parts: list[Any] = [None] * len(self.shares)
+        dist.all_gather_object(parts, list(values))
+        return [value for part in parts for value in part]
+
+    def join(self, values: Sequence[T]) -> list[T]:
+        """One value for each run, from those of this process's runs, in the order of the grid."""
+        pairs = self.gather(list(zip(self.own, values, strict=True)))
+        return [value for _, value in sorted(pairs, key=lambda pair: pair[0])]
+
+    def stream(self, values: Iterable[T]) -> Iterator[T]:
+        """As :meth:`join`, one value at a time, to the first process alone; for large values."""
+        if not self.divided:
+            yield from values
+            return
+        owner = {run: rank for rank, share in enumerate(self.shares) for run in share}
+        mine = iter(values)
+        for run in sorted(owner):
+            value: list[Any] = [next(mine) if owner[run] == self.rank else None]
+            if owner[run] != 0 and self.rank == owner[run]:
+                dist.send_object_list(value, dst=0)
+            elif owner[run] != 0 and self.rank == 0:
+                dist.recv_object_list(value, src=owner[run])
+            if self.rank == 0:
+                yield value[0]
+
+    def join_tensor(self, own: Tensor) -> Tensor:
+        """Own rows (R_own, ...) of all processes as (R, ...) on the host of the first process.
+
+        The others get their own rows back. A device holds no more of it than one process's rows.
+        """
+        if not self.divided:
+            return own
+        if self.rank != 0:
+            dist.send(own.contiguous(), dst=0)
+            return own
+        whole = torch.empty(sum(map(len, self.shares)), *own.shape[1:], dtype=own.dtype)
+        for rank, share in enumerate(self.shares):
+            part = own
+            if rank != 0:
+                part = own.new_empty(len(share), *own.shape[1:])
+                dist.recv(part, src=rank)
+            whole[share] = part.cpu()
+        return whole
+
+    def take(self, whole: Tensor) -> Tensor:
+        """Own rows (R_own, ...) of (R, ...)."""
+        return whole[self.own] if self.divided else whole
