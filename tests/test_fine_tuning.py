@@ -7,9 +7,6 @@ optimizer and transformers' schedule, finite differences, and fits that nothing 
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -572,28 +569,3 @@ def test_the_command_fits_tests_and_looks(fewshot_root, model_folder, tmp_path, 
         assert (
             "FineTuning trains one run per fit, but data.samples has 2" in capsys.readouterr().err
         )
-
-
-def test_two_processes_train_as_one(fewshot_root, model_folder, tmp_path):
-    """Reference: one process; three rows a step do not divide evenly."""
-    words = [
-        *("fit", f"--config={CONFIG}", f"--model.backbone.name={model_folder('t5')}"),
-        *(f"--data.root={fewshot_root}", "--data.tasks=[glue-sst2]", "--data.samples=[13]"),
-        *("--trainer.max_steps=4", "--trainer.val_check_interval=2", "--trainer.logger=false"),
-        *("--trainer.accelerator=cpu", "--model.batch_size=3", "--model.optim.clip=0.1"),
-        *("--model.intrinsic_dim=20", "--model.learning_rate=0.1"),
-    ]
-    for count in (1, 2):
-        more = [f"--trainer.devices={count}", f"--run_dir={tmp_path / str(count)}"]
-        more += ["--trainer.strategy=ddp"] * (count - 1)
-        done = subprocess.run(
-            [sys.executable, "-m", "prompt_lab", *words, *more],
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (load_file(tmp_path / name / "best.safetensors") for name in ("1", "2"))
-    torch.testing.assert_close(two, one, rtol=0, atol=1e-5)
-    assert without_time(tmp_path / "1/results.csv") == without_time(tmp_path / "2/results.csv")

@@ -5,10 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -592,28 +589,6 @@ def test_the_configs_of_the_paper_are_read(name, backbone, tmp_path):
     method = VectorArithmetic(**settings)
     assert method.study == name
     assert len(method.folders) == 6
-
-
-def test_two_processes_give_what_one_gives(command):
-    """Equality 7: scores, choices and answers; 15 runs on dev and 9 on test with 11 rows each."""
-    given = ["--model.scales=[0.25, 0.5, 1]"]
-    words = [*command("test", "sandbox_pairs", "one"), *given]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(cli.RUN_DIR_VARIABLE, "")
-        assert cli.run(words) == 0
-    one = Path(words[2].removeprefix("--run_dir="))
-    words = [*command("test", "sandbox_pairs", "two"), *given]
-    words += ["--trainer.devices=2", "--trainer.strategy=ddp"]
-    done = subprocess.run(
-        ["timeout", "-k", "5", "150", sys.executable, "-m", "prompt_lab", *words],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert (done.stdout + done.stderr).count("test scores\n") == 1
-    for name in ("results.csv", "scales.csv", "predictions.jsonl"):
-        assert (one.parent / "two" / name).read_bytes() == (one / name).read_bytes()
 
 
 def test_the_backbone_is_not_changed(run):
