@@ -48,10 +48,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The batch with its tensors on ``device``."""
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch with its tensors on ``device``; to a GPU without waiting for it."""
         moved = {
-            name: getattr(self, name).to(device, non_blocking=non_blocking)
+            name: to_device(getattr(self, name), torch.device(device))
             for name in ("input_ids", "input_mask", "target_ids", "prompt_index", "weight")
         }
         return Batch(**{**vars(self), **moved})
@@ -147,10 +147,17 @@ def make_batch(
 
 def index_tensor(values: Sequence[int], device: torch.device) -> Tensor:
     """Numbers of the host as a tensor on a device, without waiting for what the device works on."""
-    made = torch.tensor(values, dtype=torch.long)
-    if device.type == "cuda":
-        return made.pin_memory().to(device, non_blocking=True)
-    return made.to(device)
+    return to_device(torch.tensor(values, dtype=torch.long), device)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; from the host to a GPU over pinned memory, in the order of its work.
+
+    So a step is prepared while the GPU works on the one before. A plain copy waits for all of that.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def default_tokens_per_forward(device: torch.device) -> int:

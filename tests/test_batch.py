@@ -129,6 +129,17 @@ def test_moving_a_batch_keeps_all_it_holds() -> None:
     assert batch.input_ids.device.type == "cpu"
 
 
+def test_a_batch_goes_to_a_gpu_over_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is none here: what is asked of torch is recorded."""
+    asked: list[object] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: asked.append("pinned") or self)
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda self, device, **more: asked.append((device, more)) or self
+    )
+    make(*random_rows(4, seed=3), left=True).to("cuda:1")
+    assert asked == ["pinned", (torch.device("cuda:1"), {"non_blocking": True})] * 5
+
+
 @pytest.mark.parametrize("extra", [0, 5])
 @pytest.mark.parametrize("tokens", [1, 7, 30, 100, 10**6])
 def test_micro_batches_hold_all_rows_in_order_within_the_bound(tokens: int, extra: int) -> None:

@@ -244,7 +244,7 @@ def test_a_resumed_fit_goes_on_at_its_step() -> None:
 
 def test_episodes_move_to_a_device_with_all_their_batches() -> None:
     parts = steps().batch(1)
-    moved = parts.to(torch.device("meta"), non_blocking=True)
+    moved = parts.to(torch.device("meta"))
     assert moved.keys == parts.keys
     assert all(batch.input_ids.device.type == "meta" for batch in all_batches(moved))
     assert all(batch.input_ids.device.type == "cpu" for batch in all_batches(parts))

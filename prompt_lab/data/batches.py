@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import torch
 
 from prompt_lab.batch import Batch, make_batch, spans
 from prompt_lab.data.tasks import Task
@@ -154,10 +155,9 @@ class EvaluationBatch:
     batch: Batch
     max_new_tokens: int
 
-    def to(self, device: object, non_blocking: bool = False) -> EvaluationBatch:
+    def to(self, device: torch.device | str) -> EvaluationBatch:
         """The same with its tensors on ``device``."""
-        moved = self.batch.to(device, non_blocking)  # type: ignore[arg-type]
-        return EvaluationBatch(self.task, moved, self.max_new_tokens)
+        return EvaluationBatch(self.task, self.batch.to(device), self.max_new_tokens)
 
 
 class EvaluationSteps:

@@ -64,11 +64,10 @@ class Episodes:
     support: list[Batch]
     query: Batch
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Episodes:
+    def to(self, device: torch.device | str) -> Episodes:
         """The same with its tensors on ``device``."""
-        support = [batch.to(device, non_blocking) for batch in self.support]
-        query = self.query.to(device, non_blocking)
-        return Episodes(self.keys, support, query)
+        support = [batch.to(device) for batch in self.support]
+        return Episodes(self.keys, support, self.query.to(device))
 
 
 @lru_cache(maxsize=8)

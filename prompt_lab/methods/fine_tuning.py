@@ -154,10 +154,10 @@ class FineTuning(PromptMethod):
         Raises:
             ValueError: the setting, and what to use instead.
         """
-        if self.trainer.precision in ("bf16-true", "16-true", "16-mixed"):
+        if self.trainer.precision in ("bf16-true", "16-true"):
             raise ValueError(
-                f"trainer.precision {self.trainer.precision} would round the weights or skip steps "
-                "of the schedule: use 32-true or bf16-mixed"
+                f"trainer.precision {self.trainer.precision} would round the weights: use 32-true "
+                "or bf16-mixed"
             )
         super().check_trainer()
 
@@ -226,7 +226,8 @@ class FineTuning(PromptMethod):
         """The optimizer over all that is trained; its learning rate is set before each step."""
         rate = self.runs[0].learning_rate
         if self.optim_config.name == "adamw":
-            return torch.optim.AdamW(self._groups(), lr=rate)
+            fused = self.device.type == "cuda" or None  # None leaves it to torch
+            return torch.optim.AdamW(self._groups(), lr=rate, fused=fused)
         from transformers.optimization import Adafactor
 
         return Adafactor(self._groups(), lr=rate, scale_parameter=False, relative_step=False)
