@@ -340,7 +340,8 @@ def test_there_is_one_line_per_evaluation_and_none_per_step(fit, capfd):
     assert fit("--trainer.max_steps=6", "--trainer.val_check_interval=2", "--run_dir=r") == 0
     lines = capfd.readouterr().out.splitlines()
     assert lines[0] == "1 runs of 4 virtual tokens on 1 x cpu, 6 steps, in r"
-    assert [line.split()[:2] for line in lines[1:]] == [["step", f"{n}/6"] for n in (2, 4, 6)]
+    assert [line.split()[:2] for line in lines[1:-1]] == [["step", f"{n}/6"] for n in (2, 4, 6)]
+    assert lines[-1].startswith("trained 1 run in ")
 
 
 # ---- resume --------------------------------------------------------------------------------------

@@ -21,12 +21,12 @@ LAYERS = {
     2: "methods exchange",
     3: "plots report gain_report adaptation_curves report_command callbacks predict_command "
     "prediction tasks_command "
-    "build_command sweep_command select_command select_evaluate_command selection_steps "
+    "build_command sweep_file select_command select_evaluate_command selection_steps "
     "selection_report selection_plots transfer_results vectors_command "
     "mix_command interpret_command interpret_prompts interpret_tokens interpret_transfer "
     "interpret_figures interpret_report interpretation_plots report_blocks compare_command "
     "vectors_report significance_report",
-    4: "cli offline __main__",
+    4: "cli sweep_banks sweep_command offline __main__",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 HEAVY = ("transformers", "lightning", "pytorch_lightning", "datasets")

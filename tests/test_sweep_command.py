@@ -21,15 +21,9 @@ import yaml
 
 from prompt_lab import offline
 from prompt_lab.results import RESULT_COLUMNS, read_csv
-from prompt_lab.sweep_command import (
-    Parameter,
-    draw,
-    make_trials,
-    read_scores,
-    read_sweep,
-    sweep_command,
-    trial_folder,
-)
+from prompt_lab.sweep_banks import plan_fits, trial_folder
+from prompt_lab.sweep_command import read_scores, sweep_command
+from prompt_lab.sweep_file import Parameter, draw, make_trials, read_sweep
 
 # A stand-in for prompt-lab: tells what it was given, and ends as the files around it say.
 STUB = """
@@ -488,19 +482,18 @@ def test_fits_without_a_test_show_dev_and_say_how_to_get_results(capsys):
 
 
 def test_a_grid_of_real_fits_is_killed_in_the_second_and_resumed(capsys):
-    """Two fits on the sandbox: one is never touched again, the other goes on from its step."""
+    """Two banks on the sandbox: one is never touched again, the other goes on from its step."""
     settings = {
         "model": {
             "class_path": "PromptTuning",
             "init_args": {
                 "backbone": {"name": "sandbox"},
-                "num_virtual_tokens": 4,
                 "batch_size": 2,
                 "max_new_tokens": 2,
             },
         },
         "data": {"root": "sandbox", "tasks": ["sandbox-sst"]},
-        "trainer": {"accelerator": "cpu", "logger": False, "max_steps": 60},
+        "trainer": {"accelerator": "cpu", "logger": False, "max_steps": 40},
     }
     Path("tiny.yaml").write_text(yaml.safe_dump(settings))
     command = [
@@ -514,6 +507,7 @@ def test_a_grid_of_real_fits_is_killed_in_the_second_and_resumed(capsys):
     ]
     parameters = {
         "model.learning_rate": {"values": [0.3, 0.1]},
+        "model.num_virtual_tokens": {"values": [4, 5]},
         "trainer": {"parameters": {"val_check_interval": {"value": 10}}},
     }
     file = write(command=command, parameters=parameters)
@@ -523,27 +517,30 @@ def test_a_grid_of_real_fits_is_killed_in_the_second_and_resumed(capsys):
     process.kill()
     os.killpg(trial, signal.SIGKILL)
     process.wait()
-    first, second = (
-        trial_folder(Path("r"), trial) for trial in make_trials(read_sweep(Path(file)))
-    )
+    trials = make_trials(read_sweep(Path(file)))
+    fits = plan_fits(read_sweep(Path(file)), trials, Path("r"))
+    first, second = (trial_folder(Path("r"), fit.whole) for fit in fits)
     assert not (second / "trial.json").exists()
     before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
 
     assert sweep_when_free() == 0
-    assert "2 of 2 trials done" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "4 trials (grid) in 2 fits in r, 2 done before" in out
+    assert "4 of 4 trials done" in out
     assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
     started, again = (second / "log.txt").read_text().split("$ prompt-lab fit")[1:]
-    assert "step     10/60" in started
-    assert "step     60/60" not in started
+    assert "step     10/40" in started
+    assert "step     40/40" not in started
     assert "Restored all states from the checkpoint at r/2-" in again
-    assert "step     10/60" not in again
-    assert [row["step"] for row in read_csv(second / "curves.csv")] == list(
-        map(str, range(10, 70, 10))
-    )
+    assert "step     10/40" not in again
+    steps = [row["step"] for row in read_csv(second / "curves.csv")]
+    assert steps == [str(step) for step in range(10, 50, 10) for _ in range(2)]
     table, results = (read_csv(Path("r", name)) for name in ("sweep.csv", "results.csv"))
-    assert [row["model.learning_rate"] for row in table] == ["0.3", "0.1"]
-    for row, line, folder in zip(table, results, (first, second), strict=True):
+    names = ("num_virtual_tokens", "learning_rate")
+    lines = {tuple(line[name] for name in names): line for line in results}
+    assert len(lines) == len(results) == len(table) == 4
+    for row in table:
+        line = lines[tuple(row[f"model.{name}"] for name in names)]
         assert (row["dev"], row["test"]) == (line["dev"], line["test"])
-        assert row["model.learning_rate"] == line["learning_rate"]
+        assert row["folder"] == Path(line["prompt_file"]).parts[0]
         assert Path("r", line["prompt_file"]).is_file()
-        assert row["folder"] == folder.name
