@@ -47,6 +47,7 @@ GOALS = {
     "G19": ("subspaces", "subspace_finding"),
     "G20": ("interpretation", "nearest"),
     "G21": ("many_prompts", "evaluation"),
+    "G22": ("ranks", "shared_banks"),
 }
 
 
