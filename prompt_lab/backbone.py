@@ -32,7 +32,12 @@ from prompt_lab.pretrained import (
     weights_digest,
 )
 from prompt_lab.sandbox import SANDBOX
-from prompt_lab.training_forward import compile_training, recompute_layers
+from prompt_lab.training_forward import (
+    causal_mask,
+    compile_training,
+    recompute_layers,
+    tokens_mask,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -349,7 +354,8 @@ class Backbone(nn.Module):
             from transformers.modeling_outputs import BaseModelOutput
 
             self._check_positions(max_new_tokens)
-            states, mask = self._encode(prefix, batch)
+            states, _ = self._encode(prefix, batch)
+            mask = F.pad(batch.input_mask, (prefix[0].shape[1], 0), value=1)
             output = BaseModelOutput(last_hidden_state=states)
             made = self.model.generate(encoder_outputs=output, attention_mask=mask, **settings)
         else:
@@ -399,25 +405,35 @@ class Backbone(nn.Module):
 
     # ---- encoder-decoder ------------------------------------------------------------------------
 
-    def _encode(self, prefix: Prefix, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Encoder states (B, N + S, D) and mask (B, N + S) of rows behind their prompts."""
+    def _encode(self, prefix: Prefix, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Encoder states (B, N + S, D) of rows behind their prompts, and the mask of attention.
+
+        There is no mask where no row is padded, else it is as :func:`tokens_mask` makes it.
+        """
         (prompts,) = prefix
         count = prompts.shape[1]
         self._check_positions(count + batch.input_ids.shape[1])
         chosen = prompts.index_select(0, batch.prompt_index)  # (B, N, D)
         embeddings = torch.cat([chosen, self.embed(batch.input_ids)], dim=1)
-        mask = F.pad(batch.input_mask, (count, 0), value=1)
+        mask = None
+        if min(batch.input_lengths, default=0) < batch.input_ids.shape[1]:
+            tokens = F.pad(batch.input_mask, (count, 0), value=1)
+            mask = tokens_mask(self.model.config, tokens, embeddings.dtype)
         encoder = self.model.get_encoder()
         states = encoder(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state
         return states, mask
 
-    def _decode(self, states: Tensor, mask: Tensor, decoder_ids: Tensor) -> Tensor:
+    def _decode(self, states: Tensor, mask: Tensor | None, decoder_ids: Tensor) -> Tensor:
         """Logits (B, T, V) of the decoder over given encoder states."""
         self._check_positions(decoder_ids.shape[1])
+        config, own = self.model.config, None
+        if config.model_type == "bart":  # without a mask it makes one, and looks at its values
+            own = causal_mask(config, torch.ones_like(decoder_ids), states.dtype)
         made = self.model(
             encoder_outputs=(states,),
             attention_mask=mask,
             decoder_input_ids=decoder_ids,
+            decoder_attention_mask=own,
             use_cache=False,
         )
         return made.logits
@@ -454,7 +470,7 @@ class Backbone(nn.Module):
             """Logits (b, t, V) behind tokens (b, t) of the rows to keep; the cache forgets them."""
             nonlocal states, mask
             if keep is not None:
-                states, mask = states[keep], mask[keep]
+                states, mask = states[keep], None if mask is None else mask[keep]
                 cache.batch_select_indices(keep)
             logits = run(ids)
             cache.crop(-ids.shape[1])
@@ -487,7 +503,20 @@ class Backbone(nn.Module):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, count:]
         return parts, mask, positions
 
-    def _follow(self, ids: Tensor, cache: Any, mask: Tensor, positions: Tensor) -> Tensor:
+    def _causal_mask(self, batch: Batch, mask: Tensor) -> Tensor | None:
+        """Mask of attention of rows without a prompt, of whose mask (B, L) models see the values.
+
+        BLOOM does not, and counts positions by it; sliding windows need masks of their own.
+        """
+        config, lengths = self.model.config, batch.target_lengths
+        if config.model_type == "bloom" or getattr(config, "use_sliding_window", False):
+            return mask
+        whole = min(batch.input_lengths, default=0) == batch.input_ids.shape[1]
+        if whole and min(lengths, default=0) == max(lengths, default=0):
+            return None
+        return causal_mask(config, mask, self.model.dtype)
+
+    def _follow(self, ids: Tensor, cache: Any, mask: Tensor | None, positions: Tensor) -> Tensor:
         """Hidden states (B, L, D) of ids (B, L) behind a cache, which grows by them."""
         extra = {} if self.model.config.model_type == "bloom" else {"position_ids": positions}
         made = self.model.base_model(
@@ -516,7 +545,8 @@ class Backbone(nn.Module):
         ids = torch.cat([batch.input_ids, known.masked_fill(known == IGNORE, self.pad_id)], dim=1)
         mask = torch.cat([mask, present], dim=1)
         positions = torch.cat([positions, positions[:, -1:] + present.cumsum(1)], dim=1)
-        states = self._follow(ids, cache, mask, positions)  # (B, S + T - 1, D)
+        ready = mask if parts else self._causal_mask(batch, mask)
+        states = self._follow(ids, cache, ready, positions)  # (B, S + T - 1, D)
         length = states.shape[1]
         before = [
             row * length + width - 1 + at

@@ -27,13 +27,20 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from prompt_lab.atomic_file import held, write_atomically
-from prompt_lab.callbacks import EvaluationLines, SaveRunConfig, WandbCurves, flag_names
+from prompt_lab.callbacks import (
+    EvaluationLines,
+    FitReport,
+    SaveRunConfig,
+    WandbCurves,
+    flag_names,
+)
 from prompt_lab.checkpoint import read_pickle
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.methods.adapter_subspace import AdapterSubspace, AdapterTuning
@@ -41,7 +48,7 @@ from prompt_lab.methods.attempt import Attempt
 from prompt_lab.methods.fine_tuning import FineTuning
 from prompt_lab.methods.intrinsic_subspace import IntrinsicSubspace
 from prompt_lab.methods.meta_prompt import MetaPrompt
-from prompt_lab.methods.prompt_method import PromptMethod
+from prompt_lab.methods.prompt_method import PromptMethod, refuse_strategy
 from prompt_lab.methods.prompt_tuning import PromptTuning
 from prompt_lab.methods.vector_arithmetic import SCALES, VectorArithmetic
 
@@ -131,7 +138,7 @@ class PromptLabCLI(LightningCLI):
                 "inference_mode": False,
                 "enable_model_summary": False,
                 "enable_progress_bar": sys.stdout.isatty(),
-                "callbacks": [EvaluationLines(), WandbCurves()],
+                "callbacks": [EvaluationLines(), WandbCurves(), FitReport()],
             },
             args=args,
         )
@@ -233,6 +240,8 @@ class PromptLabCLI(LightningCLI):
         """Put the run folder where trainer and logger look for it."""
         config, command = self._settings, self.config.subcommand
         trainer = config.trainer
+        if re.match("fsdp|deepspeed|model_parallel", str(trainer.strategy)):
+            refuse_strategy(str(trainer.strategy))
         if trainer.default_root_dir is not None:
             raise ValueError("use --run_dir instead of --trainer.default_root_dir")
         if not self._starts_anew and config.run_dir is None:
@@ -302,12 +311,29 @@ def run(args: list[str] | None = None) -> int:
     _quieten()
     try:
         PromptLabCLI(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get("PROMPT_LAB_TRACEBACK"):
             raise
         print(f"prompt-lab: {_reason(error)}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if os.environ.get("PROMPT_LAB_TRACEBACK") or not _is_lost_process(error):
+            raise
+        print(
+            "prompt-lab: another process of this job is gone (what it said may tell why); what was "
+            "there at the last evaluation is kept: go on with --ckpt_path last and the same "
+            f"--run_dir. {str(error).splitlines()[0]}",
+            file=sys.stderr,
+        )
+        return 1
     return 0
+
+
+def _is_lost_process(error: RuntimeError) -> bool:
+    """Whether an error of torch.distributed says that another process does not answer."""
+    said = str(error)
+    of_gloo = "gloo" in said and re.search(r"closed by peer|reset by peer|Timed out|timeout", said)
+    return isinstance(error, torch.distributed.DistBackendError) or bool(of_gloo)
 
 
 def _reason(error: Exception) -> str:
@@ -317,7 +343,11 @@ def _reason(error: Exception) -> str:
 
 
 def _new_run_dir() -> str:
-    """A new folder below ``runs/``, the same on all processes of a job."""
+    """A new folder below ``runs/``, the same on all processes of a job.
+
+    Raises:
+        ValueError: processes that torchrun started without an id for the job.
+    """
     if (
         "LOCAL_RANK" in os.environ and RUN_DIR_VARIABLE in os.environ
     ):  # started by the first process
@@ -330,6 +360,8 @@ def _new_run_dir() -> str:
         ),
         None,
     )
+    if job == "none":
+        raise ValueError("torchrun gives this job no id (--standalone, --rdzv_id): give --run_dir")
     return f"runs/{job or time.strftime('%Y%m%d-%H%M%S') + f'-{os.getpid()}'}"
 
 

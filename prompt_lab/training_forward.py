@@ -1,11 +1,15 @@
 """Ways to run a frozen model in training: layers recomputed, compiled, or differentiated twice.
 
-They leave the model as it is where no gradient is asked for, and all are exact. Gradient
-checkpointing keeps one layer's activations at a time and runs each layer's forward pass twice;
-transformers' own switch does not fit here, since it acts on models in training mode only and drops
-the prompt's keys and values. Compiling serves all lengths by a few graphs with dynamic shapes.
-Fused attention kernels have no second derivative on any device, so Hessian products choose the one
-that is made of plain operations, and only they do.
+And masks that are made before the model runs. All leave the model as it is where no gradient is
+asked for, and all are exact. Gradient checkpointing keeps one layer's activations at a time and
+runs each layer's forward pass twice; transformers' own switch does not fit here, since it acts on
+models in training mode only and drops the prompt's keys and values. Compiling serves all lengths by
+a few graphs with dynamic shapes. Fused attention kernels have no second derivative on any device,
+so Hessian products choose the one that is made of plain operations, and only they do.
+
+Given which tokens are padding, transformers looks at the values to see whether a mask is needed,
+and the host waits for the device. It does not look at a mask that is made already, as here. Where
+attention is a package of kernels of its own (``flash_attention_2``), it looks all the same.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from functools import partial, wraps
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -59,3 +63,39 @@ def _compiled(
 ) -> Any:
     """The compiled pass where a gradient is asked for."""
     return (compiled if torch.is_grad_enabled() else eager)(*args, **kwargs)
+
+
+def tokens_mask(config: Any, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask of attention to tokens from anywhere, as the model's attention takes it.
+
+    Args:
+        config: of the transformers model.
+        mask: (B, S), 1 for tokens and 0 for padding.
+        dtype: of the model's activations.
+
+    Returns:
+        (B, 1, 1, S); for packages of fused kernels (B, S).
+    """
+    from transformers.masking_utils import create_bidirectional_mask
+
+    made = create_bidirectional_mask(
+        config, _like(mask[:, :1], dtype), mask, allow_is_bidirectional_skip=False
+    )
+    return mask if made is None else made
+
+
+def causal_mask(config: Any, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask of attention to tokens from themselves and from later ones; arguments as above.
+
+    Returns:
+        (B, 1, S, S); for packages of fused kernels (B, S).
+    """
+    from transformers.masking_utils import create_causal_mask
+
+    made = create_causal_mask(config, _like(mask, dtype), mask, None, allow_is_causal_skip=False)
+    return mask if made is None else made
+
+
+def _like(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Embeddings (B, S, 0), which tell transformers shape, dtype and device."""
+    return mask.new_empty(*mask.shape, 0, dtype=dtype)

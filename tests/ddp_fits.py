@@ -30,6 +30,7 @@ from prompt_lab.methods.fine_tuning import FineTuning
 from prompt_lab.methods.intrinsic_subspace import IntrinsicSubspace
 from prompt_lab.methods.meta_prompt import AdaptationConfig, MetaPrompt
 from prompt_lab.methods.prompt_method import PromptMethod
+from prompt_lab.methods.prompt_tuning import PromptTuning
 from prompt_lab.methods.subspace_tuning import SubspaceConfig
 from prompt_lab.methods.vector_arithmetic import VectorArithmetic
 from prompt_lab.optim import OptimConfig
@@ -176,7 +177,21 @@ def fit(
     method = make(files)
     data = make_data(Path(root), tasks, [13])
     trainer.fit(method, datamodule=data, ckpt_path=ckpt, weights_only=True)
+    check_shares(method, name, trainer)
     trainer.test(method, datamodule=data, verbose=False)
+
+
+def check_shares(method: PromptMethod, name: str, trainer: Any) -> None:
+    """Where whole runs are shared, a process holds its own and nothing of the others."""
+    many, world = len(method.all_runs), trainer.world_size
+    shared = name in ("whole runs", "codes", "adapter codes") and 1 < world <= many
+    assert method.shares.divided == shared
+    if isinstance(method, PromptTuning) and method.independent_runs:
+        (optimizer,) = trainer.optimizers
+        (state,) = optimizer.state.values()
+        held = {len(value) for value in [method.trained, method.best, method.init, *state.values()]}
+        assert held == {len(method.runs)}
+        assert len(method.runs) <= (-(-many // world) if shared else many)
 
 
 def run_all(root: str, folder: str, **settings: Any) -> None:

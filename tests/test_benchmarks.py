@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+from prompt_lab.cli import METHODS
+
 FOLDER = Path(__file__).parent / "benchmarks"
 GOALS = {
-    f"G{number}" for number in (1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 14, 17, 18, 19, 20, 21)
+    f"G{number}" for number in (1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 14, 17, 18, 19, 20, 21, 22)
 }  # G16 needs bf16 instructions
 
 
@@ -34,3 +38,39 @@ def test_memory_of_meta_gradients_gives_a_table_and_a_figure(tmp_path: Path) -> 
     assert made.returncode == 0, made.stderr
     assert "| GPT-2-like | 2 |" in made.stdout
     assert len(list(tmp_path.glob("*.png"))) == len(list(tmp_path.glob("*.svg"))) == 1
+
+
+def test_the_profile_has_a_line_for_every_method_of_the_package() -> None:
+    words = ["--quick", "--threads", "1", "--models", "T5-like"]
+    made = subprocess.run(
+        [sys.executable, FOLDER / "profile_step.py", *words],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert made.returncode == 0, made.stderr
+    assert set(re.findall(r"^\| T5-like \| (\w+)", made.stdout, re.MULTILINE)) == set(METHODS)
+    assert "## T5-like, B 8" in made.stdout
+
+
+def test_precision_gives_both_tables_without_data_from_outside(tmp_path: Path) -> None:
+    """Every model under every way of rounding, and fits that differ in nothing else."""
+    out = tmp_path / "lines.jsonl"
+    words = ["--quick", "--threads", "1", "--out", str(out)]
+    environment = {k: v for k, v in os.environ.items() if k != "PROMPT_LAB_TEST_DATA"}
+    made = subprocess.run(
+        [sys.executable, FOLDER / "precision.py", *words],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=environment,
+    )
+    assert made.returncode == 0, made.stderr
+    assert "stories260K is left out" in made.stderr
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    refused = {line["model"].split(",")[0] for line in lines if "refused" in line}
+    assert refused == {"T5-like", "sandbox"}
+    exact = [line for line in lines if line.get("way") == "float64"]
+    assert len(exact) == 7
+    assert all(line["gradient"]["worst"] < 1e-3 for line in exact)
+    assert made.stdout.count("| sandbox, sandbox-sst |") == 4

@@ -261,11 +261,6 @@ class MetaPrompt(PromptMethod):
         Raises:
             ValueError: the setting, and what to use instead.
         """
-        if self.trainer.precision == "16-mixed":
-            raise ValueError(
-                "trainer.precision 16-mixed: inner gradients are below what float16 holds; use "
-                "32-true or bf16-mixed"
-            )
         if self.trainer.precision == "bf16-mixed" and self.second_order:
             self.warn_once(
                 "bf16",

@@ -13,10 +13,11 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -43,7 +44,10 @@ class BackboneConfig:
 
     Args:
         name: hub id, folder, or ``sandbox`` for the tiny model that ships with the package.
-        dtype: dtype of the frozen weights; prompts, optimizer and losses stay float32.
+        dtype: dtype of the frozen weights; prompts, optimizer and losses stay float32. bfloat16 is
+            the fast one. float16 is for GPUs without it: T5 and mT5 are refused, since they
+            overflow; a run of another model that overflows stops and says so; and gradients of
+            small losses are lost, since nothing scales them up, of which a fit warns.
         attention: attention implementation of transformers.
         gradient_checkpointing: keep the activations of one layer at a time; exact but slower, for
             backbones whose activations do not fit.
@@ -241,10 +245,24 @@ class PromptMethod(LightningModule):
             ValueError: the setting, and what to use instead.
         """
         trainer = self.trainer
+        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+            refuse_strategy(type(trainer.strategy).__name__)
         if trainer.precision in ("bf16-true", "16-true"):
             raise ValueError(
                 f"trainer.precision {trainer.precision} would round the prompts and their "
                 "optimizer: use trainer.precision 32-true with model.backbone.dtype bfloat16"
+            )
+        if trainer.precision == "16-mixed":
+            raise ValueError(
+                "trainer.precision 16-mixed: a step makes its gradient before the trainer scales "
+                "the loss, so small gradients are below what float16 holds: use bf16-mixed or "
+                "32-true"
+            )
+        if self.backbone_config.dtype == "float16" and trainer.state.fn == "fit":
+            self.warn_once(
+                "float16",
+                "model.backbone.dtype float16: gradients of small losses (0.1 and less) may be too "
+                "small for it and get lost: use bfloat16 where the GPU has it",
             )
         if trainer.gradient_clip_val and self.trains_a_bank:
             raise ValueError(
@@ -560,6 +578,23 @@ class PromptMethod(LightningModule):
                 f"{result.unexpected_keys}; was it made with other settings or by another method?"
             )
         return type(result)(missing, result.unexpected_keys)
+
+
+def refuse_strategy(name: str) -> NoReturn:
+    """Refuse a strategy that splits the backbone over devices (FSDP, DeepSpeed, tensor parallel).
+
+    Each of its layers would wait for all processes, but those run different rows in different
+    numbers of forward passes; some have none.
+
+    Raises:
+        ValueError: what to use instead.
+    """
+    raise ValueError(
+        f"trainer.strategy {name} splits the backbone over devices, whose layers then wait for "
+        "each other, while here every process runs rows or runs of its own: use ddp. For a "
+        "backbone that is too large for a device use model.backbone.dtype bfloat16, "
+        "model.backbone.gradient_checkpointing true and a smaller model.tokens_per_forward"
+    )
 
 
 def as_config(kind: Any, value: Any) -> Any:
