@@ -340,7 +340,8 @@ class PromptTuning(PromptMethod):
             ValueError: naming both sides.
         """
         assert self.backbone is not None
-        saved, own = _trained_on(checkpoint.get("runs", [])), _trained_on(map(asdict, self.all_runs))
+        saved = _trained_on(checkpoint.get("runs", []))
+        own = _trained_on(map(asdict, self.all_runs))
         if saved != own:
             raise ValueError(
                 f"the checkpoint is of {len(saved)} runs ({some(saved)}), the settings ask for "
@@ -446,9 +447,7 @@ class PromptTuning(PromptMethod):
             self.status.masked_fill_(self.status == TRAINING, FINISHED)
         self.active &= self.status == TRAINING
         status = self.status.tolist()
-        failed = self.shares.gather(
-            [self.runs[i].name for i in self._live if status[i] == FAILED]
-        )
+        failed = self.shares.gather([self.runs[i].name for i in self._live if status[i] == FAILED])
         if failed:
             rank_zero_warn(
                 f"loss or gradient not finite by step {self.trainer.global_step}: "
@@ -659,9 +658,7 @@ class PromptTuning(PromptMethod):
 
     def _warn_of_answers(self) -> None:
         """Warn of runs that answer every dev row alike, and of prompts that do not move."""
-        constant = self.shares.gather(
-            [self.runs[i].name for i in self.evaluation.constant_runs()]
-        )
+        constant = self.shares.gather([self.runs[i].name for i in self.evaluation.constant_runs()])
         if constant and self.trainer.global_step > self.trainer.max_steps // 4:
             self.warn_once(
                 "constant",
@@ -669,9 +666,7 @@ class PromptTuning(PromptMethod):
                 f"{some(constant)}; the score is that of a constant. Try another learning_rate",
             )
         moved = self._moved().tolist()
-        still = self.shares.gather(
-            [self.runs[i].name for i in self._evaluated if moved[i] < 1e-3]
-        )
+        still = self.shares.gather([self.runs[i].name for i in self._evaluated if moved[i] < 1e-3])
         if still:
             self.warn_once(
                 "still",

@@ -1,6 +1,7 @@
 """A bank of 200 runs on real tasks, killed ten times at random, against one that nothing disturbs.
 
-    PROMPT_LAB_TEST_DATA=... python tests/benchmarks/kills.py [--kills 10] [--seed 0] [--folder runs/kills]
+    PROMPT_LAB_TEST_DATA=FOLDER python tests/benchmarks/kills.py [--kills 10] [--seed 0]
+                                                                 [--folder runs/kills]
 
 Eight tasks with labels or open answers x five samples x five initialisation seeds, on stories260K:
 16 steps, evaluated every 4, and the test. The disturbed fit is ended by ``kill -9`` of all its
@@ -61,7 +62,7 @@ def words(data: Path, run_dir: Path) -> list[str]:
 
 
 def run(command: list[str], folder: Path, limit: float | None) -> float | None:
-    """Seconds of a fit that ended by itself; None for one that was killed after ``limit`` seconds."""
+    """Seconds of a fit that ended by itself; None where it was killed after ``limit`` seconds."""
     started = time.monotonic()
     with (folder / "log.txt").open("ab") as log:
         process = subprocess.Popen(
