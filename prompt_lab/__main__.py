@@ -69,11 +69,15 @@ def main() -> int:
         return 2
     # On Intel processors matrix products repeat bit for bit from run to run, as exact resume needs.
     os.environ.setdefault("MKL_CBWR", "AUTO")
-    if command not in TRAINER_COMMANDS:
-        from prompt_lab.offline import run
-    else:
-        from prompt_lab.cli import run
-    return run()
+    try:
+        if command not in TRAINER_COMMANDS:
+            from prompt_lab.offline import run
+        else:
+            from prompt_lab.cli import run
+        return run()
+    except KeyboardInterrupt:
+        print("prompt-lab: stopped", file=sys.stderr)
+        return 130
 
 
 def _help(version: str) -> str:

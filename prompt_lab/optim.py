@@ -268,8 +268,7 @@ def adamw_with_warmup(
     """
     rise = max(1, round(warmup * total_steps))
     fall = max(1, total_steps - rise)
-    device = next(iter(groups[0]["params"])).device
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=device.type == "cuda" or None)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / rise, max(0.0, (total_steps - step) / fall))
     )

@@ -226,8 +226,7 @@ class FineTuning(PromptMethod):
         """The optimizer over all that is trained; its learning rate is set before each step."""
         rate = self.runs[0].learning_rate
         if self.optim_config.name == "adamw":
-            fused = self.device.type == "cuda" or None  # None leaves it to torch
-            return torch.optim.AdamW(self._groups(), lr=rate, fused=fused)
+            return torch.optim.AdamW(self._groups(), lr=rate, fused=True)
         from transformers.optimization import Adafactor
 
         return Adafactor(self._groups(), lr=rate, scale_parameter=False, relative_step=False)

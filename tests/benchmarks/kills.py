@@ -87,7 +87,7 @@ def kill_at_random(
 ) -> list[str]:
     """Run a fit that is killed so many times; returns where each kill found it.
 
-    A process lives five seconds, in which it starts, and up to a quarter of the undisturbed time.
+    A process lives five seconds, in which it starts, and up to a third of the undisturbed time.
     """
     assert seconds is not None
     rng, moments = random.Random(options.seed), []
@@ -95,7 +95,7 @@ def kill_at_random(
         taken_up = [*command]
         if (run_dir / "checkpoints" / "last.ckpt").is_file():
             taken_up.append("--ckpt_path=last")
-        if run(taken_up, options.folder, rng.uniform(5, 5 + seconds / 4)) is None:
+        if run(taken_up, options.folder, rng.uniform(5, 5 + seconds / 3)) is None:
             moments.append(describe(run_dir))
             print(f"kill {len(moments)}: {moments[-1]}", flush=True)
     run([*taken_up, "--ckpt_path=last"], options.folder, None)
