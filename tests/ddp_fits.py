@@ -78,7 +78,8 @@ def make_files(folder: Path) -> None:
 def whole_runs(folder: Path) -> PromptMethod:
     """Nine runs, some of which stop early: more than there are processes."""
     rates = [0.1, 0.03, 0.01]
-    return make_method(make_backbone("gpt2"), learning_rate=rates, batch_size=3, patience=2)
+    given = {"learning_rate": rates, "batch_size": 3, "patience": 2, "save_steps": [4]}
+    return make_method(make_backbone("gpt2"), **given)
 
 
 def one_run(folder: Path) -> PromptMethod:

@@ -150,6 +150,8 @@ def test_a_lost_node_ends_the_job_and_the_rest_of_it_can_be_resumed(words, alone
 
 
 def test_processes_of_torchrun_without_an_id_need_a_folder(words, monkeypatch, capsys):
+    for name in ("LOCAL_RANK", cli.RUN_DIR_VARIABLE):
+        monkeypatch.delenv(name, raising=False)  # of tests before
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert cli.run(words) == 1
     assert "torchrun gives this job no id" in capsys.readouterr().err
