@@ -15,6 +15,7 @@ import torch
 from conftest import make_backbone, make_model, make_tokenizer
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins import MixedPrecision
+from test_prompt_tuning import make_trainer
 from torch import Tensor
 
 from prompt_lab.backbone import Backbone
@@ -63,25 +64,6 @@ def mild_model(kind: str) -> Any:
     return model
 
 
-def make_trainer(run_dir: Path, **settings: Any) -> Trainer:
-    """A trainer of one step without outputs."""
-    given: dict[str, Any] = {"max_steps": 1, "val_check_interval": 1, **settings}
-    return Trainer(
-        accelerator="cpu",
-        max_epochs=-1,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        inference_mode=False,
-        logger=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        default_root_dir=run_dir,
-        **given,
-    )
-
-
 @pytest.fixture
 def fit(fewshot_root: Path, tmp_path: Path) -> Fit:
     """Function that trains two prompts and returns the method and what was watched."""
@@ -97,7 +79,7 @@ def fit(fewshot_root: Path, tmp_path: Path) -> Fit:
         method.backbone = Backbone(loaded, make_tokenizer(kind), f"tiny-{kind}")
         watch = Watch()
         data = CrossFitDataModule(["glue-sst2"], root=str(fewshot_root), samples=[13])
-        make_trainer(tmp_path, callbacks=[watch], **trainer).fit(method, datamodule=data)
+        make_trainer(tmp_path, 1, 1, callbacks=[watch], **trainer).fit(method, datamodule=data)
         return method, watch
 
     return run
@@ -229,10 +211,10 @@ def test_precisions_that_spoil_a_training_are_refused(
     method = METHODS[name]()
     data = CrossFitDataModule(["glue-sst2"], root=str(fewshot_root), samples=[13])
     with pytest.raises(ValueError, match=reason):
-        make_trainer(tmp_path, **settings).fit(method, datamodule=data)
+        make_trainer(tmp_path, 1, 1, **settings).fit(method, datamodule=data)
 
 
 def test_on_a_cpu_16_mixed_is_bf16_mixed_by_lightnings_word(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="Using `precision='bf16-mixed'` instead"):
-        trainer = make_trainer(tmp_path, precision="16-mixed")
+        trainer = make_trainer(tmp_path, 1, 1, precision="16-mixed")
     assert trainer.precision == "bf16-mixed"
