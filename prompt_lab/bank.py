@@ -90,6 +90,12 @@ def bank_product(
     return product
 
 
+FLOAT16_SCALE = 2.0**7
+"""What a loss is multiplied by for the backward pass through float16 weights, and gradients divided
+by after it: both exact, and gradients below what float16 holds (6e-8) get through. A power more
+would let losses near zero count, and the large gradients of early steps overflow (65504)."""
+
+
 @dataclass
 class BankObjective:
     """The weighted losses of a bank on one batch, as inner loops take them.
@@ -197,14 +203,15 @@ def _group_gradient(
     cut = [part.detach().requires_grad_() for part in prefix]
     total = [torch.zeros_like(part) for part in prefix]
     losses = leaf.new_zeros(len(leaf))
+    scale = FLOAT16_SCALE if backbone.model.dtype == torch.float16 else 1.0
     extra = leaf.shape[1] if backbone.is_encoder_decoder else 0
     for part in micro_batches(batch, tokens_per_forward, extra):
         weighted = backbone.row_losses(tuple(cut), part, smoothing) * part.weight
-        for sum_, new in zip(total, torch.autograd.grad(weighted.sum(), cut), strict=True):
+        for sum_, new in zip(total, torch.autograd.grad(weighted.sum() * scale, cut), strict=True):
             sum_ += new
         losses = losses.index_add(0, part.prompt_index, weighted.detach())
     (gradient,) = torch.autograd.grad(prefix, leaf, total)
-    return losses, gradient
+    return losses, gradient / scale
 
 
 def _groups(

@@ -46,8 +46,7 @@ class BackboneConfig:
         name: hub id, folder, or ``sandbox`` for the tiny model that ships with the package.
         dtype: dtype of the frozen weights; prompts, optimizer and losses stay float32. bfloat16 is
             the fast one. float16 is for GPUs without it: T5 and mT5 are refused, since they
-            overflow; a run of another model that overflows stops and says so; and gradients of
-            small losses are lost, since nothing scales them up, of which a fit warns.
+            overflow, and a run of another model that overflows stops and says so.
         attention: attention implementation of transformers.
         gradient_checkpointing: keep the activations of one layer at a time; exact but slower, for
             backbones whose activations do not fit.
@@ -257,12 +256,6 @@ class PromptMethod(LightningModule):
                 "trainer.precision 16-mixed: a step makes its gradient before the trainer scales "
                 "the loss, so small gradients are below what float16 holds: use bf16-mixed or "
                 "32-true"
-            )
-        if self.backbone_config.dtype == "float16" and trainer.state.fn == "fit":
-            self.warn_once(
-                "float16",
-                "model.backbone.dtype float16: gradients of small losses (0.1 and less) may be too "
-                "small for it and get lost: use bfloat16 where the GPU has it",
             )
         if trainer.gradient_clip_val and self.trains_a_bank:
             raise ValueError(
