@@ -336,6 +336,20 @@ def test_a_dry_run_prints_the_grid_and_writes_nothing(fit, capsys):
     assert not list(Path().iterdir())
 
 
+@pytest.mark.parametrize(
+    ("devices", "said", "rows"),
+    [(2, "whole runs shared, 2 of them", 8), (4, "the rows of every step shared", 3)],
+)
+def test_a_dry_run_for_several_processes_tells_of_the_first_one(fit, capsys, devices, said, rows):
+    """Three runs of four rows: two processes share them, four share their rows."""
+    words = ["--model.learning_rate=[0.1, 0.2, 0.3]", "--model.batch_size=4", "--dry_run"]
+    assert status(fit, *words, f"--trainer.devices={devices}", "--run_dir=r") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("3 runs = ")
+    assert f"processes: {devices}, {said}" in out
+    assert f"first step: {rows} rows" in out
+
+
 def test_there_is_one_line_per_evaluation_and_none_per_step(fit, capfd):
     assert fit("--trainer.max_steps=6", "--trainer.val_check_interval=2", "--run_dir=r") == 0
     lines = capfd.readouterr().out.splitlines()

@@ -1,7 +1,8 @@
 """What a fit would cost: the grid, rows and tokens per step, memory; nothing is trained.
 
 Memory is counted, not guessed: weights and bank by their bytes, activations as the bytes that
-autograd keeps for the largest micro-batch of the first step, which is run once for that.
+autograd keeps for the largest micro-batch of the first step, which is run once for that. Of several
+processes it is the first one's.
 """
 
 from __future__ import annotations
@@ -21,10 +22,14 @@ if TYPE_CHECKING:
 
 def describe_grid(method: PromptTuning, data: CrossFitDataModule, trainer: Trainer) -> str:
     """The text of ``fit --dry_run``."""
-    method.prepare(data)
+    processes = trainer.num_devices * trainer.num_nodes
+    method.prepare(data, 0, processes)
     method.to(trainer.strategy.root_device)
     assert method.backbone is not None
-    steps = data.train_steps(method.runs, trainer.max_steps, lambda: 0, method.live, 0, 1)
+    parts_of_rows = 1 if method.shares.divided else processes
+    steps = data.train_steps(
+        method.runs, trainer.max_steps, lambda: 0, method.live, 0, parts_of_rows
+    )
     batch = steps.batch(0, method.live())
     extra = method.num_virtual_tokens if method.backbone.is_encoder_decoder else 0
     parts = micro_batches(batch, method.tokens_per_forward, extra)
@@ -47,17 +52,28 @@ def describe_grid(method: PromptTuning, data: CrossFitDataModule, trainer: Train
     )
     axes = tuple((name, values) for name, values in axes if values)
     lines = [
-        f"{len(method.runs)} runs = " + " x ".join(f"{len(v)} {name}" for name, v in axes),
+        f"{len(method.all_runs)} runs = " + " x ".join(f"{len(v)} {name}" for name, v in axes),
         *(f"  {name}: {', '.join(map(str, values))}" for name, values in axes),
         f"prompt: {method.num_virtual_tokens} x {method.backbone.hidden_size}, "
         f"initialised {method.initialised}",
         f"backbone: {method.backbone.name}",
         f"steps: {trainer.max_steps}, evaluation every {trainer.val_check_interval}",
+        *_sharing(method, processes),
         f"first step: {len(batch)} rows, {padded} padded tokens in {len(parts)} micro-batches",
         f"memory: weights {_size(weights)}, bank {_size(3 * bank)} and optimizer "
         f"{_size(optimizer)}, activations of the largest micro-batch {_size(activations)}",
     ]
     return "\n".join(lines)
+
+
+def _sharing(method: PromptTuning, processes: int) -> list[str]:
+    """What several processes share, in a line; the lines after it are of the first of them."""
+    if processes == 1:
+        return []
+    shared = "the rows of every step shared"
+    if method.shares.divided:
+        shared = f"whole runs shared, {len(method.runs)} of them in the first"
+    return [f"processes: {processes}, {shared}; of the first process:"]
 
 
 def _tokens(part: Batch, extra: int) -> int:
