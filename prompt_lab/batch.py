@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -122,19 +123,19 @@ def make_batch(
     input_lengths = [len(inputs[i]) for i in order]
     target_lengths = [len(targets[i]) for i in order]
     width, depth = max(input_lengths, default=0), max(target_lengths, default=0)
-    input_ids = torch.full((count, width), pad_id, dtype=torch.long)
-    input_mask = torch.zeros((count, width), dtype=torch.long)
-    target_ids = torch.full((count, depth), IGNORE, dtype=torch.long)
+    input_ids = np.full((count, width), pad_id, dtype=np.int64)
+    input_mask = np.zeros((count, width), dtype=np.int64)
+    target_ids = np.full((count, depth), IGNORE, dtype=np.int64)
     for at, i in enumerate(order):
         start = width - input_lengths[at] if left_padded else 0
         columns = slice(start, start + input_lengths[at])
-        input_ids[at, columns] = torch.as_tensor(inputs[i], dtype=torch.long)
+        input_ids[at, columns] = inputs[i]
         input_mask[at, columns] = 1
-        target_ids[at, : target_lengths[at]] = torch.as_tensor(targets[i], dtype=torch.long)
+        target_ids[at, : target_lengths[at]] = targets[i]
     return Batch(
-        input_ids=input_ids,
-        input_mask=input_mask,
-        target_ids=target_ids,
+        input_ids=torch.from_numpy(input_ids),
+        input_mask=torch.from_numpy(input_mask),
+        target_ids=torch.from_numpy(target_ids),
         prompt_index=torch.tensor([prompts[i] for i in order], dtype=torch.long),
         weight=torch.tensor([weight[i] for i in order], dtype=torch.float32),
         prompts=[prompts[i] for i in order],
