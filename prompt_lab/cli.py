@@ -320,9 +320,9 @@ def run(args: list[str] | None = None) -> int:
         if os.environ.get("PROMPT_LAB_TRACEBACK") or not _is_lost_process(error):
             raise
         print(
-            "prompt-lab: another process of this job is gone (what it said may tell why); what was "
-            "there at the last evaluation is kept: go on with --ckpt_path last and the same "
-            f"--run_dir. {str(error).splitlines()[0]}",
+            "prompt-lab: another process of this job is gone or cannot be reached (what it said "
+            "may tell why). A fit can go on from its last evaluation: --ckpt_path last and the "
+            f"same --run_dir. {' '.join(str(error).split())}",
             file=sys.stderr,
         )
         return 1

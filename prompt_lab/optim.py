@@ -107,6 +107,15 @@ class BankOptimizer(torch.optim.Optimizer):
         self.total_steps = total_steps
         self.config = config
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a state; torch would leave the steps, which it knows as one number, on the host.
+
+        Its own optimizers count there; here the counts (R,) belong to the parameter's device.
+        """
+        super().load_state_dict(state_dict)
+        for parameter, state in self.state.items():
+            state["step"] = state["step"].to(parameter.device)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step of every active run whose parameter has a gradient."""

@@ -27,7 +27,7 @@ from typing import Any
 from prompt_lab.run import grid
 from prompt_lab.sweep_file import Sweep, Trial, make_trial
 
-BANK = "bank.json"
+BANK, MARKER = "bank.json", "trial.json"
 TASKS, SAMPLES, SOURCES = "data.tasks", "data.samples", "model.init.source_tasks"
 SEEDS, RATES, SIZES = "model.init_seed", "model.learning_rate", "model.batch_size"
 AXES = (TASKS, SAMPLES, SEEDS, RATES, SIZES, SOURCES)
@@ -69,7 +69,8 @@ def plan_fits(sweep: Sweep, trials: Sequence[Trial], root: Path) -> list[Fit]:
     """The fits that train the trials, each trial in one of them.
 
     Banks and trials that have a folder there keep it, whatever else the file asks for by now; a
-    bank only while all its trials are in the file.
+    bank only while all its trials are in the file. The trials of a bank that failed are then alone,
+    since one of them may have failed it.
 
     Args:
         sweep: the file.
@@ -82,11 +83,12 @@ def plan_fits(sweep: Sweep, trials: Sequence[Trial], root: Path) -> list[Fit]:
     Raises:
         ValueError: a ``bank.json`` that is damaged.
     """
-    fits = _kept_banks(sweep, trials, root)
+    fits, failed = _kept_banks(sweep, trials, root)
     kept = {trial.digest for fit in fits for trial in fit.trials}
     new = []
     for trial in trials:
-        if trial.digest not in kept and trial_folder(root, trial).is_dir():
+        is_alone = trial.digest in failed or trial_folder(root, trial).is_dir()
+        if trial.digest not in kept and is_alone:
             fits.append(Fit(trial, (trial,)))
         elif trial.digest not in kept:
             new.append(trial)
@@ -106,15 +108,47 @@ def trial_folder(root: Path, trial: Trial) -> Path:
     return found[0] if found else root / f"{trial.number}-{trial.digest}"
 
 
-def _kept_banks(sweep: Sweep, trials: Sequence[Trial], root: Path) -> list[Fit]:
-    """The banks of earlier sweeps all of whose trials are still asked for."""
-    left = {trial.digest: trial for trial in trials}
+def trial_state(folder: Path) -> tuple[str, float | None]:
+    """State of a trial and the seconds that its last process took, as its folder tells them.
+
+    Args:
+        folder: the folder of the trial.
+
+    Returns:
+        ``done`` (ended with status 0), ``failed`` (another status), ``interrupted`` (started, did
+        not end by itself) or ``not run``; the seconds of the first two.
+
+    Raises:
+        ValueError: a marker that is damaged.
+    """
+    path = folder / MARKER
+    if path.is_file():
+        try:
+            marker = json.loads(path.read_text(encoding="utf-8"))
+            return str(marker["state"]), float(marker["seconds"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error!r}): delete it to have the trial run or resumed"
+            ) from None
+    return ("interrupted" if folder.is_dir() else "not run"), None
+
+
+def _kept_banks(sweep: Sweep, trials: Sequence[Trial], root: Path) -> tuple[list[Fit], set[str]]:
+    """The banks of earlier sweeps all of whose trials are still asked for.
+
+    Returns:
+        The banks without those that failed, and the digests of the trials of these.
+    """
+    left, failed = {trial.digest: trial for trial in trials}, set[str]()
     fits = []
     for path in sorted(root.glob(f"*/{BANK}")):
         try:
             noted = json.loads(path.read_text(encoding="utf-8"))
             runs = {str(digest): list(names) for digest, names in noted["runs"].items()}
             if not runs or not left.keys() >= runs.keys():
+                continue
+            if trial_state(path.parent)[0] == "failed":
+                failed |= runs.keys()
                 continue
             members = sorted((left[digest] for digest in runs), key=lambda trial: trial.number)
             point = [noted["settings"][parameter.name] for parameter in sweep.parameters]
@@ -127,7 +161,7 @@ def _kept_banks(sweep: Sweep, trials: Sequence[Trial], root: Path) -> list[Fit]:
             fits.append(Fit(whole, tuple(members), runs))
             for digest in runs:
                 del left[digest]
-    return fits
+    return fits, failed
 
 
 # ---- full products -------------------------------------------------------------------------------

@@ -29,10 +29,10 @@ from typing import Any
 
 from prompt_lab.atomic_file import held, write_atomically, write_csv
 from prompt_lab.results import BASELINES, RESULT_COLUMNS, best_by_dev, read_csv
-from prompt_lab.sweep_banks import BANK, Fit, plan_fits, trial_folder
+from prompt_lab.sweep_banks import BANK, MARKER, Fit, plan_fits, trial_folder, trial_state
 from prompt_lab.sweep_file import Sweep, Trial, make_trials, read_sweep
 
-MARKER, LOG, CHECKPOINT = "trial.json", "log.txt", "checkpoints/last.ckpt"
+LOG, CHECKPOINT = "log.txt", "checkpoints/last.ckpt"
 TAIL_LINES, TAIL_BYTES = 10, 20_000
 PATIENCE = 10.0
 """Seconds that a trial has to end after SIGTERM."""
@@ -85,31 +85,6 @@ def sweep_command(
 
 
 # ---- running -------------------------------------------------------------------------------------
-
-
-def trial_state(folder: Path) -> tuple[str, float | None]:
-    """State of a trial and the seconds that its last process took, as its folder tells them.
-
-    Args:
-        folder: the folder of the trial.
-
-    Returns:
-        ``done`` (ended with status 0), ``failed`` (another status), ``interrupted`` (started, did
-        not end by itself) or ``not run``; the seconds of the first two.
-
-    Raises:
-        ValueError: a marker that is damaged.
-    """
-    path = folder / MARKER
-    if path.is_file():
-        try:
-            marker = json.loads(path.read_text(encoding="utf-8"))
-            return str(marker["state"]), float(marker["seconds"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} is damaged ({error!r}): delete it to have the trial run or resumed"
-            ) from None
-    return ("interrupted" if folder.is_dir() else "not run"), None
 
 
 def _run_all(

@@ -140,7 +140,7 @@ def test_a_lost_node_ends_the_job_and_the_rest_of_it_can_be_resumed(words, alone
     two[1].kill()
     said = ended(two[0], 60)
     assert two[0].returncode == 1, said
-    assert "another process of this job is gone" in said
+    assert "another process of this job is gone or cannot be reached" in said
     assert "Traceback" not in said
     ended(two[1])
     last = tmp_path / "checkpoints" / "last.ckpt"

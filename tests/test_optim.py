@@ -199,6 +199,22 @@ def test_state_survives_saving_and_loading(name: str) -> None:
     assert torch.equal(resumed, whole)
 
 
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "sgd"])
+def test_a_state_from_the_host_is_taken_to_the_device_of_the_parameter(name: str) -> None:
+    """The device is ``meta``, which refuses tensors of the host as a GPU does."""
+    config, value = OptimConfig(name=name), start()  # type: ignore[arg-type]
+    first, _, optimizer = build(config, value)
+    first.grad = torch.zeros_like(first)
+    optimizer.step()
+    there = torch.nn.Parameter(value.to("meta"))
+    active = torch.ones(len(value), dtype=torch.bool, device="meta")
+    second = config.build([there], [0.1] * len(value), active, 10)
+    second.load_state_dict(torch.load(_stored(optimizer.state_dict()), weights_only=True))
+    assert {tensor.device.type for tensor in second.state[there].values()} == {"meta"}
+    there.grad = torch.zeros_like(there)
+    second.step()
+
+
 def _stored(state: dict[str, Any]) -> Any:
     """A state as a checkpoint holds it."""
     from io import BytesIO

@@ -300,16 +300,18 @@ def test_trials_of_banks_have_a_line_each_and_done_banks_are_kept(stub, capsys):
     assert calls() == [{SEED: "[0, 1]", RATE: "0.1", "steps": "5"}]
 
 
-def test_a_bank_that_fails_or_is_interrupted_is_run_again_as_one(stub):
+def test_the_trials_of_a_bank_that_failed_are_run_alone_and_an_interrupted_one_is_resumed(stub):
     Path("broken").touch()
     assert swept([0.1, 0.3], [0, 1], 5, 6) == 1
     states = Counter(row["state"] for row in read_csv(Path("r/sweep.csv")))
     assert states == {"done": 4, "failed": 4}
     Path("broken").unlink()
     calls()
-    assert swept([0.3, 0.1], [1, 0], 5, 6) == 0  # in the order that it had
-    bank = {SEED: "[0, 1]", RATE: "[0.1, 0.3]"}
-    assert calls() == [bank | {"steps": "6"}]
+    assert swept([0.3, 0.1], [1, 0], 5, 6) == 0
+    alone = sorted((flags[SEED], flags[RATE], flags["steps"]) for flags in calls())
+    assert alone == [(seed, rate, "6") for seed in "01" for rate in ("0.1", "0.3")]
+    assert swept([0.3, 0.1], [1, 0], 5, 6) == 0
+    assert calls() == []
 
     (folder,) = (path.parent for path in Path("r").glob("*/trial.json") if "=5" in path.read_text())
     (folder / "trial.json").unlink()  # as killed after a checkpoint
@@ -318,7 +320,7 @@ def test_a_bank_that_fails_or_is_interrupted_is_run_again_as_one(stub):
     assert swept([0.1, 0.3, 0.5], [0, 1], 5) == 0
     assert sorted(calls(), key=len) == [
         {SEED: "[0, 1]", RATE: "0.5", "steps": "5"},
-        bank | {"steps": "5", "ckpt_path": "last"},
+        {SEED: "[0, 1]", RATE: "[0.1, 0.3]", "steps": "5", "ckpt_path": "last"},
     ]
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -244,8 +244,9 @@ class PromptMethod(LightningModule):
             ValueError: the setting, and what to use instead.
         """
         trainer = self.trainer
-        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
-            refuse_strategy(type(trainer.strategy).__name__)
+        strategy, whole = trainer.strategy, (SingleDeviceStrategy, DDPStrategy)
+        if not isinstance(strategy, whole) or isinstance(strategy, DeepSpeedStrategy):
+            refuse_strategy(type(strategy).__name__)
         if trainer.precision in ("bf16-true", "16-true"):
             raise ValueError(
                 f"trainer.precision {trainer.precision} would round the prompts and their "
