@@ -43,6 +43,15 @@ def share_runs(costs: Sequence[float], processes: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
+def gather_values(values: Sequence[T]) -> list[T]:
+    """The values of all processes, one process after another, on each of them."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return list(values)
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, list(values))
+    return [value for part in parts for value in part]
+
+
 @dataclass(frozen=True)
 class RunShares:
     """The runs of every process.
@@ -70,11 +79,7 @@ class RunShares:
 
     def gather(self, values: Sequence[T]) -> list[T]:
         """Values of all processes, however many each has, one process after another."""
-        if not self.divided:
-            return list(values)
-        parts: list[Any] = [None] * len(self.shares)
-        dist.all_gather_object(parts, list(values))
-        return [value for part in parts for value in part]
+        return gather_values(values) if self.divided else list(values)
 
     def join(self, values: Sequence[T]) -> list[T]:
         """One value for each run, from those of this process's runs, in the order of the grid."""

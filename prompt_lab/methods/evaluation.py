@@ -22,6 +22,7 @@ from prompt_lab.data.files import SplitName
 from prompt_lab.metrics import BankMetric, chance_score, majority_score
 from prompt_lab.prompt_file import PromptStore
 from prompt_lab.results import RESULT_COLUMNS, write_predictions
+from prompt_lab.run_shares import gather_values
 
 if TYPE_CHECKING:
     from prompt_lab.methods.prompt_method import PromptMethod
@@ -231,7 +232,7 @@ class Evaluation:
         for variant, others in self.baseline_predictions.items():
             found += [(variant, *p) for p in others]
         places = method.shares.own
-        gathered = _gather([(variant, places[i], *answer) for variant, i, *answer in found])
+        gathered = gather_values([(v, places[i], row, text) for v, i, row, text in found])
         if method.stores_prompts:
             method.save_prompts(
                 PromptStore(Path(method.run_dir) / "prompts"), method.best_prompts(scores)
@@ -256,12 +257,3 @@ class Evaluation:
             "prediction": text,
             "references": self.references((run.task, run.sample))[row],
         }
-
-
-def _gather(values: list[Any]) -> list[Any]:
-    """The values of all processes, on each of them."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return values
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, values)
-    return [value for part in parts for value in part]

@@ -359,11 +359,11 @@ class PromptTuning(PromptMethod):
         self, checkpoint: dict[str, Any], convert: Callable[[Tensor], Tensor]
     ) -> None:
         """Put what ``convert`` makes of it in the place of what a checkpoint holds of each run."""
+        if not self.shares.divided:
+            return
         state = checkpoint["state_dict"]
         found = {name: convert(state[name]) for name in PER_RUN if name in state}
         checkpoint["state_dict"] = {**state, **found}
-        if not self.independent_runs:
-            return
         for of_optimizer in checkpoint.get("optimizer_states", []):
             of_optimizer["state"] = {
                 parameter: {name: convert(value) for name, value in values.items()}
@@ -412,13 +412,12 @@ class PromptTuning(PromptMethod):
         self._save_step(scores.tolist())
         self.loss_sum.zero_()
         self.loss_steps.zero_()
-        if not any(self.shares.gather(self._live_runs())):
+        if not self._count_live():
             self.trainer.should_stop = True
 
-    def _live_runs(self) -> list[bool]:
-        """Whether each own run still trains."""
-        live = set(self._live)
-        return [i in live for i in range(len(self.runs))]
+    def _count_live(self) -> int:
+        """How many runs of all processes still train."""
+        return sum(self.shares.gather([len(self._live)]))
 
     def _keep_better(self, scores: Tensor) -> None:
         """Update each live run's best prompt; ties keep the earlier, NaN counts as the worst."""
@@ -465,7 +464,7 @@ class PromptTuning(PromptMethod):
         rows = self._joined_rows(losses, scores.tolist())
         best = self.shares.join(self.best_score.tolist())
         tasks = {run.name: run.task for run in self.all_runs}
-        logged: dict[str, float] = {"runs_alive": float(sum(self.shares.gather(self._live_runs())))}
+        logged: dict[str, float] = {"runs_alive": float(self._count_live())}
         for task in self.datamodule.tasks:
             values = [row["dev"] for row in rows if tasks[row["run"]] == task]
             known = [value for value in values if value == value]
