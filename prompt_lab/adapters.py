@@ -222,21 +222,12 @@ class AdaptedBackbone(Backbone):
         with self._adapted(prefix, batch) as none:
             return super().row_losses(none, batch, label_smoothing)
 
-    @torch.no_grad()
-    def generate(
-        self,
-        prompts: Tensor | Prefix,
-        batch: Batch,
-        max_new_tokens: int = 64,
-        num_beams: int = 1,
+    def _generate(
+        self, prefix: Prefix, batch: Batch, max_new_tokens: int, num_beams: int
     ) -> list[str]:
-        """As :meth:`Backbone.generate`, under a bank (R, 1, P) or what :meth:`prefix` made of it.
-
-        Raises:
-            ValueError: a bank of another shape, or rows longer than the model's positions.
-        """
-        with self._adapted(self._as_prefix(prompts), batch) as none:
-            return super().generate(none, batch, max_new_tokens, num_beams)
+        """As the backbone's."""
+        with self._adapted(prefix, batch) as none:
+            return super()._generate(none, batch, max_new_tokens, num_beams)
 
     def _candidate_scores(
         self,

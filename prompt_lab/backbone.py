@@ -26,21 +26,26 @@ from prompt_lab.candidates import Follow, candidate_scores
 from prompt_lab.pretrained import (
     DTYPES,
     ENCODER_DECODER,
+    find_specials,
     load_pretrained,
-    plain_generation,
     refuse_unsupported,
     weights_digest,
 )
 from prompt_lab.sandbox import SANDBOX
 from prompt_lab.training_forward import (
+    attention_window,
     causal_mask,
     compile_training,
+    position_masks,
     recompute_layers,
     tokens_mask,
 )
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Side = Literal["right", "left"]
+"""Where the text of an input that is too long is cut."""
 
 Prefix = tuple[Tensor, ...]
 """What :meth:`Backbone.prefix` returns."""
@@ -62,7 +67,8 @@ class Backbone(nn.Module):
         name: hub id or folder, for messages and prompt files.
 
     Raises:
-        ValueError: an architecture that is not supported, or T5 in float16.
+        ValueError: an architecture that is not supported, T5 in float16, or special tokens that the
+            model's files do not agree on (``pretrained.find_specials``).
     """
 
     def __init__(
@@ -72,15 +78,16 @@ class Backbone(nn.Module):
         kind = model.config.model_type
         refuse_unsupported(kind, model.dtype, name)
         self.model: Any = model.requires_grad_(False).eval()
-        self.model.generation_config = plain_generation(model)
         self.tokenizer: Any = tokenizer
+        self.specials = find_specials(model, tokenizer, name)
         self.name = name
         self.is_encoder_decoder = kind in ENCODER_DECODER
+        self.model.generation_config = self._plain_generation()
         self.hidden_size: int = self.model.get_input_embeddings().weight.shape[1]
         field = _POSITIONS.get(kind)
         self.max_positions: int | None = getattr(model.config, field) if field else None
-        pad: int | None = self.tokenizer.pad_token_id
-        self.pad_id: int = self.tokenizer.eos_token_id if pad is None else pad
+        self.pad_id = self.specials.pad
+        self.window = attention_window(model.config)
         self._candidates: dict[tuple[str, ...], Tensor] = {}
         self._adds_space = "".join(self.tokenizer.tokenize("a")).startswith("▁")
 
@@ -110,6 +117,16 @@ class Backbone(nn.Module):
             weight.data = weight.data.clone()
         backbone.digest = digest
         return backbone
+
+    def _plain_generation(self) -> Any:
+        """Generation settings of special ids only: published penalties would change answers."""
+        from transformers import GenerationConfig
+
+        return GenerationConfig(
+            eos_token_id=self.specials.ends,
+            pad_token_id=self.specials.pad,
+            decoder_start_token_id=self.specials.start if self.is_encoder_decoder else None,
+        )
 
     @cached_property
     def digest(self) -> str:
@@ -157,30 +174,42 @@ class Backbone(nn.Module):
 
     # ---- text to tokens -------------------------------------------------------------------------
 
-    def encode_inputs(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
-        """Token ids of inputs, cut at the end to ``max_length`` tokens, specials included.
+    def encode_inputs(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of inputs, whole, with the special tokens that the tokenizer itself adds.
 
-        Encoder-decoder models get their tokenizer's special tokens (T5 ``text </s>``, BART
-        ``<s> text </s>``); decoder-only models ``[BOS] text``, where the tokenizer has a BOS.
+        Encoder-decoder models get them on both sides (T5 ``text </s>``, BART ``<s> text </s>``);
+        decoder-only models in front alone (Llama ``<s> text``; GPT-2, BLOOM and SmolLM2 add none).
 
         Raises:
-            ValueError: a text without tokens where there is no BOS either.
+            ValueError: a text without tokens where there is no special token either.
         """
         if not texts:
             return []
-        if self.is_encoder_decoder:
-            made = self.tokenizer(list(texts), truncation=True, max_length=max_length, **_IDS_ALONE)
-            return made["input_ids"]
-        bos = self.tokenizer.bos_token_id
-        start = [] if bos is None else [bos]
-        made = self.tokenizer(list(texts), add_special_tokens=False, verbose=False, **_IDS_ALONE)[
-            "input_ids"
-        ]
-        if any(not start + ids for ids in made):
+        made = self._tokens(texts)
+        front, back = self.specials.front, self.specials.back if self.is_encoder_decoder else []
+        empty = next((text for text, ids in zip(texts, made, strict=True) if not ids), None)
+        if empty is not None and not front + back:
             raise ValueError(
-                f"an input has no tokens for backbone {self.name!r}: give it some text"
+                f"an input has no tokens for backbone {self.name!r}, {empty[:40]!r}: give it some "
+                "text that its tokenizer knows"
             )
-        return [(start + ids)[:max_length] for ids in made]
+        return [front + ids + back for ids in made]
+
+    def cut_input(self, ids: list[int], max_length: int, side: Side = "right") -> list[int]:
+        """An input of at most ``max_length`` tokens; of a longer one the text is cut at a side.
+
+        Args:
+            ids: as :meth:`encode_inputs` makes them.
+            max_length: most tokens, specials included.
+            side: ``right`` leaves the text's beginning, ``left`` its end.
+        """
+        if len(ids) <= max_length:
+            return ids
+        front = len(self.specials.front)
+        back = len(self.specials.back) if self.is_encoder_decoder else 0
+        text, room = ids[front : len(ids) - back], max(0, max_length - front - back)
+        kept = text[:room] if side == "right" else text[len(text) - room :]
+        return ids[:front] + kept + ids[len(ids) - back :]
 
     def encode_targets(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of answers, never cut, with the end token.
@@ -190,14 +219,22 @@ class Backbone(nn.Module):
         if not texts:
             return []
         space = "" if self.is_encoder_decoder or self._adds_space else " "
-        made = self.tokenizer(
-            [space + text for text in texts],
-            add_special_tokens=self.is_encoder_decoder,
-            verbose=False,
-            **_IDS_ALONE,
-        )["input_ids"]
-        end = self.tokenizer.eos_token_id
+        made = self._tokens([space + text for text in texts], self.is_encoder_decoder)
+        end = self.specials.end
         return [ids if ids[-1:] == [end] else [*ids, end] for ids in made]
+
+    def _tokens(self, texts: Sequence[str], specials: bool = False) -> list[list[int]]:
+        """Token ids of texts, whatever length the tokenizer thinks right."""
+        return self.tokenizer(
+            list(texts), add_special_tokens=specials, verbose=False, **_IDS_ALONE
+        )["input_ids"]
+
+    def look_alikes(self, answers: Sequence[str]) -> list[list[str]]:
+        """Groups of answers whose tokens are the same, which the model cannot tell apart."""
+        groups: dict[tuple[int, ...], list[str]] = {}
+        for answer, ids in zip(answers, self.encode_targets(answers), strict=True):
+            groups.setdefault(tuple(ids), []).append(answer)
+        return [group for group in groups.values() if len(group) > 1]
 
     def batch(
         self,
@@ -212,7 +249,7 @@ class Backbone(nn.Module):
         runs under prompt 0 unless ``prompt_index`` says otherwise.
         """
         made = make_batch(
-            self.encode_inputs(inputs, max_input_length),
+            [self.cut_input(ids, max_input_length) for ids in self.encode_inputs(inputs)],
             None if targets is None else self.encode_targets(targets),
             [0] * len(inputs) if prompt_index is None else prompt_index,
             pad_id=self.pad_id,
@@ -265,9 +302,16 @@ class Backbone(nn.Module):
             return (cast,)
         from prompt_lab.prompt_cache import prompt_cache
 
-        self._check_positions(prompts.shape[1])
+        count = prompts.shape[1]
+        self._check_positions(count)
+        masks = None
+        self._beyond_window(count)
+        if self.window is not None and not self._is_flash:
+            places = torch.arange(count, device=cast.device)[None]
+            known = torch.ones_like(places)
+            masks = position_masks(self.model.config, places, known, places, cast.dtype)
         cache = prompt_cache(self.model.config.num_hidden_layers)
-        self.model.base_model(inputs_embeds=cast, past_key_values=cache, use_cache=True)
+        self.model.base_model(inputs_embeds=cast, attention_mask=masks, cache=cache, use_cache=True)
         return tuple(part for layer in cache.layers for part in (layer.keys, layer.values))
 
     def row_losses(self, prefix: Prefix, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
@@ -344,11 +388,35 @@ class Backbone(nn.Module):
             ValueError: a bank of another width, or rows longer than the model's positions.
         """
         prefix = self._as_prefix(prompts)
+        if self._pads_windows(prefix, batch, max_new_tokens):
+            texts = [""] * len(batch)
+            for length in dict.fromkeys(batch.input_lengths):
+                rows = [row for row, own in enumerate(batch.input_lengths) if own == length]
+                made = self._generate(prefix, batch.take(rows), max_new_tokens, num_beams)
+                for row, text in zip(rows, made, strict=True):
+                    texts[row] = text
+            return texts
+        return self._generate(prefix, batch, max_new_tokens, num_beams)
+
+    def _pads_windows(self, prefix: Prefix, batch: Batch, max_new_tokens: int) -> bool:
+        """Whether padding would count in windows; rows of one length at a time have none.
+
+        While it generates, transformers makes the masks, by counting keys.
+        """
+        width = batch.input_ids.shape[1]
+        if self.window is None or min(batch.input_lengths, default=0) == width:
+            return False
+        count = 0 if len(prefix) == 1 else prefix[0].shape[2]
+        return self._beyond_window(count + width + max_new_tokens)
+
+    def _generate(
+        self, prefix: Prefix, batch: Batch, max_new_tokens: int, num_beams: int
+    ) -> list[str]:
+        """As :meth:`generate`, given what :meth:`prefix` returned."""
         settings = {
             "max_new_tokens": max_new_tokens,
             "num_beams": num_beams,
             "do_sample": False,
-            "pad_token_id": self.pad_id,
         }
         if self.is_encoder_decoder:
             from transformers.modeling_outputs import BaseModelOutput
@@ -358,20 +426,22 @@ class Backbone(nn.Module):
             mask = F.pad(batch.input_mask, (prefix[0].shape[1], 0), value=1)
             output = BaseModelOutput(last_hidden_state=states)
             made = self.model.generate(encoder_outputs=output, attention_mask=mask, **settings)
+            made = made[:, 1:]  # without the start token, which may be an end, too
         else:
             batch = batch.padded_left()
-            cache, mask, _ = self._growing_cache(prefix, batch)
+            cache, mask, _, _ = self._growing_cache(prefix, batch)
             self._check_positions(mask.shape[1] + max_new_tokens)
             if cache.get_seq_length():
                 cache.batch_repeat_interleave(num_beams)
             made = self.model.generate(
                 batch.input_ids,
                 attention_mask=mask,
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
                 **settings,
             )[:, batch.input_ids.shape[1] :]
-        texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)
+        answers = [_before(self.specials.ends, ids) for ids in made.tolist()]
+        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
     def _candidate_scores(
@@ -440,7 +510,7 @@ class Backbone(nn.Module):
 
     def _shift(self, target_ids: Tensor) -> Tensor:
         """Decoder inputs (B, T): the start token, then the targets without their last."""
-        start = torch.full_like(target_ids[:, :1], self.model.config.decoder_start_token_id)
+        start = torch.full_like(target_ids[:, :1], self.specials.start)
         shifted = torch.cat([start, target_ids[:, :-1]], dim=1)
         return shifted.masked_fill(shifted == IGNORE, self.pad_id)
 
@@ -461,7 +531,7 @@ class Backbone(nn.Module):
                 encoder_outputs=(states,),
                 attention_mask=mask,
                 decoder_input_ids=ids,
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
             )
             return made.logits
@@ -476,55 +546,86 @@ class Backbone(nn.Module):
             cache.crop(-ids.shape[1])
             return logits
 
-        start = torch.full_like(batch.input_ids[:, :1], self.model.config.decoder_start_token_id)
+        start = torch.full_like(batch.input_ids[:, :1], self.specials.start)
         return run(start)[:, -1], follow
 
     # ---- decoder-only ---------------------------------------------------------------------------
 
-    def _growing_cache(self, prefix: Prefix, batch: Batch) -> tuple[Any, Tensor, Tensor]:
+    def _growing_cache(self, prefix: Prefix, batch: Batch) -> tuple[Any, Tensor, Tensor, Tensor]:
         """Cache of each row's prompt that takes up what follows, mask, and positions.
 
         As :meth:`_rows` gives them.
         """
         from prompt_lab.prompt_cache import growing_cache
 
-        parts, mask, positions = self._rows(prefix, batch)
-        return growing_cache(parts), mask, positions
+        parts, mask, positions, places = self._rows(prefix, batch)
+        return growing_cache(parts), mask, positions, places
 
-    def _rows(self, prefix: Prefix, batch: Batch) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Keys and values of each row's prompt, mask (B, N + S) and positions (B, S) of its text.
+    def _rows(self, prefix: Prefix, batch: Batch) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+        """Keys and values of each row's prompt, and mask and positions of its tokens.
 
-        The list is empty for prompts of no tokens, which leave no keys.
+        The list is empty for prompts of no tokens, which leave no keys. Mask (B, N + S) and the
+        last, positions of keys (B, N + S), are of prompt and text; positions (B, S) of the text.
         """
         empty = len(prefix) == 1
         count = 0 if empty else prefix[0].shape[2]
         parts = [] if empty else [part.index_select(0, batch.prompt_index) for part in prefix]
         mask = F.pad(batch.input_mask, (count, 0), value=1)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, count:]
-        return parts, mask, positions
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        return parts, mask, places[:, count:], places
+
+    def _beyond_window(self, length: int) -> bool:
+        """Whether rows of so many keys, padding included, reach beyond a layer's window.
+
+        Raises:
+            ValueError: they do, and the attention is one that would count padding.
+        """
+        if self.window is None or length <= self.window:
+            return False
+        if self._is_flash:
+            raise ValueError(
+                f"rows of {length} tokens reach beyond the window of {self.window} in layers of "
+                f"backbone {self.name!r}, where flash_attention_2 would count padding: use "
+                "model.backbone.attention sdpa"
+            )
+        return True
+
+    @property
+    def _is_flash(self) -> bool:
+        """Whether attention is a package of fused kernels, which take no made masks."""
+        return self.model.config._attn_implementation.startswith("flash")
 
     def _causal_mask(self, batch: Batch, mask: Tensor) -> Tensor | None:
         """Mask of attention of rows without a prompt, of whose mask (B, L) models see the values.
 
-        BLOOM does not, and counts positions by it; sliding windows need masks of their own.
+        BLOOM does not, and counts positions by it. Models with windows make a mask for each kind
+        of layer.
         """
         config, lengths = self.model.config, batch.target_lengths
-        if config.model_type == "bloom" or getattr(config, "use_sliding_window", False):
+        if config.model_type == "bloom" or self.window is not None:
             return mask
         whole = min(batch.input_lengths, default=0) == batch.input_ids.shape[1]
         if whole and min(lengths, default=0) == max(lengths, default=0):
             return None
         return causal_mask(config, mask, self.model.dtype)
 
-    def _follow(self, ids: Tensor, cache: Any, mask: Tensor | None, positions: Tensor) -> Tensor:
-        """Hidden states (B, L, D) of ids (B, L) behind a cache, which grows by them."""
-        extra = {} if self.model.config.model_type == "bloom" else {"position_ids": positions}
+    def _follow(
+        self, ids: Tensor, cache: Any, mask: Tensor | None, positions: Tensor, places: Tensor
+    ) -> Tensor:
+        """Hidden states (B, L, D) of ids (B, L) behind a cache, which grows by them.
+
+        The mask (B, K) says which of the keys are tokens, and ``places`` (B, K) their positions.
+        """
+        config, masks = self.model.config, mask
+        self._beyond_window(places.shape[1])
+        if mask is not None and self.window is not None and not self._is_flash:
+            masks = position_masks(config, places, mask, positions, self.model.dtype)
         made = self.model.base_model(
             inputs_embeds=self.embed(ids),
-            attention_mask=mask,
-            past_key_values=cache,
+            attention_mask=masks,
+            cache=cache,
             use_cache=True,
-            **extra,
+            **({} if config.model_type == "bloom" else {"position_ids": positions}),
         )
         return made.last_hidden_state
 
@@ -533,7 +634,7 @@ class Backbone(nn.Module):
         from prompt_lab.prompt_cache import prompt_cache, row_cache
 
         batch = batch.padded_left()
-        parts, mask, positions = self._rows(prefix, batch)
+        parts, mask, positions, places = self._rows(prefix, batch)
         # Without a prompt too the cache must stay as it is when a layer is recomputed.
         layers = self.model.config.num_hidden_layers
         cache = row_cache(parts) if parts else prompt_cache(layers)
@@ -544,9 +645,10 @@ class Backbone(nn.Module):
         present = (known != IGNORE).long()
         ids = torch.cat([batch.input_ids, known.masked_fill(known == IGNORE, self.pad_id)], dim=1)
         mask = torch.cat([mask, present], dim=1)
-        positions = torch.cat([positions, positions[:, -1:] + present.cumsum(1)], dim=1)
+        behind = positions[:, -1:] + present.cumsum(1)
+        positions, places = (torch.cat([before, behind], dim=1) for before in (positions, places))
         ready = mask if parts else self._causal_mask(batch, mask)
-        states = self._follow(ids, cache, ready, positions)  # (B, S + T - 1, D)
+        states = self._follow(ids, cache, ready, positions, places)  # (B, S + T - 1, D)
         length = states.shape[1]
         before = [
             row * length + width - 1 + at
@@ -562,20 +664,21 @@ class Backbone(nn.Module):
         The text runs once behind its prompt's keys and values, for all answers.
         """
         batch = batch.padded_left()
-        cache, mask, positions = self._growing_cache(prefix, batch)
+        cache, mask, positions, places = self._growing_cache(prefix, batch)
         self._check_positions(mask.shape[1] + depth)
         head = self.model.get_output_embeddings()
-        states = self._follow(batch.input_ids, cache, mask, positions)
-        last = positions[:, -1:]  # (B, 1)
+        states = self._follow(batch.input_ids, cache, mask, positions, places)
 
         def follow(keep: Tensor | None, ids: Tensor) -> Tensor:
             """Logits (b, t, V) behind tokens (b, t) of the rows to keep; the cache forgets them."""
-            nonlocal mask, last
+            nonlocal mask, places
             if keep is not None:
-                mask, last = mask[keep], last[keep]
+                mask, places = mask[keep], places[keep]
                 cache.batch_select_indices(keep)
             ones = torch.ones_like(ids)
-            behind = self._follow(ids, cache, torch.cat([mask, ones], 1), last + ones.cumsum(1))
+            following = places[:, -1:] + ones.cumsum(1)
+            keys = torch.cat([mask, ones], 1), torch.cat([places, following], 1)
+            behind = self._follow(ids, cache, keys[0], following, keys[1])
             cache.crop(-ids.shape[1])
             return head(behind)
 
@@ -597,6 +700,11 @@ class Backbone(nn.Module):
                 f"{self.name!r}, which has {self.max_positions}: lower max_input_length, "
                 "num_virtual_tokens or max_new_tokens"
             )
+
+
+def _before(ends: Sequence[int], ids: list[int]) -> list[int]:
+    """The tokens of an answer before the first that ends it."""
+    return ids[: next((at for at, token in enumerate(ids) if token in ends), len(ids))]
 
 
 def _target_places(batch: Batch) -> list[int]:

@@ -76,6 +76,14 @@ class Batch:
             left_padded=self.left_padded,
         )
 
+    def take(self, rows: Sequence[int]) -> Batch:
+        """Some rows in the given order, without the padding that they do not need."""
+        at = index_tensor(rows, self.weight.device)
+        fields = vars(self)
+        tensors = {k: v.index_select(0, at) for k, v in fields.items() if isinstance(v, Tensor)}
+        lists = {k: [v[i] for i in rows] for k, v in fields.items() if isinstance(v, list)}
+        return Batch(**{**fields, **tensors, **lists}).slice(0, len(rows))
+
     def padded_left(self) -> Batch:
         """The same rows with their inputs' padding on the left, as decoders need it."""
         if self.left_padded:

@@ -1,13 +1,17 @@
 """Finding and loading a model and its tokenizer, with a sentence for what can go wrong.
 
-Code that comes with a model is never run, and pickled weights are read as tensors alone. What is
-run with the model is in ``backbone.py``.
+Tokenizer, config, generation config and weights are four files that people edit, and they may
+disagree. What is run follows them as far as they can be brought together (:class:`Specials`); what
+cannot is refused here, at loading. Code that comes with a model is never run, and pickled weights
+are read as tensors alone. What is run with the model is in ``backbone.py``.
 """
 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -18,7 +22,7 @@ from torch import nn
 from prompt_lab.sandbox import ASSETS, SANDBOX
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 ENCODER_DECODER = ("t5", "mt5", "bart")
 DECODER_ONLY = ("gpt2", "bloom", "llama", "qwen2")
@@ -34,8 +38,9 @@ def load_pretrained(name: str, dtype: str, attention: str) -> tuple[Any, Any]:
         attention: attention implementation of transformers.
 
     Raises:
-        ValueError: another dtype, no such model, damaged files, a folder without tokenizer, an
-            unsupported architecture, one that needs code of its own, or T5 in float16.
+        ValueError: another dtype, no such model, damaged files, weights that are missing, of
+            another shape or not finite, a folder without tokenizer, an unsupported architecture,
+            one that needs code of its own, or T5 in float16.
     """
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
@@ -113,23 +118,160 @@ def _read(name: str, read: Callable[..., Any], path: str | Path, **settings: Any
 
 
 def _load_model(name: str, path: str | Path, config: Any, attention: str) -> PreTrainedModel:
-    """The model in its published dtype, BLOOM with its own attention."""
+    """The model in its published dtype, BLOOM with its own attention; its weights all there."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers.utils import logging
 
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    chosen = {} if config.model_type == "bloom" else {"attn_implementation": attention}
-    return _read(name, kind.from_pretrained, path, config=config, dtype="auto", **chosen)
+    settings: dict[str, Any] = {"config": config, "dtype": "auto", "output_loading_info": True}
+    settings["ignore_mismatched_sizes"] = True  # they are refused below, by name
+    if config.model_type != "bloom":
+        settings["attn_implementation"] = attention
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # transformers tells the same in a table
+    try:
+        model, found = _read(name, kind.from_pretrained, path, **settings)
+    finally:
+        logging.set_verbosity(before)
+    wrong = sorted(str(key if isinstance(key, str) else key[0]) for key in found["mismatched_keys"])
+    for names, what in (
+        (sorted(found["missing_keys"]), "lacks weights that its config asks for"),
+        (wrong, "has weights of another shape than its config asks for"),
+        (_not_finite(model), "has weights that are not finite"),
+    ):
+        if names:
+            raise ValueError(
+                f"backbone {name!r} {what}: {_some(names)}. Trained behind such a model, a prompt "
+                "is worth nothing: get the files again, or mend config.json (model_type, sizes, "
+                "tie_word_embeddings)"
+            )
+    if found["unexpected_keys"]:
+        warnings.warn(
+            f"backbone {name!r} has weights that a {config.model_type} of its config does not use: "
+            f"{_some(sorted(found['unexpected_keys']))}; is config.json right?",
+            stacklevel=2,
+        )
+    return model
 
 
-def plain_generation(model: PreTrainedModel) -> GenerationConfig:
-    """Generation settings with special ids only: published penalties would change the answers."""
-    from transformers import GenerationConfig
+def _not_finite(model: nn.Module) -> list[str]:
+    """Names of the weights that hold NaN or infinity."""
+    return [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
 
-    published = getattr(model, "generation_config", None)
-    names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-    own = {name: getattr(model.config, name, None) for name in names}
-    ids = {name: getattr(published, name, None) for name in names}
-    return GenerationConfig(**{k: own[k] if v is None else v for k, v in ids.items()})
+
+def _some(names: list[str]) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+# ---- special tokens ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Specials:
+    """The special tokens with which rows are made and answers end.
+
+    Attributes:
+        front: what the tokenizer itself puts in front of a text.
+        back: what it puts behind one.
+        end: the token that answers are trained to end with.
+        ends: the tokens at which an answer ends: the union of what tokenizer, config and generation
+            config name.
+        pad: what fills padding, which is never looked at.
+        start: what the decoder of an encoder-decoder model starts from; -1 where there is none.
+    """
+
+    front: list[int]
+    back: list[int]
+    end: int
+    ends: list[int]
+    pad: int
+    start: int
+
+
+def find_specials(model: Any, tokenizer: Any, name: str) -> Specials:
+    """Bring together what tokenizer, config and generation config say.
+
+    Raises:
+        ValueError: tokens that the model has no row for, a tokenizer that makes no tokens, or no
+            token to end with or for a decoder to start from.
+    """
+    sources = (model.config, model.generation_config)
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    size = min(layer.weight.shape[0] for layer in (embeddings, head))
+    pad = tokenizer.pad_token_id
+    beyond = sorted(i for i in tokenizer.get_vocab().values() if i >= size and i != pad)
+    if beyond:
+        words = [repr(tokenizer.convert_ids_to_tokens(i)) for i in beyond]
+        raise ValueError(
+            f"the tokenizer of backbone {name!r} has tokens that the model's tables of {size} rows "
+            f"have no place for: {_some(words)}; use the tokenizer that the model was trained with"
+        )
+    named = [getattr(source, "eos_token_id", None) for source in (tokenizer, *sources)]
+    ends = list(dict.fromkeys(i for ids in map(_ids, named) for i in ids if 0 <= i < size))
+    if not ends:
+        raise ValueError(
+            f"backbone {name!r} has no end token: neither tokenizer nor config names one that the "
+            "model knows; set eos_token in tokenizer_config.json"
+        )
+    _tell_of_ordinary(tokenizer, ends, name)
+    pads = (pad, *(getattr(source, "pad_token_id", None) for source in sources), ends[0])
+    return Specials(
+        *_added(tokenizer, name),
+        end=ends[0],
+        ends=ends,
+        pad=next(i for i in pads if i is not None and 0 <= i < size),
+        start=_decoder_start(*sources, size, name) if model.config.is_encoder_decoder else -1,
+    )
+
+
+def _ids(value: int | list[int] | None) -> list[int]:
+    """None, one id or several, as a list."""
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _added(tokenizer: Any, name: str) -> tuple[list[int], list[int]]:
+    """The tokens that a tokenizer puts in front of a text and behind it."""
+    for text in ("a", "1", "the", "."):
+        bare = tokenizer(text, add_special_tokens=False)["input_ids"]
+        full = tokenizer(text)["input_ids"]
+        for at in range(len(full) - len(bare) + 1) if bare else ():
+            if full[at : at + len(bare)] == bare:
+                return full[:at], full[at + len(bare) :]
+    raise ValueError(
+        f"the tokenizer of backbone {name!r} makes no tokens of plain text such as 'a' or '1': its "
+        "files are damaged or not those of a language model"
+    )
+
+
+def _tell_of_ordinary(tokenizer: Any, ends: list[int], name: str) -> None:
+    """Tell of ends that are ordinary words to the tokenizer, at which answers would stop."""
+    known = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    words = [repr(tokenizer.convert_ids_to_tokens(i)) for i in ends if i not in known]
+    if words:
+        warnings.warn(
+            f"config or generation config of backbone {name!r} name {_some(words)} as an end, "
+            "which is no special token of its tokenizer: answers stop there",
+            stacklevel=2,
+        )
+
+
+def _decoder_start(config: Any, generation: Any, size: int, name: str) -> int:
+    """The token that a decoder starts from: the config's, as in training, in generation too."""
+    named = [getattr(source, "decoder_start_token_id", None) for source in (config, generation)]
+    known = [i for i in named if i is not None and 0 <= i < size]
+    if not known:
+        raise ValueError(
+            f"backbone {name!r} does not say what its decoder starts from: set "
+            "decoder_start_token_id in config.json (T5: the padding token, BART: </s>)"
+        )
+    if len(set(known)) > 1:
+        warnings.warn(
+            f"backbone {name!r}: its decoder starts from token {known[0]} by config.json and from "
+            f"{known[1]} by generation_config.json; {known[0]} is taken everywhere",
+            stacklevel=2,
+        )
+    return known[0]
 
 
 def _missing_model(name: str, error: OSError) -> str:

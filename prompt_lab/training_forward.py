@@ -96,6 +96,40 @@ def causal_mask(config: Any, mask: Tensor, dtype: torch.dtype) -> Tensor:
     return mask if made is None else made
 
 
+def attention_window(config: Any) -> int | None:
+    """How many keys the windowed layers of a model see; None for a model without such layers."""
+    windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    return config.sliding_window if windowed else None
+
+
+def position_masks(
+    config: Any, places: Tensor, known: Tensor, positions: Tensor, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Additive masks for each kind of layer of a model with windows, which count positions.
+
+    transformers' own count keys, and so the padding between a prompt and its text.
+
+    Args:
+        config: of the transformers model.
+        places: (B, K) the position of each key.
+        known: (B, K) 1 for keys that are tokens and 0 for padding.
+        positions: (B, Q) the position of each query.
+        dtype: of the model's weights.
+
+    Returns:
+        (B, 1, Q, K) for ``full_attention`` and ``sliding_attention``.
+    """
+    back = positions[:, :, None] - places[:, None]  # (B, Q, K)
+    seen = (back >= 0) & (known[:, None] > 0)
+    kinds = {"full_attention": seen, "sliding_attention": seen & (back < config.sliding_window)}
+    return {
+        kind: torch.zeros_like(back, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[
+            :, None
+        ]
+        for kind, seen in kinds.items()
+    }
+
+
 def _like(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Embeddings (B, S, 0), which tell transformers shape, dtype and device."""
     return mask.new_empty(*mask.shape, 0, dtype=dtype)

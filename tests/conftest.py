@@ -45,11 +45,13 @@ _SPECIALS = {
     "bloom": {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS},
     "llama": {"bos_token": BOS, "eos_token": EOS},
     "qwen2": {"pad_token": PAD, "eos_token": EOS},  # no beginning token
+    "qwen2_window": {"pad_token": PAD, "eos_token": EOS},  # one layer sees 8 positions
 }
 KINDS = tuple(_SPECIALS)
 ENCODER_DECODER = ("t5", "mt5", "bart")
-DECODER_ONLY = ("gpt2", "bloom", "llama", "qwen2")
+DECODER_ONLY = ("gpt2", "bloom", "llama", "qwen2", "qwen2_window")
 _TEMPLATES = {"t5": f"$A {EOS}", "mt5": f"$A {EOS}", "bart": f"{BOS} $A {EOS}"}
+_TEMPLATES |= {"llama": f"{BOS} $A"}  # the others add nothing
 
 _CORPUS = [
     "the small red house stands on the hill",
@@ -129,6 +131,9 @@ def _config(kind: str, vocab_size: int) -> Any:
         ),
         "llama": lambda **common: hf.LlamaConfig(**llama, **common),
         "qwen2": lambda **common: hf.Qwen2Config(**llama, **common),
+        "qwen2_window": lambda **common: hf.Qwen2Config(
+            use_sliding_window=True, sliding_window=8, max_window_layers=1, **llama, **common
+        ),
     }
     bos = EOS_ID if kind == "gpt2" else BOS_ID
     return makers[kind](vocab_size=vocab_size, bos_token_id=bos, eos_token_id=EOS_ID)

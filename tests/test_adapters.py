@@ -50,6 +50,7 @@ SUBLAYERS = {
     ],
     "llama": _LLAMA,
     "qwen2": _LLAMA,
+    "qwen2_window": _LLAMA,
 }
 
 

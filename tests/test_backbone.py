@@ -37,7 +37,12 @@ TEXTS = ["the small dog", "a cat ran over the red field and no sea", "no", "she 
 TARGETS = ["yes", "no way", "maybe positive yes", "no"]
 INDEX = [0, 2, 1, 2]
 CANDIDATES = ["yes", "maybe the dog", "no way"]
-ROUNDED = ("bloom", "llama", "qwen2")  # transformers runs their norms or softmax in float32 always
+ROUNDED = (
+    "bloom",
+    "llama",
+    "qwen2",
+    "qwen2_window",
+)  # transformers runs their norms or softmax in float32 always
 
 
 WIDER = {"t5": 3, "mt5": 3}  # unscaled attention: rounding of some processors weighs more in T5
@@ -65,7 +70,7 @@ def naive_logits(model: Backbone, prompt: Tensor, ids: list[int], target: list[i
 
 def naive_losses(model: Backbone, prompts: Tensor, batch: Batch) -> Tensor:
     """Mean negative log-likelihood of each row of ``TEXTS``, in the batch's order: (B,)."""
-    inputs, targets = model.encode_inputs(TEXTS, 512), model.encode_targets(TARGETS)
+    inputs, targets = model.encode_inputs(TEXTS), model.encode_targets(TARGETS)
     rows = []
     for i in batch.rows:
         logits = naive_logits(model, prompts[INDEX[i]], inputs[i], targets[i])
@@ -177,7 +182,7 @@ def test_label_smoothing_equals_its_formula(backbone: Factory, kind: str) -> Non
     model, prompts, share = backbone(kind, torch.float64), bank(dtype=torch.float64), 0.2
     batch = model.batch(TEXTS, TARGETS, INDEX)
     found = model.loss(prompts, batch, label_smoothing=share).detach().numpy()
-    inputs, targets = model.encode_inputs(TEXTS, 512), model.encode_targets(TARGETS)
+    inputs, targets = model.encode_inputs(TEXTS), model.encode_targets(TARGETS)
     for at, i in enumerate(batch.rows):
         logits = naive_logits(model, prompts[INDEX[i]], inputs[i], targets[i]).detach().numpy()
         top = logits.max(1, keepdims=True)
@@ -193,7 +198,7 @@ def test_prompts_of_no_tokens_leave_the_plain_model(backbone: Factory, kind: str
     model, prompts = backbone(kind), bank(count=0)
     batch = model.batch(TEXTS, TARGETS, INDEX)
     losses = model.loss(prompts, batch)
-    inputs, targets = model.encode_inputs(TEXTS, 512), model.encode_targets(TARGETS)
+    inputs, targets = model.encode_inputs(TEXTS), model.encode_targets(TARGETS)
     for at, i in enumerate(batch.rows):
         ids, target = torch.tensor([inputs[i]]), torch.tensor([targets[i]])
         if not model.is_encoder_decoder:
@@ -229,7 +234,7 @@ def test_scores_equal_exhaustive_teacher_forcing(backbone: Factory, kind: str) -
     """Equality 4: every (row, candidate) run alone; candidates of 2 to 4 tokens."""
     model, prompts = backbone(kind), bank()
     batch = model.batch(TEXTS, None, INDEX)
-    inputs, answers = model.encode_inputs(TEXTS, 512), model.encode_targets(CANDIDATES)
+    inputs, answers = model.encode_inputs(TEXTS), model.encode_targets(CANDIDATES)
     expected = torch.zeros(4, 3)
     for at, i in enumerate(batch.rows):
         for c, answer in enumerate(answers):
@@ -284,7 +289,7 @@ def test_scores_do_not_look_at_targets(backbone: Factory, kind: str) -> None:
 @torch.no_grad()
 def greedy(model: Backbone, prompt: Tensor, text: str, length: int, end: int) -> str:
     """The likeliest next token, again and again, each time with the whole row run anew."""
-    (ids,), made = model.encode_inputs([text], 512), []
+    (ids,), made = model.encode_inputs([text]), []
     while len(made) < length and made[-1:] != [end]:
         logits = naive_logits(model, prompt, ids, [*made, 0])  # the last target is not read
         made.append(int(logits[-1].argmax()))
@@ -379,24 +384,33 @@ def test_encoder_decoder_rows_get_their_tokenizers_special_tokens(
     model = backbone(kind)
     plain = model.tokenizer("the dog", add_special_tokens=False)["input_ids"]
     start = [BOS_ID] if kind == "bart" else []
-    assert model.encode_inputs(["the dog"], 512) == [[*start, *plain, EOS_ID]]
+    assert model.encode_inputs(["the dog"]) == [[*start, *plain, EOS_ID]]
     assert model.encode_targets(["the dog"]) == [[*start, *plain, EOS_ID]]
-    (cut,) = model.encode_inputs(["the dog and the cat"], 4)
-    assert len(cut) == 4
-    assert cut[-1] == EOS_ID
+    (whole,) = model.encode_inputs(["the dog and the cat"])
+    text = whole[len(start) : -1]
+    room = 4 - len(start)
+    assert model.cut_input(whole, 4) == [*start, *text[: room - 1], EOS_ID]
+    assert model.cut_input(whole, 4, "left") == [*start, *text[len(text) - room + 1 :], EOS_ID]
+    assert model.cut_input(whole, len(whole)) == whole
+    for side, truncated in (("right", "right"), ("left", "left")):  # as transformers cuts
+        model.tokenizer.truncation_side = truncated
+        plain = model.tokenizer("the dog and the cat", truncation=True, max_length=5)["input_ids"]
+        assert model.cut_input(whole, 5, side) == plain
+    model.tokenizer.truncation_side = "right"
 
 
 @pytest.mark.parametrize("kind", DECODER_ONLY)
-def test_decoder_only_rows_are_bos_input_space_target_end(backbone: Factory, kind: str) -> None:
-    """Decision 8: tokenised apart; only the input is cut; no BOS where the tokenizer has none."""
+def test_decoder_only_rows_are_start_input_space_target_end(backbone: Factory, kind: str) -> None:
+    """Decision 8: tokenised apart; only the input is cut; a start where the tokenizer adds one."""
     model = backbone(kind)
-    bos = model.tokenizer.bos_token_id
-    start = [] if bos is None else [bos]
+    start = [BOS_ID] if kind == "llama" else []
+    assert model.tokenizer.bos_token_id is not None or kind.startswith("qwen2")
     plain = model.tokenizer("the dog", add_special_tokens=False)["input_ids"]
     answer = model.tokenizer(" yes", add_special_tokens=False)["input_ids"]
-    assert (bos is None) == (kind == "qwen2")
-    assert model.encode_inputs(["the dog"], 512) == [start + plain]
-    assert model.encode_inputs(["the dog"], 2) == [(start + plain)[:2]]
+    (whole,) = model.encode_inputs(["the dog"])
+    assert whole == start + plain
+    assert model.cut_input(whole, 2) == (start + plain)[:2]
+    assert model.cut_input(whole, 2, "left") == start + plain[len(start) - 2 :]
     assert model.encode_targets(["yes"]) == [[*answer, EOS_ID]]
 
 
@@ -414,7 +428,7 @@ def test_sentencepiece_answers_get_no_second_space() -> None:
 
 
 def test_no_texts_make_no_tokens(backbone: Factory) -> None:
-    assert backbone("t5").encode_inputs([], 5) == backbone("gpt2").encode_targets([]) == []
+    assert backbone("t5").encode_inputs([]) == backbone("gpt2").encode_targets([]) == []
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart", "gpt2"])
