@@ -55,6 +55,7 @@ class Prompt:
         max_new_tokens: longest generated answer.
         num_beams: beams of generated answers.
         max_input_length: inputs were cut to this many tokens.
+        truncation_side: the side on which they were cut.
         task_prefix: whether the task's name stood in front of the inputs.
         version: version of the package that wrote it.
         code: (I,) float32, what a subspace made the prompt from; None where it was tuned itself.
@@ -89,6 +90,7 @@ class Prompt:
     max_new_tokens: int | None = None
     num_beams: int | None = None
     max_input_length: int | None = None
+    truncation_side: str = "right"
     task_prefix: bool = False
     version: str = ""
     code: Tensor | None = None

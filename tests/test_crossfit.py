@@ -147,7 +147,7 @@ def test_train_and_dev_have_the_tokens_of_their_answers_and_test_has_not(
             alone = [[model.encode_targets([text])[0] for text in row] for row in split.references]
             assert rows.targets == ([] if name == "test" else alone)
             assert rows.longest_target == max(len(ids) for row in alone for ids in row)
-            assert rows.inputs == [model.encode_inputs([text], 512)[0] for text in split.inputs]
+            assert rows.inputs == [model.encode_inputs([text])[0] for text in split.inputs]
             assert rows.references == split.references
 
 

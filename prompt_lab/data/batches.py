@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -32,6 +32,8 @@ class Rows:
         targets: token ids of each of a row's references; empty where they are not trained on.
         references: the accepted answers as text.
         longest_target: tokens of the longest reference.
+        shortest_targets: tokens of each row's shortest reference.
+        cut: how many inputs were longer than ``data.max_input_length`` and cut.
     """
 
     task: Task
@@ -39,6 +41,8 @@ class Rows:
     targets: list[list[list[int]]]
     references: list[list[str]]
     longest_target: int
+    shortest_targets: list[int] = field(default_factory=list)
+    cut: int = 0
 
     def __len__(self) -> int:
         return len(self.inputs)

@@ -2,8 +2,7 @@
 
 It reads the splits of every (task, sample), checks them, and turns them into token ids by the rules
 of the backbone that the method brings along. Everything stays in memory: these are few-shot files.
-Token ids may be kept on disk for the next time (``token_cache.py``). Methods ask it for the batches
-of a bank of runs; it draws no rows of its own and computes no score.
+Methods ask it for the batches of a bank of runs; it draws no rows of its own and computes no score.
 """
 
 from __future__ import annotations
@@ -13,12 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_warn
 
-from prompt_lab.backbone import Backbone
+from prompt_lab.backbone import Backbone, Side
 from prompt_lab.data.batches import EvaluationSteps, Layout, Rows, TrainSteps
 from prompt_lab.data.episodes import EpisodeSteps
 from prompt_lab.data.files import (
@@ -33,13 +31,6 @@ from prompt_lab.data.mixtures import Key, Mixing, MixtureSteps, task_weights
 from prompt_lab.data.partitions import expand_sets
 from prompt_lab.data.sampling import draw_stratified
 from prompt_lab.data.tasks import Shots, Task, find_tasks
-from prompt_lab.data.token_cache import (
-    cache_key,
-    check_folder,
-    read_rows,
-    rules_digest,
-    write_rows,
-)
 from prompt_lab.run import Run
 from prompt_lab.sandbox import SANDBOX, TASKS, rows
 from prompt_lab.sandbox.tasks import SPLIT_ROWS
@@ -63,8 +54,8 @@ class CrossFitDataModule(LightningDataModule):
             (their sources repeat rows), instead of refusing them.
         shots: K of the file names, a number or ``all``; null takes that of the task table. Of the
             sandbox it is the number of training rows, out of 512.
-        cache: folder that keeps tokenised rows for the next time, of any tasks and backbones; null
-            keeps none.
+        truncation_side: the side on which the text of longer inputs is cut, ``right`` (its end) or
+            ``left``; special tokens are never cut.
 
     Raises:
         ValueError: a setting out of its range, or an unknown task.
@@ -81,7 +72,7 @@ class CrossFitDataModule(LightningDataModule):
         order_seed: int = 0,
         allow_overlap: bool = False,
         shots: Shots | None = None,
-        cache: str | None = None,
+        truncation_side: Side = "right",
     ) -> None:
         super().__init__()
         if not tasks:
@@ -90,9 +81,14 @@ class CrossFitDataModule(LightningDataModule):
             raise ValueError(f"data.max_input_length is {max_input_length}: give at least 1")
         if len(set(samples)) < len(samples) or not samples:
             raise ValueError(f"data.samples must be distinct and at least one: {samples}")
+        if truncation_side not in get_args(Side):
+            raise ValueError(
+                f"data.truncation_side is {truncation_side!r}; allowed: {', '.join(get_args(Side))}"
+            )
         self.given_tasks = list(tasks)  # with sets of partitions as they were named
         self.root, self.samples, self.order_seed = root, list(samples), order_seed
-        self.allow_overlap, self.cache = allow_overlap, cache
+        self.allow_overlap = allow_overlap
+        self.truncation_side: Side = truncation_side
         self.max_input_length, self.task_prefix = max_input_length, task_prefix
         chosen = find_tasks(expand_sets(tasks), task_file)
         if shots is not None:
@@ -101,20 +97,16 @@ class CrossFitDataModule(LightningDataModule):
         self.tasks: dict[str, Task] = {task.name: task for task in chosen}
         self.splits: dict[tuple[str, int], dict[SplitName, Split]] = {}
         self.layout: Layout | None = None
-        self._rows: dict[tuple[str, int, str], Rows] = {}
+        self._rows: dict[tuple[str, str, str], Rows] = {}
         self._backbone: Backbone | None = None
-        self._rules = ""
 
     def setup(self, stage: str | None = None) -> None:
         """Read and check the files of every task and sample, once.
 
         Raises:
             DataError: naming file, line and reason.
-            ValueError: no file can be written in the folder of tokenised rows, or a task is not one
-                of the sandbox's.
+            ValueError: a task is not one of the sandbox's.
         """
-        if self.cache is not None:
-            check_folder(self.cache)
         for task in list(self.tasks.values()):
             samples = [sample for sample in self.samples if (task.name, sample) not in self.splits]
             if samples:
@@ -132,35 +124,36 @@ class CrossFitDataModule(LightningDataModule):
         """Take the backbone whose rules make the tokens, when rows are first asked for."""
         if backbone is not self._backbone:
             self._rows.clear()
-            self._rules = "" if self.cache is None else rules_digest(backbone)
         self._backbone = backbone
         self.layout = Layout(backbone.pad_id, not backbone.is_encoder_decoder)
 
-    def rows(self, task: str, sample: int, split: SplitName) -> Rows:
-        """Tokenised rows of one split; equal test sets of several samples are tokenised once."""
+    def rows(self, task: str, sample: int, split: SplitName, keep: bool = True) -> Rows:
+        """Tokenised rows of one split; equal test sets of several samples are tokenised once.
+
+        Args:
+            task: name of the task.
+            sample: its few-shot sample.
+            split: train, dev or test.
+            keep: hold them for the next time.
+        """
         data = self.splits[task, sample][split]
         key = (task, data.digest, split)
-        if key not in self._rows:
-            self._rows[key] = self._tokenise(self.tasks[task], data, split)  # type: ignore[index]
-        return self._rows[key]  # type: ignore[index]
+        rows = self._rows.get(key) or self._tokenise(self.tasks[task], data, split)
+        if keep:
+            self._rows[key] = rows
+        return rows
 
     def _tokenise(self, task: Task, data: Split, split: SplitName) -> Rows:
-        """The tokens of one split, from the folder of tokenised rows where they stand there."""
+        """The tokens of one split."""
         if self._backbone is None:
             raise RuntimeError("rows are asked for before connect() gave a backbone")
         prefix = f" [{task.name}] " if self.task_prefix else ""
-        length, with_targets = self.max_input_length, split != "test"
-        if self.cache is None:
-            return tokenise(self._backbone, task, data, length, prefix, with_targets)
-        key = cache_key(data.digest, self._rules, length, prefix, with_targets)
-        rows = read_rows(self.cache, key, task, data.references)
-        if rows is None:
-            rows = tokenise(self._backbone, task, data, length, prefix, with_targets)
-            try:
-                write_rows(self.cache, key, rows)
-            except OSError as error:
-                rank_zero_warn(f"tokenised rows of {data.path} could not be kept: {error}")
-        return rows
+        return tokenise(
+            self._backbone,
+            *(task, data, self.max_input_length, prefix),
+            with_targets=split != "test",
+            truncation_side=self.truncation_side,
+        )
 
     def rows_of(self, runs: Sequence[Run], split: SplitName) -> dict[tuple[str, int], Rows]:
         """Tokenised rows of every (task, sample) that the runs use."""
@@ -312,6 +305,7 @@ def tokenise(
     max_input_length: int,
     prefix: str = "",
     with_targets: bool = True,
+    truncation_side: Side = "right",
 ) -> Rows:
     """Apply the rules of a backbone to the rows of a split; equal answers are tokenised once.
 
@@ -322,18 +316,30 @@ def tokenise(
         max_input_length: longer inputs are cut to this many tokens, specials included.
         prefix: text in front of every input.
         with_targets: whether to give the token ids of the answers, which training needs.
+        truncation_side: where longer inputs are cut.
 
     Returns:
         The tokenised rows.
 
     Raises:
-        ValueError: an input without tokens.
+        ValueError: an input without tokens, naming the file.
     """
-    inputs = backbone.encode_inputs([prefix + text for text in data.inputs], max_input_length)
+    try:
+        whole = backbone.encode_inputs([prefix + text for text in data.inputs])
+    except ValueError as error:
+        raise ValueError(f"{data.path}: {error}") from None
+    inputs = [backbone.cut_input(ids, max_input_length, truncation_side) for ids in whole]
     answers = list(dict.fromkeys(chain.from_iterable(data.references)))
     ids = dict(zip(answers, backbone.encode_targets(answers), strict=True))
-    targets = [[ids[answer] for answer in row] for row in data.references] if with_targets else []
-    return Rows(task, inputs, targets, data.references, max(map(len, ids.values())))
+    return Rows(
+        task,
+        inputs,
+        [[ids[answer] for answer in row] for row in data.references] if with_targets else [],
+        data.references,
+        longest_target=max(map(len, ids.values())),
+        shortest_targets=[min(len(ids[answer]) for answer in row) for row in data.references],
+        cut=sum(len(ids) > max_input_length for ids in whole),
+    )
 
 
 def _check_shots(shots: Shots, root: str) -> None:

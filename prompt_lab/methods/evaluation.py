@@ -18,7 +18,7 @@ from torch import Tensor
 from prompt_lab.atomic_file import write_atomically, write_csv
 from prompt_lab.bank import Prefixes
 from prompt_lab.data.batches import EvaluationBatch
-from prompt_lab.data.files import SplitName
+from prompt_lab.data.files import SPLITS, SplitName
 from prompt_lab.metrics import BankMetric, chance_score, majority_score
 from prompt_lab.prompt_file import PromptStore
 from prompt_lab.results import RESULT_COLUMNS, write_predictions
@@ -53,6 +53,7 @@ class Evaluation:
         self.metrics = {key: self._metric(key, len(runs)) for key, runs in self.members.items()}
         self.predictions: list[tuple[int, int, str]] = []
         self.baseline_predictions: dict[str, list[tuple[int, int, str]]] = {}
+        self.told: list[tuple[str, str]] = []  # variant and name of each run, as in the results
 
     def _metric(self, key: Key, prompts: int) -> BankMetric:
         """The metric of a task's sample for so many prompts."""
@@ -147,6 +148,7 @@ class Evaluation:
             if self.method.stores_prompts:
                 line["prompt_file"] = f"prompts/{prompt.name}.safetensors"
             lines.append(line)
+            self.told.append((line["variant"], prompt.name))
         return lines
 
     def _common(self, key: Key, stage: str) -> dict[str, Any]:
@@ -169,6 +171,10 @@ class Evaluation:
             "metric": task.metric,
             "metric_variant": method.metric_variant,
             "test_rows": len(self.references(key)) if self.split == "test" else None,
+            **{
+                f"cut_{split}": method.datamodule.rows(*key, split).cut
+                for split in (SPLITS if stage == "test" else SPLITS[:2])
+            },
             "version": __version__,
         }
 
@@ -228,11 +234,11 @@ class Evaluation:
         import json
 
         method = self.method
-        found = [(method.answer_variant(p[0]), *p) for p in self.predictions]
+        found = [(*self.told[i], i, row, text) for i, row, text in self.predictions]
         for variant, others in self.baseline_predictions.items():
-            found += [(variant, *p) for p in others]
+            found += [(variant, method.runs[i].name, i, row, text) for i, row, text in others]
         places = method.shares.own
-        gathered = gather_values([(v, places[i], row, text) for v, i, row, text in found])
+        gathered = gather_values([(v, places[i], row, n, text) for v, n, i, row, text in found])
         if method.stores_prompts:
             method.save_prompts(
                 PromptStore(Path(method.run_dir) / "prompts"), method.best_prompts(scores)
@@ -245,13 +251,13 @@ class Evaluation:
         digests = json.dumps(method.digests(), indent=1)
         write_atomically(folder / "digests.json", digests.encode())
 
-    def _prediction(self, found: tuple[str, int, int, str]) -> dict[str, Any]:
+    def _prediction(self, found: tuple[str, int, int, str, str]) -> dict[str, Any]:
         """One line of the predictions file."""
-        variant, place, row, text = found
+        variant, place, row, name, text = found
         run = self.method.all_runs[place]
         return {
             "variant": variant,
-            "run": run.name,
+            "run": name,
             "task": run.task,
             "row": row,
             "prediction": text,

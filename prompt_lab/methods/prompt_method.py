@@ -135,6 +135,7 @@ class PromptMethod(LightningModule):
         self.backbone: Backbone | None = None
         self.runs: list[Run] = []
         self._warned: set[str] = set()
+        self._seen_splits: set[SplitName] = set()
 
     def best_prompts(self, test_scores: Tensor | None = None) -> Iterable[Prompt]:
         """The prompt of every run that ``test`` is to score, ready to be stored."""
@@ -296,6 +297,7 @@ class PromptMethod(LightningModule):
             "decoding": "score" if scored else "generate",
             "labels": list(labels) if scored and labels else None,
             "max_new_tokens": self.max_new_tokens or data.longest_answer(task, sample),
+            "truncation_side": data.truncation_side,
             "num_beams": self.num_beams,
             "max_input_length": data.max_input_length,
             "task_prefix": data.task_prefix,
@@ -338,6 +340,94 @@ class PromptMethod(LightningModule):
         if self.scored(task):
             return prompt + longest
         return prompt + self.num_beams * (self.max_new_tokens or longest)
+
+    def on_fit_start(self) -> None:
+        """Look at all rows that the fit and its test will run, before anything is computed."""
+        self._tell_of_rows("train", "dev", "test")
+
+    def _tell_of_rows(self, *splits: SplitName) -> None:
+        """Warn of what :meth:`look_at_rows` finds, once for a split; all processes call it."""
+        if self._seen_splits.issuperset(splits):
+            return
+        self._seen_splits.update(splits)
+        for said in self.shares.gather(self.look_at_rows(self.datamodule, *splits)):
+            self.warn_once(said, said)
+
+    def look_at_rows(self, data: CrossFitDataModule, *splits: SplitName) -> list[str]:
+        """What the model will not see, or cannot tell apart, of the rows of this process's runs.
+
+        A sentence each for inputs that are cut, labels of equal tokens, references longer than the
+        answers that are generated, and test rows that will be refused. Test rows are only measured.
+
+        Raises:
+            ValueError: rows of train or dev that do not fit the backbone's positions, inputs
+                without tokens, or a task all of whose labels have the same tokens.
+        """
+        told: list[str] = []
+        keys = [(task, sample) for task in data.tasks for sample in data.samples]
+        if self.shares.divided:
+            keys = list(dict.fromkeys((run.task, run.sample) for run in self.runs))
+        for task in dict.fromkeys(task for task, _ in keys):
+            told += self._look_alikes(data.tasks[task])
+        cut: dict[str, tuple[int, int]] = {}
+        for task, sample in keys:
+            longest = self.longest_generated(data, task, sample)
+            for split in splits:
+                rows = data.rows(task, sample, split, keep=split != "test")
+                name = f"{task} {split}"
+                known = cut.get(name, (0, 0))
+                cut[name] = known[0] + rows.cut, known[1] + len(rows)
+                try:
+                    self.check_lengths([rows], self.num_virtual_tokens)
+                except ValueError as error:
+                    if split != "test":
+                        raise
+                    told.append(f"test rows will be refused: {error}")
+                told += self._too_long(rows, split, longest)
+        found = [f"{name} {some_} of {of}" for name, (some_, of) in cut.items() if some_]
+        if found:
+            end = "end" if data.truncation_side == "right" else "beginning"
+            told.append(
+                f"inputs of over {data.max_input_length} tokens lose their {end} "
+                f"(data.max_input_length, data.truncation_side): {'; '.join(found)}"
+            )
+        return list(dict.fromkeys(told))
+
+    def _look_alikes(self, task: Task) -> list[str]:
+        """A sentence about labels that have the same tokens; refuses a task of no other labels."""
+        assert self.backbone is not None
+        alike = self.backbone.look_alikes(task.labels or ())
+        if not alike:
+            return []
+        groups = "; ".join(", ".join(map(repr, group)) for group in alike)
+        if len(alike[0]) == len(task.labels or ()):
+            raise ValueError(
+                f"task {task.name}: all labels have the same tokens for backbone "
+                f"{self.backbone.name!r} ({groups}), so that nothing can be learned: take a "
+                "backbone whose tokenizer knows them, or other words for the labels"
+            )
+        return [
+            f"task {task.name}: labels with the same tokens for backbone {self.backbone.name!r}, "
+            f"of which the first is always answered: {groups}"
+        ]
+
+    def longest_generated(self, data: CrossFitDataModule, task: str, sample: int) -> int | None:
+        """Most tokens of a generated answer; None where answers are chosen by score."""
+        if self.scored(data.tasks[task]):
+            return None
+        return self.max_new_tokens or data.longest_answer(task, sample)
+
+    def _too_long(self, rows: Rows, split: SplitName, longest: int | None) -> list[str]:
+        """A sentence about rows all of whose references are longer than a generated answer."""
+        lost = 0 if longest is None else sum(n > longest for n in rows.shortest_targets)
+        if not lost:
+            return []
+        why = "" if self.max_new_tokens else ", the longest answer of train and dev"
+        return [
+            f"task {rows.task.name}: {lost} of {len(rows)} {split} rows have references of more "
+            f"than the {longest} tokens that are generated (model.max_new_tokens{why}), which no "
+            "answer can match in full"
+        ]
 
     def check_lengths(self, rows: Iterable[Rows], num_virtual_tokens: int) -> None:
         """Refuse rows that do not fit the backbone's positions, before anything is computed.
@@ -386,6 +476,7 @@ class PromptMethod(LightningModule):
 
     def evaluation_steps(self, split: SplitName, live: Callable[[], list[int]]) -> EvaluationSteps:
         """Evaluation batches on one split."""
+        self._tell_of_rows(split)
         rows = self.datamodule.rows_of(self.runs, split)
         self.check_lengths(rows.values(), self.num_virtual_tokens)
         return self.datamodule.evaluation_steps(
