@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
@@ -169,4 +170,4 @@ def _backbone(words: list[str]) -> Backbone:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
-    return Backbone(make_model("t5", TINY), fast, "random-t5")
+    return Backbone(make_model("t5", replace(TINY, vocabulary=len(fast))), fast, "random-t5")
