@@ -20,12 +20,15 @@ import re
 import sys
 import time
 import warnings
+from datetime import timedelta
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import yaml
+from jsonargparse import Namespace, get_loader, set_parsing_settings
+from jsonargparse.typing import register_type, timedelta_deserializer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -51,6 +54,19 @@ from prompt_lab.methods.meta_prompt import MetaPrompt
 from prompt_lab.methods.prompt_method import PromptMethod, refuse_strategy
 from prompt_lab.methods.prompt_tuning import PromptTuning
 from prompt_lab.methods.vector_arithmetic import SCALES, VectorArithmetic
+from prompt_lab.offline import null_refused, refuse_null
+
+set_parsing_settings(unset_sentinel=True)  # else null is "not given", which is never checked
+
+
+def _duration(value: Any) -> str:
+    """The text of a duration, and of null none: jsonargparse's own saves it as ``None``."""
+    if value is None:
+        raise ValueError("null is no duration")
+    return str(value)
+
+
+register_type(timedelta, _duration, timedelta_deserializer)
 
 METHODS = {
     kind.__name__: kind
@@ -109,6 +125,11 @@ class WriteWhatIsTrained(Callback):
 
 class PromptLabParser(LightningArgumentParser):
     """Says what is wrong in one sentence instead of the whole usage."""
+
+    def validate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> None:
+        """As always, and refuse null where it is no value."""
+        super().validate(namespace, *args, **kwargs)
+        refuse_null(self, namespace)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the sentence and exit with status 2."""
@@ -172,12 +193,19 @@ class PromptLabCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; ``--dry_run`` alone means true."""
+        """Parse; ``--dry_run`` alone means true. Tell what a replaced class took along."""
         given = sys.argv[1:] if args is None else list(args)
         given = [
             f"{word}=true" if word in ("--dry_run", "--test_after_fit") else word for word in given
         ]
-        self.config = parser.parse_args(_join_booleans(given))
+        given = _join_booleans(given)
+        self.config = parser.parse_args(given)
+        if rank_zero_only.rank == 0 and self.config.get("subcommand"):
+            dumped = yaml.safe_load(parser.dump(self.config, skip_unset=False))
+            for line in _dropped(
+                _given(given, self.config.subcommand), dumped[self.config.subcommand]
+            ):
+                print(f"prompt-lab: {line}", file=sys.stderr)
 
     def _parse_ckpt_path(self) -> None:
         """Keep the flags where a checkpoint holds other settings, and tell the differences.
@@ -298,6 +326,7 @@ class PromptLabCLI(LightningCLI):
         if self._settings.dry_run:
             self.datamodule.setup("fit")
             print(self.model.describe_fit(self.datamodule, self.trainer))
+            print(*self.model.look_at_rows(self.datamodule, "train", "dev", "test"), sep="\n")
             sys.exit(0)
 
     def after_fit(self) -> None:
@@ -384,8 +413,6 @@ def _set_aside(run_dir: Path) -> None:
 
 def _csv_logger(run_dir: Path) -> Any:
     """The default logger, as a config."""
-    from jsonargparse import Namespace
-
     arguments = Namespace(save_dir=str(run_dir), name="logs", version=None)
     return Namespace(class_path="lightning.pytorch.loggers.CSVLogger", init_args=arguments)
 
@@ -405,10 +432,82 @@ def _join_booleans(words: list[str]) -> list[str]:
     return joined
 
 
+def _given(words: list[str], subcommand: str) -> list[tuple[str, Any]]:
+    """The settings that files and flags give, in their order, by their short names.
+
+    Of a class it is the short name, under the setting itself.
+    """
+    given: list[tuple[str, Any]] = []
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if not name.startswith("-"):
+            continue
+        content = _content(value if equals else following)
+        if name in ("-c", "--config"):
+            content = content.get(subcommand, content) if isinstance(content, dict) else {}
+        else:
+            content = {name.removeprefix("--"): content}
+        for long, setting in flag_names(content).items():
+            short = long.replace(".init_args.", ".").removesuffix(".class_path")
+            given.append((short, setting))
+    return given
+
+
+def _content(value: str) -> Any:
+    """What a word of the command line stands for: YAML, or a file of it."""
+    try:
+        is_file = Path(value).suffix in (".yaml", ".yml", ".json") and Path(value).is_file()
+        return get_loader("yaml")(Path(value).read_text(encoding="utf-8") if is_file else value)
+    except (OSError, ValueError, yaml.YAMLError):
+        return value
+
+
+def _dropped(given: list[tuple[str, Any]], config: dict[str, Any]) -> list[str]:
+    """A line for each class that replaced another one, if it did not keep all settings given to it.
+
+    jsonargparse keeps what the new class has too, where it takes the value.
+
+    Args:
+        given: settings and classes, in order.
+        config: the settings that came of them.
+    """
+    settings, last = flag_names(config), dict(given)
+    nulled = tuple(f"{name}." for name, value in last.items() if value is None)
+    lines = []
+    for key, kind in settings.items():
+        own = [name for name, _ in given if name == key or name.startswith(f"{key}.")]
+        classes = [str(value).rpartition(".")[2] for name, value in given if name == key]
+        if key == "model" and own[:1] != [key]:  # the default had settings already
+            classes.insert(0, "PromptTuning")
+        lost = [
+            name.removeprefix(f"{key}.")
+            for name in dict.fromkeys(own)
+            if name != key
+            and not name.startswith(nulled)
+            and not _is_kept(name, last[name], settings)
+        ]
+        others = [name for name in classes if name != kind]
+        if others and lost:
+            lines.append(f"{key} is {kind} instead of {others[-1]}: dropped {', '.join(lost)}")
+    return lines
+
+
+def _is_kept(name: str, value: Any, settings: dict[str, Any]) -> bool:
+    """Whether a setting is as it was given, be it as text, or is a group of settings."""
+    if any(other.startswith(f"{name}.") for other in settings):
+        return True
+    return name in settings and (settings[name] == value or str(settings[name]) == str(value))
+
+
 def _plain_error(message: str) -> str:
     """A parser's message without its nested repetitions, with the nearest known name."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     text = " ".join(lines)
+    null = re.search(
+        r'Parser key "([\w.]+)".*( value: (None|\[.*\bNone\b.*\])| config "(null|None|~)")$', text
+    )
+    if null:
+        return null_refused(null[1])
     foreign = re.search(
         r"subclass of PromptMethod.*Given value: (?:\{'class_path': ')?([\w.]+)", text
     )

@@ -5,6 +5,11 @@ without default is positional (unless it is keyword-only), a list takes several 
 no default is required.
 Paths that a function returns are printed; a number is the exit status. The modules of the functions
 load torch only when they run, so that ``--help`` is fast.
+
+How ``null`` is read, here and by the commands with a trainer: by flag, in a file or in a sweep,
+``null``, ``~`` and ``None`` are null, also where a setting may be any text; what cannot be null
+refuses it. jsonargparse alone passes the value of a nested flag on as Python's ``str`` of it, as a
+wandb agent does with all values: null as the text ``None``.
 """
 
 from __future__ import annotations
@@ -19,8 +24,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
+import yaml
 from docstring_parser import parse as parse_docstring
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
 FUNCTIONS = {
     "predict": ("prompt_lab.predict_command", "predict_command"),
@@ -41,6 +47,42 @@ FUNCTIONS = {
     "interpret": ("prompt_lab.interpret_command", "interpret_command"),
 }
 
+NULLS = ("null", "Null", "NULL", "~", "None")
+"""The words for null."""
+
+_load_yaml = get_loader("yaml")
+
+
+def _load_with_null(text: str) -> Any:
+    """YAML, in which a ``None`` without quotes is null too."""
+    if "None" in text:
+        for token in reversed(list(yaml.scan(text))):
+            if isinstance(token, yaml.ScalarToken) and token.plain and token.value == "None":
+                text = f"{text[: token.start_mark.index]}null{text[token.end_mark.index :]}"
+    return _load_yaml(text)
+
+
+set_loader("yaml", _load_with_null, (yaml.YAMLError,))
+
+
+def refuse_null(parser: ArgumentParser, settings: Namespace) -> None:
+    """Refuse null where the parser lets it through.
+
+    It gives the word to settings of any text, and does not check a group of settings.
+
+    Raises:
+        TypeError: naming the setting.
+    """
+    groups = [name for name in parser.groups or () if settings.get(name, "") is None]
+    texts = [name for name, value in settings.items() if isinstance(value, str) and value in NULLS]
+    for name in groups + texts:
+        raise TypeError(null_refused(name))
+
+
+def null_refused(name: str) -> str:
+    """What is said of a setting that cannot be null."""
+    return f"{name} is null, or holds null, which is not allowed: give a value or leave it out"
+
 
 class OfflineParser(ArgumentParser):
     """The flags of one command; says what is wrong in one sentence instead of the whole usage.
@@ -51,6 +93,12 @@ class OfflineParser(ArgumentParser):
 
     types: dict[str, Any]
 
+    def validate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> None:
+        """As always but for null, which was checked when its flag was read; refuse it as text."""
+        given = {name: value for name, value in vars(namespace).items() if value is not None}
+        super().validate(Namespace(given), *args, **kwargs)
+        refuse_null(self, namespace)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the sentence and exit with status 2."""
         print(f"prompt-lab: {self._plain(message)}", file=sys.stderr)
@@ -59,6 +107,8 @@ class OfflineParser(ArgumentParser):
     def _plain(self, message: str) -> str:
         """A message without the parser's account of types, with the nearest known flag."""
         bad = re.search(r'Parser key "(\w+)".*value: (.*)', message, re.DOTALL)
+        if bad and bad[2] == "None":
+            return f"--{bad[1]} cannot be null; allowed: {_allowed(self.types[bad[1]])}"
         if bad:
             return f"--{bad[1]} is {bad[2]!r}; allowed: {_allowed(self.types[bad[1]])}"
         lacking = re.fullmatch(r"the following arguments are required: (.*)", message)
@@ -85,10 +135,14 @@ def run(words: list[str] | None = None) -> int:
     length = 2 if " ".join(words[:2]) in FUNCTIONS else 1
     command = " ".join(words[:length])
     function = _function(command)
-    settings = make_parser(command).parse_args(words[length:])
+    parser = make_parser(command)
+    settings = vars(parser.parse_args(words[length:]))
+    for name, value in settings.items():  # a list takes any words, which the parser does not read
+        if type(None) in get_args(parser.types[name]) and value in [[word] for word in NULLS]:
+            settings[name] = None
     status = 0
     try:
-        done = function(**vars(settings))
+        done = function(**settings)
         status = done if isinstance(done, int) else 0
         for path in done if isinstance(done, list) else [done]:
             if isinstance(path, Path):

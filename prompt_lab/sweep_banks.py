@@ -266,7 +266,7 @@ def _typed(whole: Trial, axes: dict[str, list[Any]]) -> dict[str, dict[str, Any]
     """
     typed = {}
     for name in whole.settings:
-        if _axis(name) not in AXES:
+        if _axis(name) not in AXES or whole.settings[name] is None:
             continue
         given, parsed = _items(whole.settings[name]), axes[_axis(name)]
         if [type(p)(g) for g, p in zip(given, parsed, strict=True)] != parsed:

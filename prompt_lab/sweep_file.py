@@ -1,8 +1,8 @@
 """The file of a sweep: what it says, and the trials that it asks for.
 
 It is the YAML that ``wandb sweep FILE`` reads. A trial gets the words that a wandb agent would give
-it. Left out: Bayesian search, early termination and targets, which need the service
-(``wandb agent``).
+it, of null the word ``None``, which this package's commands read as null. Left out: Bayesian
+search, early termination and targets, which need the service (``wandb agent``).
 """
 
 from __future__ import annotations
@@ -232,8 +232,6 @@ def _check_values(place: str, given: Mapping[str, Any]) -> None:
     values = given["values"] if "values" in given else [given["value"]]
     if not isinstance(values, list) or not values:
         raise ValueError(f"{place}: values is {values!r}: give a list")
-    if None in values:
-        raise ValueError(f'{place}: null would reach the program as None: write "null" in quotes')
     shares = given.get("probabilities", [1])
     if not isinstance(shares, list) or any(
         isinstance(share, bool) or not isinstance(share, int | float) or share < 0

@@ -95,6 +95,39 @@ def test_words_reach_the_function_as_they_are(monkeypatch):
     assert taken == [(["a", "b"], ["yes", "1", "null", "[x]"], 3), (["c", "-d"], None, None)]
 
 
+@pytest.mark.parametrize("word", ["null", "None", "~"])
+def test_null_is_null_and_refused_where_it_cannot_be(word, monkeypatch, capsys):
+    def function(
+        *,
+        name: str = "x",
+        text: str | None = "x",
+        share: float | None = 1.0,
+        labels: list[str] | None = None,
+        seed: int = 0,
+    ):
+        """Do.
+
+        Args:
+            name: a text.
+            text: a text or null.
+            share: a number or null.
+            labels: some or null.
+            seed: a number.
+        """
+        taken.append((text, share, labels))
+
+    taken: list[object] = []
+    monkeypatch.setattr(offline, "_function", lambda command: function)
+    assert status("predict", "--text", word, f"--share={word}", "--labels", word) == 0
+    assert taken == [(None, None, None)]
+    assert status("predict", f"--seed={word}") == 2
+    assert status("predict", "--name", word) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "prompt-lab: --seed cannot be null; allowed: a whole number"
+    assert said[1].startswith("prompt-lab: name is null, or holds null, which is not allowed")
+    assert len(said) == 2
+
+
 def test_bad_input_is_status_1_and_a_traceback_only_on_request(capsys, monkeypatch):
     assert status("export", "nothing", "--out", "x") == 1
     assert capsys.readouterr().err == "prompt-lab: no prompt file nothing\n"

@@ -116,6 +116,7 @@ BANKS: list[Any] = [
     {"parameters": {"model": {"parameters": {"learning_rate": {"values": [0.3, "1e-1"]}}}}},
     {"parameters": {"model.init_args.learning_rate": {"values": [1, 0.1]}}},
     {"parameters": {"data.samples": {"values": [[13], [21, 42]]}}},
+    {"parameters": {RATE: {"values": [0.3, 0.1]}, "model.init.source_tasks": {"value": None}}},
     {"parameters": {"data.tasks": {"values": [["sandbox/counting/target"], ["sandbox-sst"]]}}},
 ]
 ALONE: list[Any] = [

@@ -121,7 +121,7 @@ def sweep_when_free() -> int:
             "parameters": {
                 "model": {"value": "PromptTuning"},
                 "model.optim": {
-                    "parameters": {"name": {"value": "adamw"}, "clip": {"values": [1.0, "null"]}}
+                    "parameters": {"name": {"value": "adamw"}, "clip": {"values": [1.0, None]}}
                 },
                 "data.tasks": {"values": [["a", "b c"], ["; rm -rf x"]]},
                 "flag": {"values": [True, False]},
@@ -280,7 +280,6 @@ def drawn(**given: Any) -> dict[str, Any]:
         (one(parameters={"y": {}}), "parameters.x.y: distribution uniform lacks min"),
         (one(parameters={"y": {"value": 1}}, value=3), "beside nested parameters nothing else"),
         (one(values=[]), "values is []: give a list"),
-        (one(value=None), 'null would reach the program as None: write "null" in quotes'),
         (one(value=1, vaules=[1]), "distribution constant has no vaules; its keys: value"),
         (one(min=1, max=3), "a grid needs a list of values, not int_uniform"),
         (one(values=[1], probabilities=[1]), "a grid needs a list of values"),
