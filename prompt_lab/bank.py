@@ -198,10 +198,14 @@ def renumber(batch: Batch, used: list[int]) -> Batch:
 def _group_gradient(
     backbone: Backbone, leaf: Tensor, batch: Batch, tokens_per_forward: int, smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """Losses (R,) and gradient (R, N, D) of prompts that share one pass over themselves."""
+    """Losses (R,) and gradient (R, N, D) of prompts that share one pass over themselves.
+
+    Gradients of micro-batches are summed in float32 where the prefix is in half precision.
+    """
     prefix = backbone.prefix(leaf)
     cut = [part.detach().requires_grad_() for part in prefix]
-    total = [torch.zeros_like(part) for part in prefix]
+    wide = [torch.promote_types(part.dtype, torch.float32) for part in prefix]
+    total = [torch.zeros_like(part, dtype=dtype) for part, dtype in zip(prefix, wide, strict=True)]
     losses = leaf.new_zeros(len(leaf))
     scale = FLOAT16_SCALE if backbone.model.dtype == torch.float16 else 1.0
     extra = leaf.shape[1] if backbone.is_encoder_decoder else 0
@@ -210,7 +214,10 @@ def _group_gradient(
         for sum_, new in zip(total, torch.autograd.grad(weighted.sum() * scale, cut), strict=True):
             sum_ += new
         losses = losses.index_add(0, part.prompt_index, weighted.detach())
-    (gradient,) = torch.autograd.grad(prefix, leaf, total)
+    if len(total) == 1:  # not keys and values, but the bank itself in the weights' dtype
+        return losses, total[0].to(leaf.dtype) / scale
+    rounded = [sum_.to(part.dtype) for sum_, part in zip(total, prefix, strict=True)]
+    (gradient,) = torch.autograd.grad(prefix, leaf, rounded)
     return losses, gradient / scale
 
 
@@ -225,13 +232,4 @@ def _groups(
     if backbone.is_encoder_decoder or len(used) <= size:
         return [batch]
     chunks = [set(used[at : at + size]) for at in range(0, len(used), size)]
-    return [_take(batch, [i for i, p in enumerate(batch.prompts) if p in c]) for c in chunks]
-
-
-def _take(batch: Batch, rows: list[int]) -> Batch:
-    """Some rows of a batch, in their order."""
-    at = index_tensor(rows, batch.weight.device)
-    fields = vars(batch)
-    tensors = {k: v.index_select(0, at) for k, v in fields.items() if isinstance(v, Tensor)}
-    lists = {k: [v[i] for i in rows] for k, v in fields.items() if isinstance(v, list)}
-    return Batch(**{**fields, **tensors, **lists}).slice(0, len(rows))
+    return [batch.take([i for i, p in enumerate(batch.prompts) if p in c]) for c in chunks]

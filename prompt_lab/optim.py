@@ -19,6 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from prompt_lab.batch import to_device
+
 
 @dataclass
 class OptimConfig:
@@ -51,9 +53,14 @@ class OptimConfig:
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"optim.{field} is {getattr(self, field)!r}; allowed: {allowed}")
-        if self.warmup_steps < 0 or self.weight_decay < 0:
+        if self.warmup_steps < 0 or not self.weight_decay >= 0:
             raise ValueError("optim.warmup_steps and optim.weight_decay must not be negative")
-        if self.clip is not None and self.clip <= 0:
+        if not all(0 <= beta < 1 for beta in self.betas) or not self.eps >= 0:
+            raise ValueError(
+                f"optim.betas is {self.betas} and optim.eps {self.eps}: give betas from 0 up to "
+                "below 1, and an eps that is not negative"
+            )
+        if self.clip is not None and not self.clip > 0:
             raise ValueError(f"optim.clip is {self.clip}: give a positive norm, or null for none")
 
     def build(
@@ -102,10 +109,12 @@ class BankOptimizer(torch.optim.Optimizer):
             for parameter, factor in zip(parameters, factors, strict=True)
         ]
         super().__init__(groups, {})
-        self.learning_rates = torch.tensor(learning_rates, device=active.device)
+        self.learning_rates = list(learning_rates)
         self.active = active
         self.total_steps = total_steps
         self.config = config
+        self._most_steps = 0  # of any run, or more; known to the host, so that none is asked for
+        self._tables: dict[Tensor, tuple[Tensor, Tensor]] = {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a state; torch would leave the steps, which it knows as one number, on the host.
@@ -113,7 +122,9 @@ class BankOptimizer(torch.optim.Optimizer):
         Its own optimizers count there; here the counts (R,) belong to the parameter's device.
         """
         super().load_state_dict(state_dict)
+        self._tables.clear()
         for parameter, state in self.state.items():
+            self._most_steps = max(self._most_steps, int(state["step"].max()))
             state["step"] = state["step"].to(parameter.device)
 
     @torch.no_grad()
@@ -128,6 +139,7 @@ class BankOptimizer(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     state = self.state[parameter]
                     self._step(parameter, parameter.grad, state, group["factor"])
+        self._most_steps += 1
         return loss
 
     def _step(
@@ -140,25 +152,51 @@ class BankOptimizer(torch.optim.Optimizer):
         if self.config.clip is not None:
             norm = gradient.flatten(1).norm(dim=1)
             gradient = gradient * _align((self.config.clip / (norm + 1e-6)).clamp(max=1), gradient)
-        rate = (
-            factor
-            * self.learning_rates
-            * schedule_factor(
-                state["step"], self.config.schedule, self.config.warmup_steps, self.total_steps
+        rates, table = self._table(parameter, factor)
+        factors, *numbers = table.index_select(1, state["step"].long()).unbind()
+        moved, changed = self._update(parameter, gradient, rates * factors, numbers, state)
+        state["step"] += self.active
+        pairs = [(parameter, moved), *((state[name], new) for name, new in changed.items())]
+        for old, new in pairs:
+            torch.where(_align(self.active, new), new, old, out=old)
+
+    def _table(self, parameter: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+        """Peak learning rates (R,), and what depends on the step alone (K, steps from 0 on)."""
+        found = self._tables.get(parameter)
+        if found is None or found[1].shape[1] <= self._most_steps:
+            steps = torch.arange(1024 + 2 * self._most_steps, dtype=torch.float64)
+            config = self.config
+            factors = schedule_factor(steps, config.schedule, config.warmup_steps, self.total_steps)
+            table = torch.stack([factors, *self._of_step(steps + 1)])
+            rates = torch.tensor(self.learning_rates, dtype=torch.float64) * factor
+            rates, table = (
+                to_device(made.to(parameter.dtype), parameter.device) for made in (rates, table)
             )
-        )
-        moved, changed = self._update(parameter, gradient, rate, state)
-        changed["step"] = state["step"] + 1
-        for name, new in changed.items():
-            state[name].copy_(torch.where(_align(self.active, new), new, state[name]))
-        parameter.copy_(torch.where(_align(self.active, moved), moved, parameter))
+            found = self._tables[parameter] = rates, table
+        return found
+
+    def _of_step(self, steps: Tensor) -> tuple[Tensor, ...]:
+        """What :meth:`_update` takes of the step alone, by its number (T,), counted from 1."""
+        return ()
+
+    def _decayed(self, parameter: Tensor, rate: Tensor) -> Tensor:
+        """The parameter less the decay of its weights."""
+        decay = self.config.weight_decay
+        if not decay:
+            return parameter
+        return torch.addcmul(parameter, parameter, _align(rate, parameter), value=-decay)
 
     def _fresh_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """State before the first step."""
         raise NotImplementedError
 
     def _update(
-        self, parameter: Tensor, gradient: Tensor, rate: Tensor, state: dict[str, Any]
+        self,
+        parameter: Tensor,
+        gradient: Tensor,
+        rate: Tensor,
+        numbers: Sequence[Tensor],
+        state: dict[str, Any],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """New parameter and new state of all runs, as if all were active."""
         raise NotImplementedError
@@ -170,18 +208,26 @@ class BankAdamW(BankOptimizer):
     def _fresh_state(self, parameter: Tensor) -> dict[str, Tensor]:
         return {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
 
+    def _of_step(self, steps: Tensor) -> tuple[Tensor, ...]:
+        """The corrections of the first moment, and of the root of the second."""
+        beta1, beta2 = self.config.betas
+        return 1 - beta1**steps, (1 - beta2**steps).sqrt()
+
     def _update(
-        self, parameter: Tensor, gradient: Tensor, rate: Tensor, state: dict[str, Any]
+        self,
+        parameter: Tensor,
+        gradient: Tensor,
+        rate: Tensor,
+        numbers: Sequence[Tensor],
+        state: dict[str, Any],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         beta1, beta2 = self.config.betas
+        correction, root = numbers
         first = torch.lerp(state["exp_avg"], gradient, 1 - beta1)
-        second = state["exp_avg_sq"] * beta2 + gradient * gradient * (1 - beta2)
-        step = state["step"] + 1
-        size = _align(rate / (1 - beta1**step), parameter)
-        root = _align((1 - beta2**step).sqrt(), parameter)
-        kept = parameter * _align(1 - rate * self.config.weight_decay, parameter)
-        moved = kept - size * first / (second.sqrt() / root + self.config.eps)
-        return moved, {"exp_avg": first, "exp_avg_sq": second}
+        second = (state["exp_avg_sq"] * beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        divisor = second.sqrt().div_(_align(root, second)).add_(self.config.eps)
+        change = (first * _align(rate / correction, first)).div_(divisor)
+        return self._decayed(parameter, rate) - change, {"exp_avg": first, "exp_avg_sq": second}
 
 
 class BankSGD(BankOptimizer):
@@ -191,10 +237,14 @@ class BankSGD(BankOptimizer):
         return {}
 
     def _update(
-        self, parameter: Tensor, gradient: Tensor, rate: Tensor, state: dict[str, Any]
+        self,
+        parameter: Tensor,
+        gradient: Tensor,
+        rate: Tensor,
+        numbers: Sequence[Tensor],
+        state: dict[str, Any],
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        kept = parameter * _align(1 - rate * self.config.weight_decay, parameter)
-        return kept - gradient * _align(rate, parameter), {}
+        return self._decayed(parameter, rate) - gradient * _align(rate, parameter), {}
 
 
 class BankAdafactor(BankOptimizer):
@@ -213,11 +263,21 @@ class BankAdafactor(BankOptimizer):
             "exp_avg_sq_col": torch.zeros_like(parameter[..., 0, :]),
         }
 
+    def _of_step(self, steps: Tensor) -> tuple[Tensor, ...]:
+        """The shares of the old mean and of the new square."""
+        new = steps**-0.8
+        return 1 - new, new
+
     def _update(
-        self, parameter: Tensor, gradient: Tensor, rate: Tensor, state: dict[str, Any]
+        self,
+        parameter: Tensor,
+        gradient: Tensor,
+        rate: Tensor,
+        numbers: Sequence[Tensor],
+        state: dict[str, Any],
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        decay = 1 - (state["step"] + 1) ** -0.8
-        square = gradient * gradient + 1e-30
+        old_share, new_share = numbers
+        square = (gradient * gradient).add_(1e-30)
         new: dict[str, Tensor] = {}
         means = {
             "exp_avg_sq_row": lambda: square.mean(-1),
@@ -225,32 +285,38 @@ class BankAdafactor(BankOptimizer):
         }
         for name in state.keys() - {"step"}:
             now = means.get(name, lambda: square)()
-            weight = _align(decay, now)
-            new[name] = state[name] * weight + now * (1 - weight)
+            kept = state[name] * _align(old_share, now)
+            new[name] = kept.addcmul_(now, _align(new_share, now))
         if "exp_avg_sq" in new:
             update = gradient * new["exp_avg_sq"].rsqrt()
         else:
             row, column = new["exp_avg_sq_row"], new["exp_avg_sq_col"]
             scale = (row / row.mean(-1, keepdim=True)).rsqrt().unsqueeze(-1)
-            update = scale * column.rsqrt().unsqueeze(-2) * gradient
+            update = (scale * column.rsqrt().unsqueeze(-2)).mul_(gradient)
         size = update.flatten(1).square().mean(1).sqrt()
-        update = update / _align(size.clamp(min=1.0), update)
-        kept = parameter * _align(1 - rate * self.config.weight_decay, parameter)
-        return kept - update * _align(rate, update), new
+        update.div_(_align(size.clamp(min=1.0), update)).mul_(_align(rate, update))
+        return self._decayed(parameter, rate) - update, new
 
 
 def schedule_factor(step: Tensor, schedule: str, warmup_steps: int, total_steps: int) -> Tensor:
-    """What the learning rate is multiplied by at each run's step, counted from 0: (R,).
+    """What the learning rate is multiplied by at each step: float64, in the shape of ``step``.
 
     The formulas of transformers' ``get_scheduler``: a linear rise from 0 over the warm-up, then
-    constant, or linear or half a cosine to 0 at ``total_steps``.
+    constant, or linear or half a cosine to 0 at ``total_steps``, where it stays.
+
+    Args:
+        step: numbers of steps, counted from 0, on the host.
+        schedule: ``constant``, ``linear`` or ``cosine``.
+        warmup_steps: steps of the rise.
+        total_steps: steps at which the factor reaches 0.
     """
+    step = step.double()
     rising = step / max(1, warmup_steps)
-    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    done = ((step - warmup_steps) / max(1, total_steps - warmup_steps)).clamp(max=1)
     if schedule == "linear":
-        falling = (1 - done).clamp(min=0)
+        falling = 1 - done
     elif schedule == "cosine":
-        falling = (0.5 * (1 + torch.cos(math.pi * done))).clamp(min=0)
+        falling = 0.5 * (1 + torch.cos(math.pi * done))
     else:
         falling = torch.ones_like(step)
     return torch.where(step < warmup_steps, rising, falling)

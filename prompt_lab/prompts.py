@@ -9,7 +9,8 @@ share their origins. Prompts from files are read by ``prompt_file.py``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -56,15 +57,15 @@ def text_ids(ids: Sequence[int], num_virtual_tokens: int) -> Tensor:
     return torch.tensor([ids[i % len(ids)] for i in range(num_virtual_tokens)], dtype=torch.long)
 
 
-def label_prompt(embeddings: Tensor, label_ids: Sequence[Sequence[int]], fill: Tensor) -> Tensor:
+def label_prompt(labels: Sequence[Tensor], fill: Tensor) -> Tensor:
     """Class labels, one row each (the mean of a label's tokens), then vocabulary rows: (N, D).
 
     Args:
-        embeddings: (V, D) input embeddings.
-        label_ids: token ids of each label; labels beyond the N-th are left out.
+        labels: embeddings of the tokens of each label, (tokens, D); labels beyond the N-th are left
+            out.
         fill: (N, D) a vocabulary prompt, for the rows that labels do not use.
     """
-    rows = [embeddings[torch.tensor(ids)].mean(0) for ids in label_ids[: len(fill)]]
+    rows = [label.mean(0) for label in labels[: len(fill)]]
     return torch.cat([torch.stack(rows), fill[: len(fill) - len(rows)]])
 
 
@@ -81,6 +82,11 @@ def uniform_prompt(num_virtual_tokens: int, hidden_size: int, limit: float, seed
     return (noise * 2 - 1) * limit
 
 
-def scale_ratio(prompt: Tensor, embeddings: Tensor) -> float:
-    """Standard deviation of a prompt (N, D) over that of the embeddings (V, D)."""
-    return (prompt.float().std() / embeddings.float().std()).item()
+def standard_deviation(parts: Iterable[Tensor]) -> float:
+    """Standard deviation of numbers that come in parts, on the host; as that of all of them."""
+    count, total, squares = 0, 0.0, 0.0
+    for part in parts:
+        count += part.numel()
+        total += part.sum(dtype=torch.float64).item()
+        squares += torch.linalg.vector_norm(part, dtype=torch.float64).item() ** 2
+    return math.sqrt(max(0.0, squares - total**2 / count) / (count - 1))

@@ -40,7 +40,7 @@ def weighted_batch(model: Backbone, rows: list[int] | None = None) -> Batch:
     """The rows above, or some of them, with their weights."""
     rows = list(range(len(TEXTS))) if rows is None else rows
     return make_batch(
-        model.encode_inputs([TEXTS[i] for i in rows], 512),
+        model.encode_inputs([TEXTS[i] for i in rows]),
         model.encode_targets([TARGETS[i] for i in rows]),
         [INDEX[i] for i in rows],
         pad_id=model.pad_id,
@@ -225,7 +225,8 @@ def rows_of_step(model: Backbone, tokens: Tokens, runs: list[int], step: int) ->
 
 def train(model: Backbone, runs: list[int], name: str, steps: int, per_forward: int) -> Tensor:
     """Prompts of some of the runs after all steps, trained side by side."""
-    tokens = model.encode_inputs(TEXTS, 8), model.encode_targets(TARGETS)
+    inputs = [model.cut_input(ids, 8) for ids in model.encode_inputs(TEXTS)]
+    tokens = inputs, model.encode_targets(TARGETS)
     generator = torch.Generator().manual_seed(0)
     start = 0.3 * torch.randn(len(RATES), 2, 16, generator=generator, dtype=torch.float64)
     prompts = torch.nn.Parameter(start[runs])

@@ -295,5 +295,5 @@ def test_files_of_several_tasks_make_one_step(
         split = data.splits[runs[index].task, runs[index].sample]["train"]
         ids = batch.input_ids[at][batch.input_mask[at].bool()].tolist()
         target = batch.target_ids[at][batch.target_ids[at] != IGNORE].tolist()
-        assert ids == model.encode_inputs([split.inputs[row]], 512)[0]
+        assert ids == model.encode_inputs([split.inputs[row]])[0]
         assert target in model.encode_targets(split.references[row])

@@ -20,7 +20,7 @@ from test_prompt_tuning import make_data, make_trainer
 
 from prompt_lab import bank, cli
 from prompt_lab.backbone import Backbone
-from prompt_lab.bank import renumber
+from prompt_lab.bank import BankObjective, renumber
 from prompt_lab.batch import Batch
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.data.episodes import Episodes
@@ -136,7 +136,11 @@ def naive_episode(
     assert model is not None
     if algorithm == "multitask":
         parts = [*episodes.support, episodes.query]
-        return sum(naive_loss(model, start, part, episode) for part in parts) / len(parts)
+        counts = [part.prompts.count(episode) for part in parts]
+        sums = [
+            naive_loss(model, start, p, episode) * n for p, n in zip(parts, counts, strict=True)
+        ]
+        return sum(sums) / sum(counts)
     adapted = start
     for support in episodes.support:
         loss = naive_loss(model, adapted, support, episode)
@@ -179,6 +183,24 @@ def test_a_step_is_that_of_a_naive_loop_over_episodes(fit, kind, algorithm):
     expected, _ = naive_step(method, method.train_steps().batch(0))
     assert_near(watch.gradients[0], expected)
     torch.testing.assert_close(method.prompt, method.init - expected, rtol=1e-5, atol=1e-6)
+
+
+def test_multi_task_learning_reads_the_rows_of_maml_and_reptile_those_of_support(fit, monkeypatch):
+    """Two steps of two episodes of 2 x 2 support and 3 query rows; counted where gradients are."""
+    read: dict[str, list[list[tuple[int, int]]]] = {}
+    plain = BankObjective.gradient
+
+    def count(self, prompts):
+        read[algorithm].append(sorted(zip(self.batch.prompts, self.batch.rows, strict=True)))
+        return plain(self, prompts)
+
+    monkeypatch.setattr(BankObjective, "gradient", count)
+    for algorithm in ("maml", "fomaml", "multitask", "reptile"):
+        read[algorithm] = []
+        fit(algorithm=algorithm, trainer={"steps": 2, "every": 2})
+    assert [len(rows) for rows in read["maml"]] == 2 * [4, 4, 6]
+    assert read["multitask"] == read["fomaml"] == read["maml"]
+    assert read["reptile"] == [read["maml"][part] for part in (0, 1, 3, 4)]
 
 
 @pytest.mark.parametrize("learned", ["shared", "per_token"])
@@ -747,18 +769,28 @@ def test_a_healthy_fit_warns_of_nothing(fit):
 # ---- the command line ----------------------------------------------------------------------------
 
 
-def test_dry_run_says_what_would_be_learned_on_which_tasks(fewshot_root, tmp_path):
-    method = MetaPrompt(num_virtual_tokens=TOKENS, validation_tasks=["emotion"])
+@pytest.mark.parametrize(
+    ("algorithm", "rows", "inner"),
+    [
+        ("maml", "1 x 4 support rows and 4 query rows", "sgd, learning rate 3e-05"),
+        ("multitask", "1 x 4 support rows and 4 query rows", "none"),
+        ("reptile", "1 x 4 support rows", "sgd, learning rate 3e-05"),
+    ],
+)
+def test_dry_run_says_what_would_be_learned_on_which_tasks(
+    fewshot_root, tmp_path, algorithm, rows, inner
+):
+    method = MetaPrompt(algorithm, num_virtual_tokens=TOKENS, validation_tasks=["emotion"])
     method.backbone = gentle("gpt2")
     data = make_data(fewshot_root, [*SOURCES, "emotion"], [13, 42])
     data.setup("fit")
     said = method.describe_fit(data, make_trainer(tmp_path, steps=6, every=3))
     assert said.splitlines() == [
-        "maml of one prompt of 5 virtual tokens on 6 items of 3 source tasks",
+        f"{algorithm} of one prompt of 5 virtual tokens on 6 items of 3 source tasks",
         "source tasks: glue-sst2, glue-cola, e2e_nlg_cleaned",
         "validation tasks: emotion",
-        "step: 4 episodes of 1 x 4 support rows and 4 query rows",
-        "inner loop: sgd, learning rate 3e-05",
+        f"step: 4 episodes of {rows}",
+        f"inner loop: {inner}",
         "steps: 6, evaluation every 3, adapting by 20 steps",
     ]
 

@@ -55,7 +55,9 @@ def train_bank(config: OptimConfig, value: Tensor, given: list[Tensor]) -> Tenso
     return parameter.detach()
 
 
-def train_alone(config: OptimConfig, value: Tensor, given: list[Tensor], rate: float) -> Tensor:
+def train_alone(
+    config: OptimConfig, value: Tensor, given: list[Tensor], rate: float, total: int = STEPS
+) -> Tensor:
     """One run under the reference optimizer, clipped and scheduled by others' code."""
     from transformers import get_scheduler
     from transformers.optimization import Adafactor
@@ -72,7 +74,7 @@ def train_alone(config: OptimConfig, value: Tensor, given: list[Tensor], rate: f
         flags = ("scale_parameter", "relative_step", "warmup_init")
         reference = Adafactor([parameter], **dict.fromkeys(flags, False), **common)
     name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
-    schedule = get_scheduler(name, reference, config.warmup_steps, STEPS)
+    schedule = get_scheduler(name, reference, config.warmup_steps, total)
     for gradient in given:
         parameter.grad = gradient.to(value.dtype).clone()
         if config.clip is not None:
@@ -103,18 +105,91 @@ def test_every_run_follows_the_reference_optimizer(
 ) -> None:
     """PyTorch's AdamW, transformers' Adafactor and ``get_scheduler``, ``clip_grad_norm_``.
 
-    Within 1e-5 of what a run moved (bias corrections are float32), and 2e-7 a step where values of
-    up to 3 are rounded: float32 parameters, or weight decay, whose factor is float32.
+    Within rounding of the values, which are up to 3, at each step.
     """
     config = OptimConfig(name=name, **case)  # type: ignore[arg-type]
-    rounding = 2e-7 * STEPS if dtype == torch.float32 or config.weight_decay else 0.0
+    rounding = STEPS * {torch.float32: 2e-7, torch.float64: 1e-15}[dtype]
     value, given = start(shape, dtype), gradients(shape)
     bank = train_bank(config, value, given)
     for run, rate in enumerate(RATES):
         alone = train_alone(config, value[run], [g[run] for g in given], rate)
         moved = (alone - value[run]).abs().max()
         assert moved > 0.1 * rate
-        assert (bank[run] - alone).abs().max() <= 1e-5 * moved + rounding
+        assert (bank[run] - alone).abs().max() <= 2 * torch.finfo(dtype).eps * moved + rounding
+
+
+LONG = 100
+
+
+@pytest.mark.parametrize(("decay", "warmup"), [(0.0, 0), (0.1, 0), (0.0, 10), (0.1, 10)])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_a_hundred_steps_are_the_references_but_for_rounding(
+    name: str, schedule: Any, decay: float, warmup: int
+) -> None:
+    """Of runs that rest in between, too, and as exact as the reference in float32.
+
+    Relative to the prompt, in float64: at most 1e-12 from the reference (1e-15 is seen). In
+    float32: at most 1e-6 from the reference in float64 (4e-7 is seen; PyTorch's AdamW itself is up
+    to 2e-6 from it, since it rounds the factor of weight decay).
+    """
+    config = OptimConfig(name=name, weight_decay=decay, schedule=schedule, warmup_steps=warmup)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(3)
+    given = [torch.randn(2, 6, 5, generator=generator) for _ in range(LONG + 10)]
+    value = torch.randn(2, 6, 5, generator=generator)
+    for dtype, most in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
+        parameter, active, optimizer = build(config, value.to(dtype), [0.3, 0.001], LONG)
+        for step, gradient in enumerate(given):
+            active.copy_(torch.tensor([not 40 <= step < 50, step < LONG]))
+            parameter.grad = gradient.to(dtype)
+            optimizer.step()
+        for run, seen in enumerate((given[:40] + given[50:], given[:LONG])):
+            seen, rate = [gradient[run] for gradient in seen], (0.3, 0.001)[run]
+            alone = train_alone(config, value[run].double(), seen, rate, LONG)
+            assert (parameter[run] - alone).norm() <= most * alone.norm()
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_steps_beyond_the_budget_and_any_table_are_the_references(name: str) -> None:
+    """2,100 steps of a budget of 10, half of them after a resume; the learning rate is constant."""
+    config = OptimConfig(name=name)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(3)
+    given = [torch.randn(1, 2, 2, generator=generator) for _ in range(2100)]
+    value = torch.zeros(1, 2, 2, dtype=torch.float64)
+    parameter, _, optimizer = build(config, value, [0.01], 10)
+    for step, gradient in enumerate(given):
+        if step == 1050:
+            state = torch.load(_stored(optimizer.state_dict()), weights_only=True)
+            parameter, _, optimizer = build(config, parameter.detach(), [0.01], 10)
+            optimizer.load_state_dict(state)
+        parameter.grad = gradient.double()
+        optimizer.step()
+    alone = train_alone(config, value[0], [gradient[0] for gradient in given], 0.01)
+    assert (parameter[0] - alone).norm() <= 1e-12 * alone.norm()
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "sgd"])
+def test_a_device_without_float64_is_never_given_any(name: str) -> None:
+    """The device is ``meta``, watched as an Apple GPU would refuse."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Refuse(TorchDispatchMode):
+        """Fails where a tensor of the device is float64."""
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            if isinstance(made, Tensor) and made.device.type == "meta":
+                assert made.dtype != torch.float64, func
+            return made
+
+    parameter = torch.nn.Parameter(start().to("meta"))
+    active = torch.ones(len(parameter), dtype=torch.bool, device="meta")
+    config = OptimConfig(name=name, weight_decay=0.1, schedule="cosine", warmup_steps=2, clip=1.0)  # type: ignore[arg-type]
+    with Refuse():
+        optimizer = config.build([parameter], RATES, active, STEPS)
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.step()
 
 
 def test_betas_and_eps_are_those_of_adamw() -> None:
@@ -226,7 +301,7 @@ def _stored(state: dict[str, Any]) -> Any:
 
 
 def test_float64_banks_stay_in_float64() -> None:
-    """Parameters and moments; the numbers of a run, such as its learning rate, are float32."""
+    """Parameters and moments; and what is added to them is exact."""
     for name in ("adamw", "adafactor"):
         config = OptimConfig(name=name)  # type: ignore[arg-type]
         value = start(dtype=torch.float64)
@@ -237,7 +312,7 @@ def test_float64_banks_stay_in_float64() -> None:
         state = optimizer.state[parameter]
         assert {v.dtype for k, v in state.items() if k != "step"} == {torch.float64}
         alone = train_alone(config, value[0], [gradients()[0][0]], RATES[0])
-        assert (parameter[0] - alone).abs().max() <= 1e-5
+        assert (parameter[0] - alone).abs().max() <= 1e-14
 
 
 def test_a_parameter_without_gradient_rests() -> None:
@@ -276,6 +351,9 @@ def test_the_optimizer_holds_the_given_parameters_only() -> None:
         ({"schedule": "step"}, "optim.schedule is 'step'; allowed"),
         ({"warmup_steps": -1}, "must not be negative"),
         ({"weight_decay": -0.1}, "must not be negative"),
+        ({"weight_decay": float("nan")}, "must not be negative"),
+        ({"betas": (0.9, 1.0)}, r"optim.betas is \(0.9, 1.0\) .*: give betas from 0 up to below 1"),
+        ({"eps": -1e-8}, "an eps that is not negative"),
         ({"clip": 0.0}, "optim.clip is 0.0: give a positive norm"),
     ],
 )

@@ -149,6 +149,34 @@ def test_gradients_of_small_losses_get_through_float16_weights(kind: str) -> Non
     assert torch.cosine_similarity(lost, true).min() < torch.cosine_similarity(found, true).min()
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        *((kind, torch.bfloat16) for kind in ("t5", "bart", "gpt2", "llama")),
+        *((kind, torch.float16) for kind in ("bart", "gpt2", "llama")),
+    ],
+)
+def test_more_micro_batches_do_not_round_the_gradient_more(kind: str, dtype: torch.dtype) -> None:
+    """Reference: the same rounded weights in float32; 256 rows in one pass, up to one pass each."""
+    weights = mild_model(kind).to(dtype)
+    models = [copy.deepcopy(weights).float(), weights]
+    plain, half = (Backbone(model, make_tokenizer(kind), kind) for model in models)
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randn(1, 4, plain.hidden_size, generator=generator).to(dtype).float()
+    words = ("no", "a", "the", "sea", "by", "red", "is", "it")
+    texts = [f"the {word} dog {i} ran" for i in range(32) for word in words]
+    batch = half.batch(texts, ["yes", "no", "maybe", "a dog"] * 64)
+    batch.weight.fill_(1 / 256)
+    _, true = bank_gradient(plain, prompts, batch, 10**6)
+    errors = []
+    for tokens in (10**6, 512, 128, 1):
+        _, found = bank_gradient(half, prompts, batch, tokens)
+        assert found.dtype == torch.float32
+        errors.append(((found - true).norm() / true.norm()).item())
+    assert errors[0] <= 2 * torch.finfo(dtype).eps
+    assert max(errors) <= 1.3 * errors[0]
+
+
 def test_a_run_that_overflows_in_float16_stops_and_says_so(fit: Fit) -> None:
     """A float32 model whose activations are beyond 65504 trains, in float16 it does not."""
     made = []

@@ -34,7 +34,7 @@ MIXED = ["glue-cola", "e2e_nlg_cleaned"]  # scored and generated
 # Rates and an initial seed at which dev scores differ and rounding stays small: a prompt that 1e-7
 # takes over a kink of T5's ReLU has a gradient that differs by 1e-2.
 GRIDS = {
-    "t5": ([0.003, 0.001], 4),
+    "t5": ([0.003, 0.001], 5),
     "bart": ([0.03, 0.01], 0),
     "gpt2": ([0.1, 0.03], 2),
     "bloom": ([0.03, 0.01], 0),

@@ -15,7 +15,7 @@ from torch import Tensor
 from prompt_lab import prompts
 from prompt_lab.backbone import Backbone
 from prompt_lab.data.tasks import Task
-from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts
+from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts, scale_ratio
 from prompt_lab.prompt_file import Prompt, PromptStore, save_prompt
 from prompt_lab.run import Run
 
@@ -164,9 +164,30 @@ def test_noise_has_the_stated_size(backbone: Factory) -> None:
     assert abs(uniform.mean().item()) < 0.01
 
 
-def test_the_scale_ratio_is_that_of_standard_deviations() -> None:
-    table = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
-    assert prompts.scale_ratio(3 * table, table) == pytest.approx(3)
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_the_scale_ratio_is_that_of_standard_deviations(
+    backbone: Factory, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reference: the whole table at once; for BART as the model scales it."""
+    model = backbone(kind)
+    monkeypatch.setattr("prompt_lab.methods.initial_prompts.ROWS_AT_ONCE", 7)
+    assert scale_ratio(model, 3 * model.embedding_table()[None]) == pytest.approx(3)
+    far = [part + 1000 for part in torch.randn(50, 8).split(7)]
+    assert prompts.standard_deviation(far) == pytest.approx(torch.cat(far).std().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["vocab", "text", "labels"])
+def test_prompts_of_tokens_embed_no_more_than_these(
+    backbone: Factory, name: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And their rows are those of the whole table, bit for bit."""
+    model, seen = backbone("bart"), []
+    expected = one(InitConfig(name, text="the small dog"), model, 5)
+    plain = Backbone.embed
+    monkeypatch.setattr(Backbone, "embed", lambda self, i: seen.append(i.numel()) or plain(self, i))
+    monkeypatch.setattr(Backbone, "embedding_table", None)
+    assert one(InitConfig(name, text="the small dog"), model, 5).equal(expected)
+    assert 5 <= sum(seen) < 40
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,23 @@ def test_a_resumed_fit_equals_the_uninterrupted_one_and_needs_its_subspace(fit, 
         )
 
 
+def test_a_fit_hashes_its_subspace_once(fit, tmp_path, monkeypatch):
+    """However many checkpoints it writes: the map may have hundreds of megabytes."""
+    hashed = []
+
+    def digest(module: Any) -> str:
+        hashed.append(type(module))
+        return "a1"
+
+    monkeypatch.setattr("prompt_lab.methods.prompt_tuning.weights_digest", digest)
+    method = fit()
+    for name in ("a.ckpt", "b.ckpt"):
+        method.trainer.save_checkpoint(tmp_path / name)
+        saved = torch.load(tmp_path / name, weights_only=True)
+        assert saved["subspace_digest"] == "a1"
+    assert hashed == [Subspace]
+
+
 def test_a_random_subspace_is_a_function_of_its_seed(fit):
     settings = {"subspace": SubspaceConfig("random", intrinsic_dim=4, seed=1)}
     first, again = fit("first", **settings), fit("again", **settings)

@@ -20,6 +20,7 @@ from test_prompt_tuning import make_data, make_trainer
 
 from prompt_lab import cli
 from prompt_lab.backbone import Backbone
+from prompt_lab.methods.evaluation import Evaluation
 from prompt_lab.methods.vector_arithmetic import GRID, VectorArithmetic, best_scale
 from prompt_lab.prompt_file import Prompt, PromptStore, load_prompt
 from prompt_lab.report_command import report_command
@@ -83,6 +84,7 @@ def run(backbone, fewshot_root, tmp_path) -> Callable[..., VectorArithmetic]:
         command: str = "test",
         at_once: int | None = None,
         root: Path = fewshot_root,
+        precision: Any = "32-true",
         **settings: Any,
     ) -> VectorArithmetic:
         model = backbone(kind)
@@ -93,7 +95,7 @@ def run(backbone, fewshot_root, tmp_path) -> Callable[..., VectorArithmetic]:
         method.backbone = model
         if at_once is not None:
             method.prompts_at_once = at_once
-        trainer = make_trainer(tmp_path / run_dir)
+        trainer = make_trainer(tmp_path / run_dir, precision=precision)
         getattr(trainer, command)(
             method, datamodule=make_data(root, list(tasks), samples), verbose=False
         )
@@ -266,6 +268,23 @@ def test_validate_shows_what_test_chooses_and_writes_no_results(run, capsys):
     line = next(line for line in said.splitlines() if line.startswith("glue-cola + emotion"))
     dev = [float(row["dev"]) for row in results(tested, expression="glue-cola + emotion")]
     assert f"  {np.mean(dev[:2]):.3f} ± " in line  # two seeds of glue-cola, then emotion
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_scale_is_chosen_in_the_precision_of_the_test(run, monkeypatch, precision):
+    """Dev and test alike, and as ``validate`` answers dev."""
+    seen, plain = [], Evaluation.add
+
+    def watch(self, step):
+        seen.append((self.split, torch.is_autocast_enabled("cpu")))
+        return plain(self, step)
+
+    monkeypatch.setattr(Evaluation, "add", watch)
+    tested = run(scales=[0.5, 1.0], precision=precision)
+    assert set(seen) == {("dev", precision != "32-true"), ("test", precision != "32-true")}
+    shown = run(scales=[0.5, 1.0], precision=precision, command="validate", run_dir="val")
+    name = "scales.csv"
+    assert (shown.run_dir / name).read_text() == (tested.run_dir / name).read_text()
 
 
 # ---- equality 9, and what is written -------------------------------------------------------------

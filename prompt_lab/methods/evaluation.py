@@ -224,8 +224,9 @@ class Evaluation:
         method = self.method
         prompts = method.init if variant == "initial_prompt" else method.init[:, :0]
         other = Evaluation(method, self.split, prompts)
-        for step in method.evaluation_steps(self.split, lambda: chosen):
-            other.add(step.to(method.device))
+        with method.trainer.precision_plugin.forward_context():  # as Lightning's own steps have it
+            for step in method.evaluation_steps(self.split, lambda: chosen):
+                other.add(step.to(method.device))
         self.baseline_predictions[variant] = other.predictions
         return other.scores()
 

@@ -27,6 +27,9 @@ from prompt_lab.peft_format import is_peft, load_peft
 from prompt_lab.prompt_file import PromptStore, check_backbone, load_prompt, read_metadata
 from prompt_lab.run import Run
 
+ROWS_AT_ONCE = 4096
+"""Embeddings that are read at a time where all are."""
+
 InitName = Literal["vocab", "text", "labels", "normal", "uniform", "file"]
 
 
@@ -200,10 +203,32 @@ def vocabulary_prompt(
     Raises:
         ValueError: fewer such tokens than N.
     """
-    table = backbone.embedding_table()  # (V, D)
-    size = min(len(table), len(backbone.tokenizer))
+    size = min(_vocabulary_size(backbone), len(backbone.tokenizer))
     ids = prompts.frequent_ids(size, backbone.tokenizer.all_special_ids, vocab_size)
-    return table[prompts.vocabulary_sample(ids, num_virtual_tokens, seed)]
+    return _embeddings(backbone, prompts.vocabulary_sample(ids, num_virtual_tokens, seed))
+
+
+def scale_ratio(backbone: Backbone, init: Tensor) -> float:
+    """Standard deviation of prompts over that of all embeddings, which are read some at a time.
+
+    Args:
+        backbone: whose embeddings.
+        init: prompts (R, N, D).
+    """
+    every = torch.arange(_vocabulary_size(backbone))
+    chunks = (_embeddings(backbone, ids) for ids in every.split(ROWS_AT_ONCE))
+    return init.double().std().item() / prompts.standard_deviation(chunks)
+
+
+def _vocabulary_size(backbone: Backbone) -> int:
+    """V, the rows of the embedding table."""
+    return len(backbone.model.get_input_embeddings().weight)
+
+
+@torch.no_grad()
+def _embeddings(backbone: Backbone, ids: Tensor) -> Tensor:
+    """The embeddings of ids (n,) as the model sees them: (n, D) float32, on the CPU."""
+    return backbone.embed(ids.to(backbone.device)).float().cpu()
 
 
 def _make(
@@ -215,15 +240,14 @@ def _make(
     if config.name == "uniform":
         return prompts.uniform_prompt(count, backbone.hidden_size, config.limit, seed)
     if config.name == "text":
-        ids = prompts.text_ids(_tokens(backbone, config.text or ""), count)
-        return backbone.embedding_table()[ids]
+        return _embeddings(backbone, prompts.text_ids(_tokens(backbone, config.text or ""), count))
     sampled = vocabulary_prompt(backbone, count, seed, config.vocab_size)
     if config.name == "vocab":
         return sampled
     if task is None or task.labels is None:
         raise ValueError(f"init.name is labels, but task {task and task.name!r} has no label set")
-    labels = [_tokens(backbone, label) for label in task.labels]
-    return prompts.label_prompt(backbone.embedding_table(), labels, sampled)
+    labels = [torch.tensor(_tokens(backbone, label)) for label in task.labels]
+    return prompts.label_prompt([_embeddings(backbone, ids) for ids in labels], sampled)
 
 
 def _tokens(backbone: Backbone, text: str) -> list[int]:

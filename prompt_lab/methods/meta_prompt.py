@@ -2,9 +2,10 @@
 
 Meta prompt tuning (Qin et al. 2023, arXiv 2302.08143): in each step a few episodes, (task, sample)
 each, adapt the prompt on support rows and judge it on query rows; MAML, FoMAML, Reptile or
-multi-task learning says how to move the prompt (``meta_gradient.py``). The loss of a step has the
-meta-gradient as its gradient, so Lightning's automatic optimisation is all that is needed:
-clipping, accumulation, DDP over episodes.
+multi-task learning says how to move the prompt (``meta_gradient.py``). MAML, FoMAML and multi-task
+learning read the same rows; Reptile, which has no query, reads the support rows alone. The loss of
+a step has the meta-gradient as its gradient, so Lightning's automatic optimisation is all that is
+needed: clipping, accumulation, DDP over episodes.
 
 Validation adapts the prompt to held-out tasks, few-shot, and scores dev. The learned prompt is one
 file, from which ``PromptTuning`` starts. Left out: other parameters than the prompt, and the inner
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -87,10 +88,25 @@ class MetaPrompt(PromptMethod):
     The fit leaves ``prompt.safetensors``: the prompt of the best evaluation, or the last one where
     there are no validation tasks.
 
+    An episode has K = ``inner.steps`` support batches of ``support_size`` train rows, and
+    ``query_size`` dev rows. Of these each algorithm reads:
+
+    - ``maml`` and ``fomaml``: the K support batches, one in each inner step, and the query; K *
+      ``support_size`` + ``query_size`` rows. The loss of an episode is the mean over query rows at
+      the adapted prompt.
+    - ``multitask``: the same rows. The loss of an episode is the mean over all of them, support and
+      query alike, at the prompt as it is.
+    - ``reptile``: the K support batches, one in each inner step; K * ``support_size`` rows. It is
+      the algorithm of the paper, which has no query; K + ``query_size`` / ``support_size`` inner
+      steps make it read as many rows as the others.
+
+    The loss of a step is the mean over its episodes.
+
     Args:
         algorithm: ``maml``, ``fomaml``, ``reptile``, or ``multitask`` learning.
         backbone: which frozen model.
-        inner: how an episode adapts the prompt; without effect in multi-task learning.
+        inner: how an episode adapts the prompt; of multi-task learning only ``steps`` counts, for
+            the rows of an episode.
         optim: the outer optimizer.
         init: how the prompt is initialised.
         adaptation: how validation adapts it to held-out tasks.
@@ -103,7 +119,7 @@ class MetaPrompt(PromptMethod):
         depth: inner steps that ``maml`` differentiates through, from the last; null for all.
         episodes: episodes of a meta-step over all processes, M.
         support_size: rows of an inner step.
-        query_size: rows that judge the adapted prompt.
+        query_size: rows that judge the adapted prompt; without effect in Reptile.
         num_virtual_tokens: N.
         init_seed: seed of the initial prompt.
         learning_rate: peak outer learning rate.
@@ -382,7 +398,7 @@ class MetaPrompt(PromptMethod):
         return self.datamodule.episode_steps(
             self.keys,
             self.episodes,
-            self.inner_steps,
+            self.inner.steps,
             self.support_size,
             self.query_size,
             self.seed,
@@ -391,11 +407,6 @@ class MetaPrompt(PromptMethod):
             trainer.global_rank,
             trainer.world_size,
         )
-
-    @property
-    def inner_steps(self) -> int:
-        """Support batches of an episode."""
-        return 1 if self.algorithm == "multitask" else self.inner.steps
 
     def _check_sizes(self, data: CrossFitDataModule) -> None:
         """Refuse tasks with fewer rows than one batch of support or query has.
@@ -501,9 +512,8 @@ class MetaPrompt(PromptMethod):
                 return BankObjective(backbone, batch, tokens, self.label_smoothing)
 
             if self.algorithm == "multitask":
-                return multitask(
-                    start, [*map(objective, episodes.support), objective(episodes.query)]
-                )
+                parts = _weighted_by_rows([*episodes.support, episodes.query])
+                return multitask(start, list(map(objective, parts)))
             support = [objective(batch) for batch in episodes.support]
             if self.algorithm == "reptile":
                 return reptile(start, support, self.inner, rate)
@@ -683,11 +693,12 @@ class MetaPrompt(PromptMethod):
                 "may help",
             )
         if means["inner_moved"] < 1e-4:
+            rows = "support" if self.algorithm == "reptile" else "query"
             self.warn_once(
                 "still",
                 f"step {self.trainer.global_step}: the inner loop moves the prompt by "
                 f"{means['inner_moved']:.1e} of its norm, so {self.algorithm} is hardly different "
-                "from multi-task learning on the same rows; prompts usually need inner learning "
+                f"from multi-task learning on the {rows} rows; prompts usually need inner learning "
                 "rates of 0.1 and more (model.inner.learning_rate)",
             )
 
@@ -834,19 +845,27 @@ class MetaPrompt(PromptMethod):
         """What would be learned, on which tasks, and the rows of a step."""
         self.prepare(data)
         self._check_sizes(data)
-        support = f"{self.inner_steps} x {self.support_size} support rows"
+        rows = f"{self.inner.steps} x {self.support_size} support rows"
+        if self.algorithm != "reptile":
+            rows += f" and {self.query_size} query rows"
         inner = f"{self.inner.name}, learning rate {self.inner.learning_rate:g}"
         return "\n".join(
             [
                 self.summary(),
                 f"source tasks: {', '.join(self.source_tasks)}",
                 f"validation tasks: {', '.join(self.validation_tasks) or 'none'}",
-                f"step: {self.episodes} episodes of {support} and {self.query_size} query rows",
+                f"step: {self.episodes} episodes of {rows}",
                 f"inner loop: {'none' if self.algorithm == 'multitask' else inner}",
                 f"steps: {trainer.max_steps}, evaluation every {trainer.val_check_interval}, "
                 f"adapting by {self.adaptation.steps} steps",
             ]
         )
+
+
+def _weighted_by_rows(parts: list[Batch]) -> list[Batch]:
+    """Batches of the same episodes, so that the mean of their losses is that over all rows."""
+    mean = sum(map(len, parts)) / len(parts)
+    return [replace(part, weight=part.weight * (len(part) / mean)) for part in parts]
 
 
 SUPPORT_QUERY: tuple[Literal["train"], Literal["dev"]] = ("train", "dev")

@@ -36,13 +36,12 @@ from prompt_lab.data.batches import EvaluationSteps, TrainSteps
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.methods.dry_run import describe_grid
 from prompt_lab.methods.evaluation import Evaluation
-from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts
+from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts, scale_ratio
 from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod, as_config, some
 from prompt_lab.methods.subspace_tuning import SubspaceConfig, initial_codes
 from prompt_lab.optim import BankOptimizer, OptimConfig
 from prompt_lab.pretrained import weights_digest
 from prompt_lab.prompt_file import Prompt, PromptStore
-from prompt_lab.prompts import scale_ratio
 from prompt_lab.results import append_curves, start_curves
 from prompt_lab.run import Run, grid
 from prompt_lab.run_shares import RunShares, share_runs
@@ -599,7 +598,13 @@ class PromptTuning(PromptMethod):
 
     def _subspace_digest(self) -> str | None:
         """SHA-256 of the subspace's weights, or None where there is no subspace."""
-        return None if self.subspace is None else weights_digest(self.subspace)
+        return None if self.subspace is None else self._frozen_digest
+
+    @cached_property
+    def _frozen_digest(self) -> str:
+        """The same of a subspace that is there; it does not change, so it is hashed once."""
+        assert self.subspace is not None
+        return weights_digest(self.subspace)
 
     @property
     def variant(self) -> str:
@@ -634,7 +639,7 @@ class PromptTuning(PromptMethod):
     def _warn_of_scale(self, init: Tensor) -> None:
         """Warn of initial prompts off the scale of the embeddings."""
         assert self.backbone is not None
-        ratio = scale_ratio(init, self.backbone.embedding_table())
+        ratio = scale_ratio(self.backbone, init)
         if not 1 / 3 <= ratio <= 3:
             self.warn_once(
                 "scale",

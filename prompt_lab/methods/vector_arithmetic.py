@@ -557,15 +557,16 @@ class VectorArithmetic(PromptMethod):
 
     @torch.no_grad()
     def _search(self) -> None:
-        """Answer dev under every sum at every scale, and choose."""
+        """Answer dev under every sum at every scale, and choose; in the precision of the test."""
         steps = self.dev_steps()
         self.evaluation = self._evaluation("dev")
         blocks, quiet = len(steps.blocks), not self.trainer.is_global_zero
         for number, block in enumerate(steps.blocks):
             if not quiet and number * 10 // blocks != (number - 1) * 10 // blocks:
                 print(f"dev: {block.start} of {len(self.runs)} prompts", flush=True)
-            for step in steps.steps(list(block)):
-                self._answer_dev(step.to(self.device))
+            with self.trainer.precision_plugin.forward_context():
+                for step in steps.steps(list(block)):
+                    self._answer_dev(step.to(self.device))
         self._choose(self.evaluation.scores())
 
     def _answer_dev(self, step: EvaluationBatch) -> None:
