@@ -274,11 +274,13 @@ def _model_card(prompt: Prompt, task_type: TaskType) -> str:
         )
         if value is not None
     )
-    padding = ""
+    caution = ""
     if task_type == "CAUSAL_LM":
-        padding = (
+        caution = (
             "\nPEFT puts the prompt in front of the padding: inputs that are padded on\n"
-            "the left get other answers than unpadded ones.\n"
+            "the left get other answers than unpadded ones. With transformers 5.24, PEFT 0.21.2\n"
+            "repeats the prompt at every token that it generates from a cache: give `generate`\n"
+            "the argument `use_cache=False`, or use transformers 5.23.\n"
         )
     return f"""---
 base_model: {json.dumps(prompt.backbone)}
@@ -295,4 +297,4 @@ prompt_lab.
 from peft import {auto}
 model = {auto}.from_pretrained("this folder")
 ```
-{padding}"""
+{caution}"""

@@ -18,12 +18,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from prompt_lab.prediction import check_at_least_one, check_labels, label_scores, predict
+from prompt_lab.prediction import check_at_least_one, label_scores, predict, tidy_labels
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prompt_lab.backbone import Backbone
+    from prompt_lab.backbone import Backbone, Side
 
 FIRST_CHUNK, LARGEST_CHUNK = 64, 4096
 """Lines that are answered at a time, doubling; within them rows are sorted by length."""
@@ -47,6 +47,7 @@ class Way:
         max_new_tokens: longest generated answer.
         num_beams: beams of generated answers.
         max_input_length: longer inputs are cut to so many tokens.
+        truncation_side: on which side.
         prefix: text in front of every input.
     """
 
@@ -54,6 +55,7 @@ class Way:
     max_new_tokens: int
     num_beams: int
     max_input_length: int
+    truncation_side: Side
     prefix: str
 
 
@@ -82,6 +84,7 @@ def predict_command(
     max_new_tokens: int | None = None,
     num_beams: int | None = None,
     max_input_length: int | None = None,
+    truncation_side: Literal["right", "left"] | None = None,
     tokens_per_forward: int | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> None:
@@ -110,6 +113,8 @@ def predict_command(
         num_beams: beams of generated answers; by default as the prompt was tested, or else 1.
         max_input_length: longer inputs are cut to so many tokens, and to what the backbone's
             positions leave; by default as the prompt was trained, or else 512.
+        truncation_side: where they are cut, right (the end) or left; by default as the prompt was
+            trained, or else right.
         tokens_per_forward: most padded tokens of one forward pass; bounds memory, not results; by
             default 2048 on a CPU and 16384 on a GPU.
         device: auto takes a GPU where there is one.
@@ -121,12 +126,13 @@ def predict_command(
     """
     numbers = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
     numbers |= {"max_input_length": max_input_length}
-    given = {name: number for name, number in numbers.items() if number is not None}
+    numbers = {name: number for name, number in numbers.items() if number is not None}
+    given = numbers | ({"truncation_side": truncation_side} if truncation_side else {})
     if tokens_per_forward is not None:
         check_at_least_one(tokens_per_forward=tokens_per_forward)
-    check_at_least_one(**given)
+    check_at_least_one(**numbers)
     if labels is not None:
-        check_labels(labels)
+        labels = tidy_labels(labels)
         if decoding == "generate":
             raise ValueError("labels are scored and decoding is generate: leave one of them out")
     source = _check_input(input)
@@ -246,13 +252,13 @@ def _ways(
     metadata: Sequence[dict[str, Any]],
     labels: Sequence[str] | None,
     decoding: str | None,
-    given: dict[str, int],
+    given: dict[str, Any],
 ) -> list[Way]:
     """How each prompt answers: as the settings say, else as its file does."""
     ways = []
     for row in metadata:
-        known = {"max_new_tokens": MAX_NEW_TOKENS, "max_input_length": MAX_INPUT_LENGTH}
-        known |= {"num_beams": 1}
+        known: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "num_beams": 1}
+        known |= {"max_input_length": MAX_INPUT_LENGTH, "truncation_side": "right"}
         known |= {name: row[name] for name in known if row.get(name)}
         prefix = f" [{row['task']}] " if row.get("task_prefix") else ""
         scored = (decoding or row.get("decoding") or "score") == "score"
@@ -346,19 +352,20 @@ def _answers(
     with_scores: bool,
 ) -> list[list[Answer]]:
     """For every text its answers under prompts that answer alike."""
-    inputs = [way.prefix + text for text in texts]
-    limits: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "tokens_per_forward": tokens_per_forward,
         "max_input_length": way.max_input_length,
+        "truncation_side": way.truncation_side,
+        "input_prefix": way.prefix,
     }
     if way.labels is not None and with_scores:
-        scores = label_scores(model, prompts, inputs, way.labels, **limits).tolist()
+        scores = label_scores(model, prompts, texts, way.labels, **settings).tolist()
         return [[_best(way.labels, row) for row in of_text] for of_text in scores]
     found = predict(
-        *(model, prompts, inputs, way.labels),
+        *(model, prompts, texts, way.labels),
         max_new_tokens=way.max_new_tokens,
         num_beams=way.num_beams,
-        **limits,
+        **settings,
     )
     return [[(text, None) for text in of_text] for of_text in found]
 

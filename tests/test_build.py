@@ -452,7 +452,13 @@ def test_an_interrupted_download_is_one_line_and_can_be_done_again(tmp_path, tas
 def test_an_interrupt_keeps_what_is_finished(tmp_path, task_file, copy, hub):
     (copy / "owner/paint/plain/validation/0001.slow").touch()  # colors waits, things does not
     words, environment = command(hub, tmp_path, task_file)
-    with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True) as running:
+    with subprocess.Popen(
+        words,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # "pytest &" ignores it
+    ) as running:
         finished = tmp_path / "out" / "things" / "things_3_build.json"
         for _ in range(600):
             if finished.exists():

@@ -58,7 +58,7 @@ def in_peft(kind: str, prompt: Tensor, submodules: int = 1) -> Any:
 
 def tokens(model: Backbone) -> tuple[list[list[int]], list[list[int]]]:
     """Ids of all inputs and of all targets."""
-    return model.encode_inputs(INPUTS, 64), model.encode_targets(TARGETS)
+    return model.encode_inputs(INPUTS), model.encode_targets(TARGETS)
 
 
 def peft_inputs(model: Backbone, inputs: list[list[int]], targets: list[list[int]]) -> Any:

@@ -74,6 +74,9 @@ def test_a_folder_holds_one_float32_tensor_config_and_card(folder: Path) -> None
     card = (folder / "README.md").read_text()
     assert card.startswith('---\nbase_model: "someone/some-model"\nlibrary_name: peft\n---\n')
     assert "- task: emotion\n- few-shot sample: 13\n- dev ACC: 0.5\n" in card
+    assert "use_cache" not in card
+    save_peft(folder.parent / "causal", make(), "CAUSAL_LM", 2, 4)
+    assert "`use_cache=False`" in (folder.parent / "causal" / "README.md").read_text()
     assert is_peft(folder)
     assert not is_peft(folder / "README.md")
     assert not is_peft(folder.parent)

@@ -55,6 +55,27 @@ def test_answers_are_those_of_one_prompt_and_one_input_at_a_time(backbone, kind,
     assert len({text for row in generated for text in row}) > 3  # there is something to compare
 
 
+@pytest.mark.parametrize("kind", ["t5", "gpt2"])
+def test_spaces_around_inputs_and_labels_are_dropped(backbone, kind):
+    """Reference: the same without them. Spaces within the text in front of inputs stay."""
+    model, prompts = backbone(kind), bank(3, 5)
+    spaced = [f" {text}\n" for text in TEXTS]
+    labels = [f"\t{label}  " for label in LABELS]
+    plain = predict(model, prompts, TEXTS, max_new_tokens=6)
+    assert predict(model, prompts, spaced, max_new_tokens=6) == plain
+    assert predict(model, prompts, spaced, labels) == predict(model, prompts, TEXTS, LABELS)
+    scores = label_scores(model, prompts, TEXTS, LABELS)
+    assert torch.equal(label_scores(model, prompts, spaced, labels), scores)
+
+    front = {"input_prefix": " [x] "}
+    batch = model.batch([" [x] a dog"])
+    expected = [model.score(prompt[None], batch, LABELS)[0] for prompt in prompts]
+    (found,) = label_scores(model, prompts, [" a dog "], labels, **front)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-4)
+    wrong = model.score(prompts[0][None], model.batch([" [x] a dog "]), LABELS)[0]
+    assert kind == "t5" or (found[0] - wrong).abs().max() > 0.01  # a space is a token here
+
+
 def test_a_bank_tensor_is_as_good_as_a_list(backbone):
     prompts = bank(4, 4)
     of_list = predict(backbone("t5"), prompts, TEXTS, max_new_tokens=4)
@@ -82,7 +103,10 @@ def test_an_input_is_cut_to_what_the_positions_leave(backbone, kind):
         ({"prompts": torch.zeros(3, HIDDEN)}, r"one has shape \(32,\)"),
         ({"prompts": []}, "at least one; there are none"),
         ({"prompts": torch.zeros(1, 3, 7)}, r"takes \(R, N, 32\)"),
+        ({"inputs": ["a", " \n", "b"]}, r"inputs\[1\] is empty, or spaces alone: give it text"),
         ({"labels": []}, "give a list of answers"),
+        ({"labels": ["a", " "]}, "give a list of answers"),
+        ({"labels": ["a", "a "]}, "a label occurs twice"),
         ({"labels": "yes"}, "give a list of answers"),
         ({"labels": ["a", "a"]}, "a label occurs twice"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0: give at least 1"),
@@ -95,6 +119,9 @@ def test_wrong_arguments_are_named(backbone, wrong, sentence):
     given = {"prompts": torch.zeros(1, 3, HIDDEN), "inputs": ["a"], **wrong}
     with pytest.raises(ValueError, match=sentence):
         predict(backbone("t5"), **given)
+    if "labels" in wrong or "inputs" in wrong:
+        with pytest.raises(ValueError, match=sentence):
+            label_scores(backbone("t5"), **({"labels": LABELS} | given))
 
 
 def test_the_public_name_is_the_function_whatever_is_imported_first():
@@ -192,15 +219,23 @@ def fit(folder: Path, root: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["t5", "gpt2"])
 def test_answers_are_those_of_the_command_test(kind, model_folder, fewshot_root, monkeypatch):
-    """Reference: ``predictions.jsonl`` of a fit, for the same rows.
+    """Reference: ``predictions.jsonl`` of a fit, for the same rows; in Python likewise.
 
-    Without a word about labels, length, beams and prefix: the prompt files know.
+    Without a word about labels, length, beams and prefix: the prompt files know. All three are
+    given spaces around the inputs, which a decoder-only model would see.
     """
-    made = fit(model_folder(kind), fewshot_root)
+    shutil.copytree(fewshot_root, "spaced")
+    for path in Path("spaced").glob("*/*_test.tsv"):
+        lines = path.read_text().splitlines()
+        path.write_text("".join(f" {line} \n".replace("\t", "  \t ") for line in lines))
+    made = fit(model_folder(kind), Path("spaced"))
+    backbone = make_backbone(kind)
     tested = [json.loads(line) for line in (made / "predictions.jsonl").read_text().splitlines()]
     for task, shots in (("glue-cola", 16), ("e2e_nlg_cleaned", 32)):
-        rows = (fewshot_root / task / f"{task}_{shots}_13_test.tsv").read_text().splitlines()
-        give(monkeypatch, "".join(row.split("\t")[0] + "\n" for row in rows).encode())
+        rows = Path(f"spaced/{task}/{task}_{shots}_13_test.tsv").read_text().splitlines()
+        inputs = [row.split("\t")[0] for row in rows]
+        assert all(text.startswith(" ") and text.endswith("  ") for text in inputs)
+        give(monkeypatch, "".join(text + "\n" for text in inputs).encode())
         assert run(made / "prompts", "--out=answers.jsonl") == 0
         answers = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
         assert len(answers) == 2 * len(rows)
@@ -209,6 +244,16 @@ def test_answers_are_those_of_the_command_test(kind, model_folder, fewshot_root,
         mine = [row for row in answers if row["prompt"] == of_task[0]["run"]]
         assert [row["prediction"] for row in mine] == [row["prediction"] for row in of_task]
         assert len({row["prediction"] for row in mine}) > 1
+
+        prompt = prompt_lab.load_prompt(made / "prompts" / f"{mine[0]['prompt']}.safetensors")
+        found = predict(
+            *(backbone, [prompt.prompt], inputs, prompt.labels),
+            max_new_tokens=prompt.max_new_tokens,
+            num_beams=prompt.num_beams,
+            max_input_length=prompt.max_input_length,
+            input_prefix=f" [{task}] ",
+        )
+        assert [text for (text,) in found] == [row["prediction"] for row in of_task]
         if task == "glue-cola":
             best = [max(row["scores"], key=row["scores"].get) for row in mine]
             assert best == [row["prediction"] for row in mine]
@@ -356,3 +401,16 @@ def test_a_terminal_is_not_waited_for(store, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     assert run(store) == 1
     assert "name a file with --input, or pipe lines in" in capsys.readouterr().err
+
+
+def test_labels_that_are_one_to_the_backbone_are_told_or_refused() -> None:
+    from test_unseen_rows import word_backbone
+
+    model = word_backbone()
+    prompt = torch.zeros(1, 2, model.hidden_size)
+    with pytest.raises(
+        ValueError, match="'house', 'sea' are the same tokens to the backbone: give"
+    ):
+        predict(model, prompt, ["the dog"], ["house", "sea"])
+    with pytest.warns(UserWarning, match="'house', 'sea' are the same tokens .*; the first is"):
+        predict(model, prompt, ["the dog"], ["yes", "house", "sea"])

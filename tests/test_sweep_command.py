@@ -396,7 +396,13 @@ def test_a_signal_stops_the_trial_and_the_next_sweep_resumes_it(number):
     Path("hang").touch()
     write()
     words = [sys.executable, "-c", IN_PROCESS]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # "pytest &" ignores it
+    )
     wait_for("hanging", process)
     with pytest.raises(ValueError, match="r is in use by another sweep, or by a trial") as refused:
         sweep_command("s.yaml", "r")

@@ -149,10 +149,6 @@ class PromptMethod(LightningModule):
         """What the results say of how a run was trained, beside or instead of its prompt's word."""
         raise NotImplementedError
 
-    def answer_variant(self, run: int) -> str:
-        """The variant of a run's answers in the file of predictions."""
-        return "tuned"
-
     def score_table(self, rows: list[dict[str, Any]]) -> str:
         """The table that an evaluation prints, from its lines of results."""
         return summary_table(rows)

@@ -649,10 +649,6 @@ class VectorArithmetic(PromptMethod):
         absent = dict.fromkeys(("learning_rate", "batch_size", "order_seed"))
         return absent | _place(self._current[run])
 
-    def answer_variant(self, run: int) -> str:
-        """The variant of a run's answers in the file of predictions."""
-        return self._current[run].of.variant
-
     def digests(self) -> dict[str, Any]:
         """Digests of backbone weights, tokenizer, data files and prompt files."""
         files = {str(path): source.digest for path, source in self._sources.items()}

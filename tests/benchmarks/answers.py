@@ -1,14 +1,20 @@
-"""G7 and G8: answering the rows of a classification set, PEFT's ``generate`` against ours.
+"""G7 and G8: answering the rows of a classification set, generation with PEFT against ours.
 
-PEFT's side is what its users write: rows in file order in batches of 16, padded on the left for
-decoder-only models, greedy, at most 4 new tokens, decoded. Our side is what ``prompt-lab test``
-does: longest rows first, batches cut by tokens, labels chosen by log-likelihood. The two answer
-differently, so ours is first held against the log-likelihoods of plain calls of the model, one row
-at a time and without padding.
+PEFT's side is the fastest that answers rightly: rows in file order in batches of 16, greedy, at
+most 4 new tokens, decoded. An encoder-decoder model takes PEFT's ``generate``. A decoder-only model
+does not: there PEFT 0.21.2 with transformers 5.24 puts the prompt in front of every token that it
+makes from a cache, ``use_cache=False`` computes everything anew, and padding comes between prompt
+and text. So PEFT's prompt is put in front of each text, behind the padding, and the model's own
+``generate`` makes the answers from a cache. Every token is held against a plain call of the model
+before anything is timed.
+
+Our side is what ``prompt-lab test`` does: longest rows first, batches cut by tokens, labels chosen
+by log-likelihood. The two answer differently, so ours is held against the log-likelihoods of plain
+calls of the model, one row at a time and without padding.
 
 The T5's prompt is tuned for a few steps, so that it answers with labels as tuned prompts do. A
-random GPT-2 cannot be tuned to do so: PEFT generates all 4 tokens, and ours has to follow every
-label to its end, since no first token tells them apart. With more labels that costs more.
+random GPT-2 cannot be tuned to do so: PEFT's side generates all 4 tokens, and ours has to follow
+every label to its end, since no first token tells them apart. With more labels that costs more.
 """
 
 from __future__ import annotations
@@ -72,10 +78,13 @@ def _answers(
     inputs = [ids for ids, _ in make_rows(backbone, task_lengths(count))]
     for labels in LABELS.values():
         prompts = tuned(backbone, start, inputs, labels) if kind == "t5" else start
+        check_tokens(backbone, prompts[0], inputs, peft_tokens(backbone, prompts, inputs)())
         theirs = peft_answers(backbone, prompts, inputs)
         ours = our_answers(backbone, prompts, inputs, labels)
         agreement = check_answers(backbone, prompts[0], inputs, labels, ours())
-        what = f"evaluation by PEFT's generate / ours, {name}, {count} rows, {len(labels)} labels"
+        what = (
+            f"evaluation by generating with PEFT / ours, {name}, {count} rows, {len(labels)} labels"
+        )
         found = measure(theirs, ours, settings)
         yield what, {**found, "threshold": goal, "agreement": agreement}
 
@@ -140,25 +149,61 @@ def peft_answers(
     backbone: Backbone, prompts: Tensor, inputs: list[list[int]]
 ) -> Callable[[], list[str]]:
     """A whole evaluation with PEFT: the text of every row, in file order."""
+    made = peft_tokens(backbone, prompts, inputs)
+    return lambda: backbone.tokenizer.batch_decode(made(), skip_special_tokens=True)
+
+
+def peft_tokens(
+    backbone: Backbone, prompts: Tensor, inputs: list[list[int]]
+) -> Callable[[], list[list[int]]]:
+    """The tokens that PEFT's prompt makes of every row, in file order; padding may follow them."""
     model, _ = peft_model(backbone, prompts[0])
-    left = not backbone.is_encoder_decoder
+    settings = {"max_new_tokens": PEFT_NEW_TOKENS, "do_sample": False}
+    settings |= {"pad_token_id": backbone.pad_id}
+
+    def of_batch(part: list[list[int]]) -> Tensor:
+        """The new tokens of some rows."""
+        left, count = not backbone.is_encoder_decoder, prompts.shape[1]
+        room = [0] * count if left else []  # for the prompt, between the padding and the text
+        ids = pad([room + row for row in part], backbone.pad_id, left).to(backbone.device)
+        mask = pad([room + [1] * len(row) for row in part], 0, left).to(backbone.device)
+        if not left:
+            return model.generate(input_ids=ids, attention_mask=mask, **settings)[:, 1:]
+        embeddings, prompt = backbone.embed(ids), model.get_prompt(batch_size=1)[0]
+        for i, row in enumerate(part):
+            start = ids.shape[1] - len(row) - count
+            embeddings[i, start : start + count] = prompt
+            mask[i, start : start + count] = 1
+        base = model.get_base_model()
+        return base.generate(inputs_embeds=embeddings, attention_mask=mask, **settings)
 
     @torch.no_grad()
-    def evaluate() -> list[str]:
-        found: list[str] = []
-        for start in range(0, len(inputs), PEFT_BATCH):
-            part = inputs[start : start + PEFT_BATCH]
-            made = model.generate(
-                input_ids=pad(part, backbone.pad_id, left).to(backbone.device),
-                attention_mask=pad([[1] * len(ids) for ids in part], 0, left).to(backbone.device),
-                max_new_tokens=PEFT_NEW_TOKENS,
-                do_sample=False,
-                pad_token_id=backbone.pad_id,
-            )
-            found += backbone.tokenizer.batch_decode(made, skip_special_tokens=True)
-        return found
+    def evaluate() -> list[list[int]]:
+        starts = range(0, len(inputs), PEFT_BATCH)
+        parts = [of_batch(inputs[start : start + PEFT_BATCH]) for start in starts]
+        return [row for part in parts for row in part.tolist()]
 
     return evaluate
+
+
+def check_tokens(
+    backbone: Backbone, prompt: Tensor, inputs: list[list[int]], made: list[list[int]]
+) -> None:
+    """Hold generated tokens against plain calls of the model, row by row, without padding.
+
+    Raises:
+        RuntimeError: one up to the end token is not the likeliest, to rounding.
+    """
+    for ids, row in zip(inputs, made, strict=True):
+        end = next((at for at, token in enumerate(row) if token in backbone.specials.ends), None)
+        logits = plain_logits(backbone, prompt, ids, row[: None if end is None else end + 1])
+        tokens = torch.tensor(row[: len(logits)], device=logits.device)[:, None]
+        worst = (logits.amax(1, keepdim=True) - logits.gather(1, tokens)).max().item()
+        if not worst <= close(backbone):
+            raise RuntimeError(
+                f"a token generated with PEFT is {worst:.2g} nats below the likeliest one; nothing "
+                "was timed"
+            )
 
 
 def check_answers(
@@ -173,32 +218,38 @@ def check_answers(
     Raises:
         RuntimeError: a label differs whose log-likelihood is not the largest to rounding.
     """
-    close = CLOSE if backbone.model.dtype == torch.float32 else 0.3
     same, worst = 0, 0.0
     for ids, label in zip(inputs, found, strict=True):
         scores = plain_scores(backbone, prompt, ids, labels)
         same += int(scores.argmax()) == label
         worst = max(worst, (scores.max() - scores[label]).item())
-    if not worst <= close:
+    if not worst <= close(backbone):
         raise RuntimeError(f"our label is {worst:.2g} nats below the best one; nothing was timed")
     return {"same_labels": same / len(found), "labels_chosen": len(set(found))}
 
 
-@torch.no_grad()
 def plain_scores(
     backbone: Backbone, prompt: Tensor, ids: list[int], labels: tuple[str, ...]
 ) -> Tensor:
-    """Log-likelihoods (C,) of the labels after one row, by calls of the Hugging Face model."""
-    row = torch.tensor([ids], device=backbone.device)
-    start = torch.cat([prompt[None].to(backbone.model.dtype), backbone.embed(row)], dim=1)
+    """Log-likelihoods (C,) of the labels after one row."""
     scores = []
     for target in backbone.encode_targets(labels):
-        targets = torch.tensor([target], device=backbone.device)
-        if backbone.is_encoder_decoder:
-            logits = backbone.model(inputs_embeds=start, labels=targets).logits
-        else:
-            joined = torch.cat([start, backbone.embed(targets)], dim=1)
-            logits = backbone.model(inputs_embeds=joined).logits[:, start.shape[1] - 1 : -1]
-        chosen = logits.float().log_softmax(-1).gather(2, targets[..., None])
-        scores.append(chosen.sum())
+        found = plain_logits(backbone, prompt, ids, target).log_softmax(1)
+        scores.append(found.gather(1, torch.tensor(target, device=found.device)[:, None]).sum())
     return torch.stack(scores)
+
+
+@torch.no_grad()
+def plain_logits(backbone: Backbone, prompt: Tensor, ids: list[int], target: list[int]) -> Tensor:
+    """Logits (T, V), float32, at the tokens of a target after one row, by calls of the model."""
+    row, targets = (torch.tensor([tokens], device=backbone.device) for tokens in (ids, target))
+    start = torch.cat([prompt[None].to(backbone.model.dtype), backbone.embed(row)], dim=1)
+    if backbone.is_encoder_decoder:
+        return backbone.model(inputs_embeds=start, labels=targets).logits[0].float()
+    joined = torch.cat([start, backbone.embed(targets)], dim=1)
+    return backbone.model(inputs_embeds=joined).logits[0, start.shape[1] - 1 : -1].float()
+
+
+def close(backbone: Backbone) -> float:
+    """Nats within which two answers count as equal."""
+    return CLOSE if backbone.model.dtype == torch.float32 else 0.3

@@ -4,8 +4,8 @@ Both sides run the same code, that of ``Evaluation`` without metrics and files: 
 batches cut by tokens, the prompts of a decoder-only model run once. In a bank the rows of all
 prompts are cut into batches together, as ``VectorArithmetic`` has them; one after another, each
 prompt is a bank of one. Labels are chosen by log-likelihood, or answers of at most 4 tokens are
-generated. Where answers are generated, a second baseline is PEFT's way, as in ``answers.py``: its
-``generate`` on batches of 16 rows, one prompt after another.
+generated. Where answers are generated, a second baseline is PEFT's way, as in ``answers.py``:
+batches of 16 rows, one prompt after another.
 
 A bank of one computes nothing twice, so a bank of many saves only padding, batches that are not
 full, and the fixed costs of a forward pass; the smaller the model and the test set, the more that
@@ -13,8 +13,7 @@ is. Rows of a decoder-only model come prompt by prompt, so a batch that holds th
 start of the next has short and long rows, and a bank may pad more than single prompts do. On a CPU
 the models are tiny, so that a pair takes seconds; larger ones bring the ratio nearer to 1. The
 answers of both sides are compared before anything is timed; rounding may flip a few where two
-tokens are nearly as likely. Those of PEFT for a decoder-only model are not compared: its positions
-count the padding, ours do not.
+tokens are nearly as likely.
 """
 
 from __future__ import annotations
@@ -117,7 +116,7 @@ class Study:
         return evaluate
 
     def by_peft(self) -> Callable[[], Answers]:
-        """A whole evaluation with PEFT's ``generate``, one prompt after another."""
+        """A whole evaluation with PEFT, one prompt after another."""
         prompts = self.prompts.split(1)
         singles = [peft_answers(self.backbone, prompt, self.rows.inputs) for prompt in prompts]
         return lambda: [[text.strip() for text in single()] for single in singles]
@@ -138,8 +137,7 @@ def evaluation(settings: Settings) -> Iterator[Result]:
             yield what, {**found, "threshold": settings.goal(1.0, 1.0)}
         theirs, bank = study.by_peft(), study.in_banks(count, "generated")
         what = f"evaluation of {count} prompts one by one by PEFT / in a bank, {case}, generated"
-        comparable = study.backbone.is_encoder_decoder
-        agreement = check_answers(theirs(), bank(), least) if comparable else {}
+        agreement = check_answers(theirs(), bank(), least)
         yield what, {**measure(theirs, bank, settings), "agreement": agreement}
 
 
