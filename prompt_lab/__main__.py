@@ -71,9 +71,9 @@ def main() -> int:
     os.environ.setdefault("MKL_CBWR", "AUTO")
     try:
         if command not in TRAINER_COMMANDS:
-            from prompt_lab.offline import run
+            from prompt_lab.commands.offline import run
         else:
-            from prompt_lab.cli import run
+            from prompt_lab.commands.cli import run
         return run()
     except KeyboardInterrupt:
         print("prompt-lab: stopped", file=sys.stderr)

@@ -22,7 +22,7 @@ from torch import nn
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from prompt_lab.backbone import Backbone
+    from prompt_lab.core.backbone import Backbone
 
 HIDDEN = 32
 POSITIONS = 128
@@ -155,7 +155,7 @@ def make_model(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
 
 def make_backbone(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Backbone:
     """A new backbone; for tests that change it. Others take the ``backbone`` fixture."""
-    from prompt_lab.backbone import Backbone
+    from prompt_lab.core.backbone import Backbone
 
     return Backbone(make_model(kind, dtype, seed), make_tokenizer(kind), f"tiny-{kind}")
 
@@ -229,7 +229,7 @@ def two_threads() -> Iterator[None]:
 @pytest.fixture
 def pictures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
     """The figures by name, which are kept here instead of being written."""
-    from prompt_lab import plots
+    from prompt_lab.analysis import plots
 
     kept: dict[str, Figure] = {}
 

@@ -23,8 +23,10 @@ from test_intrinsic_subspace import make_store
 from test_prompt_tuning import make_data, make_method, make_trainer
 from test_vector_arithmetic import make_store as make_tuned_store
 
-from prompt_lab.adapters import AdaptedBackbone
-from prompt_lab.meta_gradient import InnerConfig
+from prompt_lab.core.adapters import AdaptedBackbone
+from prompt_lab.core.meta_gradient import InnerConfig
+from prompt_lab.core.optim import OptimConfig
+from prompt_lab.core.subspace import Subspace, save_subspace
 from prompt_lab.methods.adapter_subspace import AdapterMap, AdapterSubspace, AdapterTuning
 from prompt_lab.methods.fine_tuning import FineTuning
 from prompt_lab.methods.intrinsic_subspace import IntrinsicSubspace
@@ -33,8 +35,6 @@ from prompt_lab.methods.prompt_method import PromptMethod
 from prompt_lab.methods.prompt_tuning import PromptTuning
 from prompt_lab.methods.subspace_tuning import SubspaceConfig
 from prompt_lab.methods.vector_arithmetic import VectorArithmetic
-from prompt_lab.optim import OptimConfig
-from prompt_lab.subspace import Subspace, save_subspace
 
 STEPS, EVERY, DIES_AT = 6, 2, 5
 BREAK = "break.ckpt"

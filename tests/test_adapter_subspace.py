@@ -11,8 +11,12 @@ import torch
 from lightning.pytorch import Callback
 from test_prompt_tuning import make_data, make_trainer
 
-from prompt_lab.adapters import AdaptedBackbone
-from prompt_lab.bank import renumber
+from prompt_lab.core.adapters import AdaptedBackbone
+from prompt_lab.core.bank import renumber
+from prompt_lab.core.pretrained import weights_digest
+from prompt_lab.core.subspace import Subspace, load_subspace, save_subspace
+from prompt_lab.files.prompt_file import PromptStore
+from prompt_lab.files.results import read_csv
 from prompt_lab.methods.adapter_subspace import (
     AdapterMap,
     AdapterSubspace,
@@ -20,10 +24,6 @@ from prompt_lab.methods.adapter_subspace import (
     load_adapter_map,
 )
 from prompt_lab.methods.prompt_method import BackboneConfig
-from prompt_lab.pretrained import weights_digest
-from prompt_lab.prompt_file import PromptStore
-from prompt_lab.results import read_csv
-from prompt_lab.subspace import Subspace, load_subspace, save_subspace
 
 DIM, INNER, BOTTLENECK = 3, 8, 2
 TASKS = ["glue-sst2", "glue-cola", "e2e_nlg_cleaned"]

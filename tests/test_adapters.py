@@ -15,11 +15,11 @@ import torch
 from conftest import HIDDEN, KINDS, make_backbone
 from torch import Tensor
 
-from prompt_lab.adapters import AdaptedBackbone, AdapterLayout, RowAdapters, adapters
-from prompt_lab.backbone import Backbone
-from prompt_lab.bank import bank_gradient
-from prompt_lab.batch import Batch
-from prompt_lab.pretrained import weights_digest
+from prompt_lab.core.adapters import AdaptedBackbone, AdapterLayout, RowAdapters, adapters
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.bank import bank_gradient
+from prompt_lab.core.batch import Batch
+from prompt_lab.core.pretrained import weights_digest
 
 R = 3  # the bottleneck
 TEXTS = ["the small dog", "a cat ran over the red field and no sea", "no", "she likes long books"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prompt_lab.arithmetic import apply_vector, combine, parse_expression, task_vector
+from prompt_lab.core.arithmetic import apply_vector, combine, parse_expression, task_vector
 
 N, D = 5, 8
 

@@ -14,17 +14,17 @@ from test_intrinsic_subspace import SaveAtStepFour, make_store
 from test_prompt_tuning import make_data, make_method, make_trainer
 from torch import Tensor, nn
 
-from prompt_lab import cli, offline
-from prompt_lab.attention_mixture import PromptAttention, load_attention
-from prompt_lab.backbone import Backbone
-from prompt_lab.bank import Prefixes
-from prompt_lab.batch import Batch
+from prompt_lab.commands import cli, offline
+from prompt_lab.core.attention_mixture import PromptAttention, load_attention
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.bank import Prefixes
+from prompt_lab.core.batch import Batch
+from prompt_lab.core.pretrained import weights_digest
 from prompt_lab.data.mixtures import MixtureSteps
+from prompt_lab.files.prompt_file import PromptStore
+from prompt_lab.files.results import read_csv
 from prompt_lab.methods.attempt import Attempt
 from prompt_lab.methods.initial_prompts import InitConfig
-from prompt_lab.pretrained import weights_digest
-from prompt_lab.prompt_file import PromptStore
-from prompt_lab.results import read_csv
 
 TOKENS = 5
 SOURCES = ["glue-cola", "e2e_nlg_cleaned"]

@@ -13,7 +13,7 @@ from conftest import make_backbone
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prompt_lab.attention_mixture import (
+from prompt_lab.core.attention_mixture import (
     PromptAttention,
     load_attention,
     max_pool,

@@ -28,8 +28,8 @@ from conftest import (
 from torch import Tensor
 from torch.nn import functional as F
 
-from prompt_lab.backbone import Backbone
-from prompt_lab.batch import IGNORE, Batch
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.batch import IGNORE, Batch
 
 Factory = Callable[..., Backbone]
 

@@ -10,10 +10,10 @@ import torch
 from conftest import HIDDEN, make_backbone, make_tokenizer
 from torch import Tensor
 
-from prompt_lab.backbone import Backbone
-from prompt_lab.bank import Prefixes, bank_gradient, renumber, with_gradient
-from prompt_lab.batch import Batch, make_batch
-from prompt_lab.optim import OptimConfig
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.bank import Prefixes, bank_gradient, renumber, with_gradient
+from prompt_lab.core.batch import Batch, make_batch
+from prompt_lab.core.optim import OptimConfig
 
 Factory = Callable[..., Backbone]
 

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from prompt_lab.batch import IGNORE, Batch, make_batch, micro_batches, spans
+from prompt_lab.core.batch import IGNORE, Batch, make_batch, micro_batches, spans
 
 PAD = 9
 

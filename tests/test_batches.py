@@ -13,12 +13,12 @@ import pytest
 from conftest import SAMPLES
 from conftest import TASKS as FEWSHOT_TASKS
 
-from prompt_lab.backbone import Backbone
-from prompt_lab.batch import IGNORE, Batch
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.batch import IGNORE, Batch
+from prompt_lab.core.run import Run
 from prompt_lab.data.batches import EvaluationSteps, Layout, Rows, TrainSteps, step_rows
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.data.tasks import Task
-from prompt_lab.run import Run
 
 Factory = Callable[..., Backbone]
 Key = tuple[str, int]

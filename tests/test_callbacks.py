@@ -14,13 +14,13 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from test_prompt_tuning import make_data, make_method, make_trainer
 
-from prompt_lab import cli
-from prompt_lab.batch import IGNORE
-from prompt_lab.callbacks import FitReport
-from prompt_lab.meta_gradient import InnerConfig
+from prompt_lab.commands import cli
+from prompt_lab.commands.callbacks import FitReport
+from prompt_lab.core.batch import IGNORE
+from prompt_lab.core.meta_gradient import InnerConfig
+from prompt_lab.files.results import read_csv
 from prompt_lab.methods.meta_prompt import MetaPrompt
 from prompt_lab.methods.prompt_method import PromptMethod
-from prompt_lab.results import read_csv
 
 LINE = re.compile(
     r"trained (?:(\d+) runs? )?(?:from step (\d+) )?in ([\d.,]+) s(?:, ([\d.,]+) runs/s)?: "

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from prompt_lab.batch import IGNORE
-from prompt_lab.candidates import candidate_scores
+from prompt_lab.core.batch import IGNORE
+from prompt_lab.core.candidates import candidate_scores
 
 VOCABULARY, END, PAD = 12, 1, 0
 LABELS = [[3, END], [3, 4, END], [3, 4, 5, END], [6, END], [7, 8, 9, END], [10, 11, END], [END]]

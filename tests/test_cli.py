@@ -19,10 +19,10 @@ import pytest
 import torch
 import yaml
 
-from prompt_lab import cli
-from prompt_lab.prompt_file import load_prompt
-from prompt_lab.results import read_csv
-from prompt_lab.sweep_command import Trial, make_trials, read_sweep
+from prompt_lab.commands import cli
+from prompt_lab.commands.sweep_command import Trial, make_trials, read_sweep
+from prompt_lab.files.prompt_file import load_prompt
+from prompt_lab.files.results import read_csv
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SWEEPS = sorted((CONFIGS / "sweeps").glob("*.yaml"))

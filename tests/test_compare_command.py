@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prompt_lab import offline
-from prompt_lab.compare_command import compare_prompts, compare_vectors
+from prompt_lab.commands import offline
+from prompt_lab.commands.compare_command import compare_prompts, compare_vectors
+from prompt_lab.files.prompt_file import Prompt, PromptStore
+from prompt_lab.files.results import read_csv
 from prompt_lab.methods.task_vectors import Source
-from prompt_lab.prompt_file import Prompt, PromptStore
-from prompt_lab.results import read_csv
 
 N, D = 4, 6
 TASKS = ("mnli", "qnli", "trec")

@@ -13,12 +13,12 @@ from conftest import SAMPLES, TASKS
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 
-from prompt_lab.backbone import Backbone
+from prompt_lab.core.backbone import Backbone
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.data.files import DataError, read_split
 from prompt_lab.data.tasks import Task
+from prompt_lab.files.results import read_csv
 from prompt_lab.methods.prompt_tuning import PromptTuning
-from prompt_lab.results import read_csv
 
 Factory = Callable[..., Backbone]
 

@@ -27,9 +27,9 @@ from lightning.pytorch import Trainer
 from safetensors.torch import load_file
 from test_prompt_tuning import make_data, make_method, make_trainer
 
-from prompt_lab import cli
-from prompt_lab.prompt_file import load_prompt
-from prompt_lab.results import read_csv
+from prompt_lab.commands import cli
+from prompt_lab.files.prompt_file import load_prompt
+from prompt_lab.files.results import read_csv
 
 JOBS = {
     "three runs that live": (

@@ -18,8 +18,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from prompt_lab import offline
-from prompt_lab.cli import PromptLabCLI
+from prompt_lab.commands import offline
+from prompt_lab.commands.cli import PromptLabCLI
 
 tomllib = pytest.importorskip("tomllib", reason="the pins are for Python 3.11 and newer")
 

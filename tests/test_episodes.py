@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from prompt_lab.batch import IGNORE, Batch
+from prompt_lab.core.batch import IGNORE, Batch
 from prompt_lab.data.batches import Layout, Rows
 from prompt_lab.data.episodes import EpisodeRows, Episodes, EpisodeSteps, episode_rows
 from prompt_lab.data.mixtures import Key

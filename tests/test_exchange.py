@@ -21,17 +21,17 @@ from lightning.pytorch import Trainer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from prompt_lab.backbone import Backbone
-from prompt_lab.checkpoint import load_checkpoint
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.run import Run
 from prompt_lab.data.crossfit import CrossFitDataModule
-from prompt_lab.exchange import adopt, export_prompts, import_prompts
+from prompt_lab.files.checkpoint import load_checkpoint
+from prompt_lab.files.exchange import adopt, export_prompts, import_prompts
+from prompt_lab.files.peft_format import load_peft, save_peft
+from prompt_lab.files.prompt_file import Prompt, PromptStore, load_prompt, save_prompt
+from prompt_lab.files.results import read_csv
 from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts
 from prompt_lab.methods.prompt_method import BackboneConfig
 from prompt_lab.methods.prompt_tuning import PromptTuning
-from prompt_lab.peft_format import load_peft, save_peft
-from prompt_lab.prompt_file import Prompt, PromptStore, load_prompt, save_prompt
-from prompt_lab.results import read_csv
-from prompt_lab.run import Run
 
 Factory = Callable[..., Backbone]
 Folders = Callable[[str], Path]
@@ -343,7 +343,7 @@ def test_only_the_width_of_an_adopted_prompt_is_checked(backbone: Factory) -> No
 
 def test_importing_the_module_loads_no_torch() -> None:
     """The command line builds its flags from the signatures; ``--help`` stays fast."""
-    code = "import sys, prompt_lab.exchange; sys.exit('torch' in sys.modules)"
+    code = "import sys, prompt_lab.files.exchange; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

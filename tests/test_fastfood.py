@@ -8,7 +8,7 @@ from scipy.linalg import hadamard
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from prompt_lab.fastfood import FastfoodMap, walsh_hadamard
+from prompt_lab.core.fastfood import FastfoodMap, walsh_hadamard
 
 DIM = 5
 SIZES = {"embedding": 37, "layer.weight": 16, "layer.bias": 3, "gain": 1, "head.bias": 8}

@@ -25,18 +25,18 @@ import pytest
 import torch
 import yaml
 
-from prompt_lab import cli, offline
-from prompt_lab.atomic_file import held, write_atomically
-from prompt_lab.checkpoint import load_checkpoint
-from prompt_lab.prompt_file import PromptStore, load_prompt
-from prompt_lab.results import (
+from prompt_lab.commands import cli, offline
+from prompt_lab.commands.sweep_command import make_trials, read_sweep, sweep_command, trial_folder
+from prompt_lab.core.atomic_file import held, write_atomically
+from prompt_lab.files.checkpoint import load_checkpoint
+from prompt_lab.files.prompt_file import PromptStore, load_prompt
+from prompt_lab.files.results import (
     CURVE_COLUMNS,
     append_curves,
     read_csv,
     start_curves,
     write_csv,
 )
-from prompt_lab.sweep_command import make_trials, read_sweep, sweep_command, trial_folder
 
 STEPS = 4
 LAST = Path("r/checkpoints/last.ckpt")

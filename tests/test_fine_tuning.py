@@ -19,15 +19,15 @@ from safetensors.torch import load_file
 from test_prompt_tuning import make_data, make_method, make_trainer
 from transformers import get_scheduler
 
-from prompt_lab import cli
-from prompt_lab.backbone import Backbone
-from prompt_lab.batch import IGNORE
+from prompt_lab.commands import cli
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.batch import IGNORE
+from prompt_lab.core.optim import OptimConfig
 from prompt_lab.data.batches import step_rows
+from prompt_lab.files.results import read_csv
 from prompt_lab.methods.fine_tuning import FineTuning, weights_gradient
 from prompt_lab.methods.prompt_method import BackboneConfig
 from prompt_lab.methods.prompt_tuning import FAILED, FINISHED, STATUS, STOPPED
-from prompt_lab.optim import OptimConfig
-from prompt_lab.results import read_csv
 
 TEXTS = ["the dog ran", "a small red house", "the cat and the dog ran over the hill"]
 ANSWERS = ["yes", "maybe no", "positive"]

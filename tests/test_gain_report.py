@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from conftest import result_line
 
-from prompt_lab import offline
-from prompt_lab.adaptation_curves import Curve, adaptation, read_curves
-from prompt_lab.gain_report import (
+from prompt_lab.analysis.adaptation_curves import Curve, adaptation, read_curves
+from prompt_lab.analysis.gain_report import (
     draw_gains,
     find_gains,
     gain_rows,
@@ -23,8 +22,9 @@ from prompt_lab.gain_report import (
     sample_scores,
     show_gain,
 )
-from prompt_lab.report import compare, make_lines, read_results
-from prompt_lab.results import CURVE_COLUMNS, RESULT_COLUMNS, read_csv, write_csv
+from prompt_lab.analysis.report import compare, make_lines, read_results
+from prompt_lab.commands import offline
+from prompt_lab.files.results import CURVE_COLUMNS, RESULT_COLUMNS, read_csv, write_csv
 
 TASKS = ("emo", "anli", "wiki_qa", "samsum")
 SAMPLES = ("100", "13", "21")
@@ -124,7 +124,7 @@ def test_gains_are_those_of_numpy():
 
 
 def test_the_value_is_e_rel_less_one(tmp_path):
-    """Reference: `prompt_lab.report.compare`; scores are first averaged over seeds."""
+    """Reference: `prompt_lab.analysis.report.compare`; scores are first averaged over seeds."""
     rows = runs(made_up(2), PLAIN) + runs(made_up(3), f"maml {SOURCE}")
     rows += runs(made_up(4), f"maml {SOURCE}", init_seed=1)
     write(tmp_path, rows)

@@ -17,10 +17,10 @@ import torch
 from scipy.spatial.distance import cdist
 from test_report_blocks import Cells
 
-from prompt_lab import offline
-from prompt_lab.backbone import Backbone
-from prompt_lab.interpret_tokens import read_vocabulary
-from prompt_lab.prompt_file import Prompt, PromptStore, save_prompt
+from prompt_lab.analysis.interpret_tokens import read_vocabulary
+from prompt_lab.commands import offline
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.files.prompt_file import Prompt, PromptStore, save_prompt
 
 N = 4
 TASKS = ("one", "two")

@@ -5,8 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prompt_lab.interpret_tokens import byte_letters, is_byte_level, read_vocabulary, readable
-from prompt_lab.interpretation import initial_tokens
+from prompt_lab.analysis.interpret_tokens import (
+    byte_letters,
+    is_byte_level,
+    read_vocabulary,
+    readable,
+)
+from prompt_lab.analysis.interpretation import initial_tokens
 
 
 def test_bytes_are_those_of_the_tokenizers_library():

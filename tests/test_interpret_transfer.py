@@ -14,13 +14,13 @@ from scipy.stats import spearmanr
 from test_interpret_command import TASKS, N, command, prompt, rows_of
 from test_prompt_tuning import make_data, make_trainer
 
-from prompt_lab import cli
-from prompt_lab.atomic_file import write_csv
-from prompt_lab.backbone import Backbone
+from prompt_lab.commands import cli
+from prompt_lab.core.atomic_file import write_csv
+from prompt_lab.core.backbone import Backbone
 from prompt_lab.data.tasks import find_tasks
+from prompt_lab.files.prompt_file import Prompt, PromptStore
+from prompt_lab.files.results import RESULT_COLUMNS, read_csv
 from prompt_lab.methods.vector_arithmetic import VectorArithmetic
-from prompt_lab.prompt_file import Prompt, PromptStore
-from prompt_lab.results import RESULT_COLUMNS, read_csv
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "interpretation"
 

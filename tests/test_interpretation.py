@@ -12,7 +12,7 @@ from scipy.spatial.distance import cdist, pdist
 from scipy.stats import kendalltau, spearmanr
 from torch import Tensor
 
-from prompt_lab.interpretation import (
+from prompt_lab.analysis.interpretation import (
     frobenius_distances,
     group_distances,
     initial_tokens,

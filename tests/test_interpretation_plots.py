@@ -10,7 +10,7 @@ from scipy.spatial import ConvexHull
 from scipy.spatial.distance import cdist
 from test_plots import assert_readable
 
-from prompt_lab.interpretation_plots import (
+from prompt_lab.analysis.interpretation_plots import (
     MOST_CELLS,
     drift_map,
     heatmap,

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from prompt_lab import cli
-from prompt_lab.report_command import report_command
-from prompt_lab.results import read_csv
-from prompt_lab.subspace import load_subspace
+from prompt_lab.commands import cli
+from prompt_lab.commands.report_command import report_command
+from prompt_lab.core.subspace import load_subspace
+from prompt_lab.files.results import read_csv
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "intrinsic"
 QUICK = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.accelerator=cpu"]

@@ -11,16 +11,16 @@ import torch
 from lightning.pytorch import Callback
 from test_prompt_tuning import make_data, make_trainer
 
-from prompt_lab.backbone import Backbone
-from prompt_lab.bank import renumber
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.bank import renumber
+from prompt_lab.core.pretrained import weights_digest
+from prompt_lab.core.subspace import load_subspace
+from prompt_lab.files.prompt_file import Prompt, PromptStore
+from prompt_lab.files.results import read_csv
 from prompt_lab.methods.intrinsic_subspace import IntrinsicSubspace
 from prompt_lab.methods.prompt_tuning import PromptTuning
 from prompt_lab.methods.source_prompts import source_prompts
 from prompt_lab.methods.subspace_tuning import SubspaceConfig
-from prompt_lab.pretrained import weights_digest
-from prompt_lab.prompt_file import Prompt, PromptStore
-from prompt_lab.results import read_csv
-from prompt_lab.subspace import load_subspace
 
 TOKENS = 5
 TASKS = ["glue-sst2", "glue-cola", "e2e_nlg_cleaned", "emotion"]

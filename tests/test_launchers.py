@@ -22,8 +22,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 from test_prompt_tuning import make_data, make_method, make_trainer
 
-from prompt_lab import cli
-from prompt_lab.results import read_csv
+from prompt_lab.commands import cli
+from prompt_lab.files.results import read_csv
 
 OWN = [sys.executable, "-m", "prompt_lab"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]

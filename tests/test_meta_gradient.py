@@ -19,10 +19,10 @@ import torch
 from conftest import DECODER_ONLY, HIDDEN, KINDS, make_model, make_tokenizer
 from torch import Tensor
 
-from prompt_lab.backbone import Backbone
-from prompt_lab.bank import BankObjective, bank_product
-from prompt_lab.batch import Batch
-from prompt_lab.meta_gradient import (
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.bank import BankObjective, bank_product
+from prompt_lab.core.batch import Batch
+from prompt_lab.core.meta_gradient import (
     InnerConfig,
     MetaGradient,
     adapt,
@@ -31,7 +31,7 @@ from prompt_lab.meta_gradient import (
     pull_back,
     reptile,
 )
-from prompt_lab.training_forward import twice_differentiable
+from prompt_lab.core.training_forward import twice_differentiable
 
 M, N = 3, 4
 WHOLE, SMALL = 4096, 30

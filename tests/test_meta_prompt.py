@@ -18,23 +18,24 @@ from conftest import make_backbone
 from lightning.pytorch import Callback, Trainer
 from test_prompt_tuning import make_data, make_trainer
 
-from prompt_lab import bank, cli
-from prompt_lab.backbone import Backbone
-from prompt_lab.bank import BankObjective, renumber
-from prompt_lab.batch import Batch
+from prompt_lab.commands import cli
+from prompt_lab.core import bank
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.bank import BankObjective, renumber
+from prompt_lab.core.batch import Batch
+from prompt_lab.core.meta_gradient import InnerConfig
+from prompt_lab.core.optim import OptimConfig
+from prompt_lab.core.pretrained import weights_digest
+from prompt_lab.core.training_forward import twice_differentiable
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.data.episodes import Episodes
-from prompt_lab.meta_gradient import InnerConfig
+from prompt_lab.files.prompt_file import load_prompt
+from prompt_lab.files.results import read_csv
 from prompt_lab.methods.evaluation import Evaluation
 from prompt_lab.methods.initial_prompts import InitConfig
 from prompt_lab.methods.meta_prompt import AdaptationConfig, MetaPrompt
 from prompt_lab.methods.prompt_method import BackboneConfig
 from prompt_lab.methods.prompt_tuning import PromptTuning
-from prompt_lab.optim import OptimConfig
-from prompt_lab.pretrained import weights_digest
-from prompt_lab.prompt_file import load_prompt
-from prompt_lab.results import read_csv
-from prompt_lab.training_forward import twice_differentiable
 
 TOKENS = 5
 SOURCES = ["glue-sst2", "glue-cola", "e2e_nlg_cleaned"]

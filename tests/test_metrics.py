@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.multiprocessing.spawn import spawn
 
-from prompt_lab.metric_names import LABEL_METRICS, METRICS
-from prompt_lab.metrics import (
+from prompt_lab.core.metric_names import LABEL_METRICS, METRICS
+from prompt_lab.core.metrics import (
     VARIANTS,
     BankMetric,
     accuracy,

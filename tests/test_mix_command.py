@@ -13,10 +13,10 @@ from conftest import make_backbone
 from test_intrinsic_subspace import TASKS, TOKENS, make_store
 from test_prompt_tuning import make_data, make_method, make_trainer
 
-from prompt_lab import offline
+from prompt_lab.commands import offline
+from prompt_lab.commands.mix_command import mix_prompts
+from prompt_lab.files.prompt_file import PromptStore, load_prompt
 from prompt_lab.methods.initial_prompts import InitConfig
-from prompt_lab.mix_command import mix_prompts
-from prompt_lab.prompt_file import PromptStore, load_prompt
 
 TARGET, *SOURCES = TASKS
 

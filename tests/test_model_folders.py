@@ -29,7 +29,7 @@ from conftest import (
 )
 from safetensors.torch import load_file, save_file
 
-from prompt_lab.backbone import Backbone
+from prompt_lab.core.backbone import Backbone
 
 TEXTS = ["the small dog", "a cat ran over the red field and no sea", "no"]
 OTHER_END = 40  # an ordinary token of the tokenizer

@@ -10,14 +10,14 @@ import pytest
 import torch
 from conftest import HIDDEN, make_backbone
 
-from prompt_lab import offline
 from prompt_lab.__main__ import (
     OFFLINE_COMMANDS,
     STUDY_COMMANDS,
     TASKS_COMMANDS,
     VECTORS_COMMANDS,
 )
-from prompt_lab.prompt_file import Prompt, load_prompt, save_prompt
+from prompt_lab.commands import offline
+from prompt_lab.files.prompt_file import Prompt, load_prompt, save_prompt
 
 
 @pytest.fixture(autouse=True)
@@ -139,7 +139,7 @@ def test_bad_input_is_status_1_and_a_traceback_only_on_request(capsys, monkeypat
 def test_a_reader_that_leaves_early_ends_the_command_quietly():
     code = (
         "import sys\n"
-        "from prompt_lab import offline\n"
+        "from prompt_lab.commands import offline\n"
         "def flood(word: str):\n"
         "    '''Write.\n\n    Args:\n        word: a word.\n    '''\n"
         "    for _ in range(100000): print(word)\n"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from prompt_lab.optim import (
+from prompt_lab.core.optim import (
     BankOptimizer,
     OptimConfig,
     adamw_with_warmup,

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from sklearn.decomposition import PCA
 
-from prompt_lab.plots import (
+from prompt_lab.analysis.plots import (
     BARS,
     DASHES,
     FILLS,

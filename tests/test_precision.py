@@ -19,8 +19,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from test_prompt_tuning import make_trainer
 from torch import Tensor
 
-from prompt_lab.backbone import Backbone
-from prompt_lab.bank import FLOAT16_SCALE, bank_gradient, with_gradient
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.bank import FLOAT16_SCALE, bank_gradient, with_gradient
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.methods.fine_tuning import FineTuning
 from prompt_lab.methods.meta_prompt import MetaPrompt

@@ -12,10 +12,10 @@ import torch
 from conftest import HIDDEN, POSITIONS, make_backbone
 
 import prompt_lab
-from prompt_lab import cli, offline, predict_command
-from prompt_lab.predict_command import read_lines
-from prompt_lab.prediction import label_scores, predict
-from prompt_lab.prompt_file import Prompt, save_prompt
+from prompt_lab.commands import cli, offline, predict_command
+from prompt_lab.commands.predict_command import read_lines
+from prompt_lab.core.prediction import label_scores, predict
+from prompt_lab.files.prompt_file import Prompt, save_prompt
 
 TEXTS = ["a dog", "the small red house stands on the hill", "she likes", "yes", "no maybe yes no"]
 LABELS = ["negative", "positive", "maybe", "no way"]

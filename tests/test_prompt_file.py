@@ -14,8 +14,8 @@ import torch
 from conftest import HIDDEN
 from safetensors.torch import save_file
 
-from prompt_lab.backbone import Backbone
-from prompt_lab.prompt_file import (
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.files.prompt_file import (
     FORMAT_VERSION,
     METADATA_FIELDS,
     REQUIRED_FIELDS,

@@ -18,14 +18,14 @@ import torch
 from conftest import TASKS, make_backbone
 from lightning.pytorch import Callback, Trainer
 
-from prompt_lab.backbone import Backbone
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.optim import OptimConfig
 from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.files.prompt_file import PromptStore
+from prompt_lab.files.results import read_csv
 from prompt_lab.methods.initial_prompts import InitConfig
 from prompt_lab.methods.prompt_method import BackboneConfig
 from prompt_lab.methods.prompt_tuning import FAILED, FINISHED, STOPPED, PromptTuning
-from prompt_lab.optim import OptimConfig
-from prompt_lab.prompt_file import PromptStore
-from prompt_lab.results import read_csv
 
 Factory = Callable[..., Backbone]
 Folders = Callable[[str], Path]

@@ -12,12 +12,12 @@ import torch
 from conftest import HIDDEN
 from torch import Tensor
 
-from prompt_lab import prompts
-from prompt_lab.backbone import Backbone
+from prompt_lab.core import prompts
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.run import Run
 from prompt_lab.data.tasks import Task
+from prompt_lab.files.prompt_file import Prompt, PromptStore, save_prompt
 from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts, scale_ratio
-from prompt_lab.prompt_file import Prompt, PromptStore, save_prompt
-from prompt_lab.run import Run
 
 Factory = Callable[..., Backbone]
 

@@ -105,8 +105,8 @@ def test_commands_on_the_prompts_of_the_quickstart_run(quickstart):
 @pytest.mark.parametrize("command", commands())
 def test_commands_parse(command, tmp_path, monkeypatch):
     """Every command of the README is understood by the real command line, up to running it."""
-    from prompt_lab import offline
-    from prompt_lab.cli import PromptLabCLI
+    from prompt_lab.commands import offline
+    from prompt_lab.commands.cli import PromptLabCLI
 
     chosen = tmp_path / "chosen.yaml"  # what the command before it writes
     chosen.write_text("data: {tasks: [sandbox-size]}\n")

@@ -17,12 +17,7 @@ import pytest
 from conftest import result_line
 from lightning.pytorch import Trainer
 
-from prompt_lab import offline
-from prompt_lab.backbone import Backbone
-from prompt_lab.data.crossfit import CrossFitDataModule
-from prompt_lab.data.partitions import partition
-from prompt_lab.methods.prompt_tuning import PromptTuning
-from prompt_lab.report import (
+from prompt_lab.analysis.report import (
     NEEDED,
     Line,
     compare,
@@ -33,8 +28,19 @@ from prompt_lab.report import (
     read_results,
     upstream_of,
 )
-from prompt_lab.report_command import make_report, markdown, report_command, table_rows, task_rows
-from prompt_lab.results import RESULT_COLUMNS, read_csv, summary_table, write_csv
+from prompt_lab.commands import offline
+from prompt_lab.commands.report_command import (
+    make_report,
+    markdown,
+    report_command,
+    table_rows,
+    task_rows,
+)
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.data.partitions import partition
+from prompt_lab.files.results import RESULT_COLUMNS, read_csv, summary_table, write_csv
+from prompt_lab.methods.prompt_tuning import PromptTuning
 
 Cells = dict[str, Any]
 
@@ -635,7 +641,7 @@ def test_the_columns_that_reports_need_are_written_by_the_package():
 @pytest.fixture
 def command(monkeypatch, tmp_path, capsys) -> Callable[..., tuple[int, str, str]]:
     """Runs ``prompt-lab report`` in an empty folder: status, output and errors."""
-    place = ("prompt_lab.report_command", "report_command")
+    place = ("prompt_lab.commands.report_command", "report_command")
     monkeypatch.setitem(offline.FUNCTIONS, "report", place)
     monkeypatch.chdir(tmp_path)
 
@@ -726,7 +732,7 @@ def test_a_report_loads_neither_torch_nor_transformers(tmp_path):
     write(tmp_path / "results.csv", [row(), row(method="FineTuning", intrinsic_dim=5)])
     code = (
         "import sys\n"
-        "from prompt_lab.report_command import report_command\n"
+        "from prompt_lab.commands.report_command import report_command\n"
         f"report_command([{str(tmp_path)!r}], out={str(tmp_path / 'out')!r}, "
         "partition='ipt/random')\n"
         "assert not {'torch', 'transformers', 'lightning', 'pandas'} & set(sys.modules)\n"

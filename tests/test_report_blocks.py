@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from prompt_lab.interpret_tokens import readable
-from prompt_lab.report_blocks import Block, Token, as_html, as_markdown
+from prompt_lab.analysis.interpret_tokens import readable
+from prompt_lab.analysis.report_blocks import Block, Token, as_html, as_markdown
 
 NASTY = {
     "pipe": "a|b",

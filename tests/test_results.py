@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from prompt_lab.results import (
+from prompt_lab.files.results import (
     CURVE_COLUMNS,
     RESULT_COLUMNS,
     append_curves,

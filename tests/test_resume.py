@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from prompt_lab.prompt_file import PromptStore, load_prompt
-from prompt_lab.results import read_csv
+from prompt_lab.files.prompt_file import PromptStore, load_prompt
+from prompt_lab.files.results import read_csv
 
 STEPS, EVERY = 12, 3
 # Where the process dies: a hook of the method and the step at which it is called.
@@ -33,7 +33,7 @@ SCRIPT = '''
 import json, os, signal, sys
 import torch
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast, T5ForConditionalGeneration
-from prompt_lab import cli
+from prompt_lab.commands import cli
 
 def die_at(method, hook, step):
     """Let the process die when the method's hook has been called at that step."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from prompt_lab.run import Run, grid
+from prompt_lab.core.run import Run, grid
 
 AXES: dict[str, Any] = {
     "tasks": ["glue-sst2", "emotion"],

@@ -1,7 +1,7 @@
 """What comes from strangers does not run code, reach a shell, or leave its folder.
 
 Every payload makes a folder ``exploded`` in the current folder when it runs. What a config may name
-is told in the docstring of ``prompt_lab.cli``.
+is told in the docstring of ``prompt_lab.commands.cli``.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import torch
 import yaml
 
 import prompt_lab
-from prompt_lab import cli, offline
-from prompt_lab.prompt_file import Prompt, PromptStore, save_prompt
-from prompt_lab.sweep_command import sweep_command
+from prompt_lab.commands import cli, offline
+from prompt_lab.commands.sweep_command import sweep_command
+from prompt_lab.files.prompt_file import Prompt, PromptStore, save_prompt
 
 ROOT = Path(prompt_lab.__file__).parent
 RUN_VARIABLES = (cli.RUN_DIR_VARIABLE, "WANDB_RUN_ID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
@@ -367,7 +367,7 @@ def files() -> set[str]:
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_a_name_inside_a_prompt_file_leads_nowhere(words, capsys, name, model_folder):
     """Whichever command reads the file: export, import, a fit that starts from its store."""
-    from prompt_lab.backbone import Backbone
+    from prompt_lab.core.backbone import Backbone
 
     model = Backbone.load(str(model_folder("gpt2")))
     own = {"backbone": model.name, "backbone_digest": model.digest}

@@ -16,16 +16,18 @@ import torch
 import yaml
 from test_cli import CONFIGS, ParseOnly
 
-from prompt_lab import offline, select_command, similarity
-from prompt_lab.data.partitions import partition
-from prompt_lab.prompt_file import Prompt, PromptStore
-from prompt_lab.select_command import (
+from prompt_lab.analysis import select_command
+from prompt_lab.analysis.select_command import (
     Likeness,
     choose_sources,
     mean_over_targets,
     rank_sources,
 )
-from prompt_lab.similarity import prompt_subspace, subspace_similarity
+from prompt_lab.commands import offline
+from prompt_lab.core import similarity
+from prompt_lab.core.similarity import prompt_subspace, subspace_similarity
+from prompt_lab.data.partitions import partition
+from prompt_lab.files.prompt_file import Prompt, PromptStore
 
 N, D = 3, 24
 SOURCES = ["near", "half", "far"]
@@ -213,7 +215,7 @@ def test_neither_transformers_nor_lightning_is_loaded(store):
     """Reading prompts needs no model; the command starts as fast as torch does."""
     code = (
         "import sys\n"
-        "from prompt_lab import offline\n"
+        "from prompt_lab.commands import offline\n"
         "offline.run(['select', 'aim', '--prompts', 'store', '--number', '1'])\n"
         "print(sorted({'transformers', 'lightning', 'datasets'} & set(sys.modules)))\n"
     )

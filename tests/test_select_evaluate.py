@@ -19,9 +19,9 @@ from scipy.stats import bootstrap
 from test_plots import assert_readable
 from test_select_command import D, Encoder, N, command, data, prompt, rows, save
 
-from prompt_lab import select_command
-from prompt_lab.atomic_file import write_csv
-from prompt_lab.results import RESULT_COLUMNS, read_csv
+from prompt_lab.analysis import select_command
+from prompt_lab.core.atomic_file import write_csv
+from prompt_lab.files.results import RESULT_COLUMNS, read_csv
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +97,7 @@ def test_the_published_table_is_evaluated_without_any_model(capsys):
 def test_a_table_is_evaluated_without_loading_torch():
     code = (
         "import sys\n"
-        "from prompt_lab import offline\n"
+        "from prompt_lab.commands import offline\n"
         "offline.run(['select', 'evaluate', 'paper'])\n"
         "print(sorted({'torch', 'matplotlib', 'lightning'} & set(sys.modules)))\n"
     )

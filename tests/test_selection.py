@@ -10,9 +10,15 @@ import numpy as np
 import pytest
 from sklearn.metrics import ndcg_score
 
+from prompt_lab.analysis.selection import best_of_top_k, evaluate, ndcg, regret_at_k
+from prompt_lab.analysis.transfer_table import (
+    NO_TRANSFER,
+    PAPER_TABLE,
+    Entry,
+    make_table,
+    read_table,
+)
 from prompt_lab.data.partitions import partition
-from prompt_lab.selection import best_of_top_k, evaluate, ndcg, regret_at_k
-from prompt_lab.transfer_table import NO_TRANSFER, PAPER_TABLE, Entry, make_table, read_table
 
 
 def orders(similarities: list[float]) -> list[tuple[int, ...]]:

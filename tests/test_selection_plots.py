@@ -9,9 +9,9 @@ import pytest
 from matplotlib.colors import to_hex
 from test_plots import assert_readable
 
-from prompt_lab.interpretation_plots import heatmap, norm_violins
-from prompt_lab.selection_plots import method_curves, spread_marks, token_map
-from prompt_lab.transfer_table import spread
+from prompt_lab.analysis.interpretation_plots import heatmap, norm_violins
+from prompt_lab.analysis.selection_plots import method_curves, spread_marks, token_map
+from prompt_lab.analysis.transfer_table import spread
 
 LONG = [f"selection-winogrande_with_a_long_name_of_task_{at}" for at in range(13)]
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from test_select_command import D, N, command, prompt, save
 
-from prompt_lab.prompt_file import Prompt
-from prompt_lab.results import read_csv
-from prompt_lab.selection_steps import StepPrompt, find_steps, own_scores
+from prompt_lab.analysis.selection_steps import StepPrompt, find_steps, own_scores
+from prompt_lab.files.prompt_file import Prompt
+from prompt_lab.files.results import read_csv
 
 SOURCES, TARGETS, STEPS, SEEDS = "abc", "xy", (100, 20), (0, 1)
 """Step 20 comes before step 100, though not by name."""

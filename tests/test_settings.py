@@ -15,11 +15,11 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 
-from prompt_lab import cli
+from prompt_lab.commands import cli
+from prompt_lab.commands.sweep_file import make_trials, read_sweep
+from prompt_lab.core.optim import OptimConfig
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.methods.prompt_tuning import PromptTuning
-from prompt_lab.optim import OptimConfig
-from prompt_lab.sweep_file import make_trials, read_sweep
 
 SET = {
     "model": {

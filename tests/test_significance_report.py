@@ -12,11 +12,9 @@ import pytest
 from conftest import result_line
 from scipy.stats import ttest_ind, ttest_rel
 
-from prompt_lab import offline
-from prompt_lab.plots import Series
-from prompt_lab.report import Row, read_results
-from prompt_lab.results import RESULT_COLUMNS, read_csv, write_csv
-from prompt_lab.significance_report import (
+from prompt_lab.analysis.plots import Series
+from prompt_lab.analysis.report import Row, read_results
+from prompt_lab.analysis.significance_report import (
     Correction,
     StartReport,
     compare_runs,
@@ -26,6 +24,8 @@ from prompt_lab.significance_report import (
     start_sections,
     with_source_seed,
 )
+from prompt_lab.commands import offline
+from prompt_lab.files.results import RESULT_COLUMNS, read_csv, write_csv
 
 Cells = dict[str, Any]
 PLAIN, VECTORS = "vocab 5000", "vectors glue-qnli + glue-mnli"

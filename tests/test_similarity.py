@@ -10,7 +10,7 @@ import torch
 from scipy.linalg import subspace_angles
 from torch import Tensor
 
-from prompt_lab.similarity import (
+from prompt_lab.core.similarity import (
     cosine_similarities,
     feature_similarities,
     frobenius_distances,

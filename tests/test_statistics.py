@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from prompt_lab.statistics import (
+from prompt_lab.analysis.statistics import (
     DENOMINATOR_RULE,
     adjust,
     average_relative_gain,

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prompt_lab import __version__
-from prompt_lab.backbone import Backbone
-from prompt_lab.prompt_file import Prompt, save_prompt
-from prompt_lab.subspace import Subspace, load_subspace, reconstruction_loss, save_subspace
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.subspace import Subspace, load_subspace, reconstruction_loss, save_subspace
+from prompt_lab.files.prompt_file import Prompt, save_prompt
 
 Factory = Callable[..., Backbone]
 
@@ -216,7 +216,7 @@ def test_a_loaded_subspace_is_frozen_and_only_codes_get_a_gradient(written: Path
 def test_metadata_are_strings_that_other_readers_understand(written: Path) -> None:
     with safe_open(str(written), "pt") as file:
         raw = file.metadata()
-    assert raw["format"] == "prompt_lab.subspace"
+    assert raw["format"] == "prompt_lab.core.subspace"
     sizes = ("num_virtual_tokens", "hidden_size", "intrinsic_dim", "inner_size")
     assert [json.loads(raw[name]) for name in sizes] == [N, D, CODE, H]
     assert json.loads(raw["source_tasks"]) == METADATA["source_tasks"]

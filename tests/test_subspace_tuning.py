@@ -9,12 +9,12 @@ import pytest
 import torch
 from test_prompt_tuning import make_data, make_method, make_trainer
 
-from prompt_lab.checkpoint import load_checkpoint
+from prompt_lab.core.subspace import Subspace, save_subspace
+from prompt_lab.files.checkpoint import load_checkpoint
+from prompt_lab.files.prompt_file import PromptStore
+from prompt_lab.files.results import read_csv
 from prompt_lab.methods.prompt_tuning import PromptTuning
 from prompt_lab.methods.subspace_tuning import SubspaceConfig
-from prompt_lab.prompt_file import PromptStore
-from prompt_lab.results import read_csv
-from prompt_lab.subspace import Subspace, save_subspace
 
 TOKENS, DIM = 5, 3
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 import yaml
 
-from prompt_lab import cli, load_prompt
-from prompt_lab.results import read_csv
-from prompt_lab.sweep_banks import _parsed, plan_fits, products
-from prompt_lab.sweep_command import read_scores, sweep_command
-from prompt_lab.sweep_file import Trial, make_trials, read_sweep
+from prompt_lab import load_prompt
+from prompt_lab.commands import cli
+from prompt_lab.commands.sweep_banks import _parsed, plan_fits, products
+from prompt_lab.commands.sweep_command import read_scores, sweep_command
+from prompt_lab.commands.sweep_file import Trial, make_trials, read_sweep
+from prompt_lab.files.results import read_csv
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SWEEPS = sorted((CONFIGS / "sweeps").glob("*.yaml"))
@@ -252,7 +253,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> None:
     def names(whole: Trial, members: list[Trial]) -> dict[str, list[str]]:
         return {t.digest: ["lr{}_s{}".format(*values(t, RATE, SEED))] for t in members}
 
-    monkeypatch.setattr("prompt_lab.sweep_banks.runs_of_trials", names)
+    monkeypatch.setattr("prompt_lab.commands.sweep_banks.runs_of_trials", names)
 
 
 def calls() -> list[dict[str, str]]:

@@ -23,18 +23,18 @@ from test_prompt_tuning import make_data, make_trainer
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prompt_lab.adapters import AdaptedBackbone
-from prompt_lab.backbone import Backbone
-from prompt_lab.bank import bank_gradient, bank_product, renumber
-from prompt_lab.batch import Batch, make_batch
-from prompt_lab.meta_gradient import InnerConfig
+from prompt_lab.core.adapters import AdaptedBackbone
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.bank import bank_gradient, bank_product, renumber
+from prompt_lab.core.batch import Batch, make_batch
+from prompt_lab.core.meta_gradient import InnerConfig
+from prompt_lab.core.optim import OptimConfig
 from prompt_lab.methods.adapter_subspace import AdapterSubspace
 from prompt_lab.methods.attempt import Attempt
 from prompt_lab.methods.fine_tuning import FineTuning, weights_gradient
 from prompt_lab.methods.intrinsic_subspace import IntrinsicSubspace
 from prompt_lab.methods.meta_prompt import MetaPrompt
 from prompt_lab.methods.prompt_tuning import PromptTuning
-from prompt_lab.optim import OptimConfig
 
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "is_nonzero")
 """Operators whose result, or its size, the host must know."""
@@ -183,7 +183,7 @@ def test_masks_made_beforehand_change_nothing(kind, attention, monkeypatch):
 
     found = losses()
     for name in ("tokens_mask", "causal_mask"):
-        monkeypatch.setattr(f"prompt_lab.backbone.{name}", lambda config, mask, dtype: mask)
+        monkeypatch.setattr(f"prompt_lab.core.backbone.{name}", lambda config, mask, dtype: mask)
     assert found.equal(losses())
 
 

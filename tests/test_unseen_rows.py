@@ -17,10 +17,10 @@ from conftest import EOS, make_model, make_tokenizer
 from lightning.pytorch import Callback
 from test_prompt_tuning import make_method, make_trainer
 
-from prompt_lab.backbone import Backbone
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.prediction import predict
 from prompt_lab.data.crossfit import CrossFitDataModule
-from prompt_lab.prediction import predict
-from prompt_lab.results import read_csv
+from prompt_lab.files.results import read_csv
 
 Rows = list[tuple[str, str]]
 ROWS: Rows = [("the small dog ran", "yes"), ("a cat on the hill", "no"), ("the sea", "yes")]

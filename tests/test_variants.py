@@ -11,10 +11,10 @@ import pytest
 from ddp_fits import FITS, loaded, make_files
 from test_prompt_tuning import make_data, make_trainer
 
+from prompt_lab.files.results import read_csv
 from prompt_lab.methods.prompt_method import PromptMethod
 from prompt_lab.methods.prompt_tuning import PromptTuning
 from prompt_lab.methods.vector_arithmetic import VectorArithmetic
-from prompt_lab.results import read_csv
 
 
 def vectors(folder: Path) -> PromptMethod:

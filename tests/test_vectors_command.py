@@ -16,16 +16,16 @@ import torch
 from conftest import HIDDEN
 from torch import Tensor
 
-from prompt_lab import offline
 from prompt_lab.__main__ import main
-from prompt_lab.backbone import Backbone
-from prompt_lab.exchange import export_prompts
+from prompt_lab.commands import offline
+from prompt_lab.commands.predict_command import _find_prompts, _ways
+from prompt_lab.commands.vectors_command import apply_vectors, show_vectors
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.run import Run
+from prompt_lab.files.exchange import export_prompts
+from prompt_lab.files.prompt_file import Prompt, PromptStore, load_prompt
 from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts
 from prompt_lab.methods.task_vectors import find_vectors
-from prompt_lab.predict_command import _find_prompts, _ways
-from prompt_lab.prompt_file import Prompt, PromptStore, load_prompt
-from prompt_lab.run import Run
-from prompt_lab.vectors_command import apply_vectors, show_vectors
 
 N = 4
 TASKS = ("glue-qnli", "glue-mnli", "emotion")

@@ -14,12 +14,9 @@ import torch
 from conftest import result_line
 from scipy.stats import ttest_rel
 
-from prompt_lab import offline
-from prompt_lab.prompt_file import Prompt, save_prompt
-from prompt_lab.report import read_results
-from prompt_lab.results import RESULT_COLUMNS, read_csv, write_csv
-from prompt_lab.significance_report import Correction
-from prompt_lab.vectors_report import (
+from prompt_lab.analysis.report import read_results
+from prompt_lab.analysis.significance_report import Correction
+from prompt_lab.analysis.vectors_report import (
     VectorReport,
     draw_vectors,
     norm_ratio,
@@ -27,6 +24,9 @@ from prompt_lab.vectors_report import (
     vector_sections,
     vector_tables,
 )
+from prompt_lab.commands import offline
+from prompt_lab.files.prompt_file import Prompt, save_prompt
+from prompt_lab.files.results import RESULT_COLUMNS, read_csv, write_csv
 
 Cells = dict[str, Any]
 TASKS = ("sst", "trec")

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from prompt_lab import cli
-from prompt_lab.prompt_file import load_prompt
-from prompt_lab.report_command import report_command
-from prompt_lab.results import read_csv
+from prompt_lab.commands import cli
+from prompt_lab.commands.report_command import report_command
+from prompt_lab.commands.sweep_command import make_trials, read_sweep
+from prompt_lab.commands.vectors_command import apply_vectors
+from prompt_lab.files.prompt_file import load_prompt
+from prompt_lab.files.results import read_csv
 from prompt_lab.sandbox.tasks import SPLIT_ROWS
-from prompt_lab.sweep_command import make_trials, read_sweep
-from prompt_lab.vectors_command import apply_vectors
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 QUICK = ("--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.accelerator=cpu")

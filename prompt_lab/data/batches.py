@@ -17,9 +17,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from prompt_lab.batch import Batch, make_batch, spans
+from prompt_lab.core.batch import Batch, make_batch, spans
+from prompt_lab.core.run import Run
 from prompt_lab.data.tasks import Task
-from prompt_lab.run import Run
 
 
 @dataclass(frozen=True)

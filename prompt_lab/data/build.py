@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from prompt_lab import __version__
-from prompt_lab.atomic_file import write_atomically
+from prompt_lab.core.atomic_file import write_atomically
 from prompt_lab.data import sampling
 from prompt_lab.data.files import SPLITS, DataError, MissingDataError, parse_line, split_lines
 from prompt_lab.data.sources import HUB, read_rows

@@ -16,7 +16,8 @@ from typing import Any, get_args
 
 from lightning.pytorch import LightningDataModule
 
-from prompt_lab.backbone import Backbone, Side
+from prompt_lab.core.backbone import Backbone, Side
+from prompt_lab.core.run import Run
 from prompt_lab.data.batches import EvaluationSteps, Layout, Rows, TrainSteps
 from prompt_lab.data.episodes import EpisodeSteps
 from prompt_lab.data.files import (
@@ -31,7 +32,6 @@ from prompt_lab.data.mixtures import Key, Mixing, MixtureSteps, task_weights
 from prompt_lab.data.partitions import expand_sets
 from prompt_lab.data.sampling import draw_stratified
 from prompt_lab.data.tasks import Shots, Task, find_tasks
-from prompt_lab.run import Run
 from prompt_lab.sandbox import SANDBOX, TASKS, rows
 from prompt_lab.sandbox.tasks import SPLIT_ROWS
 

@@ -22,7 +22,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from prompt_lab.batch import Batch, make_batch
+from prompt_lab.core.batch import Batch, make_batch
 from prompt_lab.data.batches import Layout, Rows
 from prompt_lab.data.mixtures import Key, check_targets, row_of_draw
 

@@ -24,7 +24,7 @@ from typing import Literal
 
 import numpy as np
 
-from prompt_lab.batch import Batch, make_batch
+from prompt_lab.core.batch import Batch, make_batch
 from prompt_lab.data.batches import Layout, Rows, _by_length, epoch_order
 
 Key = tuple[str, int]

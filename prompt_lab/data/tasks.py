@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from prompt_lab.metric_names import METRICS
+from prompt_lab.core.metric_names import METRICS
 
 Kind = Literal["classification", "text_to_text"]
 Shots = int | Literal["all"]
@@ -78,7 +78,7 @@ class Task:
     Attributes:
         name: Name of the task, which is also its folder below the data root.
         ontology: Kind of task, such as "cls/nli"; "custom" for users' rows that do not say.
-        metric: One of `prompt_lab.metric_names.METRICS`.
+        metric: One of `prompt_lab.core.metric_names.METRICS`.
         shots: The K of the file names, or None where any K in the folder will do.
         labels: The C answers that are allowed, in label order, or None for open answers.
         kind: How few-shot files are drawn: K rows of each label ("classification"), or K in all.

@@ -25,14 +25,14 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from prompt_lab.adapters import AdaptedBackbone
-from prompt_lab.backbone import Backbone
+from prompt_lab.core.adapters import AdaptedBackbone
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.optim import OptimConfig, adamw_with_warmup, check_warmup_and_clip
+from prompt_lab.core.subspace import Subspace, _read_metadata, save_subspace
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod
 from prompt_lab.methods.prompt_tuning import PromptTuning
 from prompt_lab.methods.subspace_tuning import initial_codes
-from prompt_lab.optim import OptimConfig, adamw_with_warmup, check_warmup_and_clip
-from prompt_lab.subspace import Subspace, _read_metadata, save_subspace
 
 
 class AdapterMap(Subspace):

@@ -32,8 +32,8 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from prompt_lab.atomic_file import write_csv
-from prompt_lab.attention_mixture import (
+from prompt_lab.core.atomic_file import write_csv
+from prompt_lab.core.attention_mixture import (
     TARGET_OF,
     PromptAttention,
     load_attention,
@@ -41,22 +41,22 @@ from prompt_lab.attention_mixture import (
     row_prompts,
     save_attention,
 )
-from prompt_lab.backbone import Prefix
-from prompt_lab.bank import Prefixes, with_gradient
-from prompt_lab.batch import Batch, index_tensor, micro_batches
+from prompt_lab.core.backbone import Prefix
+from prompt_lab.core.bank import Prefixes, with_gradient
+from prompt_lab.core.batch import Batch, index_tensor, micro_batches
+from prompt_lab.core.optim import adamw_with_warmup, check_warmup_and_clip
+from prompt_lab.core.run import Run
 from prompt_lab.data.batches import EvaluationSteps
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.data.mixtures import Key, Mixing, MixtureSteps
 from prompt_lab.data.partitions import expand_sets
 from prompt_lab.data.tasks import Task
+from prompt_lab.files.prompt_file import Prompt, PromptStore
+from prompt_lab.files.results import append_curves, start_curves
 from prompt_lab.methods.evaluation import Evaluation
 from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts
 from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod, as_config, some
 from prompt_lab.methods.source_prompts import source_prompts
-from prompt_lab.optim import adamw_with_warmup, check_warmup_and_clip
-from prompt_lab.prompt_file import Prompt, PromptStore
-from prompt_lab.results import append_curves, start_curves
-from prompt_lab.run import Run
 
 ATTENTION_COLUMNS = ("task", "sample", "source", "weight", "std")
 TARGET = "target prompt"

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from lightning.pytorch import Trainer
 
-from prompt_lab.batch import Batch, micro_batches
+from prompt_lab.core.batch import Batch, micro_batches
 
 if TYPE_CHECKING:
-    from prompt_lab.backbone import Backbone
+    from prompt_lab.core.backbone import Backbone
     from prompt_lab.data.crossfit import CrossFitDataModule
     from prompt_lab.methods.prompt_tuning import PromptTuning
 

@@ -28,20 +28,20 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from prompt_lab.atomic_file import write_atomically
-from prompt_lab.backbone import Backbone
-from prompt_lab.batch import Batch, micro_batches
+from prompt_lab.core.atomic_file import write_atomically
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.batch import Batch, micro_batches
+from prompt_lab.core.fastfood import FastfoodMap
+from prompt_lab.core.optim import OptimConfig, schedule_factor
+from prompt_lab.core.run import Run, grid
 from prompt_lab.data.batches import EvaluationSteps, TrainSteps
 from prompt_lab.data.crossfit import CrossFitDataModule
-from prompt_lab.fastfood import FastfoodMap
+from prompt_lab.files.prompt_file import Prompt
+from prompt_lab.files.results import append_curves, start_curves
 from prompt_lab.methods.dry_run import saved_bytes
 from prompt_lab.methods.evaluation import Evaluation
 from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod, as_config
 from prompt_lab.methods.prompt_tuning import FAILED, FINISHED, STATUS, STOPPED, TRAINING
-from prompt_lab.optim import OptimConfig, schedule_factor
-from prompt_lab.prompt_file import Prompt
-from prompt_lab.results import append_curves, start_curves
-from prompt_lab.run import Run, grid
 
 FORMAT = "prompt_lab fine-tuned weights"
 
@@ -642,7 +642,7 @@ def weights_gradient(
 class _GivenGradients(torch.autograd.Function):
     """A loss whose gradients were computed before, so that Lightning's automatic loop stays.
 
-    As :func:`prompt_lab.bank.with_gradient`, for many tensors and without copies of them; it can be
+    As :func:`bank.with_gradient`, for many tensors and without copies of them; it can be
     differentiated once.
     """
 

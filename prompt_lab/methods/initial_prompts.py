@@ -17,15 +17,15 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from prompt_lab import prompts
-from prompt_lab.backbone import Backbone
-from prompt_lab.checkpoint import load_checkpoint
+from prompt_lab.core import prompts
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.run import Run
 from prompt_lab.data.partitions import expand_sets
 from prompt_lab.data.tasks import Task
-from prompt_lab.exchange import adopt
-from prompt_lab.peft_format import is_peft, load_peft
-from prompt_lab.prompt_file import PromptStore, check_backbone, load_prompt, read_metadata
-from prompt_lab.run import Run
+from prompt_lab.files.checkpoint import load_checkpoint
+from prompt_lab.files.exchange import adopt
+from prompt_lab.files.peft_format import is_peft, load_peft
+from prompt_lab.files.prompt_file import PromptStore, check_backbone, load_prompt, read_metadata
 
 ROWS_AT_ONCE = 4096
 """Embeddings that are read at a time where all are."""

@@ -28,20 +28,20 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from prompt_lab.bank import renumber, with_gradient
-from prompt_lab.batch import IGNORE, Batch, index_tensor
+from prompt_lab.core.bank import renumber, with_gradient
+from prompt_lab.core.batch import IGNORE, Batch, index_tensor
+from prompt_lab.core.optim import adamw_with_warmup, check_warmup_and_clip
+from prompt_lab.core.run import Run
+from prompt_lab.core.subspace import Subspace, load_subspace, reconstruction_loss, save_subspace
 from prompt_lab.data.batches import EvaluationSteps
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.data.mixtures import Key, Mixing, MixtureSteps
 from prompt_lab.data.partitions import expand_sets
+from prompt_lab.files.prompt_file import Prompt, PromptStore
+from prompt_lab.files.results import append_curves, start_curves
 from prompt_lab.methods.evaluation import Evaluation
 from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod, some
 from prompt_lab.methods.source_prompts import source_prompts
-from prompt_lab.optim import adamw_with_warmup, check_warmup_and_clip
-from prompt_lab.prompt_file import Prompt, PromptStore
-from prompt_lab.results import append_curves, start_curves
-from prompt_lab.run import Run
-from prompt_lab.subspace import Subspace, load_subspace, reconstruction_loss, save_subspace
 
 
 class IntrinsicSubspace(PromptMethod):

@@ -24,21 +24,21 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from prompt_lab.bank import BankObjective, with_gradient
-from prompt_lab.batch import Batch
+from prompt_lab.core.bank import BankObjective, with_gradient
+from prompt_lab.core.batch import Batch
+from prompt_lab.core.meta_gradient import InnerConfig, MetaGradient, maml, multitask, reptile
+from prompt_lab.core.optim import BankOptimizer, OptimConfig
+from prompt_lab.core.run import Run
 from prompt_lab.data.batches import EvaluationSteps
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.data.episodes import Episodes, EpisodeSteps
 from prompt_lab.data.mixtures import Key
 from prompt_lab.data.partitions import expand_sets
-from prompt_lab.meta_gradient import InnerConfig, MetaGradient, maml, multitask, reptile
+from prompt_lab.files.prompt_file import Prompt, load_prompt, save_prompt
+from prompt_lab.files.results import append_curves, start_curves
 from prompt_lab.methods.evaluation import Evaluation
 from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts
 from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod, as_config, some
-from prompt_lab.optim import BankOptimizer, OptimConfig
-from prompt_lab.prompt_file import Prompt, load_prompt, save_prompt
-from prompt_lab.results import append_curves, start_curves
-from prompt_lab.run import Run
 
 Algorithm = Literal["maml", "fomaml", "reptile", "multitask"]
 

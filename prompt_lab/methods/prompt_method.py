@@ -21,18 +21,18 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from prompt_lab.backbone import Backbone, Prefix
-from prompt_lab.bank import Prefixes, bank_gradient, is_out_of_memory, renumber
-from prompt_lab.batch import Batch, default_tokens_per_forward
+from prompt_lab.core.backbone import Backbone, Prefix
+from prompt_lab.core.bank import Prefixes, bank_gradient, is_out_of_memory, renumber
+from prompt_lab.core.batch import Batch, default_tokens_per_forward
+from prompt_lab.core.run import Run
 from prompt_lab.data.batches import EvaluationBatch, EvaluationSteps, Rows
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.data.files import SplitName
 from prompt_lab.data.tasks import Task
+from prompt_lab.files.prompt_file import Prompt, PromptStore
+from prompt_lab.files.results import summary_table
 from prompt_lab.methods.evaluation import Evaluation
-from prompt_lab.prompt_file import Prompt, PromptStore
-from prompt_lab.results import summary_table
-from prompt_lab.run import Run
-from prompt_lab.run_shares import RunShares
+from prompt_lab.methods.run_shares import RunShares
 from prompt_lab.sandbox import SANDBOX
 
 Made = TypeVar("Made")

@@ -29,23 +29,23 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from prompt_lab.backbone import Backbone
-from prompt_lab.bank import with_gradient
-from prompt_lab.batch import Batch
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.bank import with_gradient
+from prompt_lab.core.batch import Batch
+from prompt_lab.core.optim import BankOptimizer, OptimConfig
+from prompt_lab.core.pretrained import weights_digest
+from prompt_lab.core.run import Run, grid
+from prompt_lab.core.subspace import Subspace
 from prompt_lab.data.batches import EvaluationSteps, TrainSteps
 from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.files.prompt_file import Prompt, PromptStore
+from prompt_lab.files.results import append_curves, start_curves
 from prompt_lab.methods.dry_run import describe_grid
 from prompt_lab.methods.evaluation import Evaluation
 from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts, scale_ratio
 from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod, as_config, some
+from prompt_lab.methods.run_shares import RunShares, share_runs
 from prompt_lab.methods.subspace_tuning import SubspaceConfig, initial_codes
-from prompt_lab.optim import BankOptimizer, OptimConfig
-from prompt_lab.pretrained import weights_digest
-from prompt_lab.prompt_file import Prompt, PromptStore
-from prompt_lab.results import append_curves, start_curves
-from prompt_lab.run import Run, grid
-from prompt_lab.run_shares import RunShares, share_runs
-from prompt_lab.subspace import Subspace
 
 TRAINING, STOPPED, FAILED, FINISHED = range(4)
 STATUS = ("training", "stopped early", "failed: loss not finite", "finished")

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from prompt_lab.backbone import Backbone
+    from prompt_lab.core.backbone import Backbone
     from prompt_lab.data.mixtures import Key
-    from prompt_lab.prompt_file import Prompt
+    from prompt_lab.files.prompt_file import Prompt
 
 Found = TypeVar("Found", bound=Hashable)
 
@@ -51,7 +51,7 @@ def best_files(
         FileNotFoundError: a folder that is not there.
         ValueError: a damaged file.
     """
-    from prompt_lab.prompt_file import read_metadata
+    from prompt_lab.files.prompt_file import read_metadata
 
     best: dict[Found, tuple[float, Path]] = {}
     for path in (path for folder in folders for path in prompt_files(Path(folder))):
@@ -104,7 +104,7 @@ def source_prompts(
         FileNotFoundError: a folder without prompts, or prompts that no folder has, all named.
         ValueError: a damaged file, or prompts of another backbone or another N; both sides named.
     """
-    from prompt_lab.prompt_file import load_prompt
+    from prompt_lab.files.prompt_file import load_prompt
 
     best = best_prompts(folders)
     missing = [f"{task} {sample}" for task, sample in keys if (task, sample) not in best]

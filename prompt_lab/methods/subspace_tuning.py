@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prompt_lab.backbone import Backbone
-from prompt_lab.run import Run
-from prompt_lab.subspace import Subspace, load_subspace
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.run import Run
+from prompt_lab.core.subspace import Subspace, load_subspace
 
 RANDOM = "random"
 """The path that stands for a random subspace."""
@@ -61,7 +61,7 @@ class SubspaceConfig:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: as :func:`prompt_lab.subspace.load_subspace`.
+            ValueError: as :func:`prompt_lab.core.subspace.load_subspace`.
         """
         if self.intrinsic_dim is None:
             return load_subspace(self.path, backbone, num_virtual_tokens)

@@ -4,7 +4,7 @@ Vectors are looked up by few-shot sample, seed of the initial prompt, and task. 
 prompt file is its ``prompt`` minus its ``init`` (Belanec et al. 2024, arXiv 2408.01119). Of a grid
 the file of best dev score stands for its task, sample and seed; files that were made by arithmetic
 hold no vector of a task and are passed over. Prompts combine by the digests in their files, so no
-model is loaded. The arithmetic itself is in ``prompt_lab.arithmetic``.
+model is loaded. The arithmetic itself is in ``prompt_lab.core.arithmetic``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from prompt_lab.methods.source_prompts import best_files
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prompt_lab.prompt_file import Prompt
+    from prompt_lab.files.prompt_file import Prompt
 
 Group = tuple[int | None, int | None]
 """Few-shot sample and seed of the initial prompt; None where a file does not say."""
@@ -48,7 +48,7 @@ class Source:
     @property
     def vector(self) -> Tensor:
         """Its task prompt vector (N, D), float64."""
-        from prompt_lab.arithmetic import task_vector
+        from prompt_lab.core.arithmetic import task_vector
 
         return task_vector(self.prompt.prompt, self.prompt.init)
 
@@ -77,7 +77,7 @@ def load_source(path: Path) -> Source:
         FileNotFoundError: no such file.
         ValueError: a damaged file, or numbers that are not finite.
     """
-    from prompt_lab.prompt_file import load_prompt
+    from prompt_lab.files.prompt_file import load_prompt
 
     prompt = load_prompt(path)
     if not (prompt.prompt.isfinite().all() and prompt.init.isfinite().all()):
@@ -257,7 +257,7 @@ def applied(
     """
     import torch
 
-    from prompt_lab.arithmetic import apply_vector, combine
+    from prompt_lab.core.arithmetic import apply_vector, combine
 
     total = combine(torch.stack([source.vector for source in sources]), coefficients)
     prompt = apply_vector(init, total, scale)

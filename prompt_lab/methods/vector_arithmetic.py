@@ -25,13 +25,15 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from prompt_lab.arithmetic import parse_expression
-from prompt_lab.atomic_file import write_csv
-from prompt_lab.backbone import Backbone
-from prompt_lab.bank import Prefixes
+from prompt_lab.core.arithmetic import parse_expression
+from prompt_lab.core.atomic_file import write_csv
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.bank import Prefixes
+from prompt_lab.core.run import Run
 from prompt_lab.data.batches import EvaluationBatch
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.data.files import SplitName
+from prompt_lab.files.prompt_file import Prompt, check_backbone
 from prompt_lab.methods.evaluation import Evaluation
 from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod, some
 from prompt_lab.methods.task_vectors import (
@@ -46,8 +48,6 @@ from prompt_lab.methods.task_vectors import (
     load_source,
     made_from,
 )
-from prompt_lab.prompt_file import Prompt, check_backbone
-from prompt_lab.run import Run
 
 Found = dict[Group, dict[str, Path]]
 Study = Literal["singles", "pairs", "cross", "expressions"]

@@ -40,12 +40,12 @@ from pairs import Settings, measure
 from steps import Result, virtual_tokens
 from torch import Tensor
 
-from prompt_lab.backbone import Backbone
-from prompt_lab.bank import Prefixes
-from prompt_lab.batch import default_tokens_per_forward
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.bank import Prefixes
+from prompt_lab.core.batch import default_tokens_per_forward
+from prompt_lab.core.run import Run
 from prompt_lab.data.batches import EvaluationSteps, Layout, Rows
 from prompt_lab.data.tasks import Task
-from prompt_lab.run import Run
 
 LABELS = {
     2: ("acceptable", "unacceptable"),

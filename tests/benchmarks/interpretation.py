@@ -16,7 +16,7 @@ import torch
 from pairs import Settings, seconds
 from steps import Result
 
-from prompt_lab.interpretation import nearest_tokens, token_ranks
+from prompt_lab.analysis.interpretation import nearest_tokens, token_ranks
 
 VOCABULARY, WIDTH, ROWS, NEAREST = 250_000, 1024, 100, 5
 QUICK = 2_000

@@ -117,7 +117,7 @@ def differences(whole: Path, killed: Path) -> list[str]:
     """Names of the files that differ, seconds aside."""
     from safetensors.torch import load_file
 
-    from prompt_lab.results import read_csv
+    from prompt_lab.files.results import read_csv
 
     found = []
     for name in ("curves.csv", "predictions.jsonl"):

@@ -25,7 +25,7 @@ from steps import Result
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from prompt_lab.backbone import Backbone
+from prompt_lab.core.backbone import Backbone
 from prompt_lab.data.batches import Rows
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.data.files import SPLITS

@@ -21,8 +21,8 @@ from models import T5, TINY, Size, make_backbone, make_model
 from pairs import WARM_UP, Settings, ratios, seconds
 from steps import Result, virtual_tokens
 
-from prompt_lab.backbone import Backbone
-from prompt_lab.bank import bank_gradient, with_gradient
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.bank import bank_gradient, with_gradient
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.methods.prompt_tuning import PromptTuning
 

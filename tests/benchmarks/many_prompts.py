@@ -38,13 +38,13 @@ from pairs import Settings, measure
 from steps import Result, virtual_tokens
 from torch import Tensor
 
-from prompt_lab.backbone import Backbone
-from prompt_lab.bank import Prefixes, renumber
-from prompt_lab.batch import default_tokens_per_forward
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.bank import Prefixes, renumber
+from prompt_lab.core.batch import default_tokens_per_forward
+from prompt_lab.core.run import Run
 from prompt_lab.data.batches import EvaluationBatch, EvaluationSteps, Layout, Rows
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.data.tasks import Task
-from prompt_lab.run import Run
 
 TOKENS = 20  # N, but on CUDA as in the papers
 SANDBOX_TASK, SAMPLE = "sandbox-review", 100

@@ -41,12 +41,12 @@ from steps import Result, make_groups, virtual_tokens
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from prompt_lab.backbone import Backbone
-from prompt_lab.bank import BankObjective
-from prompt_lab.batch import Batch
-from prompt_lab.meta_gradient import InnerConfig, MetaGradient, maml
-from prompt_lab.plots import Series, save_figure, step_curves
-from prompt_lab.training_forward import twice_differentiable
+from prompt_lab.analysis.plots import Series, save_figure, step_curves
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.bank import BankObjective
+from prompt_lab.core.batch import Batch
+from prompt_lab.core.meta_gradient import InnerConfig, MetaGradient, maml
+from prompt_lab.core.training_forward import twice_differentiable
 
 MODELS = {"T5-like": ("t5", T5, 1.0), "GPT-2-like": ("gpt2", DECODER, 0.01)}
 """Kind, sizes, and inner learning rate."""

@@ -19,10 +19,12 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from models import make_prompts
 
-from prompt_lab.adapters import AdapterLayout
-from prompt_lab.backbone import Backbone
+from prompt_lab.core.adapters import AdapterLayout
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.meta_gradient import InnerConfig
+from prompt_lab.core.subspace import save_subspace
 from prompt_lab.data.crossfit import CrossFitDataModule
-from prompt_lab.meta_gradient import InnerConfig
+from prompt_lab.files.prompt_file import Prompt, PromptStore
 from prompt_lab.methods.adapter_subspace import AdapterMap, AdapterSubspace, AdapterTuning
 from prompt_lab.methods.attempt import Attempt
 from prompt_lab.methods.fine_tuning import FineTuning
@@ -32,8 +34,6 @@ from prompt_lab.methods.prompt_method import PromptMethod
 from prompt_lab.methods.prompt_tuning import PromptTuning
 from prompt_lab.methods.subspace_tuning import SubspaceConfig
 from prompt_lab.methods.vector_arithmetic import VectorArithmetic
-from prompt_lab.prompt_file import Prompt, PromptStore
-from prompt_lab.subspace import save_subspace
 
 TASKS = ["sandbox-sst", "sandbox-gender", "sandbox-daytime"]
 ROWS, LONGEST, SAMPLE = 8, 40, 100

@@ -19,8 +19,8 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).parents[1]))
 from conftest import make_tokenizer
 
-from prompt_lab.backbone import Backbone
-from prompt_lab.batch import IGNORE, Batch, make_batch
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.batch import IGNORE, Batch, make_batch
 
 Row = tuple[list[int], list[int]]
 VOCABULARY = {"gpt2": 50257, "bloom": 100_000, "llama": 32_000, "qwen2": 32_000, "t5": 32128}

@@ -44,11 +44,11 @@ from steps import make_groups
 from torch import Tensor
 
 from prompt_lab import vocabulary_prompt
-from prompt_lab.backbone import Backbone
-from prompt_lab.bank import bank_gradient
-from prompt_lab.batch import Batch, default_tokens_per_forward
-from prompt_lab.cli import run as command_line
-from prompt_lab.results import read_csv
+from prompt_lab.commands.cli import run as command_line
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.bank import bank_gradient
+from prompt_lab.core.batch import Batch, default_tokens_per_forward
+from prompt_lab.files.results import read_csv
 from prompt_lab.sandbox import rows as sandbox_rows
 
 ROOT = Path(__file__).parents[2]

@@ -30,9 +30,9 @@ from models import (
 from pairs import Settings, Step, check_steps, cpu_field, measure
 from torch import Tensor
 
-from prompt_lab.backbone import Backbone
-from prompt_lab.bank import bank_gradient, with_gradient
-from prompt_lab.batch import Batch, default_tokens_per_forward
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.bank import bank_gradient, with_gradient
+from prompt_lab.core.batch import Batch, default_tokens_per_forward
 
 G1 = {"gpt2": 5.0, "bloom": 8.0, "llama": 4.5, "qwen2": None}
 BF16_LIMITS = {"loss_limit": 0.1, "gradient_limit": 0.2}  # weights and activations are rounded

@@ -32,11 +32,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from prompt_lab.backbone import Backbone
-from prompt_lab.bank import bank_gradient, with_gradient
-from prompt_lab.batch import Batch, default_tokens_per_forward
-from prompt_lab.optim import OptimConfig
-from prompt_lab.subspace import Subspace, reconstruction_loss
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.bank import bank_gradient, with_gradient
+from prompt_lab.core.batch import Batch, default_tokens_per_forward
+from prompt_lab.core.optim import OptimConfig
+from prompt_lab.core.subspace import Subspace, reconstruction_loss
 
 DIM, INNER, ALPHA = 100, 768, 200.0  # the paper's I, H and weight of the reconstruction
 CODE_STD = 0.02

@@ -16,11 +16,11 @@ from typing import Any, get_args, get_type_hints
 
 import prompt_lab
 from prompt_lab.__main__ import COMMANDS, TRAINER_COMMANDS
-from prompt_lab.cli import METHODS, PromptLabCLI
+from prompt_lab.commands.cli import METHODS, PromptLabCLI
+from prompt_lab.commands.offline import make_parser
 from prompt_lab.data.crossfit import CrossFitDataModule
-from prompt_lab.offline import make_parser
-from prompt_lab.prompt_file import METADATA_FIELDS, TENSORS
-from prompt_lab.results import CURVE_COLUMNS, RESULT_COLUMNS
+from prompt_lab.files.prompt_file import METADATA_FIELDS, TENSORS
+from prompt_lab.files.results import CURVE_COLUMNS, RESULT_COLUMNS
 
 FILES = {
     "fit": ".lock config-fit.yaml checkpoints/last.ckpt curves.csv logs/version_<n>/metrics.csv "

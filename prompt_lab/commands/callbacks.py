@@ -1,0 +1,252 @@
+"""Lightning callbacks of the command line: progress and speed, the saved config, wandb's table.
+
+None of them changes what is trained.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
+
+from prompt_lab.core.atomic_file import write_atomically
+from prompt_lab.data.episodes import Episodes
+from prompt_lab.files.results import CURVE_COLUMNS, read_csv
+from prompt_lab.methods.prompt_method import PromptMethod
+
+NOT_SAVED = ("ckpt_path", "dry_run", "run_dir", "weights_only")
+
+
+class EvaluationLines(Callback):
+    """Prints one line per evaluation where there is no terminal for a progress bar."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the time, and say what is trained."""
+        self.started = time.monotonic()
+        if trainer.is_global_zero:
+            print(
+                f"{_method(pl_module).summary()} on {trainer.world_size} x "
+                f"{pl_module.device.type}, {trainer.max_steps} steps, "
+                f"in {trainer.default_root_dir}",
+                flush=True,
+            )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the line of an evaluation within a fit."""
+        fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if not fitting or not trainer.is_global_zero or sys.stdout.isatty():
+            return
+        seen = trainer.callback_metrics
+        alive = ""
+        if "runs_alive" in seen:
+            alive = f"  alive {int(seen['runs_alive'])}/{len(_method(pl_module).all_runs)}"
+        best = seen["best/val_score"].item()
+        score = "" if math.isnan(best) else f"  best dev {best:.3f}"
+        print(
+            f"step {trainer.global_step:>6}/{trainer.max_steps}"
+            f"{alive}"
+            f"  loss {seen['train/loss']:.4f}"
+            f"{score}"
+            f"  {time.monotonic() - self.started:.0f} s",
+            flush=True,
+        )
+
+
+class FitReport(Callback):
+    """Prints and logs at the end of a fit how fast it was, and its peak memory.
+
+    The figures are of the steps that this call of ``fit`` made; one that made none, or that was
+    interrupted, prints nothing.
+
+    - Tokens are those of the inputs and targets of the steps' rows, without padding and prompts.
+      Each row that a method reads counts once, however many passes it makes over it. Processes of
+      a job sum theirs.
+    - Steps and tokens per second are over the time from the first step to the last, evaluations
+      left out; making batches and writing checkpoints is in it.
+    - Runs per second are over the whole fit: steps, evaluations, and writing what was trained, but
+      not loading backbone and data. A fit that was resumed did not train whole runs and has none,
+      as methods that train something else than runs.
+    - Memory is what tensors took on a GPU, else the peak resident size of the process, which
+      Python and its libraries are part of; of several processes, that of the largest.
+
+    Lightning's ``ThroughputMonitor`` is no substitute: it waits for the device after every batch,
+    knows only a sliding window, and needs a logger.
+
+    Attributes:
+        figures: what is logged; empty before the end of a fit.
+    """
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start clock and counts."""
+        self.figures: dict[str, float] = {}
+        self.steps = self.tokens = 0
+        self.evaluating, self.started = 0.0, time.monotonic()
+        self.on_gpu = pl_module.device.type == "cuda"
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note where training starts."""
+        self.first_step, self.train_started = trainer.global_step, time.monotonic()
+        self.evaluated_before = self.evaluating  # scores of step 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the tokens of a batch by its lists on the host, without waiting for the device."""
+        parts = [batch]
+        if isinstance(batch, Episodes):
+            judged = getattr(pl_module, "algorithm", None) != "reptile"  # which reads no query rows
+            parts = [*batch.support, *[batch.query] * judged]
+        self.tokens += sum(sum(part.input_lengths) + sum(part.target_lengths) for part in parts)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin an evaluation, once the device has done the steps before it."""
+        _wait(pl_module.device)
+        self.evaluation_started = time.monotonic()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End an evaluation."""
+        if trainer.state.fn == "fit":
+            self.evaluating += time.monotonic() - self.evaluation_started
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sum over processes, while they are still joined."""
+        _wait(pl_module.device)
+        self.steps = trainer.global_step - self.first_step
+        evaluating = self.evaluating - self.evaluated_before
+        self.training = time.monotonic() - self.train_started - evaluating
+        self.runs = 0
+        if "runs_alive" in trainer.callback_metrics:
+            self.runs = len(_method(pl_module).all_runs)
+        self.memory = _peak_memory(pl_module.device)
+        if trainer.world_size > 1:
+            both = torch.tensor([self.tokens, self.memory], device=pl_module.device).double()
+            reduce = trainer.strategy.reduce
+            self.tokens = int(reduce(both.clone(), reduce_op="sum")[0])
+            self.memory = int(reduce(both, reduce_op="max")[1])
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the line and log the figures."""
+        if not trainer.is_global_zero or not self.steps:
+            return
+        seconds = time.monotonic() - self.started
+        self.figures = {
+            "fit/steps_per_second": self.steps / self.training,
+            "fit/tokens_per_second": self.tokens / self.training,
+            "fit/peak_memory_gb": self.memory / 1e9,
+        }
+        if self.runs and not self.first_step:
+            self.figures["fit/runs_per_second"] = self.runs / seconds
+        print(self._line(seconds), flush=True)
+        for logger in trainer.loggers:
+            logger.log_metrics(self.figures, step=trainer.global_step)
+
+    def _line(self, seconds: float) -> str:
+        """The figures in words."""
+        rates = {name.removeprefix("fit/"): _short(rate) for name, rate in self.figures.items()}
+        what = f"{self.runs} {'run' if self.runs == 1 else 'runs'} " if self.runs else ""
+        start = f"from step {self.first_step} " if self.first_step else ""
+        whole = f", {rates['runs_per_second']} runs/s" if "runs_per_second" in rates else ""
+        return (
+            f"trained {what}{start}in {_short(seconds)} s{whole}: {self.steps} steps in "
+            f"{_short(self.training)} s, {rates['steps_per_second']} steps/s, "
+            f"{rates['tokens_per_second']} tokens/s; evaluation {_short(self.evaluating)} s; "
+            f"peak memory {'' if self.on_gpu else 'of the process '}{rates['peak_memory_gb']} GB"
+        )
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Writes ``config-fit.yaml`` (or validate, test) into the run folder, and flags to wandb.
+
+    The file holds the whole config but what belongs to one call only (checkpoint, run folder), so
+    that it can be given to a later ``fit``, ``validate`` or ``test``.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, save_to_log_dir=False, **kwargs)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called on the first process only."""
+        settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        for name in NOT_SAVED:
+            settings.pop(name, None)
+        # The command line put the run folder in these; a later call may have another.
+        run_dir = settings["trainer"].pop("default_root_dir", None)
+        loggers = settings["trainer"]["logger"]
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            if logger and logger.get("init_args", {}).get("save_dir") == run_dir:
+                logger["init_args"]["save_dir"] = "."
+        assert trainer.state.fn is not None
+        name = f"config-{trainer.state.fn.value}.yaml"
+        text = yaml.safe_dump(settings, sort_keys=False)
+        write_atomically(Path(trainer.default_root_dir) / name, text.encode())
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                kept = {k: settings[k] for k in ("model", "data", "trainer", "seed_everything")}
+                run = logger.experiment
+                new = {k: v for k, v in flag_names(kept).items() if k not in run.config}
+                run.config.update(new, allow_val_change=True)
+
+
+class WandbCurves(Callback):
+    """Logs the curves of all runs to wandb as one table, at the end of a fit."""
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read ``curves.csv`` and log it."""
+        for logger in trainer.loggers if trainer.is_global_zero else []:
+            if isinstance(logger, WandbLogger):
+                rows = read_csv(Path(trainer.default_root_dir) / "curves.csv")
+                data = [[row[name] for name in CURVE_COLUMNS] for row in rows]
+                logger.log_table("curves", columns=list(CURVE_COLUMNS), data=data)
+
+
+def _wait(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Most bytes that were taken at a time: of tensors on a GPU, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _short(number: float) -> str:
+    """A positive number with three digits before or behind the point."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.2g}" if number < 1 else f"{number:.3g}"
+
+
+def _method(module: Any) -> PromptMethod:
+    """The module, which is one of this package's methods."""
+    return module
+
+
+def flag_names(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under the names of their flags: ``{"model.optim.name": "adamw", ...}``.
+
+    A class becomes its short name under the key itself, its arguments ``key.argument``.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and "class_path" in value:
+            flat[name] = value["class_path"].rsplit(".", 1)[-1]
+            flat |= flag_names(value.get("init_args") or {}, f"{name}.")
+        elif isinstance(value, dict):
+            flat |= flag_names(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat

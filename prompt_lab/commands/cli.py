@@ -1,0 +1,551 @@
+"""``fit``, ``validate`` and ``test``: LightningCLI with the traps taken out.
+
+Flags and files are LightningCLI's; what is different: everything of a run lands in ``--run_dir``;
+earlier work there is moved aside, not overwritten; one process at a time has it; checkpoints are
+written whole or not at all; a checkpoint never overrides flags and is never unpickled; the saved
+config never aborts a second run; ``--dry_run`` shows the grid; errors are sentences.
+
+``model.class_path`` is one of the methods here or another subclass of ``PromptMethod``; ``data`` is
+always the package's. Callbacks, loggers, plugins and what else Lightning lets a config name may be
+any class of the right kind that can be imported: a config is to be read before it is run, like a
+program.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+import sys
+import time
+import warnings
+from datetime import timedelta
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from jsonargparse import Namespace, get_loader, set_parsing_settings
+from jsonargparse.typing import register_type, timedelta_deserializer
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
+
+from prompt_lab.commands.callbacks import (
+    EvaluationLines,
+    FitReport,
+    SaveRunConfig,
+    WandbCurves,
+    flag_names,
+)
+from prompt_lab.commands.offline import null_refused, refuse_null
+from prompt_lab.core.atomic_file import held, write_atomically
+from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.files.checkpoint import read_pickle
+from prompt_lab.methods.adapter_subspace import AdapterSubspace, AdapterTuning
+from prompt_lab.methods.attempt import Attempt
+from prompt_lab.methods.fine_tuning import FineTuning
+from prompt_lab.methods.intrinsic_subspace import IntrinsicSubspace
+from prompt_lab.methods.meta_prompt import MetaPrompt
+from prompt_lab.methods.prompt_method import PromptMethod, refuse_strategy
+from prompt_lab.methods.prompt_tuning import PromptTuning
+from prompt_lab.methods.vector_arithmetic import SCALES, VectorArithmetic
+
+set_parsing_settings(unset_sentinel=True)  # else null is "not given", which is never checked
+
+
+def _duration(value: Any) -> str:
+    """The text of a duration, and of null none: jsonargparse's own saves it as ``None``."""
+    if value is None:
+        raise ValueError("null is no duration")
+    return str(value)
+
+
+register_type(timedelta, _duration, timedelta_deserializer)
+
+METHODS = {
+    kind.__name__: kind
+    for kind in (
+        *(PromptTuning, IntrinsicSubspace, MetaPrompt, Attempt),
+        *(AdapterSubspace, AdapterTuning, FineTuning, VectorArithmetic),
+    )
+}
+RUN_DIR_VARIABLE = "PROMPT_LAB_RUN_DIR"
+OUTPUTS = ("prompts", "checkpoints", "logs", "results.csv", "curves.csv", "predictions.jsonl")
+OUTPUTS += ("*.safetensors", "target_prompts", "attention.csv", "steps", SCALES)
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Writes checkpoints whole or not at all, and reads nothing but tensors and plain values.
+
+    Lightning writes them to the system's folder for temporary files and moves them. Where that is
+    on another disk the move is a copy into place, of which a killed process leaves a part.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write to a draft beside the file; what is not on a disk, as Lightning does."""
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        content = BytesIO()
+        torch.save(checkpoint, content)
+        write_atomically(path, content.getvalue())
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = "cpu", weights_only: Any = None
+    ) -> Any:
+        """As Lightning's, whatever ``--weights_only`` says."""
+        return super().load_checkpoint(path, map_location, weights_only=True)
+
+
+class WriteWhatIsTrained(Callback):
+    """Lets a fit that was killed after its last step write what it was trained for.
+
+    Methods write at the end of training, and a resumed fit that has no step left never comes there.
+    """
+
+    trained = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that there is a step left."""
+        self.trained = True
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the method write, where it has not."""
+        if not self.trained:
+            pl_module.on_train_end()
+
+
+class PromptLabParser(LightningArgumentParser):
+    """Says what is wrong in one sentence instead of the whole usage."""
+
+    def validate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> None:
+        """As always, and refuse null where it is no value."""
+        super().validate(namespace, *args, **kwargs)
+        refuse_null(self, namespace)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the sentence and exit with status 2."""
+        print(f"prompt-lab: {_plain_error(message)}", file=sys.stderr)
+        sys.exit(2)
+
+
+class PromptLabCLI(LightningCLI):
+    """LightningCLI for the methods of this package."""
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        super().__init__(
+            PromptMethod,
+            CrossFitDataModule,
+            subclass_mode_model=True,
+            auto_configure_optimizers=False,
+            save_config_callback=SaveRunConfig,
+            seed_everything_default=0,
+            parser_class=PromptLabParser,
+            trainer_defaults={
+                "max_epochs": -1,
+                "max_steps": 1000,
+                "val_check_interval": 100,
+                "check_val_every_n_epoch": None,
+                "num_sanity_val_steps": 0,
+                "use_distributed_sampler": False,
+                "inference_mode": False,
+                "enable_model_summary": False,
+                "enable_progress_bar": sys.stdout.isatty(),
+                "callbacks": [EvaluationLines(), WandbCurves(), FitReport()],
+            },
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The three commands that run a trainer."""
+        known = LightningCLI.subcommands()
+        return {name: known[name] for name in ("fit", "validate", "test")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Settings beside model, data and trainer."""
+        parser.set_defaults({"model": {"class_path": "PromptTuning"}})
+        parser.add_argument(
+            "--run_dir",
+            type=str | None,
+            default=None,
+            help="Folder for everything of this run (default: a new one below runs/).",
+        )
+        parser.add_argument(
+            "--test_after_fit",
+            type=bool,
+            default=False,
+            help="After fit, score each run's best prompt on test, as the command test does.",
+        )
+        parser.add_argument(
+            "--dry_run",
+            type=bool,
+            default=False,
+            help="Print the grid of runs, its cost and memory, and train nothing.",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; ``--dry_run`` alone means true. Tell what a replaced class took along."""
+        given = sys.argv[1:] if args is None else list(args)
+        given = [
+            f"{word}=true" if word in ("--dry_run", "--test_after_fit") else word for word in given
+        ]
+        given = _join_booleans(given)
+        self.config = parser.parse_args(given)
+        if rank_zero_only.rank == 0 and self.config.get("subcommand"):
+            dumped = yaml.safe_load(parser.dump(self.config, skip_unset=False))
+            for line in _dropped(
+                _given(given, self.config.subcommand), dumped[self.config.subcommand]
+            ):
+                print(f"prompt-lab: {line}", file=sys.stderr)
+
+    def _parse_ckpt_path(self) -> None:
+        """Keep the flags where a checkpoint holds other settings, and tell the differences.
+
+        LightningCLI would silently take the checkpoint's.
+
+        Raises:
+            ValueError: a checkpoint that is not there, damaged, or not one of a fit.
+        """
+        config = self._settings
+        self._resolve_checkpoint(config)
+        path = config.get("ckpt_path")
+        if not path:
+            return
+        saved = read_pickle(path)
+        needed = ("state_dict", "hyper_parameters", "pytorch-lightning_version")
+        if not isinstance(saved, dict) or any(name not in saved for name in needed):
+            raise ValueError(f"{path} is not the checkpoint of a fit: leave --ckpt_path out")
+        settings = saved["hyper_parameters"].items()
+        old = flag_names({k: v for k, v in settings if not k.startswith("_")})
+        dumped = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        new = flag_names(dumped[self.config.subcommand]["model"]["init_args"])
+        changed = [f"{k} {old[k]!r} -> {new[k]!r}" for k in old if k in new and old[k] != new[k]]
+        if changed and rank_zero_only.rank == 0:
+            print(f"the checkpoint had other settings: {', '.join(changed)}", file=sys.stderr)
+
+    @property
+    def _starts_anew(self) -> bool:
+        """Whether the command makes its own results, and reads no run folder of an earlier one."""
+        command = self.config.subcommand
+        method = str(self._settings.model.class_path).rpartition(".")[2]
+        return command == "fit" or (command == "test" and method == VectorArithmetic.__name__)
+
+    @property
+    def _settings(self) -> Any:
+        """The settings of the command."""
+        return self.config[self.config.subcommand]
+
+    def _resolve_checkpoint(self, config: Any) -> None:
+        """Turn ``--ckpt_path last`` into a file, and a file into its run folder.
+
+        Raises:
+            ValueError: there is no such checkpoint.
+        """
+        path = config.get("ckpt_path")
+        if not path:
+            return
+        if path == "last":
+            if config.run_dir is None:
+                raise ValueError("--ckpt_path last needs --run_dir, the folder of the fit")
+            path = Path(config.run_dir) / "checkpoints" / "last.ckpt"
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"no checkpoint {path}: leave --ckpt_path out to start anew")
+        config.ckpt_path = str(path)
+        if config.run_dir is None and path.parent.name == "checkpoints":
+            config.run_dir = str(path.parent.parent)
+
+    def before_instantiate_classes(self) -> None:
+        """Put the run folder where trainer and logger look for it."""
+        config, command = self._settings, self.config.subcommand
+        trainer = config.trainer
+        if re.match("fsdp|deepspeed|model_parallel", str(trainer.strategy)):
+            refuse_strategy(str(trainer.strategy))
+        if trainer.default_root_dir is not None:
+            raise ValueError("use --run_dir instead of --trainer.default_root_dir")
+        if not self._starts_anew and config.run_dir is None:
+            raise ValueError(f"{command} needs --run_dir, the folder of the fit")
+        run_dir = Path(config.run_dir or _new_run_dir())
+        os.environ[RUN_DIR_VARIABLE] = str(run_dir)  # for the processes that DDP starts
+        trainer.default_root_dir = str(run_dir)
+        if trainer.logger in (None, True):
+            trainer.logger = _csv_logger(run_dir)
+        for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
+            if logger and logger.init_args.get("save_dir") in (None, "."):
+                logger.init_args.save_dir = str(run_dir)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer, with one checkpoint that holds the last state."""
+        trainer = self._settings.trainer
+        if trainer.enable_checkpointing is not False and self.config.subcommand == "fit":
+            checkpoint = ModelCheckpoint(
+                dirpath=Path(trainer.default_root_dir) / "checkpoints",
+                filename="last",
+                enable_version_counter=False,
+                save_on_train_epoch_end=False,
+            )
+            kwargs["callbacks"] = [
+                *(self.config_init[self.config.subcommand].trainer.callbacks or []),
+                *(checkpoint, WriteWhatIsTrained()),
+            ]
+        made = super().instantiate_trainer(**kwargs)
+        if type(made.strategy.checkpoint_io) is TorchCheckpointIO:  # not one that the config names
+            made.strategy.checkpoint_io = AtomicCheckpoints()
+        return made
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the command while the first process of the job holds the run folder.
+
+        Raises:
+            ValueError: another process holds it.
+        """
+        config = self._settings
+        if rank_zero_only.rank != 0 or (subcommand == "fit" and config.dry_run):
+            super()._run_subcommand(subcommand)
+            return
+        run_dir = Path(config.trainer.default_root_dir)
+        with held(run_dir, "another prompt-lab fit, validate or test"):
+            for draft in run_dir.glob("checkpoints/.*.part"):  # of a process that was killed
+                draft.unlink()
+            is_new_fit = subcommand == "fit" and not config.get("ckpt_path")
+            if is_new_fit or (subcommand == "test" and (run_dir / SCALES).is_file()):
+                _set_aside(run_dir)
+            super()._run_subcommand(subcommand)
+
+    def before_fit(self) -> None:
+        """With ``--dry_run``, print the grid and leave."""
+        if self._settings.dry_run:
+            self.datamodule.setup("fit")
+            print(self.model.describe_fit(self.datamodule, self.trainer))
+            print(*self.model.look_at_rows(self.datamodule, "train", "dev", "test"), sep="\n")
+            sys.exit(0)
+
+    def after_fit(self) -> None:
+        """With ``--test_after_fit``, test what was trained."""
+        if self._settings.test_after_fit:
+            self.trainer.test(self.model, datamodule=self.datamodule)
+
+
+def run(args: list[str] | None = None) -> int:
+    """Run a command of the command line; errors of the user are one sentence and status 1."""
+    _quieten()
+    try:
+        PromptLabCLI(args)
+    except (ValueError, OSError, MisconfigurationException) as error:
+        if os.environ.get("PROMPT_LAB_TRACEBACK"):
+            raise
+        print(f"prompt-lab: {_reason(error)}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if os.environ.get("PROMPT_LAB_TRACEBACK") or not _is_lost_process(error):
+            raise
+        print(
+            "prompt-lab: another process of this job is gone or cannot be reached (what it said "
+            "may tell why). A fit can go on from its last evaluation: --ckpt_path last and the "
+            f"same --run_dir. {' '.join(str(error).split())}",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def _is_lost_process(error: RuntimeError) -> bool:
+    """Whether an error of torch.distributed says that another process does not answer."""
+    said = str(error)
+    of_gloo = "gloo" in said and re.search(r"closed by peer|reset by peer|Timed out|timeout", said)
+    return isinstance(error, torch.distributed.DistBackendError) or bool(of_gloo)
+
+
+def _reason(error: Exception) -> str:
+    """What a constructor said, without the parser's account of all types that it tried."""
+    said = re.search(r"^Errors:\n  - (?!Expected a )(.+)$", str(error), re.MULTILINE)
+    return said[1] if said else str(error)
+
+
+def _new_run_dir() -> str:
+    """A new folder below ``runs/``, the same on all processes of a job.
+
+    Raises:
+        ValueError: processes that torchrun started without an id for the job.
+    """
+    if (
+        "LOCAL_RANK" in os.environ and RUN_DIR_VARIABLE in os.environ
+    ):  # started by the first process
+        return os.environ[RUN_DIR_VARIABLE]
+    job = next(
+        (
+            os.environ[name]
+            for name in ("WANDB_RUN_ID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
+            if name in os.environ
+        ),
+        None,
+    )
+    if job == "none":
+        raise ValueError("torchrun gives this job no id (--standalone, --rdzv_id): give --run_dir")
+    return f"runs/{job or time.strftime('%Y%m%d-%H%M%S') + f'-{os.getpid()}'}"
+
+
+def _set_aside(run_dir: Path) -> None:
+    """Move the outputs of an earlier run in the same folder to ``previous-N`` within it."""
+    found = [path for name in OUTPUTS for path in sorted(run_dir.glob(name))]
+    if not found:
+        return
+    number = 1
+    while (run_dir / f"previous-{number}").exists():
+        number += 1
+    target = run_dir / f"previous-{number}"
+    target.mkdir()
+    for path in [*found, *run_dir.glob("config-*.yaml"), *run_dir.glob("digests.json")]:
+        path.rename(target / path.name)
+    is_fit = (target / "checkpoints").is_dir()
+    hint = " (to resume it instead: --ckpt_path last)" if is_fit else ""
+    print(f"{run_dir} held an earlier run, now in {target}{hint}", file=sys.stderr)
+
+
+def _csv_logger(run_dir: Path) -> Any:
+    """The default logger, as a config."""
+    arguments = Namespace(save_dir=str(run_dir), name="logs", version=None)
+    return Namespace(class_path="lightning.pytorch.loggers.CSVLogger", init_args=arguments)
+
+
+def _join_booleans(words: list[str]) -> list[str]:
+    """``--flag=true false`` (from ``--flag false``) back to ``--flag=false``."""
+    joined: list[str] = []
+    for word in words:
+        if (
+            word in ("true", "false")
+            and joined
+            and joined[-1] in ("--dry_run=true", "--test_after_fit=true")
+        ):
+            joined[-1] = joined[-1].replace("true", word)
+        else:
+            joined.append(word)
+    return joined
+
+
+def _given(words: list[str], subcommand: str) -> list[tuple[str, Any]]:
+    """The settings that files and flags give, in their order, by their short names.
+
+    Of a class it is the short name, under the setting itself.
+    """
+    given: list[tuple[str, Any]] = []
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if not name.startswith("-"):
+            continue
+        content = _content(value if equals else following)
+        if name in ("-c", "--config"):
+            content = content.get(subcommand, content) if isinstance(content, dict) else {}
+        else:
+            content = {name.removeprefix("--"): content}
+        for long, setting in flag_names(content).items():
+            short = long.replace(".init_args.", ".").removesuffix(".class_path")
+            given.append((short, setting))
+    return given
+
+
+def _content(value: str) -> Any:
+    """What a word of the command line stands for: YAML, or a file of it."""
+    try:
+        is_file = Path(value).suffix in (".yaml", ".yml", ".json") and Path(value).is_file()
+        return get_loader("yaml")(Path(value).read_text(encoding="utf-8") if is_file else value)
+    except (OSError, ValueError, yaml.YAMLError):
+        return value
+
+
+def _dropped(given: list[tuple[str, Any]], config: dict[str, Any]) -> list[str]:
+    """A line for each class that replaced another one, if it did not keep all settings given to it.
+
+    jsonargparse keeps what the new class has too, where it takes the value.
+
+    Args:
+        given: settings and classes, in order.
+        config: the settings that came of them.
+    """
+    settings, last = flag_names(config), dict(given)
+    nulled = tuple(f"{name}." for name, value in last.items() if value is None)
+    lines = []
+    for key, kind in settings.items():
+        own = [name for name, _ in given if name == key or name.startswith(f"{key}.")]
+        classes = [str(value).rpartition(".")[2] for name, value in given if name == key]
+        if key == "model" and own[:1] != [key]:  # the default had settings already
+            classes.insert(0, "PromptTuning")
+        lost = [
+            name.removeprefix(f"{key}.")
+            for name in dict.fromkeys(own)
+            if name != key
+            and not name.startswith(nulled)
+            and not _is_kept(name, last[name], settings)
+        ]
+        others = [name for name in classes if name != kind]
+        if others and lost:
+            lines.append(f"{key} is {kind} instead of {others[-1]}: dropped {', '.join(lost)}")
+    return lines
+
+
+def _is_kept(name: str, value: Any, settings: dict[str, Any]) -> bool:
+    """Whether a setting is as it was given, be it as text, or is a group of settings."""
+    if any(other.startswith(f"{name}.") for other in settings):
+        return True
+    return name in settings and (settings[name] == value or str(settings[name]) == str(value))
+
+
+def _plain_error(message: str) -> str:
+    """A parser's message without its nested repetitions, with the nearest known name."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    text = " ".join(lines)
+    null = re.search(
+        r'Parser key "([\w.]+)".*( value: (None|\[.*\bNone\b.*\])| config "(null|None|~)")$', text
+    )
+    if null:
+        return null_refused(null[1])
+    foreign = re.search(
+        r"subclass of PromptMethod.*Given value: (?:\{'class_path': ')?([\w.]+)", text
+    )
+    if foreign and "not correspond" in text:
+        known = f"{', '.join(METHODS)}, or the import path of another subclass of PromptMethod"
+        return f"{foreign[1]} is no method; allowed: {known}"
+    unknown = re.search(r"import path string: (\w+)", text) or re.search(
+        r"class_path.*?'(\w+)'", text
+    )
+    if unknown and unknown[1] not in METHODS and "model" in text:
+        near = difflib.get_close_matches(unknown[1], METHODS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"no method {unknown[1]!r}; known: {', '.join(METHODS)}{hint}"
+    return text
+
+
+def _quieten() -> None:
+    """Silence what Lightning and transformers print that says nothing about the run."""
+
+    class Advert(logging.Filter):
+        def filter(self, record: logging.LogRecord) -> bool:
+            """Let all but adverts and missing devices through."""
+            return not re.match(
+                r"💡|GPU available|TPU available|HPU available", record.getMessage()
+            )
+
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(Advert())
+    for pattern in (
+        r"Found \d+ module\(s\) in eval mode",
+        r".*LeafSpec.*",
+        r".*recommended to use .*sync_dist.*",
+        r".*does not have many workers.*",
+        r"The ``compute`` method of metric BankMetric was called before.*",
+        r"Checkpoint directory .* exists and is not empty",
+        r".*instantiate_classes.*",
+        r"You're resuming from a checkpoint that ended before the epoch ended.*",
+        r"The number of training batches .* is smaller than the logging interval.*",
+        r".*isinstance\(treespec, LeafSpec\).*",
+    ):
+        warnings.filterwarnings("ignore", pattern)

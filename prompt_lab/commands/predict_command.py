@@ -1,0 +1,422 @@
+"""The command ``prompt-lab predict``: files or standard input in, text or JSON lines out.
+
+Inputs are read line by line and answers written in the same order, a chunk of lines at a time, so
+neither has to fit in memory. Each prompt answers as it did in ``prompt-lab test``: its file says
+how (labels or generation, length, beams, task prefix), and flags say otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TextIO
+
+from prompt_lab.core.prediction import check_at_least_one, label_scores, predict, tidy_labels
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prompt_lab.core.backbone import Backbone, Side
+
+FIRST_CHUNK, LARGEST_CHUNK = 64, 4096
+"""Lines that are answered at a time, doubling; within them rows are sorted by length."""
+
+OUTPUT_FIELDS = ("prompt", "prediction", "scores")
+"""What is added to the fields of a jsonl input."""
+
+MAX_NEW_TOKENS, MAX_INPUT_LENGTH = 64, 512
+"""Of prompts whose files do not say, such as imported ones."""
+
+Answer = tuple[str, dict[str, float] | None]
+"""The text, and the log-likelihood of every label where labels were scored and are asked for."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a prompt answers.
+
+    Attributes:
+        labels: what is chosen from; None for generation.
+        max_new_tokens: longest generated answer.
+        num_beams: beams of generated answers.
+        max_input_length: longer inputs are cut to so many tokens.
+        truncation_side: on which side.
+        prefix: text in front of every input.
+    """
+
+    labels: tuple[str, ...] | None
+    max_new_tokens: int
+    num_beams: int
+    max_input_length: int
+    truncation_side: Side
+    prefix: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of input.
+
+    Attributes:
+        text: what is answered, without spaces around it; lines without text are not answered.
+        fields: what a jsonl output line repeats, ``input`` among them.
+    """
+
+    text: str
+    fields: dict[str, Any]
+
+
+def predict_command(
+    prompts: list[str],
+    input: str | None = None,
+    out: str | None = None,
+    format: Literal["auto", "text", "jsonl"] = "auto",
+    backbone: str | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    labels: list[str] | None = None,
+    decoding: Literal["score", "generate"] | None = None,
+    max_new_tokens: int | None = None,
+    num_beams: int | None = None,
+    max_input_length: int | None = None,
+    truncation_side: Literal["right", "left"] | None = None,
+    tokens_per_forward: int | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> None:
+    """Answer new inputs under one or many prompts, in the order of the input.
+
+    Each prompt answers as in the test of its fit, unless a setting here says otherwise. Spaces
+    around an input are dropped, as in few-shot files; a line without text gets an empty answer
+    (null in jsonl), so that lines stay aligned. Text output has one line per input, one column per
+    prompt with tabs between them; white space within an answer becomes one space. jsonl output has
+    one line per input and prompt: input, prompt, prediction, for labels their log-likelihoods as
+    scores, and the other fields of a jsonl input.
+
+    Args:
+        prompts: prompt files, or folders of prompt stores for all prompts in them.
+        input: file with one input per line, or .jsonl file of objects with a field "input"; - or
+            nothing for lines from standard input.
+        out: file to write, whole or not at all; standard output by default.
+        format: text, jsonl, or auto for jsonl where out ends with .jsonl and text elsewhere.
+        backbone: hub id or folder; by default the one that the prompts were made for.
+        dtype: dtype of the backbone's weights.
+        labels: answers to choose from; by default those that the prompt was tested with, or else
+            those of its task, where the package knows the task.
+        decoding: score chooses among labels where there are any and generates other answers,
+            generate generates all answers; by default as the prompt was tested, or else score.
+        max_new_tokens: longest generated answer; by default as the prompt was tested, or else 64.
+        num_beams: beams of generated answers; by default as the prompt was tested, or else 1.
+        max_input_length: longer inputs are cut to so many tokens, and to what the backbone's
+            positions leave; by default as the prompt was trained, or else 512.
+        truncation_side: where they are cut, right (the end) or left; by default as the prompt was
+            trained, or else right.
+        tokens_per_forward: most padded tokens of one forward pass; bounds memory, not results; by
+            default 2048 on a CPU and 16384 on a GPU.
+        device: auto takes a GPU where there is one.
+
+    Raises:
+        FileNotFoundError: a prompt or input file that is not there.
+        ValueError: prompts for different backbones, prompts that do not answer alone, bad settings,
+            or a line that cannot be read.
+    """
+    numbers = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
+    numbers |= {"max_input_length": max_input_length}
+    numbers = {name: number for name, number in numbers.items() if number is not None}
+    given = numbers | ({"truncation_side": truncation_side} if truncation_side else {})
+    if tokens_per_forward is not None:
+        check_at_least_one(tokens_per_forward=tokens_per_forward)
+    check_at_least_one(**numbers)
+    if labels is not None:
+        labels = tidy_labels(labels)
+        if decoding == "generate":
+            raise ValueError("labels are scored and decoding is generate: leave one of them out")
+    source = _check_input(input)
+    if out is not None and Path(out).is_dir():
+        raise ValueError(f"out is the folder {out}: give a file")
+    names, paths, metadata = _find_prompts(prompts)
+    ways = _ways(metadata, labels, decoding, given)
+    model = _load(backbone or _common_backbone(names, metadata), dtype, device)
+    bank = _load_bank(paths, model)
+    as_json = format == "jsonl" or (format == "auto" and (out or "").endswith(".jsonl"))
+
+    def answer(way: Way, prompts: list[Tensor], texts: list[str]) -> list[list[Answer]]:
+        """For every text its answers under prompts that answer in one way."""
+        return _answers(model, way, prompts, texts, tokens_per_forward, with_scores=as_json)
+
+    with _opened(source) as raw, _output(out) as file:
+        lines, size = read_lines(raw, source), FIRST_CHUNK
+        while chunk := list(islice(lines, size)):
+            answers = _answer_chunk(chunk, bank, ways, answer)
+            file.writelines(_json_lines(names, chunk, answers) if as_json else _text_lines(answers))
+            file.flush()
+            size = min(2 * size, LARGEST_CHUNK)
+
+
+def read_lines(raw: Iterable[bytes], path: Path | None = None) -> Iterator[Line]:
+    r"""The inputs of a file or stream whose lines end in ``\n`` or ``\r\n``.
+
+    Args:
+        raw: the lines as bytes.
+        path: where they come from, None for standard input; JSON objects if it ends with .jsonl.
+
+    Raises:
+        ValueError: a line that is not UTF-8, has a tab (text) or is not an object with the text
+            "input" (jsonl); naming file, line and reason.
+    """
+    parse = _parse_json if path is not None and path.suffix == ".jsonl" else _parse_text
+    for number, data in enumerate(raw, 1):
+        try:
+            text = data.decode("utf-8").removesuffix("\n").removesuffix("\r")
+            line = parse(text.removeprefix("\ufeff") if number == 1 else text)
+            line.text.encode()  # JSON can hold half a character
+        except ValueError as error:
+            reason = "not valid UTF-8" if isinstance(error, UnicodeError) else error
+            raise ValueError(f"{path or 'standard input'}, line {number}: {reason}") from None
+        yield line
+
+
+def _parse_text(text: str) -> Line:
+    """A line of a text file."""
+    if "\t" in text:
+        raise ValueError(
+            "the line holds a tab, so it may be a row with answers: give inputs only (cut -f1), or "
+            "a .jsonl file"
+        )
+    return Line(text.strip(), {"input": text})
+
+
+def _parse_json(text: str) -> Line:
+    """A line of a jsonl file."""
+    if not text.strip():
+        return Line("", {"input": ""})
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON ({error.msg}, column {error.colno})") from None
+    if not isinstance(fields, dict) or not isinstance(fields.get("input"), str):
+        raise ValueError('not an object with a text "input", such as {"input": "some text"}')
+    taken = [name for name in OUTPUT_FIELDS if name in fields]
+    if taken:
+        raise ValueError(f"the field {taken[0]!r} would be overwritten by the answer: rename it")
+    return Line(fields["input"].strip(), fields)
+
+
+def _check_input(given: str | None) -> Path | None:
+    """The input file, None for standard input."""
+    if given is None and sys.stdin.isatty():
+        raise ValueError("no input: name a file with --input, or pipe lines in")
+    if given in (None, "-"):
+        return None
+    path = Path(given or "")
+    if path.is_dir():
+        raise ValueError(f"input is the folder {path}: give a file")
+    if not path.exists():
+        raise FileNotFoundError(f"no input file {path}")
+    return path
+
+
+def _find_prompts(given: Sequence[str]) -> tuple[list[str], list[Path], list[dict[str, Any]]]:
+    """Names, files and metadata; where names repeat, prompts are named by their files."""
+    from prompt_lab.core.attention_mixture import check_answers_alone
+    from prompt_lab.files.prompt_file import read_metadata
+
+    paths = [path for text in given for path in _prompt_files(Path(text))]
+    metadata = [read_metadata(path) for path in paths]
+    for path, row in zip(paths, metadata, strict=True):
+        check_answers_alone(path, row.get("made_from"))
+    names = [str(row["name"]) for row in metadata]
+    unique = len(set(names)) == len(names)
+    return names if unique else [str(path) for path in paths], paths, metadata
+
+
+def _prompt_files(path: Path) -> list[Path]:
+    """A prompt file, or the files of a store."""
+    if not path.is_dir():
+        return [path]
+    if (path / "adapter_config.json").is_file():
+        raise ValueError(f"{path} is a PEFT folder: turn it into a prompt with prompt-lab import")
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        inner = path / "prompts"
+        hint = f"; did you mean {inner}?" if inner.is_dir() else ""
+        raise ValueError(f"no prompt files in folder {path}{hint}")
+    return files
+
+
+def _ways(
+    metadata: Sequence[dict[str, Any]],
+    labels: Sequence[str] | None,
+    decoding: str | None,
+    given: dict[str, Any],
+) -> list[Way]:
+    """How each prompt answers: as the settings say, else as its file does."""
+    ways = []
+    for row in metadata:
+        known: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "num_beams": 1}
+        known |= {"max_input_length": MAX_INPUT_LENGTH, "truncation_side": "right"}
+        known |= {name: row[name] for name in known if row.get(name)}
+        prefix = f" [{row['task']}] " if row.get("task_prefix") else ""
+        scored = (decoding or row.get("decoding") or "score") == "score"
+        chosen = labels or (_labels_of(row) if scored else None)
+        ways.append(Way(tuple(chosen) if chosen else None, prefix=prefix, **(known | given)))
+    if labels is None and decoding is None:
+        _tell_unknown_tasks(metadata)
+    return ways
+
+
+def _labels_of(row: dict[str, Any]) -> Sequence[str] | None:
+    """The labels that a prompt was tested with, or those of its task."""
+    from prompt_lab.data.tasks import load_tasks
+
+    task = load_tasks().get(str(row.get("task", "")))
+    return row.get("labels") or (task.labels if task else None)
+
+
+def _tell_unknown_tasks(metadata: Sequence[dict[str, Any]]) -> None:
+    """Say which prompts generate only because nothing is known of their task."""
+    from prompt_lab.data.tasks import load_tasks
+
+    tasks = load_tasks()
+    names = {str(row.get("task", "")) for row in metadata if not row.get("decoding")}
+    unknown = sorted(name for name in names if name and name not in tasks)
+    if unknown:
+        print(
+            f"task {', '.join(unknown)} is not in the package's table, so answers are generated: "
+            "give --labels to choose among them, or --decoding generate",
+            file=sys.stderr,
+        )
+
+
+def _common_backbone(names: Sequence[str], metadata: Sequence[dict[str, Any]]) -> str:
+    """The one backbone that all prompts name."""
+    first = {str(row["backbone"]): name for name, row in zip(names, metadata, strict=True)}
+    if len(first) > 1:
+        found = ", ".join(f"{backbone} ({name})" for backbone, name in first.items())
+        raise ValueError(
+            f"the prompts are for different backbones, {found}: predict with the prompts of one, "
+            "or give --backbone where these are one model under several names"
+        )
+    return next(iter(first))
+
+
+def _load(name: str, dtype: Literal["float32", "bfloat16"], device: str) -> Backbone:
+    """The backbone on its device."""
+    import torch
+
+    from prompt_lab.core.backbone import Backbone
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but there is no GPU that torch can use: use cpu or auto")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Backbone.load(name, dtype).to(device)
+
+
+def _load_bank(paths: Sequence[Path], backbone: Backbone) -> list[Tensor]:
+    """The prompts (N, D), each checked against the backbone."""
+    from prompt_lab.files.prompt_file import load_prompt
+
+    return [load_prompt(path, backbone).prompt for path in paths]
+
+
+def _answer_chunk(
+    chunk: Sequence[Line],
+    bank: Sequence[Tensor],
+    ways: Sequence[Way],
+    answer: Callable[[Way, list[Tensor], list[str]], list[list[Answer]]],
+) -> list[list[Answer | None]]:
+    """For every line its R answers; None for lines without text."""
+    answers: list[list[Answer | None]] = [[None] * len(bank) for _ in chunk]
+    asked = [at for at, line in enumerate(chunk) if line.text]
+    texts = [chunk[at].text for at in asked]
+    for way in dict.fromkeys(ways) if asked else ():
+        places = [place for place, own in enumerate(ways) if own == way]
+        found = answer(way, [bank[place] for place in places], texts)
+        for at, of_line in zip(asked, found, strict=True):
+            for place, one in zip(places, of_line, strict=True):
+                answers[at][place] = one
+    return answers
+
+
+def _answers(
+    model: Backbone,
+    way: Way,
+    prompts: list[Tensor],
+    texts: list[str],
+    tokens_per_forward: int | None,
+    with_scores: bool,
+) -> list[list[Answer]]:
+    """For every text its answers under prompts that answer alike."""
+    settings: dict[str, Any] = {
+        "tokens_per_forward": tokens_per_forward,
+        "max_input_length": way.max_input_length,
+        "truncation_side": way.truncation_side,
+        "input_prefix": way.prefix,
+    }
+    if way.labels is not None and with_scores:
+        scores = label_scores(model, prompts, texts, way.labels, **settings).tolist()
+        return [[_best(way.labels, row) for row in of_text] for of_text in scores]
+    found = predict(
+        *(model, prompts, texts, way.labels),
+        max_new_tokens=way.max_new_tokens,
+        num_beams=way.num_beams,
+        **settings,
+    )
+    return [[(text, None) for text in of_text] for of_text in found]
+
+
+def _best(labels: Sequence[str], scores: Sequence[float]) -> Answer:
+    """The label of highest score, with all scores."""
+    return labels[max(range(len(labels)), key=scores.__getitem__)], dict(
+        zip(labels, scores, strict=True)
+    )
+
+
+def _text_lines(answers: Iterable[Sequence[Answer | None]]) -> Iterator[str]:
+    """A line per input, a column per prompt."""
+    for of_line in answers:
+        columns = ("" if one is None else " ".join(one[0].split()) for one in of_line)
+        yield "\t".join(columns) + "\n"
+
+
+def _json_lines(
+    names: Sequence[str], chunk: Sequence[Line], answers: Iterable[Sequence[Answer | None]]
+) -> Iterator[str]:
+    """A JSON object per input and prompt."""
+    for line, of_line in zip(chunk, answers, strict=True):
+        for name, one in zip(names, of_line, strict=True):
+            text, scores = one or (None, None)
+            row = {**line.fields, "prompt": name, "prediction": text}
+            if scores is not None:
+                row["scores"] = {
+                    label: round(value, 6) if math.isfinite(value) else None
+                    for label, value in scores.items()
+                }
+            yield json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _opened(path: Path | None) -> AbstractContextManager[Iterable[bytes]]:
+    """The lines of a file or of standard input, as bytes."""
+    return nullcontext(sys.stdin.buffer) if path is None else path.open("rb")
+
+
+@contextmanager
+def _output(out: str | None) -> Iterator[TextIO]:
+    """Standard output, or a draft that becomes the file ``out`` once all is written."""
+    if out is None:
+        yield sys.stdout
+        return
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with draft.open("w", encoding="utf-8", newline="") as file:
+            yield file
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)

@@ -1,0 +1,308 @@
+"""The command ``prompt-lab sweep``: the trials of a wandb sweep file, one after another, here.
+
+It reads the YAML that ``wandb sweep FILE`` reads (``sweep_file.py``) and starts each trial with the
+words that a wandb agent would give it, plus a folder of its own by ``--run_dir``. Trials of
+``PromptTuning`` that one bank can hold are one fit instead (``sweep_banks.py``). The folder has a
+digest of the settings as name and holds a marker once the fit has ended, so that the same command
+run again skips what is done, resumes a fit that was interrupted and goes on.
+
+Left out: Bayesian search, early termination and targets, which need the service (``wandb agent``);
+trials side by side. The digest does not cover the content of a config file that the command names:
+after a change of it take another folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from prompt_lab.commands.sweep_banks import BANK, MARKER, Fit, plan_fits, trial_folder, trial_state
+from prompt_lab.commands.sweep_file import Sweep, Trial, make_trials, read_sweep
+from prompt_lab.core.atomic_file import held, write_atomically, write_csv
+from prompt_lab.files.results import BASELINES, RESULT_COLUMNS, best_by_dev, read_csv
+
+LOG, CHECKPOINT = "log.txt", "checkpoints/last.ckpt"
+TAIL_LINES, TAIL_BYTES = 10, 20_000
+PATIENCE = 10.0
+"""Seconds that a trial has to end after SIGTERM."""
+
+
+def sweep_command(
+    file: str,
+    run_dir: str | None = None,
+    seed: int = 0,
+    run_cap: int | None = None,
+    dry_run: bool = False,
+) -> int:
+    """Run the trials of a wandb sweep file one after another, without the wandb service.
+
+    The file is one that wandb sweep FILE takes, with method grid or random. Each trial is a process
+    of its own in its own folder below run_dir, with its output in log.txt; trials of PromptTuning
+    that differ only in tasks, samples, seeds, learning rates, batch sizes or source tasks are one
+    fit with lists, in one folder, where they make a full product. Run again, the command skips what
+    is done, resumes a fit that was interrupted from its last checkpoint, and runs those that failed
+    again. At the end sweep.csv has a line per trial, with its own scores and the seconds of its
+    fit, and results.csv the lines of all fits' results.csv.
+
+    Args:
+        file: the sweep file.
+        run_dir: folder of the sweep; by default runs/ and the name of the file without its ending.
+        seed: of the draws of method random; the draws of a trial depend on it and on the trial's
+            number only.
+        run_cap: most trials; by default the file's run_cap. Method random needs one.
+        dry_run: true prints the commands, one per fit, and runs nothing.
+
+    Returns:
+        0 if all trials are done, 1 if some are not, 130 after Ctrl-C.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: something in the file that cannot be run here, or a folder that is in use.
+    """
+    sweep = read_sweep(Path(file))
+    trials = make_trials(sweep, seed, run_cap)
+    root = Path(run_dir or Path("runs", Path(file).stem))
+    if dry_run:
+        for fit in plan_fits(sweep, trials, root):
+            print(shlex.join([*fit.whole.words, f"--run_dir={trial_folder(root, fit.whole)}"]))
+        return 0
+    program = _launched(trials[0].words)[0]
+    if shutil.which(program) is None:
+        raise ValueError(f"no program {program!r}: command begins with it in {file}")
+    with held(root, "another sweep, or by a trial that one left behind") as lock:
+        return _run_all(sweep, trials, plan_fits(sweep, trials, root), root, lock)
+
+
+# ---- running -------------------------------------------------------------------------------------
+
+
+def _run_all(
+    sweep: Sweep, trials: Sequence[Trial], fits: Sequence[Fit], root: Path, lock: int
+) -> int:
+    """Run what is not done, print and write the tables; returns the exit status."""
+    folders = [trial_folder(root, fit.whole) for fit in fits]
+    placed = list(zip(fits, folders, strict=True))
+    done = sum(len(fit.trials) for fit, folder in placed if trial_state(folder)[0] == "done")
+    count = "1 fit" if len(fits) == 1 else f"{len(fits)} fits"
+    banks = f" in {count}" if len(fits) < len(trials) else ""
+    print(
+        f"sweep {sweep.name}: {len(trials)} trials ({sweep.method}){banks} in {root}, "
+        f"{done} done before"
+    )
+    print("".join(f"{note}\n" for note in sweep.notes), end="", flush=True)
+    varying = _varying(trials)
+    stopped = False
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for place, (fit, folder) in enumerate(placed, 1):
+            settings = " ".join(f"{name}={fit.whole.settings[name]}" for name in varying)
+            print(f"{place}/{len(fits)}  {settings}  ", end="", flush=True)
+            if trial_state(folder)[0] == "done":
+                print(f"{_outcome(fit, folder)} (before)", flush=True)
+                continue
+            ended = _run_fit(fit, folder, lock)
+            print(_outcome(fit, folder), flush=True)
+            if trial_state(folder)[0] != "done":
+                print(f"{ended}; its last lines in {folder / LOG}:\n{_tail(folder / LOG)}")
+    except KeyboardInterrupt:
+        stopped = True
+        print("stopped")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return _report(sweep, trials, fits, root, stopped)
+
+
+def _run_fit(fit: Fit, folder: Path, lock: int) -> str:
+    """Run one trial, or a bank of them, and leave its marker; returns how its process ended.
+
+    Only a fit that was interrupted is resumed: what led a failed one astray may be in its state.
+    """
+    trial = fit.whole
+    resumed = trial_state(folder)[0] == "interrupted" and (folder / CHECKPOINT).is_file()
+    (folder / MARKER).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if fit.runs is not None:
+        write_atomically(folder / BANK, json.dumps(fit.describe_bank(), indent=1).encode())
+    words = [*trial.words, f"--run_dir={folder}"]
+    if resumed and "fit" in trial.words:
+        words.append("--ckpt_path=last")
+    started = time.monotonic()
+    with (folder / LOG).open("ab") as log:
+        log.write(f"$ {shlex.join(words)}\n".encode())
+        log.flush()
+        process = subprocess.Popen(
+            _launched(words),
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for the sweep, which stops the trial
+            pass_fds=(lock,),  # a trial that outlives its sweep keeps the folder locked
+        )
+        try:
+            os.truncate(lock, 0)
+            os.pwrite(lock, str(process.pid).encode(), 0)
+            status = process.wait()
+        except BaseException:
+            _stop(process)
+            raise
+    if status < 0:  # ended from outside: no marker, so that it is resumed
+        return f"ended by signal {-status}"
+    state, seconds = "failed" if status else "done", round(time.monotonic() - started, 1)
+    marker = {"state": state, "status": status, "seconds": seconds, "arguments": words}
+    write_atomically(folder / MARKER, json.dumps(marker, indent=1).encode())
+    return f"ended with status {status}"
+
+
+def _launched(words: Sequence[str]) -> list[str]:
+    """The words with ``prompt-lab`` as that of this interpreter, whatever the search path says."""
+    own = [sys.executable, "-m", "prompt_lab"]
+    return [*own, *words[1:]] if words[0] == "prompt-lab" else list(words)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End a trial and the processes that it started: asked first, then killed."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+        process.wait(PATIENCE)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+# ---- what is told --------------------------------------------------------------------------------
+
+
+def read_scores(
+    folder: Path, runs: Collection[str] | None = None
+) -> tuple[float | None, float | None]:
+    """Mean dev and test score of a trial: over its tasks, samples and seeds, the run best on dev.
+
+    Args:
+        folder: of its fit.
+        runs: names of the trial's runs in a bank of several trials; None for all.
+
+    Returns:
+        The scores in ``results.csv``; without it those that a fit keeps in its prompt store, which
+        has no test score unless the prompts were tested. None where there is no score.
+
+    Raises:
+        ValueError: a file that is damaged.
+    """
+    try:
+        rows = [row for row in _rows(folder / "results.csv") if row["variant"] not in BASELINES]
+        if not rows:
+            index = _rows(folder / "prompts" / "index.csv")
+            rows = [{**row, "dev": row["dev_score"], "test": row["test_score"]} for row in index]
+        if runs is not None:
+            rows = [row for row in rows if _run_name(row) in runs]
+        best = best_by_dev(rows)
+        dev, test = ([float(row[key]) for row in best if row[key]] for key in ("dev", "test"))
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"{folder}: results.csv or prompts/index.csv there is damaged ({error!r}): delete "
+            f"{MARKER} beside it to have the trial run again"
+        ) from None
+    return statistics.mean(dev) if dev else None, statistics.mean(test) if test else None
+
+
+def _run_name(row: Mapping[str, str]) -> str:
+    """The name of the run of a line of results, or of a prompt store's index."""
+    return row["name"] if "name" in row else Path(row["prompt_file"]).stem
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file, none where there is no file."""
+    return read_csv(path) if path.is_file() else []
+
+
+def _varying(trials: Sequence[Trial]) -> list[str]:
+    """Names of the parameters that differ between trials."""
+    names = trials[0].settings
+    return [name for name in names if len({str(t.settings[name]) for t in trials}) > 1]
+
+
+def _outcome(fit: Fit, folder: Path) -> str:
+    """State, seconds and scores of a trial, in a line; of a bank the number of its trials."""
+    state, seconds = trial_state(folder)
+    cells = [state] if seconds is None else [state, f"{seconds:.0f} s"]
+    if fit.runs is not None:
+        return "  ".join([*cells, f"{len(fit.trials)} trials"])
+    scores = zip(("dev", "test"), read_scores(folder), strict=True)
+    if state == "done":
+        cells += [f"{name} {score:.3f}" for name, score in scores if score is not None]
+    return "  ".join(cells)
+
+
+def _tail(path: Path) -> str:
+    """The last lines that the last process wrote to a log."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        lines = file.read().decode("utf-8", errors="replace").splitlines()
+    last = max((at for at, line in enumerate(lines) if line.startswith("$ ")), default=-1)
+    return "\n".join(f"    {line}" for line in lines[last + 1 :][-TAIL_LINES:])
+
+
+def _report(
+    sweep: Sweep, trials: Sequence[Trial], fits: Sequence[Fit], root: Path, stopped: bool
+) -> int:
+    """Write ``sweep.csv`` and ``results.csv``, print the table; returns the exit status."""
+    rows, results = [], []
+    for fit in fits:
+        folder = trial_folder(root, fit.whole)
+        state, seconds = trial_state(folder)
+        for trial in fit.trials:
+            scores = read_scores(folder, fit.runs_of(trial)) if state == "done" else (None, None)
+            row = {"trial": trial.number, **trial.settings, "dev": scores[0], "test": scores[1]}
+            rows.append(row | {"state": state, "seconds": seconds, "folder": folder.name})
+        if state == "done":
+            results += [_moved(line, folder) for line in _rows(folder / "results.csv")]
+    rows.sort(key=lambda row: row["trial"])
+    head = ["trial", *_varying(trials), "dev", "test", "state"]
+    write_csv(root / "sweep.csv", [*head, "seconds", "folder"], rows)
+    if results:
+        write_csv(root / "results.csv", RESULT_COLUMNS, results)
+    print(f"\n{_table(head, rows)}\n")
+    done = sum(row["state"] == "done" for row in rows)
+    files = f"{root / 'sweep.csv'} and {root / 'results.csv'}" if results else root / "sweep.csv"
+    print(f"{done} of {len(rows)} trials done; the tables are in {files}")
+    if done and not results and "fit" in sweep.command:
+        print("no trial wrote results.csv: a fit does with --test_after_fit=true in the command")
+    if stopped:
+        print("stopped: the same command goes on from here", flush=True)
+        return 130
+    return int(done < len(rows))
+
+
+def _moved(line: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """A line of a trial's results with its prompt file as seen from the folder of the sweep."""
+    name = line.get("prompt_file")
+    return {**line, "prompt_file": f"{folder.name}/{name}" if name else ""}
+
+
+def _table(head: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows under a head, in columns; scores with three digits."""
+    lines = [list(head), *([_cell(name, row[name]) for name in head] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    padded = ((c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines)
+    return "\n".join("  ".join(line).rstrip() for line in padded)
+
+
+def _cell(name: str, value: Any) -> str:
+    """A cell of the printed table."""
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if name in ("dev", "test") else str(value)

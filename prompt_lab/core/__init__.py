@@ -1,0 +1,1 @@
+"""The frozen model, banks of prompts and their mathematics: torch and transformers alone."""

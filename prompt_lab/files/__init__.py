@@ -1,0 +1,1 @@
+"""What is on disk: tensors, prompts, results, the formats of others."""

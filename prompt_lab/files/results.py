@@ -1,0 +1,204 @@
+"""What a fit leaves behind: ``results.csv``, ``curves.csv``, predictions and a printed table.
+
+Every ``test`` writes one line per run and variant to ``results.csv``; reports read only such files,
+and only they choose a learning rate by dev. ``curves.csv`` has one line per run and evaluation.
+Files are written whole or not at all. Nothing here computes a metric.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prompt_lab.core.atomic_file import cell, naming, write_atomically, write_csv
+
+RESULT_COLUMNS = (
+    "fit_id",
+    "method",
+    "variant",
+    "stage",
+    "backbone",
+    "task",
+    "ontology",
+    "sample",
+    "shots",
+    "init_seed",
+    "order_seed",
+    "initialised",
+    "expression",
+    "scale",
+    "num_virtual_tokens",
+    "intrinsic_dim",
+    "optimizer",
+    "learning_rate",
+    "batch_size",
+    "decoding",
+    "metric",
+    "metric_variant",
+    "dev",
+    "test",
+    "test_rows",
+    "cut_train",
+    "cut_dev",
+    "cut_test",
+    "best_step",
+    "seconds",
+    "status",
+    "prompt_file",
+    "version",
+)
+CURVE_COLUMNS = (
+    "step",
+    "run",
+    "train_loss",
+    "reconstruction",
+    "dev",
+    "best_dev",
+    "best_step",
+    "moved",
+    "inner_moved",
+    "second_order",
+    "skipped",
+    "status",
+)
+BASELINES = ("no_prompt", "initial_prompt", "chance", "majority")
+
+
+_PLAIN = ("vocab", "text", "labels", "normal", "uniform")
+"""Starts of prompt tuning that know no other task."""
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file as text, by column name.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that is no text, or no CSV.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is damaged, or no CSV file ({error})") from None
+
+
+def start_curves(path: Path, step: int) -> None:
+    """Begin ``curves.csv``, keeping what a fit that is resumed at ``step`` has already written.
+
+    Raises:
+        ValueError: a file that is damaged, but for a last line that a killed fit did not end.
+    """
+    lines = read_csv(path) if path.is_file() and step > 0 else []
+    if lines and None in lines[-1].values():
+        lines.pop()
+    try:
+        kept = [line for line in lines if int(line["step"]) <= step]
+        write_csv(path, CURVE_COLUMNS, kept)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error!r}): move it away to resume without the earlier curves"
+        ) from None
+
+
+def append_curves(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add the lines of one evaluation to ``curves.csv``.
+
+    Raises:
+        OSError: naming the file: a full disk, a folder that cannot be written to.
+    """
+    with naming(path), path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, CURVE_COLUMNS, lineterminator="\n")
+        for row in rows:
+            writer.writerow({name: cell(row.get(name)) for name in CURVE_COLUMNS})
+
+
+def write_predictions(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object per line: run, variant, row, prediction, references."""
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    write_atomically(path, ("\n".join(lines) + "\n").encode())
+
+
+def best_by_dev(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Of the tuned runs of each task, sample, seed and start, the one with the best dev score.
+
+    Runs without a dev score lose to all others; of equal scores the first stays.
+    """
+    best: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+    for row in rows:
+        key = (row["task"], row["sample"], row["init_seed"], row.get("initialised"))
+        if key not in best or _number(row["dev"]) > _number(best[key]["dev"]):
+            best[key] = row
+    return list(best.values())
+
+
+def is_plain(initialised: str) -> bool:
+    """Whether a prompt's start, as results and prompt files tell it, knows no other task."""
+    return initialised.partition(" ")[0] in _PLAIN
+
+
+def summary_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table that ``test`` prints: a line per task, the baselines beside what was trained.
+
+    A column of what was trained is one variant and intrinsic dimension: the mean over samples,
+    seeds and starts of the run that dev chose among learning rates and batch sizes, with the
+    standard deviation (ddof 1); ``prompts`` is the number of those that have a score.
+    """
+    columns = [name for name in BASELINES if any(row["variant"] == name for row in rows)]
+    trained = list(dict.fromkeys(_trained(row) for row in rows if row["variant"] not in BASELINES))
+    names = [name.replace("_", " ") for name in (*columns, *trained)]
+    header = ["task", "metric", *names, "prompts"]
+    lines = [header]
+    for task in dict.fromkeys(row["task"] for row in rows):
+        of_task = [row for row in rows if row["task"] == task]
+        cells = [task, of_task[0]["metric"]]
+        for name in columns:
+            cells.append(_mean_cell([r["test"] for r in of_task if r["variant"] == name]))
+        counts = []
+        for name in trained:
+            own = [row for row in of_task if _trained(row) == name]
+            chosen = [row["test"] for row in best_by_dev(own)]
+            cells.append(_mean_cell(chosen, spread=True))
+            counts.append((len(_known(chosen)), len(chosen)))
+        lines.append([*cells, _count_cell(counts)])
+    widths = [max(len(line[at]) for line in lines) for at in range(len(header))]
+    padded = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join([padded[0], "  ".join("-" * w for w in widths), *padded[1:]])
+
+
+def _trained(row: Mapping[str, Any]) -> str:
+    """Variant of a line, and its intrinsic dimension where it has one."""
+    dim = row.get("intrinsic_dim")
+    return row["variant"] if dim is None else f"{row['variant']} {dim}"
+
+
+def _count_cell(counts: Sequence[tuple[int, int]]) -> str:
+    """Runs with a score, and of how many where some have none; one number where columns agree."""
+    cells = dict.fromkeys(str(n) if n == all_ else f"{n} of {all_}" for n, all_ in counts if all_)
+    return ", ".join(cells) or "0"
+
+
+def _known(values: Sequence[float]) -> list[float]:
+    """The scores that are numbers."""
+    return [value for value in values if value is not None and not math.isnan(value)]
+
+
+def _mean_cell(values: Sequence[float], spread: bool = False) -> str:
+    """Mean of scores, with their standard deviation where there are several; ``-`` without any."""
+    known = _known(values)
+    if not known:
+        return "-"
+    mean = f"{statistics.mean(known):.3f}"
+    if spread and len(known) > 1:
+        mean += f" ± {statistics.stdev(known):.3f}"
+    return mean
+
+
+def _number(value: Any) -> float:
+    """A score as a number, minus infinity where there is none."""
+    number = float("nan") if value in (None, "") else float(value)
+    return -math.inf if math.isnan(number) else number
