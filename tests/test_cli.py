@@ -21,7 +21,7 @@ import yaml
 
 from prompt_lab.commands import cli
 from prompt_lab.commands.sweep_command import Trial, make_trials, read_sweep
-from prompt_lab.files.prompt_file import load_prompt
+from prompt_lab.files.prompts import load_prompt
 from prompt_lab.files.results import read_csv
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prompt_lab.commands import offline
 from prompt_lab.commands.compare_command import compare_prompts, compare_vectors
-from prompt_lab.files.prompt_file import Prompt, PromptStore
+from prompt_lab.files.prompts import Prompt, PromptStore
 from prompt_lab.files.results import read_csv
 from prompt_lab.methods.task_vectors import Source
 

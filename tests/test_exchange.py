@@ -21,13 +21,12 @@ from lightning.pytorch import Trainer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from prompt_lab.commands.prompts import export_prompts, import_prompts
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.run import Run
 from prompt_lab.data.crossfit import CrossFitDataModule
-from prompt_lab.files.checkpoint import load_checkpoint
-from prompt_lab.files.exchange import adopt, export_prompts, import_prompts
-from prompt_lab.files.peft_format import load_peft, save_peft
-from prompt_lab.files.prompt_file import Prompt, PromptStore, load_prompt, save_prompt
+from prompt_lab.files.peft import load_checkpoint, load_peft, save_peft
+from prompt_lab.files.prompts import Prompt, PromptStore, check_prompt, load_prompt, save_prompt
 from prompt_lab.files.results import read_csv
 from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts
 from prompt_lab.methods.prompt_method import BackboneConfig
@@ -332,18 +331,16 @@ def test_bad_imports_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_only_the_width_of_an_adopted_prompt_is_checked(backbone: Factory) -> None:
+def test_only_the_width_of_a_prompt_without_digests_is_checked(backbone: Factory) -> None:
     model, prompt = backbone("t5"), make(backbone="someone/else")
-    adopted = adopt(prompt, model, "there")
-    assert (adopted.backbone, adopted.backbone_digest) == (model.name, model.digest)
-    assert prompt.backbone == "someone/else"
-    with pytest.raises(ValueError, match=r"there: prompt of width 3 made for 'someone/else'"):
-        adopt(replace(prompt, prompt=prompt.prompt[:, :3]), model, "there")
+    check_prompt(prompt, model, "there")
+    with pytest.raises(ValueError, match=r"there: width 3 made for 'someone/else'"):
+        check_prompt(replace(prompt, prompt=prompt.prompt[:, :3]), model, "there")
 
 
 def test_importing_the_module_loads_no_torch() -> None:
     """The command line builds its flags from the signatures; ``--help`` stays fast."""
-    code = "import sys, prompt_lab.files.exchange; sys.exit('torch' in sys.modules)"
+    code = "import sys, prompt_lab.commands.prompts; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

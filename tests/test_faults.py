@@ -27,9 +27,8 @@ import yaml
 
 from prompt_lab.commands import cli, offline
 from prompt_lab.commands.sweep_command import make_trials, read_sweep, sweep_command, trial_folder
-from prompt_lab.core.atomic_file import held, write_atomically
-from prompt_lab.files.checkpoint import load_checkpoint
-from prompt_lab.files.prompt_file import PromptStore, load_prompt
+from prompt_lab.files.peft import load_checkpoint
+from prompt_lab.files.prompts import PromptStore, load_prompt
 from prompt_lab.files.results import (
     CURVE_COLUMNS,
     append_curves,
@@ -37,6 +36,7 @@ from prompt_lab.files.results import (
     start_curves,
     write_csv,
 )
+from prompt_lab.files.tensors import held, write_atomically
 
 STEPS = 4
 LAST = Path("r/checkpoints/last.ckpt")

@@ -20,7 +20,7 @@ from test_report_blocks import Cells
 from prompt_lab.analysis.interpret_tokens import read_vocabulary
 from prompt_lab.commands import offline
 from prompt_lab.core.backbone import Backbone
-from prompt_lab.files.prompt_file import Prompt, PromptStore, save_prompt
+from prompt_lab.files.prompts import Prompt, PromptStore, save_prompt
 
 N = 4
 TASKS = ("one", "two")

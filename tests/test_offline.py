@@ -17,7 +17,7 @@ from prompt_lab.__main__ import (
     VECTORS_COMMANDS,
 )
 from prompt_lab.commands import offline
-from prompt_lab.files.prompt_file import Prompt, load_prompt, save_prompt
+from prompt_lab.files.prompts import Prompt, load_prompt, save_prompt
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ import prompt_lab
 from prompt_lab.commands import cli, offline, predict_command
 from prompt_lab.commands.predict_command import read_lines
 from prompt_lab.core.prediction import label_scores, predict
-from prompt_lab.files.prompt_file import Prompt, save_prompt
+from prompt_lab.files.prompts import Prompt, save_prompt
 
 TEXTS = ["a dog", "the small red house stands on the hill", "she likes", "yes", "no maybe yes no"]
 LABELS = ["negative", "positive", "maybe", "no way"]

@@ -16,7 +16,7 @@ from prompt_lab.core import prompts
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.run import Run
 from prompt_lab.data.tasks import Task
-from prompt_lab.files.prompt_file import Prompt, PromptStore, save_prompt
+from prompt_lab.files.prompts import Prompt, PromptStore, save_prompt
 from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts, scale_ratio
 
 Factory = Callable[..., Backbone]

@@ -23,7 +23,7 @@ import yaml
 import prompt_lab
 from prompt_lab.commands import cli, offline
 from prompt_lab.commands.sweep_command import sweep_command
-from prompt_lab.files.prompt_file import Prompt, PromptStore, save_prompt
+from prompt_lab.files.prompts import Prompt, PromptStore, save_prompt
 
 ROOT = Path(prompt_lab.__file__).parent
 RUN_VARIABLES = (cli.RUN_DIR_VARIABLE, "WANDB_RUN_ID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")

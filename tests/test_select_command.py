@@ -27,7 +27,7 @@ from prompt_lab.commands import offline
 from prompt_lab.core import similarity
 from prompt_lab.core.similarity import prompt_subspace, subspace_similarity
 from prompt_lab.data.partitions import partition
-from prompt_lab.files.prompt_file import Prompt, PromptStore
+from prompt_lab.files.prompts import Prompt, PromptStore
 
 N, D = 3, 24
 SOURCES = ["near", "half", "far"]

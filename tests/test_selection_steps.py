@@ -13,7 +13,7 @@ import torch
 from test_select_command import D, N, command, prompt, save
 
 from prompt_lab.analysis.selection_steps import StepPrompt, find_steps, own_scores
-from prompt_lab.files.prompt_file import Prompt
+from prompt_lab.files.prompts import Prompt
 from prompt_lab.files.results import read_csv
 
 SOURCES, TARGETS, STEPS, SEEDS = "abc", "xy", (100, 20), (0, 1)

@@ -21,7 +21,7 @@ from test_prompt_tuning import make_data, make_trainer
 from prompt_lab.commands import cli
 from prompt_lab.commands.report_command import report_command
 from prompt_lab.core.backbone import Backbone
-from prompt_lab.files.prompt_file import Prompt, PromptStore, load_prompt
+from prompt_lab.files.prompts import Prompt, PromptStore, load_prompt
 from prompt_lab.files.results import read_csv
 from prompt_lab.methods.evaluation import Evaluation
 from prompt_lab.methods.vector_arithmetic import GRID, VectorArithmetic, best_scale
