@@ -348,7 +348,7 @@ def test_target_prompts_start_from_a_source_prompt(fit, tmp_path, backbone):
         ({"source_tasks": []}, "source_tasks is empty"),
         ({"source_tasks": ["trec", "glue-cola"]}, "1 of 2 source prompts are not in .*: trec 13"),
         ({"source_sample": 42}, "2 of 2 source prompts are not in"),
-        ({"prompts": "nowhere"}, "no prompt store nowhere"),
+        ({"prompts": "nowhere"}, "no prompt file or folder nowhere"),
         ({"num_virtual_tokens": 4}, "5 virtual tokens, but model.num_virtual_tokens is 4"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"inner_size": 0}, "inner_size is 0"),

@@ -373,7 +373,7 @@ def altered_prompt(source: Path, target: Path, **changes: str | None) -> None:
         ({"format_version": None}, "no version of the format"),
         ({"format_version": "one"}, "no version of the format"),
         ({"labels": "[1,"}, "its metadata is not JSON"),
-        ({"name": "3"}, "name in its metadata is no text"),
+        ({"name": "3"}, "in its metadata name is 3"),
     ],
 )
 def test_damaged_metadata_of_a_prompt_is_told(words, undisturbed, capsys, changes, reason):

@@ -189,7 +189,7 @@ def test_prompts_of_unequal_lengths_are_refused_with_the_choices_and_compared_by
     ("words", "said"),
     [
         (("nowhere",), "no prompt file or folder nowhere"),
-        (("empty",), "no prompt files in empty"),
+        (("empty",), "empty holds no prompts: give"),
         (("store", "other.safetensors"), "only prompts of one backbone"),
         (("nan.safetensors",), "nan.safetensors holds NaN"),
         (("store", "--top", "0"), "--top is 0"),

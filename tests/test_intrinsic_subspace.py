@@ -227,7 +227,7 @@ def test_missing_prompts_are_all_named(backbone, tmp_path):
         source_prompts([str(store)], keys[:1], model, 7)
     with pytest.raises(ValueError, match="made for backbone"):
         source_prompts([str(store)], keys[:1], backbone("bart"), TOKENS)
-    with pytest.raises(FileNotFoundError, match="no prompt store"):
+    with pytest.raises(FileNotFoundError, match="no prompt file or folder"):
         source_prompts([str(tmp_path / "none")], keys[:1], model, TOKENS)
 
 

@@ -214,9 +214,9 @@ def test_another_kind_is_refused(kind: Kind, tmp_path: Path) -> None:
     ("changes", "reason"),
     [
         ({"format_version": "2"}, "of format 2; this version .* reads up to 1: upgrade"),
-        ({"format_version": None}, "damaged, no kind or version of the format"),
-        ({"format_version": "one"}, "damaged, no kind or version of the format"),
-        ({"kind": None}, "damaged, no kind or version of the format"),
+        ({"format_version": None}, "damaged, no version of the format or no kind"),
+        ({"format_version": "one"}, "damaged, no version of the format or no kind"),
+        ({"kind": None}, "damaged, no version of the format or no kind"),
         ({"backbone": "{"}, "damaged, its metadata is not JSON"),
         ({"more": "[" * 100_000}, "damaged, its metadata is not JSON"),
         ({"backbone": "3"}, "damaged, in its metadata backbone is 3"),

@@ -52,7 +52,8 @@ def export_prompts(
         raise ValueError(f"format is {format!r}; allowed: peft, tensor")
     place = Path(source)
     single = is_peft(place) or (place.is_file() and place.suffix != ".ckpt")
-    known = {one.stem: one for one in find_prompts(source)}
+    found = find_prompts(source)
+    known = {one.metadata["name"] if single else one.stem: one for one in found}
     missing = [name for name in names or () if name not in known]
     if missing:
         raise FileNotFoundError(

@@ -273,7 +273,7 @@ def _found(place: Path) -> list[FoundPrompt]:
     from prompt_lab.files.peft import is_peft, load_checkpoint, load_peft
 
     if not place.exists():
-        raise FileNotFoundError(f"no {place}: give {PLACES}")
+        raise FileNotFoundError(f"no prompt file or folder {place}: give {PLACES}")
     if place.suffix == ".ckpt" or is_peft(place):
         read = load_checkpoint(place) if place.is_file() else [load_peft(place)]
         return [FoundPrompt(place, prompt.metadata(), prompt) for prompt in read]

@@ -116,7 +116,7 @@ def read_metadata(path: str | Path, kind: str) -> dict[str, Any]:
         other = f"a file of kind {found!r}" if own else "no such metadata"
         raise ValueError(f"{path}: not a {kind} file of prompt_lab ({other})")
     if found is None or not version.isdecimal():
-        raise ValueError(f"{path}: damaged, no kind or version of the format in its metadata")
+        raise ValueError(f"{path}: damaged, no version of the format or no kind in its metadata")
     if int(version) > FORMAT_VERSION:
         raise ValueError(
             f"{path}: {kind} file of format {version}; this version of prompt_lab reads up to "
