@@ -472,7 +472,7 @@ def test_studies_that_the_prompts_do_not_allow_are_refused(run, settings, senten
         ({"backbone_digest": "0" * 64}, "with weights 000000000000"),
         ({"tokenizer_digest": "0" * 64}, "do not combine: tokenizer"),
         ({"prompt": drawn(1)[:2], "init": drawn(2)[:2]}, "shape 4 x 32 and 2 x 32"),
-        ({"prompt": drawn(1)[:, :8], "init": drawn(2)[:, :8]}, "prompt of width 8"),
+        ({"prompt": drawn(1)[:, :8], "init": drawn(2)[:, :8]}, "width 8 made for"),
         ({"prompt": drawn(1) * math.nan}, "numbers that are not finite"),
     ],
 )

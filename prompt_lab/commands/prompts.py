@@ -45,13 +45,12 @@ def export_prompts(
             exists, or a backbone whose config cannot be had or that has another width (PEFT needs
             layers, heads and kind of model).
     """
-    from prompt_lab.files.peft import is_peft, save_peft, save_plain
-    from prompt_lab.files.prompts import check_answers_alone, find_prompts
+    from prompt_lab.files.peft import save_peft, save_plain
+    from prompt_lab.files.prompts import check_answers_alone, find_prompts, is_single
 
     if format not in ("peft", "tensor"):
         raise ValueError(f"format is {format!r}; allowed: peft, tensor")
-    place = Path(source)
-    single = is_peft(place) or (place.is_file() and place.suffix != ".ckpt")
+    single = is_single(source)
     found = find_prompts(source)
     known = {one.metadata["name"] if single else one.stem: one for one in found}
     missing = [name for name in names or () if name not in known]

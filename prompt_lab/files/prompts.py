@@ -284,6 +284,14 @@ def _found(place: Path) -> list[FoundPrompt]:
     return [FoundPrompt(file, _known(read_metadata(file, "prompt"))) for file in files]
 
 
+def is_single(place: str | Path) -> bool:
+    """Whether a place is one prompt by its kind: a prompt file or a PEFT folder."""
+    from prompt_lab.files.peft import is_peft
+
+    place = Path(place)
+    return is_peft(place) or (place.is_file() and place.suffix != ".ckpt")
+
+
 def best_found(
     found: Iterable[FoundPrompt], key_of: Callable[[dict[str, Any]], Key | None]
 ) -> dict[Key, FoundPrompt]:

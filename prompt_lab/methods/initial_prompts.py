@@ -23,8 +23,7 @@ from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.run import Run
 from prompt_lab.data.partitions import expand_sets
 from prompt_lab.data.tasks import Task
-from prompt_lab.files.peft import is_peft
-from prompt_lab.files.prompts import PLACES, FoundPrompt, best_found, find_prompts
+from prompt_lab.files.prompts import PLACES, FoundPrompt, best_found, find_prompts, is_single
 
 ROWS_AT_ONCE = 4096
 """Embeddings that are read at a time where all are."""
@@ -128,7 +127,7 @@ class InitConfig:
     def _describe_starts(self, runs: Sequence[Run]) -> list[str]:
         """The starts of runs from one path; from a store, what the run's file says to call it."""
         path = Path(self.path or "")
-        if self.name != "file" or not path.is_dir() or is_peft(path):
+        if self.name != "file" or not path.is_dir() or is_single(path):
             return [self.describe()] * len(runs)
         files = [found.path for found in starts_of(path, runs)]
         alone = {file: replace(self, path=str(file), source_tasks=None) for file in set(files)}
@@ -274,8 +273,7 @@ def starts_of(path: Path, runs: Sequence[Run]) -> list[FoundPrompt]:
         ValueError: naming all runs without a prompt, or all with several.
     """
     found = find_prompts(path)
-    is_alone = is_peft(path) or (path.is_file() and path.suffix != ".ckpt")
-    if is_alone and not runs[0].source:
+    if is_single(path) and not runs[0].source:
         return found * len(runs)
     matches = [_matches(found, run) for run in runs]
     missing = [run.name for run, own in zip(runs, matches, strict=True) if not own]
