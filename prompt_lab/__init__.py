@@ -20,10 +20,10 @@ _PUBLIC = {
     "PromptTuning": "prompt_lab.methods.prompt_tuning",
     "label_scores": "prompt_lab.core.prediction",
     "predict": "prompt_lab.core.prediction",
-    "Prompt": "prompt_lab.files.prompt_file",
-    "PromptStore": "prompt_lab.files.prompt_file",
-    "load_prompt": "prompt_lab.files.prompt_file",
-    "save_prompt": "prompt_lab.files.prompt_file",
+    "Prompt": "prompt_lab.files.prompts",
+    "PromptStore": "prompt_lab.files.prompts",
+    "load_prompt": "prompt_lab.files.prompts",
+    "save_prompt": "prompt_lab.files.prompts",
     "vocabulary_prompt": "prompt_lab.methods.initial_prompts",
 }
 __all__ = ["__version__", *_PUBLIC]

@@ -26,8 +26,9 @@ from test_vector_arithmetic import make_store as make_tuned_store
 from prompt_lab.core.adapters import AdaptedBackbone
 from prompt_lab.core.meta_gradient import InnerConfig
 from prompt_lab.core.optim import OptimConfig
-from prompt_lab.core.subspace import Subspace, save_subspace
-from prompt_lab.methods.adapter_subspace import AdapterMap, AdapterSubspace, AdapterTuning
+from prompt_lab.core.subspace import AdapterMap, Subspace
+from prompt_lab.files.networks import save_network
+from prompt_lab.methods.adapter_subspace import AdapterSubspace, AdapterTuning
 from prompt_lab.methods.fine_tuning import FineTuning
 from prompt_lab.methods.intrinsic_subspace import IntrinsicSubspace
 from prompt_lab.methods.meta_prompt import AdaptationConfig, MetaPrompt
@@ -68,11 +69,11 @@ def make_files(folder: Path) -> None:
     digests = {"backbone": model.name, "backbone_digest": model.digest}
     torch.manual_seed(0)
     made = Subspace(5, model.hidden_size, 3, inner_size=16)
-    save_subspace(folder / "subspace.safetensors", made, digests)
+    save_network(folder / "subspace.safetensors", made, digests)
     bart = make_backbone("bart")
     size = AdaptedBackbone(bart, BOTTLENECK).hidden_size
     digests = {"backbone": bart.name, "backbone_digest": bart.digest, "bottleneck": BOTTLENECK}
-    save_subspace(folder / "map.safetensors", AdapterMap(size, DIM, INNER), digests)
+    save_network(folder / "map.safetensors", AdapterMap(size, DIM, INNER), digests)
 
 
 def whole_runs(folder: Path) -> PromptMethod:

@@ -15,13 +15,14 @@ from test_prompt_tuning import make_data, make_method, make_trainer
 from torch import Tensor, nn
 
 from prompt_lab.commands import cli, offline
-from prompt_lab.core.attention_mixture import PromptAttention, load_attention
+from prompt_lab.core.attention_mixture import PromptAttention
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import Prefixes
 from prompt_lab.core.batch import Batch
 from prompt_lab.core.pretrained import weights_digest
 from prompt_lab.data.mixtures import MixtureSteps
-from prompt_lab.files.prompt_file import PromptStore
+from prompt_lab.files.networks import load_network
+from prompt_lab.files.prompts import PromptStore
 from prompt_lab.files.results import read_csv
 from prompt_lab.methods.attempt import Attempt
 from prompt_lab.methods.initial_prompts import InitConfig
@@ -225,7 +226,9 @@ def test_the_files_answer_as_the_fit_did(fit, backbone, tmp_path):
         assert prompt[0].test_score == float(row["test"])
         assert prompt[0].source_tasks == SOURCES
     assert not (fitted.run_dir / "prompts").exists()
-    saved = load_attention(fitted.run_dir / "attention.safetensors", backbone("gpt2"))
+    saved = load_network(
+        fitted.run_dir / "attention.safetensors", PromptAttention, backbone("gpt2")
+    )
     assert saved.metadata["source_tasks"] == SOURCES
     assert saved.metadata["steps"] == int(fitted.best_step)
 
@@ -345,7 +348,7 @@ def test_target_prompts_start_from_a_source_prompt(fit, tmp_path, backbone):
         ({"source_tasks": []}, "source_tasks is empty"),
         ({"source_tasks": ["trec", "glue-cola"]}, "1 of 2 source prompts are not in .*: trec 13"),
         ({"source_sample": 42}, "2 of 2 source prompts are not in"),
-        ({"prompts": "nowhere"}, "no prompt store nowhere"),
+        ({"prompts": "nowhere"}, "no prompt file or folder nowhere"),
         ({"num_virtual_tokens": 4}, "5 virtual tokens, but model.num_virtual_tokens is 4"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"inner_size": 0}, "inner_size is 0"),

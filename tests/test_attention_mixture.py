@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_backbone
-from safetensors.torch import save_file
 from torch import Tensor
 
 from prompt_lab.core.attention_mixture import (
     PromptAttention,
-    load_attention,
     max_pool,
     mix,
     row_prompts,
-    save_attention,
     similarity_weights,
 )
 
@@ -181,54 +175,8 @@ def test_a_mixture_is_the_weighted_sum():
         (lambda: similarity_weights(drawn(3, 4), drawn(2, 3, 5)), "width 4 and sources"),
         (lambda: similarity_weights(drawn(3, 4), torch.zeros(2, 3, 4)), "2 of 2 mean rows"),
         (lambda: similarity_weights(drawn(3, 4), -drawn(3, 4)[None]), "none of 1 source prompts"),
-        (lambda: save_attention("x", make_attention(), {}), "lacks backbone, backbone_digest"),
     ],
 )
 def test_what_does_not_fit_is_refused(call, reason):
     with pytest.raises(ValueError, match=reason):
         call()
-
-
-def test_a_file_gives_back_what_was_written(tmp_path):
-    attention, path = PromptAttention(WIDTH, 3, temperature=2.5), tmp_path / "attention.safetensors"
-    facts = {"backbone": "b", "backbone_digest": "d", "source_tasks": ["x", "y"]}
-    save_attention(path, attention, facts)
-    saved = load_attention(path)
-    assert (saved.hidden_size, saved.inner_size, saved.temperature) == (WIDTH, 3, 2.5)
-    assert facts.items() <= saved.metadata.items()
-    assert not any(weight.requires_grad for weight in saved.parameters())
-    for name, tensor in attention.state_dict().items():
-        assert torch.equal(saved.state_dict()[name], tensor)
-
-
-def test_files_that_are_damaged_newer_or_of_another_kind_are_refused(tmp_path):
-    path = tmp_path / "attention.safetensors"
-    with pytest.raises(FileNotFoundError, match="no attention file"):
-        load_attention(path)
-    path.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="damaged or not a safetensors file"):
-        load_attention(path)
-    save_file({"a": torch.zeros(1)}, path, {"format": "prompt_lab"})
-    with pytest.raises(ValueError, match="not an attention file"):
-        load_attention(path)
-    known = {"format": "prompt_lab.attention", "format_version": "2"}
-    save_file({"a": torch.zeros(1)}, path, known)
-    with pytest.raises(ValueError, match="format 2"):
-        load_attention(path)
-    sizes = {"hidden_size": 6, "inner_size": 3, "temperature": 1.0}
-    facts = {**sizes, "backbone": "b", "backbone_digest": "d"}
-    text = {**known, "format_version": "1", **{k: json.dumps(v) for k, v in facts.items()}}
-    save_file({"a": torch.zeros(1)}, path, text)
-    with pytest.raises(ValueError, match="damaged: tensors"):
-        load_attention(path)
-    del text["temperature"]
-    save_file({"a": torch.zeros(1)}, path, text)
-    with pytest.raises(ValueError, match="lacks temperature"):
-        load_attention(path)
-
-
-def test_a_file_of_another_backbone_is_refused(tmp_path: Path):
-    path = tmp_path / "attention.safetensors"
-    save_attention(path, PromptAttention(32), {"backbone": "theirs", "backbone_digest": "other"})
-    with pytest.raises(ValueError, match=r"made for backbone 'theirs' .* but 'tiny-t5' has"):
-        load_attention(path, make_backbone("t5"))

@@ -382,7 +382,7 @@ def test_a_read_only_folder_is_said_at_the_start(tmp_path, task_file, own, monke
     def refuse(path: Path, content: bytes) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("prompt_lab.core.atomic_file.write_atomically", refuse)
+    monkeypatch.setattr("prompt_lab.files.tensors.write_atomically", refuse)
     with pytest.raises(OSError, match=r"cannot write to .*: Permission denied; give another out"):
         build(tmp_path / "out", own, task_file, tasks=["colors"])
     assert not contents(tmp_path / "out")

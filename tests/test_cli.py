@@ -21,7 +21,7 @@ import yaml
 
 from prompt_lab.commands import cli
 from prompt_lab.commands.sweep_command import Trial, make_trials, read_sweep
-from prompt_lab.files.prompt_file import load_prompt
+from prompt_lab.files.prompts import load_prompt
 from prompt_lab.files.results import read_csv
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -436,7 +436,7 @@ def test_a_checkpoint_of_other_prompts_is_refused(fit, two_steps, capsys, words,
         (["--trainer.gradient_clip_val=1"], "use model.optim.clip"),
         (["--trainer.default_root_dir=x"], "use --run_dir instead"),
         (["--ckpt_path=last"], "no checkpoint r/checkpoints/last.ckpt"),
-        (["--model.init.name=file"], "give a prompt file or store with init.path"),
+        (["--model.init.name=file"], "give a prompt file, a prompt store, "),
         (["--model.num_virtual_tokens=0"], "model.num_virtual_tokens is 0: give at least 1"),
         (["--data.samples=[13, 13]"], "data.samples must be distinct"),
     ],

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prompt_lab.commands import offline
 from prompt_lab.commands.compare_command import compare_prompts, compare_vectors
-from prompt_lab.files.prompt_file import Prompt, PromptStore
+from prompt_lab.files.prompts import FoundPrompt, Prompt, PromptStore
 from prompt_lab.files.results import read_csv
 from prompt_lab.methods.task_vectors import Source
 
@@ -53,7 +53,10 @@ def everything(seeds: int = 3) -> list[Prompt]:
 
 def sources(*prompts: Prompt) -> list[Source]:
     """Prompts as they come from files."""
-    return [Source(Path(f"{prompt.name}.safetensors"), prompt) for prompt in prompts]
+    return [
+        Source(FoundPrompt(Path(f"{prompt.name}.safetensors"), prompt.metadata()), prompt)
+        for prompt in prompts
+    ]
 
 
 def numbers(prompt: Prompt, what: str) -> NDArray[np.float64]:
@@ -206,4 +209,4 @@ def test_a_file_as_out_and_a_missing_store_are_refused(store, tmp_path, capsys):
     with pytest.raises(NotADirectoryError, match="is a file: name a folder"):
         compare_vectors([store], out=str(tmp_path / "file"))
     assert offline.run(["vectors", "compare", "nowhere", "--out", str(tmp_path / "o")]) == 1
-    assert "no prompt store nowhere" in capsys.readouterr().err
+    assert "no prompt file or folder nowhere" in capsys.readouterr().err

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from test_prompt_tuning import make_data, make_method, make_trainer
 
 from prompt_lab.commands import cli
-from prompt_lab.files.prompt_file import load_prompt
+from prompt_lab.files.prompts import load_prompt
 from prompt_lab.files.results import read_csv
 
 JOBS = {

@@ -21,13 +21,12 @@ from lightning.pytorch import Trainer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from prompt_lab.commands.prompts import export_prompts, import_prompts
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.run import Run
 from prompt_lab.data.crossfit import CrossFitDataModule
-from prompt_lab.files.checkpoint import load_checkpoint
-from prompt_lab.files.exchange import adopt, export_prompts, import_prompts
-from prompt_lab.files.peft_format import load_peft, save_peft
-from prompt_lab.files.prompt_file import Prompt, PromptStore, load_prompt, save_prompt
+from prompt_lab.files.peft import load_checkpoint, load_peft, save_peft
+from prompt_lab.files.prompts import Prompt, PromptStore, check_prompt, load_prompt, save_prompt
 from prompt_lab.files.results import read_csv
 from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts
 from prompt_lab.methods.prompt_method import BackboneConfig
@@ -144,9 +143,9 @@ def test_sandbox_prompts_are_exported_by_the_sandbox_config(tmp_path: Path) -> N
     ("source", "settings", "message"),
     [
         ("store", {"format": "onnx"}, "format is 'onnx'; allowed: peft, tensor"),
-        ("nowhere", {}, "no prompt file .*nowhere"),
-        ("nowhere.ckpt", {}, "no file .*nowhere.ckpt"),
-        ("empty", {}, "not a prompt store: give a folder of prompt files"),
+        ("nowhere", {}, "no prompt file or folder .*nowhere: give"),
+        ("nowhere.ckpt", {}, "no prompt file or folder .*nowhere.ckpt: give"),
+        ("empty", {}, "empty holds no prompts: give a prompt file"),
         ("store", {"out": "o.safetensors"}, "give a folder; only a single prompt as a tensor"),
         ("store", {"backbone": "nobody/nothing"}, "layers and heads of backbone 'nobody/nothing'"),
         ("narrow.safetensors", {}, "one: prompt of width 31, but backbone .* hidden size 32"),
@@ -289,7 +288,7 @@ def bad_sources(folder: Path) -> None:
         ("flat.npy", r"one tensor \(N, D\).*shapes \[\[3\]\]"),
         ("empty.npy", r"one tensor \(N, D\)"),
         ("nan.npy", "numbers that are not finite"),
-        ("narrow.npy", "of width 31 made for 'a model it does not name', but .* hidden size 32"),
+        ("narrow.npy", "width 31 made for 'a model it does not name', but .* hidden size 32"),
         ("code.pt", "not a file of tensors and plain values"),
         ("list.pt", r"one tensor \(N, D\); the file holds 1 things"),
         ("broken.pt", "not a file of tensors and plain values"),
@@ -332,18 +331,16 @@ def test_bad_imports_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_only_the_width_of_an_adopted_prompt_is_checked(backbone: Factory) -> None:
-    model, prompt = backbone("t5"), make(backbone="someone/else")
-    adopted = adopt(prompt, model, "there")
-    assert (adopted.backbone, adopted.backbone_digest) == (model.name, model.digest)
-    assert prompt.backbone == "someone/else"
-    with pytest.raises(ValueError, match=r"there: prompt of width 3 made for 'someone/else'"):
-        adopt(replace(prompt, prompt=prompt.prompt[:, :3]), model, "there")
+def test_only_the_width_of_a_prompt_without_digests_is_checked(backbone: Factory) -> None:
+    model, prompt = backbone("t5"), make(backbone="someone/else", backbone_digest="")
+    check_prompt(prompt, model, "there")
+    with pytest.raises(ValueError, match=r"there: width 3 made for 'someone/else'"):
+        check_prompt(replace(prompt, prompt=prompt.prompt[:, :3]), model, "there")
 
 
 def test_importing_the_module_loads_no_torch() -> None:
     """The command line builds its flags from the signatures; ``--help`` stays fast."""
-    code = "import sys, prompt_lab.files.exchange; sys.exit('torch' in sys.modules)"
+    code = "import sys, prompt_lab.commands.prompts; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -499,7 +496,7 @@ def test_each_run_takes_the_prompt_of_its_task_from_a_checkpoint(
     runs = [run("emotion", 42, seed=5), run("glue-sst2", 13, rate=9.0)]
     made = initial(single, make_backbone("t5"), runs)
     assert torch.equal(made, method.best[[6, 0]])
-    with pytest.raises(ValueError, match=r"single.ckpt: made for backbone .* with weights"):
+    with pytest.raises(ValueError, match=r"single.ckpt .*: made for backbone .* with weights"):
         initial(single, make_backbone("t5", seed=1), runs)
     with pytest.raises(ValueError, match=r"has no prompt for 2 runs: x_13.*, y_13"):
         initial(single, make_backbone("t5"), [run("x"), run("emotion"), run("y")])

@@ -27,9 +27,8 @@ import yaml
 
 from prompt_lab.commands import cli, offline
 from prompt_lab.commands.sweep_command import make_trials, read_sweep, sweep_command, trial_folder
-from prompt_lab.core.atomic_file import held, write_atomically
-from prompt_lab.files.checkpoint import load_checkpoint
-from prompt_lab.files.prompt_file import PromptStore, load_prompt
+from prompt_lab.files.peft import load_checkpoint
+from prompt_lab.files.prompts import PromptStore, load_prompt
 from prompt_lab.files.results import (
     CURVE_COLUMNS,
     append_curves,
@@ -37,6 +36,7 @@ from prompt_lab.files.results import (
     start_curves,
     write_csv,
 )
+from prompt_lab.files.tensors import held, write_atomically
 
 STEPS = 4
 LAST = Path("r/checkpoints/last.ckpt")
@@ -373,7 +373,7 @@ def altered_prompt(source: Path, target: Path, **changes: str | None) -> None:
         ({"format_version": None}, "no version of the format"),
         ({"format_version": "one"}, "no version of the format"),
         ({"labels": "[1,"}, "its metadata is not JSON"),
-        ({"name": "3"}, "name in its metadata is no text"),
+        ({"name": "3"}, "in its metadata name is 3"),
     ],
 )
 def test_damaged_metadata_of_a_prompt_is_told(words, undisturbed, capsys, changes, reason):

@@ -20,7 +20,7 @@ from test_report_blocks import Cells
 from prompt_lab.analysis.interpret_tokens import read_vocabulary
 from prompt_lab.commands import offline
 from prompt_lab.core.backbone import Backbone
-from prompt_lab.files.prompt_file import Prompt, PromptStore, save_prompt
+from prompt_lab.files.prompts import Prompt, PromptStore, save_prompt
 
 N = 4
 TASKS = ("one", "two")
@@ -189,7 +189,7 @@ def test_prompts_of_unequal_lengths_are_refused_with_the_choices_and_compared_by
     ("words", "said"),
     [
         (("nowhere",), "no prompt file or folder nowhere"),
-        (("empty",), "no prompt files in empty"),
+        (("empty",), "empty holds no prompts: give"),
         (("store", "other.safetensors"), "only prompts of one backbone"),
         (("nan.safetensors",), "nan.safetensors holds NaN"),
         (("store", "--top", "0"), "--top is 0"),

@@ -15,11 +15,11 @@ from test_interpret_command import TASKS, N, command, prompt, rows_of
 from test_prompt_tuning import make_data, make_trainer
 
 from prompt_lab.commands import cli
-from prompt_lab.core.atomic_file import write_csv
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.data.tasks import find_tasks
-from prompt_lab.files.prompt_file import Prompt, PromptStore
+from prompt_lab.files.prompts import Prompt, PromptStore
 from prompt_lab.files.results import RESULT_COLUMNS, read_csv
+from prompt_lab.files.tensors import write_csv
 from prompt_lab.methods.vector_arithmetic import VectorArithmetic
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "interpretation"

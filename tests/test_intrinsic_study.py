@@ -8,7 +8,8 @@ import pytest
 
 from prompt_lab.commands import cli
 from prompt_lab.commands.report_command import report_command
-from prompt_lab.core.subspace import load_subspace
+from prompt_lab.core.subspace import Subspace
+from prompt_lab.files.networks import load_network
 from prompt_lab.files.results import read_csv
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "intrinsic"
@@ -39,7 +40,7 @@ def test_prompts_subspace_tuning_and_prompts_again_run_one_after_another(
         ("sandbox-sst", "reconstructed_unseen"),
     ]
     path = "runs/subspace/subspace_3.safetensors"
-    assert load_subspace(tmp_path / path).metadata["source_tasks"] == [
+    assert load_network(tmp_path / path, Subspace).metadata["source_tasks"] == [
         "sandbox-size",
         "sandbox-day",
     ]

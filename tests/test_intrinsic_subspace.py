@@ -14,8 +14,9 @@ from test_prompt_tuning import make_data, make_trainer
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import renumber
 from prompt_lab.core.pretrained import weights_digest
-from prompt_lab.core.subspace import load_subspace
-from prompt_lab.files.prompt_file import Prompt, PromptStore
+from prompt_lab.core.subspace import Subspace
+from prompt_lab.files.networks import load_network
+from prompt_lab.files.prompts import Prompt, PromptStore
 from prompt_lab.files.results import read_csv
 from prompt_lab.methods.intrinsic_subspace import IntrinsicSubspace
 from prompt_lab.methods.prompt_tuning import PromptTuning
@@ -144,7 +145,7 @@ def test_training_brings_reconstructions_nearer(fit):
 
 def test_files_hold_the_best_maps_and_say_where_they_come_from(fit, backbone):
     method = fit()
-    saved = load_subspace(method.run_dir / "subspace_3.safetensors", backbone("gpt2"), TOKENS)
+    saved = load_network(method.run_dir / "subspace_3.safetensors", Subspace, backbone("gpt2"))
     for name, tensor in method.best_subspaces[1].state_dict().items():
         assert torch.equal(saved.state_dict()[name], tensor)
     assert saved.metadata["source_tasks"] == SEEN
@@ -226,7 +227,7 @@ def test_missing_prompts_are_all_named(backbone, tmp_path):
         source_prompts([str(store)], keys[:1], model, 7)
     with pytest.raises(ValueError, match="made for backbone"):
         source_prompts([str(store)], keys[:1], backbone("bart"), TOKENS)
-    with pytest.raises(FileNotFoundError, match="no prompt store"):
+    with pytest.raises(FileNotFoundError, match="no prompt file or folder"):
         source_prompts([str(tmp_path / "none")], keys[:1], model, TOKENS)
 
 

@@ -29,7 +29,7 @@ from prompt_lab.core.pretrained import weights_digest
 from prompt_lab.core.training_forward import twice_differentiable
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.data.episodes import Episodes
-from prompt_lab.files.prompt_file import load_prompt
+from prompt_lab.files.prompts import load_prompt
 from prompt_lab.files.results import read_csv
 from prompt_lab.methods.evaluation import Evaluation
 from prompt_lab.methods.initial_prompts import InitConfig

@@ -15,7 +15,7 @@ from test_prompt_tuning import make_data, make_method, make_trainer
 
 from prompt_lab.commands import offline
 from prompt_lab.commands.mix_command import mix_prompts
-from prompt_lab.files.prompt_file import PromptStore, load_prompt
+from prompt_lab.files.prompts import PromptStore, load_prompt
 from prompt_lab.methods.initial_prompts import InitConfig
 
 TARGET, *SOURCES = TASKS
@@ -100,7 +100,7 @@ def test_what_cannot_be_mixed_is_refused(store, tmp_path, backbone):
         mix_prompts(file, **given, sample=42)
     with pytest.raises(FileNotFoundError, match="no prompt file"):
         mix_prompts("nowhere.safetensors", **given)
-    with pytest.raises(FileNotFoundError, match="no prompt store nowhere"):
+    with pytest.raises(FileNotFoundError, match="no prompt file or folder nowhere"):
         mix_prompts(file, prompts=["nowhere"], out=out)
     other = make_store(tmp_path / "other", make_backbone("gpt2", seed=1))
     with pytest.raises(ValueError, match=r"do not combine: backbone .* with weights"):

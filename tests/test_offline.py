@@ -17,7 +17,7 @@ from prompt_lab.__main__ import (
     VECTORS_COMMANDS,
 )
 from prompt_lab.commands import offline
-from prompt_lab.files.prompt_file import Prompt, load_prompt, save_prompt
+from prompt_lab.files.prompts import Prompt, load_prompt, save_prompt
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +130,9 @@ def test_null_is_null_and_refused_where_it_cannot_be(word, monkeypatch, capsys):
 
 def test_bad_input_is_status_1_and_a_traceback_only_on_request(capsys, monkeypatch):
     assert status("export", "nothing", "--out", "x") == 1
-    assert capsys.readouterr().err == "prompt-lab: no prompt file nothing\n"
+    said = capsys.readouterr().err
+    assert said.startswith("prompt-lab: no prompt file or folder nothing: give")
+    assert said.count("\n") == 1
     monkeypatch.setenv("PROMPT_LAB_TRACEBACK", "1")
     with pytest.raises(FileNotFoundError):
         status("export", "nothing", "--out", "x")

@@ -22,11 +22,11 @@ from peft import (
 )
 from torch import Tensor
 
+from prompt_lab.commands.prompts import export_prompts
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.batch import IGNORE, make_batch
-from prompt_lab.files.exchange import export_prompts
-from prompt_lab.files.peft_format import load_peft
-from prompt_lab.files.prompt_file import Prompt, save_prompt
+from prompt_lab.files.peft import load_peft
+from prompt_lab.files.prompts import Prompt, save_prompt
 
 Factory = Callable[..., Backbone]
 Folders = Callable[[str], Path]

@@ -15,8 +15,8 @@ import torch
 from conftest import HIDDEN
 from safetensors.torch import load_file, save_file
 
-from prompt_lab.files.peft_format import is_peft, load_peft, read_safetensors, save_peft
-from prompt_lab.files.prompt_file import Prompt
+from prompt_lab.files.peft import is_peft, load_peft, read_safetensors, save_peft
+from prompt_lab.files.prompts import Prompt
 
 N = 4
 

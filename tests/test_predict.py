@@ -15,7 +15,7 @@ import prompt_lab
 from prompt_lab.commands import cli, offline, predict_command
 from prompt_lab.commands.predict_command import read_lines
 from prompt_lab.core.prediction import label_scores, predict
-from prompt_lab.files.prompt_file import Prompt, save_prompt
+from prompt_lab.files.prompts import Prompt, save_prompt
 
 TEXTS = ["a dog", "the small red house stands on the hill", "she likes", "yes", "no maybe yes no"]
 LABELS = ["negative", "positive", "maybe", "no way"]
@@ -374,10 +374,10 @@ def test_prompts_of_several_backbones_are_refused_unless_they_are_one(
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("nothing.safetensors",), "no prompt file nothing.safetensors"),
-        (("empty",), "no prompt files in folder empty"),
-        (("run",), f"no prompt files in folder run; did you mean {Path('run/prompts')}?"),
-        (("peft",), "peft is a PEFT folder: turn it into a prompt with prompt-lab import"),
+        (("nothing.safetensors",), "no prompt file or folder nothing.safetensors: give"),
+        (("empty",), "empty holds no prompts: give a prompt file, a "),
+        (("run",), "run holds no prompts: give a prompt file, a "),
+        (("peft",), "peft/adapter_config.json: not a config of PEFT"),
         (("x", "--input=none.txt"), "no input file none.txt"),
         (("x", "--input=empty"), "input is the folder empty: give a file"),
         (("x", "--out=empty"), "out is the folder empty: give a file"),

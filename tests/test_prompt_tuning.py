@@ -21,7 +21,7 @@ from lightning.pytorch import Callback, Trainer
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.optim import OptimConfig
 from prompt_lab.data.crossfit import CrossFitDataModule
-from prompt_lab.files.prompt_file import PromptStore
+from prompt_lab.files.prompts import PromptStore
 from prompt_lab.files.results import read_csv
 from prompt_lab.methods.initial_prompts import InitConfig
 from prompt_lab.methods.prompt_method import BackboneConfig

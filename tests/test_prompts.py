@@ -16,7 +16,7 @@ from prompt_lab.core import prompts
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.run import Run
 from prompt_lab.data.tasks import Task
-from prompt_lab.files.prompt_file import Prompt, PromptStore, save_prompt
+from prompt_lab.files.prompts import Prompt, PromptStore, save_prompt
 from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts, scale_ratio
 
 Factory = Callable[..., Backbone]
@@ -210,7 +210,7 @@ def test_every_way_describes_itself(values: dict[str, Any], words: str) -> None:
     ("values", "message"),
     [
         ({"name": "text"}, "init.name is text: give the text with init.text"),
-        ({"name": "file"}, "init.name is file: give a prompt file or store with init.path"),
+        ({"name": "file"}, "init.name is file: give a prompt file, a prompt store, "),
         ({"name": "vocabulary"}, r"init.name is 'vocabulary'; allowed: \('vocab', "),
     ],
 )
@@ -322,8 +322,7 @@ def test_a_transferred_prompt_that_says_what_to_call_it_is_called_that(
     ("values", "message"),
     [
         ({"source_tasks": []}, "init.source_tasks is empty"),
-        ({"name": "vocab", "source_tasks": ["a"]}, "needs init.name file and the folder"),
-        ({"path": "a.safetensors", "source_tasks": ["a"]}, "needs init.name file and the folder"),
+        ({"name": "vocab", "source_tasks": ["a"]}, "needs init.name file, with the source prompts"),
     ],
 )
 def test_a_transfer_without_a_store_or_sources_is_refused(
@@ -344,7 +343,7 @@ def test_sources_that_a_store_lacks_are_named_with_what_it_has(
         initial_prompts(config, model, runs, TASKS, 3)
     with pytest.raises(ValueError, match="only PromptTuning has it"):
         initial_prompts(config, model, [run("tone")], TASKS, 3)
-    with pytest.raises(FileNotFoundError, match="no prompt store nowhere"):
+    with pytest.raises(FileNotFoundError, match="no prompt file or folder nowhere"):
         initial_prompts(replace(config, path="nowhere"), model, runs, TASKS, 3)
 
 
@@ -375,5 +374,5 @@ def test_files_of_another_shape_or_backbone_or_nowhere_are_refused(
         one(config, model, 5)
     with pytest.raises(ValueError, match=r"made for backbone 'tiny-t5' .* but 'tiny-gpt2'"):
         one(config, backbone("gpt2"), 3)
-    with pytest.raises(FileNotFoundError, match="no prompt file"):
+    with pytest.raises(FileNotFoundError, match="no prompt file or folder"):
         one(InitConfig("file", path=str(tmp_path / "q.safetensors")), model, 3)

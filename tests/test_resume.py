@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prompt_lab.files.prompt_file import PromptStore, load_prompt
+from prompt_lab.files.prompts import PromptStore, load_prompt
 from prompt_lab.files.results import read_csv
 
 STEPS, EVERY = 12, 3

@@ -23,7 +23,7 @@ import yaml
 import prompt_lab
 from prompt_lab.commands import cli, offline
 from prompt_lab.commands.sweep_command import sweep_command
-from prompt_lab.files.prompt_file import Prompt, PromptStore, save_prompt
+from prompt_lab.files.prompts import Prompt, PromptStore, save_prompt
 
 ROOT = Path(prompt_lab.__file__).parent
 RUN_VARIABLES = (cli.RUN_DIR_VARIABLE, "WANDB_RUN_ID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
@@ -366,7 +366,10 @@ def files() -> set[str]:
 
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_a_name_inside_a_prompt_file_leads_nowhere(words, capsys, name, model_folder):
-    """Whichever command reads the file: export, import, a fit that starts from its store."""
+    """Whichever command reads the file: export, import, a fit that starts from its store.
+
+    A fit goes by the file's own name and its runs', so it starts, and writes to its folder alone.
+    """
     from prompt_lab.core.backbone import Backbone
 
     model = Backbone.load(str(model_folder("gpt2")))
@@ -380,11 +383,13 @@ def test_a_name_inside_a_prompt_file_leads_nowhere(words, capsys, name, model_fo
     ):
         assert offline.run(given) == 1
         assert "cannot be the name of a prompt" in error(capsys)
+    assert files() == before
     given = ("--model.init.name=file", "--model.init.path=s/s/s")
-    assert cli.run(words(*given)) == 1
-    assert "cannot be the name of a prompt" in error(capsys)
-    left = {path for path in files() - before if not path.endswith(("/r", "/r/.lock"))}
-    assert all(path.endswith("/r/config-fit.yaml") for path in left)
+    assert cli.run(words(*given)) == 0
+    own_folder = str(Path("r").resolve())
+    left = files() - before
+    assert f"{own_folder}/prompts/glue-sst2_13_seed0_lr0.05_bs4.safetensors" in left
+    assert all(path == own_folder or path.startswith(f"{own_folder}/") for path in left)
 
 
 def test_the_prompts_of_a_store_go_by_their_files_when_they_are_exported():

@@ -27,7 +27,7 @@ from prompt_lab.commands import offline
 from prompt_lab.core import similarity
 from prompt_lab.core.similarity import prompt_subspace, subspace_similarity
 from prompt_lab.data.partitions import partition
-from prompt_lab.files.prompt_file import Prompt, PromptStore
+from prompt_lab.files.prompts import Prompt, PromptStore
 
 N, D = 3, 24
 SOURCES = ["near", "half", "far"]
@@ -320,10 +320,10 @@ def test_prompts_that_cannot_be_compared_are_named(store, other, sentence, capsy
 
 def test_a_folder_that_is_not_there_and_one_without_prompts_are_refused(capsys):
     assert command("aim", "--prompts", "nowhere") == 1
-    assert capsys.readouterr().err.startswith("prompt-lab: no prompt store nowhere: tune the")
+    assert capsys.readouterr().err.startswith("prompt-lab: no prompt file or folder nowhere")
     Path("empty").mkdir()
     assert command("aim", "--prompts", "empty") == 1
-    assert "1 of 1 target tasks have no prompt in empty: aim" in capsys.readouterr().err
+    assert "empty holds no prompts: give" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

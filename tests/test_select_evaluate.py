@@ -20,8 +20,8 @@ from test_plots import assert_readable
 from test_select_command import D, Encoder, N, command, data, prompt, rows, save
 
 from prompt_lab.analysis import select_command
-from prompt_lab.core.atomic_file import write_csv
 from prompt_lab.files.results import RESULT_COLUMNS, read_csv
+from prompt_lab.files.tensors import write_csv
 
 
 @pytest.fixture(autouse=True)

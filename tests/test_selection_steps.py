@@ -13,7 +13,7 @@ import torch
 from test_select_command import D, N, command, prompt, save
 
 from prompt_lab.analysis.selection_steps import StepPrompt, find_steps, own_scores
-from prompt_lab.files.prompt_file import Prompt
+from prompt_lab.files.prompts import Prompt
 from prompt_lab.files.results import read_csv
 
 SOURCES, TARGETS, STEPS, SEEDS = "abc", "xy", (100, 20), (0, 1)
@@ -181,7 +181,7 @@ def test_of_a_grid_the_run_with_the_best_dev_score_at_any_step_counts_at_all():
         ]
         save(*made, folder=f"f/steps/{step}")
     steps, notes = find_steps(["f"], ["x"])
-    assert [[own.path.stem for own in steps[step]] for step in (1, 2, 3)] == [["x_0.3"]] * 3
+    assert [[own.found.stem for own in steps[step]] for step in (1, 2, 3)] == [["x_0.3"]] * 3
     assert notes == []
 
 
@@ -261,7 +261,7 @@ def drop(step: int, task: str) -> None:
         ),
         (
             lambda: shutil.rmtree("store"),
-            "no prompt store store: tune the prompts",
+            "no prompt file or folder store: give",
         ),
         (
             lambda: Path("store/c-13.safetensors").unlink(),

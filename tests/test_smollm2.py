@@ -21,10 +21,10 @@ from test_prompt_tuning import make_data, make_method, make_trainer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from prompt_lab.commands.prompts import export_prompts, import_prompts
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.prediction import label_scores
-from prompt_lab.files.exchange import export_prompts, import_prompts
-from prompt_lab.files.prompt_file import load_prompt
+from prompt_lab.files.prompts import load_prompt
 
 ROWS = 8  # of dev and of test
 TASK, LABELS = "trec", ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")

@@ -1,40 +1,21 @@
-"""The auto-encoder of prompts against NumPy and PCA; its file: what is written is read."""
+"""The auto-encoder of prompts against NumPy and PCA."""
 
 from __future__ import annotations
 
-import json
-import pickle
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import HIDDEN
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prompt_lab import __version__
 from prompt_lab.core.backbone import Backbone
-from prompt_lab.core.subspace import Subspace, load_subspace, reconstruction_loss, save_subspace
-from prompt_lab.files.prompt_file import Prompt, save_prompt
+from prompt_lab.core.subspace import Subspace, reconstruction_loss
 
 Factory = Callable[..., Backbone]
 
 N, D, H = 4, 6, 7
 CODE = 3
-METADATA: dict[str, Any] = {
-    "backbone": "someone/some-model",
-    "backbone_digest": "0123456789abcdef",
-    "source_tasks": ["emotion", "glue-sst2"],
-    "init_seed": 0,
-    "steps": 1000,
-    "alpha": 200.0,
-    "lm_reduction": "mean",
-    "ae_reduction": "sum",
-}
 
 
 def make(inner_size: int | None = H, seed: int = 0) -> Subspace:
@@ -43,22 +24,6 @@ def make(inner_size: int | None = H, seed: int = 0) -> Subspace:
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture
-def written(tmp_path: Path) -> Path:
-    """A subspace file."""
-    path = tmp_path / "subspace.safetensors"
-    save_subspace(path, make(), METADATA)
-    return path
-
-
-def rewrite(path: Path, tensors: dict[str, Tensor] | None = None, **metadata: str | None) -> None:
-    """The same file with other tensors, or with metadata changed, or left out where None."""
-    with safe_open(str(path), "pt") as file:
-        old = file.metadata()
-    new = {k: v for k, v in {**old, **metadata}.items() if v is not None}
-    save_file(load_file(path) if tensors is None else tensors, path, new)
 
 
 # ---- the maps -----------------------------------------------------------------------------------
@@ -188,142 +153,3 @@ def test_joint_loss_trains_every_weight() -> None:
     subspace, prompts = make(), draw(5, N, D)
     reconstruction_loss(subspace(prompts), prompts).sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in subspace.parameters())
-
-
-# ---- the file -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("inner_size", [H, None])
-def test_what_is_written_is_read(tmp_path: Path, inner_size: int | None) -> None:
-    subspace, path = make(inner_size), tmp_path / "new" / "subspace.safetensors"
-    save_subspace(path, subspace, METADATA)
-    found = load_subspace(path, num_virtual_tokens=N)
-    assert found.metadata == METADATA | {"version": __version__}
-    assert found.sizes() == subspace.sizes()
-    assert torch.equal(found(draw(2, N, D)), subspace(draw(2, N, D)))
-
-
-def test_a_loaded_subspace_is_frozen_and_only_codes_get_a_gradient(written: Path) -> None:
-    subspace = load_subspace(written)
-    assert not any(p.requires_grad for p in subspace.parameters())
-    codes = draw(2, CODE).requires_grad_()
-    subspace.back_project(codes).square().sum().backward()
-    assert codes.grad is not None
-    assert codes.grad.any()
-    assert all(p.grad is None for p in subspace.parameters())
-
-
-def test_metadata_are_strings_that_other_readers_understand(written: Path) -> None:
-    with safe_open(str(written), "pt") as file:
-        raw = file.metadata()
-    assert raw["format"] == "prompt_lab.core.subspace"
-    sizes = ("num_virtual_tokens", "hidden_size", "intrinsic_dim", "inner_size")
-    assert [json.loads(raw[name]) for name in sizes] == [N, D, CODE, H]
-    assert json.loads(raw["source_tasks"]) == METADATA["source_tasks"]
-
-
-def test_weights_are_written_in_single_precision(tmp_path: Path) -> None:
-    path = tmp_path / "subspace.safetensors"
-    save_subspace(path, make().double(), METADATA)
-    assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float32}
-
-
-def test_a_failed_write_leaves_the_old_file(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old = written.read_bytes()
-
-    def fail(*_: Any) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        save_subspace(written, make(seed=1), METADATA)
-    assert written.read_bytes() == old
-    assert [path.name for path in written.parent.iterdir()] == [written.name]
-
-
-def test_metadata_must_name_the_backbone_and_leave_sizes_to_the_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="lacks backbone_digest"):
-        save_subspace(tmp_path / "a", make(), {"backbone": "x"})
-    with pytest.raises(ValueError, match="leave hidden_size out of the metadata"):
-        save_subspace(tmp_path / "a", make(), METADATA | {"hidden_size": D})
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no subspace file .*absent"):
-        load_subspace(tmp_path / "absent")
-
-
-@pytest.mark.parametrize("kept", [0, 4, 100, -1])
-def test_a_truncated_file_is_refused(written: Path, kept: int) -> None:
-    written.write_bytes(written.read_bytes()[:kept])
-    with pytest.raises(ValueError, match="damaged or not a safetensors file"):
-        load_subspace(written)
-
-
-def test_a_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
-    path = tmp_path / "subspace.pt"
-    path.write_bytes(pickle.dumps(make().state_dict()))
-    with pytest.raises(ValueError, match="damaged or not a safetensors file"):
-        load_subspace(path)
-
-
-def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
-    prompt = Prompt(draw(N, D), draw(N, D), "p", "someone/some-model", "01", "02")
-    save_prompt(tmp_path / "prompt", prompt)
-    with pytest.raises(ValueError, match=r"not a subspace file of prompt_lab \(a prompt file\)"):
-        load_subspace(tmp_path / "prompt")
-    save_file({"weight": draw(N, D)}, tmp_path / "plain")
-    with pytest.raises(ValueError, match=r"not a subspace file .*\(no such metadata\)"):
-        load_subspace(tmp_path / "plain")
-
-
-def test_a_newer_format_and_lacking_metadata_are_refused(written: Path) -> None:
-    rewrite(written, format_version="2")
-    with pytest.raises(ValueError, match="reads up to 1: upgrade prompt_lab"):
-        load_subspace(written)
-    rewrite(written, format_version="1", intrinsic_dim=None, backbone=None)
-    with pytest.raises(ValueError, match="metadata lacks intrinsic_dim, backbone"):
-        load_subspace(written)
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"format_version": None}, "damaged, no version of the format"),
-        ({"format_version": "one"}, "damaged, no version of the format"),
-        ({"backbone": "{"}, "damaged, its metadata is not JSON"),
-    ],
-)
-def test_damaged_metadata_is_told(written: Path, changes: dict[str, str], reason: str) -> None:
-    rewrite(written, **changes)
-    with pytest.raises(ValueError, match=reason):
-        load_subspace(written)
-
-
-def test_shapes_that_disagree_with_the_metadata_are_refused(written: Path) -> None:
-    rewrite(written, intrinsic_dim="4")
-    with pytest.raises(ValueError, match=r"damaged: tensors .*\(3, 24\).*mean .*\(4, 24\)"):
-        load_subspace(written)
-    tensors = load_file(written)
-    del tensors["proj.bias"]
-    rewrite(written, tensors, intrinsic_dim="3")
-    with pytest.raises(ValueError, match="damaged: tensors"):
-        load_subspace(written)
-
-
-def test_another_number_of_virtual_tokens_is_refused_with_both_sides(written: Path) -> None:
-    with pytest.raises(ValueError, match="of 4 virtual tokens, but num_virtual_tokens is 100"):
-        load_subspace(written, num_virtual_tokens=100)
-
-
-def test_another_backbone_is_refused_with_both_sides(tmp_path: Path, backbone: Factory) -> None:
-    ours, path = backbone("gpt2"), tmp_path / "subspace.safetensors"
-    metadata = METADATA | {"backbone": ours.name, "backbone_digest": ours.digest}
-    save_subspace(path, Subspace(N, HIDDEN, CODE, H), metadata)
-    assert load_subspace(path, ours).metadata["backbone"] == ours.name
-    with pytest.raises(ValueError, match=rf"with weights {ours.digest[:12]}, but .* has weights"):
-        load_subspace(path, backbone("bloom"))
-    save_subspace(path, Subspace(N, HIDDEN + 1, CODE, H), metadata)
-    with pytest.raises(ValueError, match=rf"width {HIDDEN + 1} .* has hidden size {HIDDEN}"):
-        load_subspace(path, ours)

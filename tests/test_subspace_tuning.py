@@ -9,9 +9,10 @@ import pytest
 import torch
 from test_prompt_tuning import make_data, make_method, make_trainer
 
-from prompt_lab.core.subspace import Subspace, save_subspace
-from prompt_lab.files.checkpoint import load_checkpoint
-from prompt_lab.files.prompt_file import PromptStore
+from prompt_lab.core.subspace import Subspace
+from prompt_lab.files.networks import save_network
+from prompt_lab.files.peft import load_checkpoint
+from prompt_lab.files.prompts import PromptStore
 from prompt_lab.files.results import read_csv
 from prompt_lab.methods.prompt_tuning import PromptTuning
 from prompt_lab.methods.subspace_tuning import SubspaceConfig
@@ -25,7 +26,7 @@ def files(backbone, tmp_path) -> tuple[Any, Path]:
     model = backbone("gpt2")
     path = tmp_path / "subspace.safetensors"
     metadata = {"backbone": model.name, "backbone_digest": model.digest}
-    save_subspace(path, Subspace(TOKENS, model.hidden_size, DIM, inner_size=16), metadata)
+    save_network(path, Subspace(TOKENS, model.hidden_size, DIM, inner_size=16), metadata)
     return model, path
 
 

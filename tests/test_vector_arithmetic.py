@@ -21,7 +21,7 @@ from test_prompt_tuning import make_data, make_trainer
 from prompt_lab.commands import cli
 from prompt_lab.commands.report_command import report_command
 from prompt_lab.core.backbone import Backbone
-from prompt_lab.files.prompt_file import Prompt, PromptStore, load_prompt
+from prompt_lab.files.prompts import Prompt, PromptStore, load_prompt
 from prompt_lab.files.results import read_csv
 from prompt_lab.methods.evaluation import Evaluation
 from prompt_lab.methods.vector_arithmetic import GRID, VectorArithmetic, best_scale
@@ -472,7 +472,7 @@ def test_studies_that_the_prompts_do_not_allow_are_refused(run, settings, senten
         ({"backbone_digest": "0" * 64}, "with weights 000000000000"),
         ({"tokenizer_digest": "0" * 64}, "do not combine: tokenizer"),
         ({"prompt": drawn(1)[:2], "init": drawn(2)[:2]}, "shape 4 x 32 and 2 x 32"),
-        ({"prompt": drawn(1)[:, :8], "init": drawn(2)[:, :8]}, "prompt of width 8"),
+        ({"prompt": drawn(1)[:, :8], "init": drawn(2)[:, :8]}, "width 8 made for"),
         ({"prompt": drawn(1) * math.nan}, "numbers that are not finite"),
     ],
 )

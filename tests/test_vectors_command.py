@@ -19,11 +19,11 @@ from torch import Tensor
 from prompt_lab.__main__ import main
 from prompt_lab.commands import offline
 from prompt_lab.commands.predict_command import _find_prompts, _ways
+from prompt_lab.commands.prompts import export_prompts
 from prompt_lab.commands.vectors_command import apply_vectors, show_vectors
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.run import Run
-from prompt_lab.files.exchange import export_prompts
-from prompt_lab.files.prompt_file import Prompt, PromptStore, load_prompt
+from prompt_lab.files.prompts import Prompt, PromptStore, load_prompt
 from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts
 from prompt_lab.methods.task_vectors import find_vectors
 
@@ -291,7 +291,8 @@ def test_predict_export_and_prompt_tuning_take_what_is_written(backbone: Callabl
     config = InitConfig("file", path=str(paths[0]))
     assert initial_prompts(config, model, runs, {}, N)[1].equal(made[1])
     assert len(export_prompts("out", "tensors", format="tensor")) == 2
-    names, _, metadata = _find_prompts(["out"])
+    names, found = _find_prompts(["out"])
+    metadata = [one.metadata for one in found]
     assert names == [path.stem for path in paths]
     (way,) = set(_ways(metadata, None, None, {}))
     assert (way.max_input_length, way.labels) == (99, tuple(emotion_labels()))
@@ -376,10 +377,10 @@ def test_numbers_that_are_not_finite_are_refused(tensor):
         (("emotion", "--scale", "1e999"), "scale is inf: give a finite number"),
         (("emotion", "--out", "file"), "out is the file file: give a folder"),
         (("emotion", "--out", "foreign"), "damaged or not a safetensors file"),
-        (("emotion", "--prompts", "nowhere"), "no prompt store nowhere: tune the prompts"),
-        (("emotion", "--prompts", "empty"), "no tuned prompt of a task in empty"),
-        (("emotion", "--init", "nowhere"), "no prompt file nowhere"),
-        (("emotion", "--init", "empty"), "no prompt files in empty: give another"),
+        (("emotion", "--prompts", "nowhere"), "no prompt file or folder nowhere: give"),
+        (("emotion", "--prompts", "empty"), "empty holds no prompts: give"),
+        (("emotion", "--init", "nowhere"), "no prompt file or folder nowhere: give"),
+        (("emotion", "--init", "empty"), "empty holds no prompts: give"),
         (("emotion", "--init", "file"), "file: damaged or not a safetensors file"),
     ],
 )

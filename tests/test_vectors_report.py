@@ -25,7 +25,7 @@ from prompt_lab.analysis.vectors_report import (
     vector_tables,
 )
 from prompt_lab.commands import offline
-from prompt_lab.files.prompt_file import Prompt, save_prompt
+from prompt_lab.files.prompts import Prompt, save_prompt
 from prompt_lab.files.results import RESULT_COLUMNS, read_csv, write_csv
 
 Cells = dict[str, Any]
@@ -153,9 +153,10 @@ def test_the_ratio_of_norms_is_read_from_the_prompt_files(tmp_path):
     assert trec.ratio.count == 0
 
 
-def test_a_damaged_or_missing_prompt_file_has_no_ratio(tmp_path):
+def test_a_missing_prompt_file_has_no_ratio_and_a_damaged_one_is_told(tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"no")
-    assert math.isnan(norm_ratio(str(tmp_path / "bad.safetensors")))
+    with pytest.raises(ValueError, match=r"bad.safetensors: damaged"):
+        norm_ratio(str(tmp_path / "bad.safetensors"))
     assert math.isnan(norm_ratio("nowhere.safetensors"))
     assert math.isnan(norm_ratio(""))
 

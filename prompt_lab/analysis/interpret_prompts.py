@@ -6,16 +6,14 @@ by dev stands for its task, sample and seeds. Left out: what prompts say.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prompt_lab.files.prompt_file import Prompt
+    from prompt_lab.files.prompts import FoundPrompt, Prompt
 
 
 @dataclass(frozen=True)
@@ -24,12 +22,12 @@ class Tuned:
 
     Attributes:
         label: its name in the report, which no other one has.
-        path: its file.
-        prompt: what the file holds.
+        where: its place.
+        prompt: what is there.
     """
 
     label: str
-    path: Path
+    where: str
     prompt: Prompt
 
     @property
@@ -38,41 +36,43 @@ class Tuned:
         return self.prompt.task or self.prompt.origin or self.label
 
 
-def find_prompts(places: Sequence[str]) -> tuple[list[Tuned], list[str]]:
-    """The prompts of some files, stores and folders of fits, all of one backbone.
+def find_tuned(places: Sequence[str]) -> tuple[list[Tuned], list[str]]:
+    """The prompts of some places, all of one backbone.
 
     Args:
-        places: where they are.
+        places: as of :func:`prompt_lab.files.prompts.find_prompts`.
 
     Returns:
         The prompts, those of a task together, and notes on what was left out.
 
     Raises:
-        FileNotFoundError: a place that is not there.
-        ValueError: no prompts, a damaged file, NaN or infinite numbers, or several backbones.
+        FileNotFoundError: a place that is not there or holds no prompts.
+        ValueError: a damaged file, NaN or infinite numbers, or several backbones.
     """
-    from prompt_lab.files.prompt_file import load_prompt
+    from prompt_lab.files.prompts import best_found, find_prompts
 
-    paths, left_out = [], 0
-    for place in map(Path, places):
-        found, fewer = _files(place)
-        paths += found
-        left_out += fewer
-    paths = list(dict.fromkeys(paths))
-    if not paths:
-        raise ValueError(f"no prompt files in {', '.join(places) or 'nothing'}: give some")
+    found: dict[str, FoundPrompt] = {}
+    left_out = 0
+    for place in places:
+        own = find_prompts(place)
+        best = best_found(own, _run).values()
+        chosen = {*best, *(one for one in own if _run(one.metadata) is None)}
+        found |= {one.where: one for one in own if one in chosen}
+        left_out += len(own) - len(chosen)
     tuned = []
-    for path, label in zip(paths, _labels(paths), strict=True):
-        prompt = load_prompt(path)
+    for one, label in zip(found.values(), _labels(list(found.values())), strict=True):
+        prompt = one.load()
         if not (prompt.prompt.isfinite().all() and prompt.init.isfinite().all()):
-            raise ValueError(f"{path} holds NaN or infinite numbers: tune it again or leave it out")
-        tuned.append(Tuned(label, path, prompt))
+            raise ValueError(
+                f"{one.where} holds NaN or infinite numbers: tune it again or leave it out"
+            )
+        tuned.append(Tuned(label, one.where, prompt))
     first = tuned[0]
     for other in tuned:
         if other.prompt.backbone_digest != first.prompt.backbone_digest:
             raise ValueError(
-                f"{first.path} was made for backbone {first.prompt.backbone!r} with weights "
-                f"{first.prompt.backbone_digest[:12]}, but {other.path} for "
+                f"{first.where} was made for backbone {first.prompt.backbone!r} with weights "
+                f"{first.prompt.backbone_digest[:12]}, but {other.where} for "
                 f"{other.prompt.backbone!r} with weights {other.prompt.backbone_digest[:12]}: only "
                 "prompts of one backbone have one vocabulary"
             )
@@ -83,44 +83,26 @@ def find_prompts(places: Sequence[str]) -> tuple[list[Tuned], list[str]]:
     return tuned, [f"Of grids, {left_out} prompts with a lower dev score are left out."]
 
 
-def _files(place: Path) -> tuple[list[Path], int]:
-    """The prompt files of a place, of a grid the best, and how many are left out."""
-    from prompt_lab.files.prompt_file import read_metadata
-
-    if place.is_file():
-        return [place], 0
-    if not place.is_dir():
-        raise FileNotFoundError(f"no prompt file or folder {place}")
-    store = place / "prompts" if (place / "prompts").is_dir() else place
-    paths = sorted(store.glob("*.safetensors"))
-    best: dict[Any, tuple[float, Path]] = {}
-    for path in paths:
-        known = read_metadata(path)
-        key: Any = path
-        if known.get("task") and not known.get("made_from"):
-            key = tuple(
-                known.get(name)
-                for name in ("task", "sample", "init_seed", "order_seed", "initialised")
-            )
-        dev = known.get("dev_score")
-        score = -math.inf if dev is None or math.isnan(dev) else float(dev)
-        if key not in best or score > best[key][0]:
-            best[key] = score, path
-    return [path for _, path in best.values()], len(paths) - len(best)
+def _run(known: dict[str, Any]) -> tuple[Any, ...] | None:
+    """What the prompts of a grid have in common; None for one that was not tuned for a task."""
+    if not known.get("task") or known.get("made_from"):
+        return None
+    names = ("task", "sample", "init_seed", "order_seed", "initialised")
+    return tuple(known.get(name) for name in names)
 
 
-def _labels(paths: Sequence[Path]) -> list[str]:
-    """A name for each file: its own, with as many folders before it as make it different.
+def _labels(found: Sequence[FoundPrompt]) -> list[str]:
+    """A name for each prompt: its own, with as many folders before it as make it different.
 
     The folder ``prompts``, which every fit has, tells nothing apart.
     """
-    folders = [[part for part in path.parts[:-1] if part != "prompts"] for path in paths]
+    folders = [[part for part in one.path.parts[:-1] if part != "prompts"] for one in found]
     for depth in range(1, max(map(len, folders)) + 2):
-        parts = ([*own, path.stem] for own, path in zip(folders, paths, strict=True))
+        parts = ([*own, one.stem] for own, one in zip(folders, found, strict=True))
         names = ["/".join(own[-depth:]) for own in parts]
         if len(set(names)) == len(names):
             return names
-    return [str(path) for path in paths]
+    return [one.where for one in found]
 
 
 def prompt_distances(tuned: Sequence[Tuned], compare: str) -> Tensor:

@@ -16,7 +16,7 @@ from prompt_lab.analysis.interpret_prompts import distance_name
 from prompt_lab.analysis.interpret_tokens import SPACE
 from prompt_lab.analysis.interpret_transfer import SCORES
 from prompt_lab.analysis.report_blocks import Block, Token
-from prompt_lab.core.atomic_file import write_csv
+from prompt_lab.files.tensors import write_csv
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,7 +99,7 @@ def _prompt_row(reading: Reading, vocabulary: Vocabulary) -> dict[str, Any]:
     row_norm = float(reading.norms.mean())
     facts = {name: getattr(tuned.prompt, name) for name in ("sample", "init_seed", "order_seed")}
     return {
-        **{"prompt": tuned.label, "task": tuned.group, **facts, "file": str(tuned.path)},
+        **{"prompt": tuned.label, "task": tuned.group, **facts, "file": tuned.where},
         **{"rows": len(reading.norms), "norm": float(tuned.prompt.prompt.double().norm())},
         **{"row_norm": row_norm, "relative_norm": row_norm / vocabulary.norm},
         **{"drift": float(drift.l2.mean()), "most_drift": float(drift.l2.max())},

@@ -179,10 +179,10 @@ def read_prompts(
         surviving,
         token_ranks,
     )
-    from prompt_lab.files.prompt_file import check_backbone
+    from prompt_lab.files.prompts import check_prompt
 
     for one in tuned:
-        check_backbone(one.prompt, backbone, one.path)
+        check_prompt(one.prompt, backbone, one.where)
     if top > len(vocabulary.ids):
         raise ValueError(f"--top is {top}: there are {len(vocabulary.ids)} tokens")
     table, ids = vocabulary.table, vocabulary.ids

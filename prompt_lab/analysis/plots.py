@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prompt_lab.core.atomic_file import write_atomically
+from prompt_lab.files.tensors import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

@@ -21,12 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
-from prompt_lab.core.atomic_file import write_atomically
+from prompt_lab.files.tensors import write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from prompt_lab.data.mixtures import Key
+    from prompt_lab.files.prompts import FoundPrompt
 
 Choice = Literal["highest", "lowest", "random"]
 PromptMethod = Literal[
@@ -349,7 +350,7 @@ def check_prompts(
     method: str,
     targets: Sequence[str],
     sources: Sequence[str],
-    files: Mapping[Key, Path],
+    files: Mapping[Key, FoundPrompt],
     stores: Sequence[str] | None,
 ) -> None:
     """Refuse tasks without prompts.
@@ -390,7 +391,9 @@ def _check_roles(
         raise ValueError("no source tasks: name them with --sources, or give --prompts")
 
 
-def load_banks(files: Mapping[Key, Path], targets: Sequence[str], sources: Sequence[str]) -> Banks:
+def load_banks(
+    files: Mapping[Key, FoundPrompt], targets: Sequence[str], sources: Sequence[str]
+) -> Banks:
     """The prompts of target and source tasks; each file is read once.
 
     Args:
@@ -417,11 +420,9 @@ def _stack(prompts: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(prompts))
 
 
-def _read(files: Mapping[Key, Path]) -> list[Tensor]:
+def _read(files: Mapping[Key, FoundPrompt]) -> list[Tensor]:
     """The prompts of some files, (N, D) float32, all of one backbone and one shape."""
-    from prompt_lab.files.prompt_file import load_prompt
-
-    found = [(path, load_prompt(path)) for path in files.values()]
+    found = [(one.where, one.load()) for one in files.values()]
     first_path, first = found[0]
     for path, prompt in found:
         if prompt.backbone_digest != first.backbone_digest:

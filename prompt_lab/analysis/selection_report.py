@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from prompt_lab.analysis.selection import KS, Quality
 from prompt_lab.analysis.statistics import Summary, summarise
 from prompt_lab.analysis.transfer_table import Spread, Table, relative_transfer, spread
-from prompt_lab.core.atomic_file import write_csv
+from prompt_lab.files.tensors import write_csv
 
 if TYPE_CHECKING:
     from prompt_lab.data.mixtures import Key
+    from prompt_lab.files.prompts import FoundPrompt
 
 Ratings = dict[str, dict[str, dict[str, float]]]
 """Similarities by method, target and source."""
@@ -50,7 +51,7 @@ class Study:
     table: Table
     ratings: Ratings
     found: Mapping[str, Mapping[str, Quality]]
-    files: Mapping[Key, Path]
+    files: Mapping[Key, FoundPrompt]
     by_step: ByStep
 
 
@@ -329,7 +330,6 @@ def _token_figures(folder: Path, study: Study) -> Iterator[Path]:
     from prompt_lab.analysis.interpretation_plots import tsne_points
     from prompt_lab.analysis.plots import save_figure
     from prompt_lab.analysis.selection_plots import token_map
-    from prompt_lab.files.prompt_file import load_prompt
 
     samples: dict[str, list[int]] = {}
     for task, sample in sorted(study.files):
@@ -340,7 +340,7 @@ def _token_figures(folder: Path, study: Study) -> Iterator[Path]:
         for words, source in _extremes(of_source).items():
             own = sample if sample in samples[source] else samples[source][0]
             shown[words] = study.files[source, own]
-        prompts = [load_prompt(path).prompt.numpy() for path in shown.values()]
+        prompts = [one.load().prompt.numpy() for one in shown.values()]
         rows = np.concatenate(prompts)
         if len(rows) < 4:  # too few for t-SNE
             continue

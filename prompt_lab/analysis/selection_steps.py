@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, get_args
 from prompt_lab.analysis.select_command import Likeness, PromptMethod, load_banks, rank_by_prompts
 from prompt_lab.analysis.selection import Quality, Seeds, evaluate, judge, mean_quality
 from prompt_lab.analysis.transfer_table import Table, some
+from prompt_lab.files.prompts import FoundPrompt, find_prompts
 from prompt_lab.files.results import is_plain
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class StepPrompt:
     """The prompt of a target task at some step.
 
     Attributes:
-        path: its file.
+        found: where it is.
         task: the target task.
         sample: its sample; -1 for none.
         init_seed: its initialisation seed; -1 for none.
@@ -51,7 +52,7 @@ class StepPrompt:
         dev: dev score at that step; minus infinity where there is none.
     """
 
-    path: Path
+    found: FoundPrompt
     task: str
     sample: int
     init_seed: int
@@ -107,7 +108,7 @@ def find_steps(folders: Sequence[str], targets: Sequence[str]) -> tuple[Steps, l
 
 
 def judge_steps(
-    table: Table, steps: Steps, files: Mapping[Key, Path], seeds: Seeds
+    table: Table, steps: Steps, files: Mapping[Key, FoundPrompt], seeds: Seeds
 ) -> dict[int, dict[str, dict[str, Quality]]]:
     """Judge the rankings by the target prompts of each step.
 
@@ -128,7 +129,7 @@ def judge_steps(
     found: dict[int, dict[str, dict[str, Quality]]] = {}
     for step, prompts in steps.items():
         # Each prompt goes by its path, so that all of one task and sample are ranked by themselves.
-        own = {(str(prompt.path), prompt.sample): prompt.path for prompt in prompts}
+        own = {(prompt.found.where, prompt.sample): prompt.found for prompt in prompts}
         banks = load_banks(own | sources, [name for name, _ in own], table.sources)
         found[step] = {
             method: _judge(table, prompts, rank_by_prompts(method, banks)[0], seeds)
@@ -184,7 +185,7 @@ def _judge(
     """The quality of one method's rankings at one step, by target."""
     likeness: dict[str, list[tuple[StepPrompt, dict[str, float]]]] = {}
     for prompt in prompts:
-        values = {one.task: one.mean for one in rankings[str(prompt.path)]}
+        values = {one.task: one.mean for one in rankings[prompt.found.where]}
         likeness.setdefault(prompt.task, []).append((prompt, values))
     if seeds == "mean":
         means = {
@@ -228,27 +229,22 @@ def _step_folders(folder: Path) -> list[tuple[int, Path]]:
 
 def _prompts(store: Path, targets: Sequence[str]) -> tuple[list[StepPrompt], int]:
     """The prompts of target tasks in a store, and the number of others."""
-    from prompt_lab.files.prompt_file import PromptStore
-
-    known = PromptStore(store).index()
-    kept = [
-        facts
-        for facts in known
-        if facts.get("task") in targets and is_plain(facts.get("initialised") or "")
-    ]
+    known = find_prompts(store)
     prompts = []
-    for facts in kept:
+    for one in known:
+        facts = one.metadata
+        if facts.get("task") not in targets or not is_plain(facts.get("initialised") or ""):
+            continue
         seeds = (facts.get(name) for name in ("sample", "init_seed", "order_seed"))
-        dev = facts.get("dev_score")
         prompts.append(
             StepPrompt(
-                store / f"{facts['name']}.safetensors",
+                one,
                 facts["task"],
                 *(-1 if seed is None else int(seed) for seed in seeds),
-                dev=-math.inf if dev is None or math.isnan(dev) else dev,
+                dev=one.dev,
             )
         )
-    return prompts, len(known) - len(kept)
+    return prompts, len(known) - len(prompts)
 
 
 def _best_runs(found: Steps) -> Steps:
@@ -267,7 +263,7 @@ def _best_runs(found: Steps) -> Steps:
 
 def _run(prompt: StepPrompt) -> tuple[Path, str]:
     """Folder and name of the run that a prompt is of."""
-    return prompt.path.parent.parent, prompt.path.name
+    return prompt.found.path.parent.parent, prompt.found.path.name
 
 
 def _check_targets(steps: Steps, folders: Sequence[str], targets: Sequence[str]) -> None:

@@ -108,7 +108,7 @@ def _results_entries(rows: Sequence[Row]) -> tuple[list[Entry], tuple[str, ...]]
 
 def _starts(ways: Iterable[str]) -> dict[str, str]:
     """Source task of each way to initialise a prompt; `NO_TRANSFER`, or empty for other starts."""
-    from prompt_lab.files.prompt_file import read_metadata
+    from prompt_lab.files.prompts import find_prompts
 
     starts, lost = {}, []
     for way in dict.fromkeys(ways):
@@ -117,7 +117,7 @@ def _starts(ways: Iterable[str]) -> dict[str, str]:
         starts[way] = NO_TRANSFER if is_plain(way) else ""
         if kind == "file" and path.suffix == ".safetensors":
             if path.is_file():
-                starts[way] = read_metadata(path).get("task") or ""
+                starts[way] = find_prompts(path)[0].metadata.get("task") or ""
             else:
                 lost.append(text)
     if lost:

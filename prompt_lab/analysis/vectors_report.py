@@ -393,18 +393,14 @@ def _crossed_task(test: str, sums: Sequence[Sum], alone: Sequence[Sum], known: _
 
 def norm_ratio(path: str) -> float:
     """Frobenius norm of a prompt file's vector / that of its init; NaN where there is none."""
-    import numpy as np
-    from safetensors import SafetensorError, safe_open
+    from prompt_lab.files.prompts import load_prompt
 
     if not path or not Path(path).is_file():
         return math.nan
-    try:
-        with safe_open(path, "np") as file:
-            prompt, init = (file.get_tensor(name).astype(np.float64) for name in ("prompt", "init"))
-    except SafetensorError:
-        return math.nan
-    start = float(np.linalg.norm(init))
-    return float(np.linalg.norm(prompt - init)) / start if start else math.nan
+    prompt = load_prompt(path)
+    start = prompt.init.double().norm().item()
+    moved = (prompt.prompt.double() - prompt.init.double()).norm().item()
+    return moved / start if start else math.nan
 
 
 # ---- sums ----------------------------------------------------------------------------------------

@@ -191,7 +191,7 @@ def _one_line(task: str, error: Exception) -> str:
 
 def _make_writable(out: Path) -> None:
     """Make the folder, and try it, before anything is downloaded."""
-    from prompt_lab.core.atomic_file import write_atomically
+    from prompt_lab.files.tensors import write_atomically
 
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -18,9 +18,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
-from prompt_lab.core.atomic_file import write_atomically
 from prompt_lab.data.episodes import Episodes
 from prompt_lab.files.results import CURVE_COLUMNS, read_csv
+from prompt_lab.files.tensors import write_atomically
 from prompt_lab.methods.prompt_method import PromptMethod
 
 NOT_SAVED = ("ckpt_path", "dry_run", "run_dir", "weights_only")

@@ -44,9 +44,9 @@ from prompt_lab.commands.callbacks import (
     flag_names,
 )
 from prompt_lab.commands.offline import null_refused, plain_warnings, refuse_null
-from prompt_lab.core.atomic_file import held, write_atomically
 from prompt_lab.data.crossfit import CrossFitDataModule
-from prompt_lab.files.checkpoint import read_pickle
+from prompt_lab.files.peft import read_pickle
+from prompt_lab.files.tensors import held, write_atomically
 from prompt_lab.methods.adapter_subspace import AdapterSubspace, AdapterTuning
 from prompt_lab.methods.attempt import Attempt
 from prompt_lab.methods.fine_tuning import FineTuning

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from prompt_lab.analysis.significance_report import extent, spread
 from prompt_lab.analysis.statistics import Summary, summarise
-from prompt_lab.core.atomic_file import write_csv
+from prompt_lab.files.tensors import write_csv
 from prompt_lab.methods.task_vectors import (
     Group,
     Source,
@@ -37,6 +37,8 @@ from prompt_lab.methods.task_vectors import (
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from prompt_lab.files.prompts import FoundPrompt
 
 What = Literal["prompts", "vectors"]
 Starts = Literal["different", "equal"]
@@ -117,7 +119,7 @@ def compare_vectors(prompts: list[str], *, out: str) -> list[Path]:
 
 
 def _load(
-    found: Mapping[Group, Mapping[str, Path]],
+    found: Mapping[Group, Mapping[str, FoundPrompt]],
 ) -> dict[int | None, list[Source]]:
     """The prompts of each sample."""
     groups: dict[int | None, list[Source]] = {}
@@ -196,7 +198,7 @@ def _cosines(bank: Tensor) -> list[list[float]]:
 
 def _tell_zero(what: What, sources: Sequence[Source], cosines: Sequence[Sequence[float]]) -> None:
     """Name what is left out for having no direction."""
-    zero = [str(s.path) for at, s in enumerate(sources) if math.isnan(cosines[at][at])]
+    zero = [s.found.where for at, s in enumerate(sources) if math.isnan(cosines[at][at])]
     if zero:
         print(f"prompt-lab: {what} left out, as they are zero: {listed(zero)}", file=sys.stderr)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from prompt_lab.analysis.interpret_figures import draw_figures
-from prompt_lab.analysis.interpret_prompts import find_prompts, prompt_distances, start_notes
+from prompt_lab.analysis.interpret_prompts import find_tuned, prompt_distances, start_notes
 from prompt_lab.analysis.interpret_report import (
     about,
     picture_blocks,
@@ -27,7 +27,7 @@ from prompt_lab.analysis.interpret_report import (
 from prompt_lab.analysis.interpret_tokens import read_prompts, read_vocabulary
 from prompt_lab.analysis.interpret_transfer import compare_transfer, read_transfer
 from prompt_lab.analysis.report_blocks import as_html, as_markdown, as_text
-from prompt_lab.core.atomic_file import write_atomically
+from prompt_lab.files.tensors import write_atomically
 
 
 def interpret_command(
@@ -51,7 +51,8 @@ def interpret_command(
     tasks, and whether near ones do so better: a rank correlation with a permutation test.
 
     Args:
-        prompts: prompt files, prompt stores, or folders of fits; of one backbone.
+        prompts: prompt files, prompt stores, folders of fits, PEFT folders or checkpoints; of one
+            backbone.
         out: folder for the report.
         top: how many nearest tokens of each row.
         measure: what near means: cosine, l2 (Euclidean distance) or dot (inner product).
@@ -83,7 +84,7 @@ def interpret_command(
         raise NotADirectoryError(f"--out {folder} is a file: name a folder")
     if top < 1:
         raise ValueError(f"--top is {top}: give 1 or more")
-    tuned, notes = find_prompts(prompts)
+    tuned, notes = find_tuned(prompts)
     distances = prompt_distances(tuned, compare)
     table = None if transfer is None else read_transfer(transfer, tuned)
     model = Backbone.load(backbone or tuned[0].prompt.backbone)

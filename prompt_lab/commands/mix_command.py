@@ -12,11 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prompt_lab.methods.source_prompts import best_files, best_prompts
+from prompt_lab.files.prompts import FoundPrompt, best_found, find_prompts
+from prompt_lab.methods.source_prompts import best_prompts
 from prompt_lab.methods.task_vectors import check_compatible, load_source
 
 if TYPE_CHECKING:
-    from prompt_lab.files.prompt_file import Prompt
+    from prompt_lab.files.prompts import Prompt
 
 ORIGIN = "spot mixture"
 
@@ -39,10 +40,10 @@ def mix_prompts(
     with the files and their digests. Nothing is overwritten.
 
     Args:
-        target: prompt file of the target task, tuned briefly or to the end; or a prompt store or
-            the folder of a fit with those of several tasks, of which the best by dev of each task,
-            sample and seed is taken.
-        prompts: prompt stores, or folders of fits, that hold the source prompts.
+        target: prompt file of the target task, tuned briefly or to the end; or a prompt store, the
+            folder of a fit or a checkpoint with those of several tasks, of which the best by dev of
+            each task, sample and seed is taken.
+        prompts: prompt stores, folders of fits, prompt files or checkpoints with source prompts.
         out: prompt store to write to; made if it is not there.
         sources: source tasks, or sets of partitions; by default all tasks of the stores but the
             target's own.
@@ -57,19 +58,20 @@ def mix_prompts(
             similarity, or a file that exists.
     """
     from prompt_lab.data.partitions import expand_sets
-    from prompt_lab.files.prompt_file import PromptStore, read_metadata
+    from prompt_lab.files.prompts import PromptStore
 
     store = PromptStore(out)
     if store.folder.exists():
         store.index()  # refuses a folder of something else
-    found, seeded = best_prompts(prompts), best_files(prompts, _seeded)
-    is_folder = Path(target).is_dir()
-    files = list(best_files([target], _seeded).values()) if is_folder else [Path(target)]
-    if not files:
+    found, seeded = best_prompts(prompts), best_found(find_prompts(*prompts), _seeded)
+    targets = find_prompts(target)
+    if len(targets) > 1:
+        targets = list(best_found(targets, _seeded).values())
+    if not targets:
         raise FileNotFoundError(f"no prompts of tasks in {target}: tune a prompt of the target")
     made = []
-    for file in files:
-        task, of_sample, seed = _key(read_metadata(file))
+    for one in targets:
+        task, of_sample, seed = _key(one.metadata)
         of_sample = of_sample if sample is None else sample
         others = [name for name, own in found if own == of_sample and name != task]
         names = expand_sets(sources) if sources else others
@@ -81,7 +83,7 @@ def mix_prompts(
                 "another --sample"
             )
         own = {name: seeded.get((name, of_sample, seed), found[name, of_sample]) for name in names}
-        made.append(_mixture(file, own))
+        made.append(_mixture(one, own))
     there = [path for path in (store.path(prompt.name) for prompt in made) if path.exists()]
     if there:
         raise ValueError(f"{there[0]} is there and is not overwritten: choose another folder")
@@ -104,22 +106,22 @@ def _seeded(known: dict[str, Any]) -> tuple[str, int, int] | None:
     return _key(known) if known.get("task") else None
 
 
-def _mixture(file: Path, sources: dict[str, Path]) -> Prompt:
+def _mixture(found: FoundPrompt, sources: dict[str, FoundPrompt]) -> Prompt:
     """The mixture for a target prompt, with where it comes from; it answers as the target's."""
     import torch
 
     from prompt_lab import __version__
     from prompt_lab.core.attention_mixture import mix, similarity_weights
 
-    target = load_source(file)
-    loaded = {task: load_source(path) for task, path in sources.items()}
+    target = load_source(found)
+    loaded = {task: load_source(one) for task, one in sources.items()}
     for source in loaded.values():
         check_compatible(target, source)
     stacked = torch.stack([source.prompt.prompt for source in loaded.values()]).double()
     try:
         weights = similarity_weights(target.prompt.prompt, stacked)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+        raise ValueError(f"{found.where}: {error}") from None
     mixed = mix(weights, stacked).float()
     parts = [
         {"task": task, "weight": weight, **source.provenance()}

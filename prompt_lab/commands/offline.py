@@ -31,8 +31,8 @@ from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
 FUNCTIONS = {
     "predict": ("prompt_lab.commands.predict_command", "predict_command"),
-    "export": ("prompt_lab.files.exchange", "export_prompts"),
-    "import": ("prompt_lab.files.exchange", "import_prompts"),
+    "export": ("prompt_lab.commands.prompts", "export_prompts"),
+    "import": ("prompt_lab.commands.prompts", "import_prompts"),
     "tasks list": ("prompt_lab.commands.tasks_command", "list_tasks"),
     "tasks show": ("prompt_lab.commands.tasks_command", "show_task"),
     "tasks check": ("prompt_lab.commands.tasks_command", "check_tasks"),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from prompt_lab.core.backbone import Backbone, Side
+    from prompt_lab.files.prompts import FoundPrompt
 
 FIRST_CHUNK, LARGEST_CHUNK = 64, 4096
 """Lines that are answered at a time, doubling; within them rows are sorted by length."""
@@ -98,7 +99,8 @@ def predict_command(
     scores, and the other fields of a jsonl input.
 
     Args:
-        prompts: prompt files, or folders of prompt stores for all prompts in them.
+        prompts: prompt files, prompt stores, folders of fits, PEFT folders or checkpoints, for all
+            prompts in them.
         input: file with one input per line, or .jsonl file of objects with a field "input"; - or
             nothing for lines from standard input.
         out: file to write, whole or not at all; standard output by default.
@@ -138,10 +140,11 @@ def predict_command(
     source = _check_input(input)
     if out is not None and Path(out).is_dir():
         raise ValueError(f"out is the folder {out}: give a file")
-    names, paths, metadata = _find_prompts(prompts)
+    names, found = _find_prompts(prompts)
+    metadata = [one.metadata for one in found]
     ways = _ways(metadata, labels, decoding, given)
     model = _load(backbone or _common_backbone(names, metadata), dtype, device)
-    bank = _load_bank(paths, model)
+    bank = [one.load(model).prompt for one in found]
     as_json = format == "jsonl" or (format == "auto" and (out or "").endswith(".jsonl"))
 
     def answer(way: Way, prompts: list[Tensor], texts: list[str]) -> list[list[Answer]]:
@@ -220,32 +223,16 @@ def _check_input(given: str | None) -> Path | None:
     return path
 
 
-def _find_prompts(given: Sequence[str]) -> tuple[list[str], list[Path], list[dict[str, Any]]]:
-    """Names, files and metadata; where names repeat, prompts are named by their files."""
-    from prompt_lab.core.attention_mixture import check_answers_alone
-    from prompt_lab.files.prompt_file import read_metadata
+def _find_prompts(given: Sequence[str]) -> tuple[list[str], list[FoundPrompt]]:
+    """Names and prompts; where names repeat, prompts are named by their places."""
+    from prompt_lab.files.prompts import check_answers_alone, find_prompts
 
-    paths = [path for text in given for path in _prompt_files(Path(text))]
-    metadata = [read_metadata(path) for path in paths]
-    for path, row in zip(paths, metadata, strict=True):
-        check_answers_alone(path, row.get("made_from"))
-    names = [str(row["name"]) for row in metadata]
+    found = find_prompts(*given)
+    for one in found:
+        check_answers_alone(one.where, one.metadata.get("made_from"))
+    names = [str(one.metadata["name"]) for one in found]
     unique = len(set(names)) == len(names)
-    return names if unique else [str(path) for path in paths], paths, metadata
-
-
-def _prompt_files(path: Path) -> list[Path]:
-    """A prompt file, or the files of a store."""
-    if not path.is_dir():
-        return [path]
-    if (path / "adapter_config.json").is_file():
-        raise ValueError(f"{path} is a PEFT folder: turn it into a prompt with prompt-lab import")
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        inner = path / "prompts"
-        hint = f"; did you mean {inner}?" if inner.is_dir() else ""
-        raise ValueError(f"no prompt files in folder {path}{hint}")
-    return files
+    return names if unique else [one.where for one in found], found
 
 
 def _ways(
@@ -301,7 +288,10 @@ def _common_backbone(names: Sequence[str], metadata: Sequence[dict[str, Any]]) -
             f"the prompts are for different backbones, {found}: predict with the prompts of one, "
             "or give --backbone where these are one model under several names"
         )
-    return next(iter(first))
+    (name,) = first
+    if not name:
+        raise ValueError(f"{first[name]} does not name its model: give it with --backbone")
+    return name
 
 
 def _load(name: str, dtype: Literal["float32", "bfloat16"], device: str) -> Backbone:
@@ -315,13 +305,6 @@ def _load(name: str, dtype: Literal["float32", "bfloat16"], device: str) -> Back
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return Backbone.load(name, dtype).to(device)
-
-
-def _load_bank(paths: Sequence[Path], backbone: Backbone) -> list[Tensor]:
-    """The prompts (N, D), each checked against the backbone."""
-    from prompt_lab.files.prompt_file import load_prompt
-
-    return [load_prompt(path, backbone).prompt for path in paths]
 
 
 def _answer_chunk(

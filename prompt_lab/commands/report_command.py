@@ -65,7 +65,7 @@ from prompt_lab.analysis.vectors_report import (
     vector_sections,
     vector_tables,
 )
-from prompt_lab.core.atomic_file import write_atomically, write_csv
+from prompt_lab.files.tensors import write_atomically, write_csv
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -675,15 +675,12 @@ def _draw_maps(report: Report, folder: Path) -> list[Path]:
 
 def _read_code(path: str) -> NDArray[Any] | None:
     """The code (I,) in a prompt file, or None where there is no file or no code in it."""
-    from safetensors import SafetensorError, safe_open
+    from prompt_lab.files.prompts import load_prompt
 
     if not path or not Path(path).is_file():
         return None
-    try:
-        with safe_open(path, "np") as file:
-            return file.get_tensor("code") if "code" in file.keys() else None  # noqa: SIM118
-    except SafetensorError:
-        return None
+    code = load_prompt(path).code
+    return None if code is None else code.numpy()
 
 
 def _draw_curves(report: Report, reference: str | None, folder: Path) -> list[Path]:

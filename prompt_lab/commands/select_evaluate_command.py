@@ -32,6 +32,7 @@ from prompt_lab.analysis.transfer_table import Table, read_table
 if TYPE_CHECKING:
     from prompt_lab.analysis.selection_report import ByStep
     from prompt_lab.data.mixtures import Key
+    from prompt_lab.files.prompts import FoundPrompt
 
 _MOST_STEPS = 10
 """Columns of a printed table of steps."""
@@ -141,7 +142,7 @@ def _ratings(table: Table, root: str | None, encoder: str | None) -> Ratings:
 
 def _tuned(
     table: Table, stores: Sequence[str], has_steps: bool
-) -> tuple[dict[Key, Path], list[str]]:
+) -> tuple[dict[Key, FoundPrompt], list[str]]:
     """The best prompts by task and sample, and the targets without one, which steps allow."""
     from prompt_lab.methods.source_prompts import best_prompts
 
@@ -154,7 +155,7 @@ def _tuned(
 
 
 def _prompt_ratings(
-    targets: Sequence[str], sources: Sequence[str], files: Mapping[Key, Path]
+    targets: Sequence[str], sources: Sequence[str], files: Mapping[Key, FoundPrompt]
 ) -> Ratings:
     """Similarities by method, target and source, of all methods on prompts."""
     banks = load_banks(files, targets, sources)
@@ -185,7 +186,7 @@ def _file_ratings(files: Sequence[str], others: Ratings) -> Ratings:
 
 
 def _by_step(
-    table: Table, folders: Sequence[str], files: Mapping[Key, Path], seeds: Seeds
+    table: Table, folders: Sequence[str], files: Mapping[Key, FoundPrompt], seeds: Seeds
 ) -> tuple[ByStep, list[str]]:
     """The quality of all methods on prompts at each saved step, and what to know of it."""
     from prompt_lab.analysis.selection_steps import find_steps, judge_steps, tell_matches

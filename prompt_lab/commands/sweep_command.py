@@ -29,8 +29,8 @@ from typing import Any
 
 from prompt_lab.commands.sweep_banks import BANK, MARKER, Fit, plan_fits, trial_folder, trial_state
 from prompt_lab.commands.sweep_file import Sweep, Trial, make_trials, read_sweep
-from prompt_lab.core.atomic_file import held, write_atomically, write_csv
 from prompt_lab.files.results import BASELINES, RESULT_COLUMNS, best_by_dev, read_csv
+from prompt_lab.files.tensors import held, write_atomically, write_csv
 
 LOG, CHECKPOINT = "log.txt", "checkpoints/last.ckpt"
 TAIL_LINES, TAIL_BYTES = 10, 20_000

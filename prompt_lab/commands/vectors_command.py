@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prompt_lab.methods.source_prompts import prompt_files
+from prompt_lab.files.prompts import FoundPrompt, find_prompts
 from prompt_lab.methods.task_vectors import (
     Group,
     Source,
@@ -34,7 +34,7 @@ from prompt_lab.methods.task_vectors import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prompt_lab.files.prompt_file import Prompt
+    from prompt_lab.files.prompts import Prompt
 
 LONGEST_NAME = 200
 """Characters in a file's name; what is longer is cut there and gets a digest."""
@@ -96,11 +96,12 @@ def apply_vectors(
 
     Args:
         expression: sum of vectors, by the names of their tasks.
-        prompts: prompt stores, or folders of fits, that hold the tuned prompts.
+        prompts: prompt stores, folders of fits, prompt files or checkpoints with tuned prompts.
         out: prompt store to write to; made if it is not there.
         init: what to apply to: the initial prompt that a prompt file was tuned from, or every
-            different one of a prompt store or fit; the prompt itself of a file that was made to
-            start from, as by MetaPrompt. By default the initial prompt that the vectors share.
+            different one of a prompt store, fit or checkpoint; the prompt itself of a file that was
+            made to start from, as by MetaPrompt. By default the initial prompt that the vectors
+            share.
         scale: factor of the whole expression, the paper's lambda.
         task: task that the written prompts are for; by default the one of the expression, and none
             where there are several.
@@ -115,7 +116,7 @@ def apply_vectors(
             that are not finite, or a file that exists.
     """
     from prompt_lab.core.arithmetic import parse_expression
-    from prompt_lab.files.prompt_file import PromptStore
+    from prompt_lab.files.prompts import PromptStore
 
     coefficients = parse_expression(expression)
     if not math.isfinite(scale):
@@ -131,7 +132,7 @@ def apply_vectors(
     groups, left_out = complete(find_vectors(prompts), list(coefficients), prompts)
     if left_out:
         print(f"prompt-lab: left out: {left_out}", file=sys.stderr)
-    made = _results(asked, groups, None if init is None else _initial_prompts(Path(init)))
+    made = _results(asked, groups, None if init is None else _initial_prompts(init))
     there = [path for path in (store.path(prompt.name) for prompt in made) if path.exists()]
     if there:
         raise ValueError(f"{there[0]} is there and is not overwritten: choose another folder")
@@ -148,7 +149,7 @@ def show_vectors(prompts: list[str]) -> None:
     norm 0.
 
     Args:
-        prompts: prompt stores, or folders of fits.
+        prompts: prompt stores, folders of fits, prompt files or checkpoints.
 
     Raises:
         FileNotFoundError: a store that is not there.
@@ -194,14 +195,10 @@ def _cell(number: float | None) -> str:
 # ---- which prompts -------------------------------------------------------------------------------
 
 
-def _initial_prompts(path: Path) -> list[Source]:
-    """A prompt file, or of a store the first file of every different initial prompt."""
-    files = prompt_files(path) if path.is_dir() else [path]
-    sources = [load_source(file) for file in files]
-    if not sources:
-        raise FileNotFoundError(f"no prompt files in {path}: give another initial prompt")
+def _initial_prompts(place: str) -> list[Source]:
+    """The first prompt of every different initial prompt."""
     different: dict[bytes, Source] = {}
-    for source in sources:
+    for source in map(load_source, find_prompts(place)):
         different.setdefault(source.start.numpy().tobytes(), source)
     return list(different.values())
 
@@ -210,7 +207,9 @@ def _initial_prompts(path: Path) -> list[Source]:
 
 
 def _results(
-    asked: Combination, groups: Mapping[Group, Mapping[str, Path]], given: list[Source] | None
+    asked: Combination,
+    groups: Mapping[Group, Mapping[str, FoundPrompt]],
+    given: list[Source] | None,
 ) -> list[Prompt]:
     """The prompts of all samples and seeds, on the given initial prompts or on their own."""
     made: list[Prompt] = []
@@ -231,7 +230,7 @@ def _results(
             made.append(_result(stem, asked, vectors, own, own.prompt.init))
             continue
         for base in given:
-            name = shortened(f"{stem}_on_{base.path.stem}", LONGEST_NAME)
+            name = shortened(f"{stem}_on_{base.found.stem}", LONGEST_NAME)
             made.append(_result(name, asked, vectors, base, base.start))
     return made
 
@@ -240,7 +239,10 @@ def _tell_zero(sources: Iterable[Source]) -> None:
     """Name the prompts that are their own init, as imported ones and those of step 0."""
     for source in sources:
         if source.prompt.prompt.equal(source.prompt.init):
-            print(f"prompt-lab: {source.path} adds nothing: it is its own init", file=sys.stderr)
+            print(
+                f"prompt-lab: {source.found.where} adds nothing: it is its own init",
+                file=sys.stderr,
+            )
 
 
 def _result(
@@ -248,7 +250,7 @@ def _result(
 ) -> Prompt:
     """The prompt init + scale * expression, with where it comes from."""
     from prompt_lab import __version__
-    from prompt_lab.files.prompt_file import Prompt
+    from prompt_lab.files.prompts import Prompt
 
     factors = asked.coefficients
     sources = [vectors[task] for task in factors]

@@ -21,26 +21,13 @@ authors of ATTEMPT (dot, linear, token, constant) and a learned temperature.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from prompt_lab import __version__
-from prompt_lab.core.atomic_file import write_atomically
 from prompt_lab.core.similarity import feature_similarities
-
-if TYPE_CHECKING:
-    from prompt_lab.core.backbone import Backbone
-
-FORMAT = "prompt_lab.attention"
-FORMAT_VERSION = 1
-SIZES = ("hidden_size", "inner_size", "temperature")
-REQUIRED = ("backbone", "backbone_digest")
 
 
 def max_pool(embeddings: Tensor, mask: Tensor) -> Tensor:
@@ -73,7 +60,8 @@ class PromptAttention(nn.Module):
         hidden_size: D, width of the backbone.
         inner_size: r, width between the two layers; 100 in the authors' code.
         temperature: T; None for D * e, as in the paper (2087 for a width of 768).
-        seed: of the initial weights; torch's global generator is not touched.
+        seed: of the initial weights; torch's global generator is not touched. None leaves them
+            without storage, to be assigned.
 
     Attributes:
         metadata: what a file says about it; empty for a new one.
@@ -82,12 +70,15 @@ class PromptAttention(nn.Module):
         ValueError: a size below 1, or a temperature that is not positive.
     """
 
+    KIND: ClassVar = "attention"
+    SIZES: ClassVar = ("hidden_size", "inner_size", "temperature")
+
     def __init__(
         self,
         hidden_size: int,
         inner_size: int = 100,
         temperature: float | None = None,
-        seed: int = 0,
+        seed: int | None = 0,
     ) -> None:
         super().__init__()
         self.hidden_size, self.inner_size = hidden_size, inner_size
@@ -98,11 +89,12 @@ class PromptAttention(nn.Module):
                 raise ValueError(f"{name} is {getattr(self, name)}: give at least 1")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature is {self.temperature}: give a positive number")
+        device = "meta" if seed is None else None
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.down = nn.Linear(hidden_size, inner_size, bias=False)
-            self.up = nn.Linear(inner_size, hidden_size, bias=False)
-        self.norm = nn.LayerNorm(hidden_size)
+            torch.manual_seed(seed or 0)
+            self.down = nn.Linear(hidden_size, inner_size, bias=False, device=device)
+            self.up = nn.Linear(inner_size, hidden_size, bias=False, device=device)
+        self.norm = nn.LayerNorm(hidden_size, device=device)
 
     def forward(self, pooled: Tensor, source_keys: Tensor, target_keys: Tensor) -> Tensor:
         """How much each prompt counts for each input, a of the module's formula.
@@ -201,115 +193,3 @@ def similarity_weights(target: Tensor, sources: Tensor) -> Tensor:
             "others, or start from one of them"
         )
     return similar / similar.sum()
-
-
-# ---- files ---------------------------------------------------------------------------------------
-
-TARGET_OF = "attempt"
-"""Field of a prompt's ``made_from`` that names the attention beside which it was trained."""
-
-
-def check_answers_alone(where: str | Path, made_from: Mapping[str, Any] | None) -> None:
-    """Refuse a target prompt of ``Attempt``, which is only a part of what answers.
-
-    Args:
-        where: its file or folder, for the error.
-        made_from: what the file says that it was made from.
-
-    Raises:
-        ValueError: such a prompt.
-    """
-    if TARGET_OF in (made_from or {}):
-        raise ValueError(
-            f"{where}: target prompts of Attempt answer only in mixtures with source prompts, by "
-            "the attention of their fit: use prompt-lab test with the config of that fit"
-        )
-
-
-def save_attention(
-    path: str | Path, attention: PromptAttention, metadata: Mapping[str, Any]
-) -> None:
-    """Write G to a file, whole or not at all.
-
-    Args:
-        path: the file.
-        attention: its weights are written as float32.
-        metadata: what the file says beside D, r, T and the package's version: values that JSON can
-            hold; ``backbone`` (hub id or folder) and ``backbone_digest`` are required.
-
-    Raises:
-        ValueError: metadata without the required fields.
-    """
-    from safetensors.torch import save
-
-    lacking = [name for name in REQUIRED if name not in metadata]
-    if lacking:
-        raise ValueError(f"the metadata of an attention lacks {', '.join(lacking)}")
-    tensors = {
-        name: tensor.detach().to("cpu", torch.float32).contiguous()
-        for name, tensor in attention.state_dict().items()
-    }
-    sizes = {name: getattr(attention, name) for name in SIZES}
-    fields = {**metadata, **sizes, "version": __version__}
-    text = {name: json.dumps(value) for name, value in fields.items()}
-    text |= {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
-    write_atomically(path, save(tensors, text))
-
-
-def load_attention(path: str | Path, backbone: Backbone | None = None) -> PromptAttention:
-    """Read G from a file; no weight requires a gradient.
-
-    Args:
-        path: the file.
-        backbone: the model it is meant for; its weights are compared with the file's.
-
-    Returns:
-        G, on the CPU, with ``metadata`` as it was given to :func:`save_attention`.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not such a file, damaged, of a newer format, or made for another backbone.
-    """
-    metadata = _read_metadata(path)
-    from safetensors.torch import load
-
-    attention = PromptAttention(**{name: metadata.pop(name) for name in SIZES})
-    attention.metadata = metadata
-    digest = metadata["backbone_digest"]
-    if backbone is not None and digest != backbone.digest:
-        raise ValueError(
-            f"{path}: made for backbone {metadata['backbone']!r} with weights {digest[:12]}, but "
-            f"{backbone.name!r} has weights {backbone.digest[:12]}"
-        )
-    tensors = load(Path(path).read_bytes())
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    expected = {name: tuple(tensor.shape) for name, tensor in attention.state_dict().items()}
-    if found != expected:
-        raise ValueError(f"{path}: damaged: tensors {found}, but its sizes mean {expected}")
-    attention.load_state_dict(tensors)
-    return attention.requires_grad_(False)
-
-
-def _read_metadata(path: str | Path) -> dict[str, Any]:
-    """Sizes and metadata of a file, without reading its tensors."""
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no attention file {path}")
-    try:
-        with safe_open(str(path), "pt") as file:
-            raw = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged or not a safetensors file ({error})") from error
-    if raw.pop("format", None) != FORMAT:
-        raise ValueError(f"{path}: not an attention file of prompt_lab (no such metadata)")
-    version = int(raw.pop("format_version"))
-    if version > FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: attention file format {version}; this version of prompt_lab reads up to "
-            f"{FORMAT_VERSION}: upgrade prompt_lab"
-        )
-    lacking = [name for name in (*SIZES, *REQUIRED) if name not in raw]
-    if lacking:
-        raise ValueError(f"{path}: the file's metadata lacks {', '.join(lacking)}")
-    return {name: json.loads(value) for name, value in raw.items()}

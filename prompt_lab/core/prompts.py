@@ -4,7 +4,7 @@ Default: embeddings of ids drawn without replacement from the most frequent toke
 left out (Lester et al. 2021, arXiv 2104.08691, section 3.2). Such a prompt starts where the model
 knows its inputs; noise of another scale often does not train. A vocabulary or noise prompt is a
 function of (seed, backbone, N) alone, never of the task, so that tuned prompts of different tasks
-share their origins. Prompts from files are read by ``prompt_file.py``.
+share their origins. Prompts from files are read by ``files/prompts.py``.
 """
 
 from __future__ import annotations

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Literal
 
 from prompt_lab import __version__
-from prompt_lab.core.atomic_file import write_atomically
 from prompt_lab.data import sampling
 from prompt_lab.data.files import SPLITS, DataError, MissingDataError, parse_line, split_lines
 from prompt_lab.data.sources import HUB, read_rows
 from prompt_lab.data.tasks import Shots, Task
 from prompt_lab.data.templates import Line, make_lines
+from prompt_lab.files.tensors import write_atomically
 
 Sampling = Literal["crossfit", "stratified"]
 

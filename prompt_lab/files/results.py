@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prompt_lab.core.atomic_file import cell, naming, write_atomically, write_csv
+from prompt_lab.files.tensors import cell, naming, write_atomically, write_csv
 
 RESULT_COLUMNS = (
     "fit_id",

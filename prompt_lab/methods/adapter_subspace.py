@@ -28,78 +28,12 @@ from torch import Tensor, nn
 from prompt_lab.core.adapters import AdaptedBackbone
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.optim import OptimConfig, adamw_with_warmup, check_warmup_and_clip
-from prompt_lab.core.subspace import Subspace, _read_metadata, save_subspace
+from prompt_lab.core.subspace import AdapterMap, Subspace
 from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.files.networks import load_network, save_network
 from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod
 from prompt_lab.methods.prompt_tuning import PromptTuning
 from prompt_lab.methods.subspace_tuning import initial_codes
-
-
-class AdapterMap(Subspace):
-    """Codes (R, I) to sets of adapters (R, 1, P): a :class:`Subspace` without its projection.
-
-    Args:
-        size: P, numbers of a set of adapters.
-        intrinsic_dim: I.
-        inner_size: H of the layer between; None makes the map linear.
-        seed: of the initial weights, as :class:`Subspace`; None leaves them without storage.
-
-    Raises:
-        ValueError: a size below 1.
-    """
-
-    def __init__(
-        self, size: int, intrinsic_dim: int, inner_size: int | None = 768, seed: int | None = 0
-    ) -> None:
-        super().__init__(1, size, intrinsic_dim, inner_size, seed=None)
-        del self.proj
-        if seed is not None:
-            self.to_empty(device="cpu")
-            self._draw(seed)
-
-
-def load_adapter_map(path: str | Path, backbone: Backbone) -> AdapterMap:
-    """Read the file of a map, ready for tuning in it: no weight requires a gradient.
-
-    Args:
-        path: the file.
-        backbone: the model it is meant for; its weights are compared with the file's.
-
-    Returns:
-        The map, on the CPU; its ``metadata`` has the ``bottleneck``, its ``hidden_size`` is P.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not such a file, damaged, or made for another backbone.
-    """
-    metadata = _read_metadata(path)
-    if "bottleneck" not in metadata:
-        raise ValueError(
-            f"{path}: a subspace of prompts, not of adapters: give it to PromptTuning as "
-            "model.subspace.path, or here a file that AdapterSubspace wrote"
-        )
-    if metadata["backbone_digest"] != backbone.digest:
-        raise ValueError(
-            f"{path}: made for backbone {metadata['backbone']!r} with weights "
-            f"{metadata['backbone_digest'][:12]}, but {backbone.name!r} has weights "
-            f"{backbone.digest[:12]}"
-        )
-    from safetensors.torch import load
-
-    made = AdapterMap(
-        metadata["hidden_size"], metadata["intrinsic_dim"], metadata["inner_size"], seed=None
-    )
-    made.metadata = metadata
-    tensors = load(Path(path).read_bytes())
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    expected = {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}
-    if found != expected:
-        raise ValueError(
-            f"{path}: damaged: tensors {found}, but the metadata's sizes mean {expected}"
-        )
-    made.load_state_dict(tensors, assign=True)
-    made.requires_grad_(False)
-    return made
 
 
 class _AdapterMethod(PromptTuning):
@@ -205,7 +139,7 @@ class AdapterTuning(_AdapterMethod):
         """Load map and backbone, once, and let the data be tokenised by the backbone's rules."""
         if not isinstance(self.backbone, AdaptedBackbone):
             plain = self.plain_backbone()
-            self.subspace = load_adapter_map(self.adapters, plain)
+            self.subspace = load_network(self.adapters, AdapterMap, plain)
             self.backbone = AdaptedBackbone(plain, self.subspace.metadata["bottleneck"])
         return super().load_backbone(data)
 
@@ -388,7 +322,7 @@ class AdapterSubspace(_AdapterMethod):
             "steps": int(self.best_step[0]),
             "dev_score": float(self.best_score.mean()),
         }
-        save_subspace(self.map_path, self.best_map, metadata)
+        save_network(self.map_path, self.best_map, metadata)
 
     @property
     def map_path(self) -> Path:

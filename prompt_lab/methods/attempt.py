@@ -32,15 +32,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from prompt_lab.core.atomic_file import write_csv
-from prompt_lab.core.attention_mixture import (
-    TARGET_OF,
-    PromptAttention,
-    load_attention,
-    max_pool,
-    row_prompts,
-    save_attention,
-)
+from prompt_lab.core.attention_mixture import PromptAttention, max_pool, row_prompts
 from prompt_lab.core.backbone import Prefix
 from prompt_lab.core.bank import Prefixes, with_gradient
 from prompt_lab.core.batch import Batch, index_tensor, micro_batches
@@ -51,8 +43,10 @@ from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.data.mixtures import Key, Mixing, MixtureSteps
 from prompt_lab.data.partitions import expand_sets
 from prompt_lab.data.tasks import Task
-from prompt_lab.files.prompt_file import Prompt, PromptStore
+from prompt_lab.files.networks import load_network, save_network
+from prompt_lab.files.prompts import TARGET_OF, Prompt, PromptStore
 from prompt_lab.files.results import append_curves, start_curves
+from prompt_lab.files.tensors import write_csv
 from prompt_lab.methods.evaluation import Evaluation
 from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts
 from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod, as_config, some
@@ -491,7 +485,7 @@ class Attempt(PromptMethod):
             "dev_score": self.best_score.item(),
             "seconds": round(self.seconds.item(), 3),
         }
-        save_attention(self.attention_path, self.best_attention, metadata)
+        save_network(self.attention_path, self.best_attention, metadata)
         self.target_store.save(self.best_prompts(test_scores))
 
     @property
@@ -550,7 +544,7 @@ class Attempt(PromptMethod):
         """
         if int(self.best_step) >= 0:
             return
-        saved = load_attention(self.attention_path, self.backbone)
+        saved = load_network(self.attention_path, PromptAttention, self.backbone)
         known = saved.metadata
         if known.get("sources_digest") != self.sources_digest:
             raise ValueError(

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from prompt_lab.core.atomic_file import write_atomically, write_csv
 from prompt_lab.core.bank import Prefixes
 from prompt_lab.core.metrics import BankMetric, chance_score, majority_score
 from prompt_lab.data.batches import EvaluationBatch
 from prompt_lab.data.files import SPLITS, SplitName
-from prompt_lab.files.prompt_file import PromptStore
+from prompt_lab.files.prompts import PromptStore
 from prompt_lab.files.results import RESULT_COLUMNS, write_predictions
+from prompt_lab.files.tensors import write_atomically, write_csv
 from prompt_lab.methods.run_shares import gather_values
 
 if TYPE_CHECKING:

@@ -16,7 +16,6 @@ weights in half precision; baselines without training, which a fit of PromptTuni
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -28,7 +27,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from prompt_lab.core.atomic_file import write_atomically
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.batch import Batch, micro_batches
 from prompt_lab.core.fastfood import FastfoodMap
@@ -36,14 +34,13 @@ from prompt_lab.core.optim import OptimConfig, schedule_factor
 from prompt_lab.core.run import Run, grid
 from prompt_lab.data.batches import EvaluationSteps, TrainSteps
 from prompt_lab.data.crossfit import CrossFitDataModule
-from prompt_lab.files.prompt_file import Prompt
+from prompt_lab.files.prompts import Prompt
 from prompt_lab.files.results import append_curves, start_curves
+from prompt_lab.files.tensors import load_tensors, save_tensors
 from prompt_lab.methods.dry_run import saved_bytes
 from prompt_lab.methods.evaluation import Evaluation
 from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod, as_config
 from prompt_lab.methods.prompt_tuning import FAILED, FINISHED, STATUS, STOPPED, TRAINING
-
-FORMAT = "prompt_lab fine-tuned weights"
 
 
 class FineTuning(PromptMethod):
@@ -405,10 +402,7 @@ class FineTuning(PromptMethod):
     def on_train_end(self) -> None:
         """Write the best weights."""
         if self.trainer.is_global_zero and self.save_weights:
-            from safetensors.torch import save
-
-            text = {name: json.dumps(value) for name, value in self._facts().items()}
-            write_atomically(self.best_path, save(self.best, {"format": FORMAT, **text}))
+            save_tensors(self.best_path, "weights", self.best, self._facts())
         self.trainer.strategy.barrier("weights written")
 
     # ---- test -----------------------------------------------------------------------------------
@@ -435,8 +429,10 @@ class FineTuning(PromptMethod):
 
     def _facts(self) -> dict[str, Any]:
         """What the file of the best weights says beside them."""
+        assert self.backbone is not None
         return {
             **self._identity(),
+            "backbone": self.backbone.name,
             "best_step": int(self.best_step),
             "dev_score": float(self.best_score) if int(self.best_step) >= 0 else None,
             "status": int(self.status),
@@ -462,26 +458,17 @@ class FineTuning(PromptMethod):
             FileNotFoundError: there is none.
             ValueError: not such a file, damaged, or of other settings.
         """
-        from safetensors import SafetensorError, safe_open
-
         if not self.best_path.is_file():
             raise FileNotFoundError(
                 f"no best weights {self.best_path}: a fit that ends writes them unless "
                 "model.save_weights is false; or give a checkpoint with --ckpt_path"
             )
-        try:
-            with safe_open(str(self.best_path), "pt") as file:
-                text = file.metadata() or {}
-                if text.pop("format", None) != FORMAT:
-                    raise ValueError(f"{self.best_path}: not a file of fine-tuned weights")
-                facts = {name: json.loads(value) for name, value in text.items()}
-                self._check_identity(facts, str(self.best_path))
-                for name, value in self.best.items():
-                    value.copy_(file.get_tensor(name))
-        except SafetensorError as error:
-            raise ValueError(
-                f"{self.best_path}: damaged or not a safetensors file ({error})"
-            ) from error
+        tensors, facts = load_tensors(self.best_path, "weights")
+        self._check_identity(facts, str(self.best_path))
+        if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in self.best.items()}:
+            raise ValueError(f"{self.best_path}: damaged, its tensors are not those of the weights")
+        for name, value in self.best.items():
+            value.copy_(tensors[name])
         self.best_step.fill_(facts["best_step"])
         self.best_score.fill_(-torch.inf if facts["dev_score"] is None else facts["dev_score"])
         self.status.fill_(facts["status"])

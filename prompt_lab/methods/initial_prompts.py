@@ -1,7 +1,7 @@
 """The initial prompts of a bank of runs, by whichever way the config names.
 
 A vocabulary, text or noise prompt depends on (seed, backbone, N) alone; class labels add the task.
-A prompt from a prompt file or a PEFT folder serves every run; from a prompt store or a checkpoint
+A prompt from a prompt file or a PEFT folder serves every run; from a store, a fit or a checkpoint
 each run takes the one of its own task, or of its source task where prompts are transferred. PEFT
 folders do not say for which weights they were made: their width is compared with the backbone's,
 the weights are not.
@@ -9,6 +9,7 @@ the weights are not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,10 +23,7 @@ from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.run import Run
 from prompt_lab.data.partitions import expand_sets
 from prompt_lab.data.tasks import Task
-from prompt_lab.files.checkpoint import load_checkpoint
-from prompt_lab.files.exchange import adopt
-from prompt_lab.files.peft_format import is_peft, load_peft
-from prompt_lab.files.prompt_file import PromptStore, check_backbone, load_prompt, read_metadata
+from prompt_lab.files.prompts import PLACES, FoundPrompt, best_found, find_prompts, is_single
 
 ROWS_AT_ONCE = 4096
 """Embeddings that are read at a time where all are."""
@@ -68,10 +66,7 @@ class InitConfig:
         if self.name == "text" and not self.text:
             raise ValueError("init.name is text: give the text with init.text")
         if self.name == "file" and not self.path:
-            raise ValueError(
-                "init.name is file: give a prompt file or store with init.path, or a PEFT folder "
-                "or a checkpoint"
-            )
+            raise ValueError(f"init.name is file: give {PLACES} with init.path")
         if self.source_tasks is not None:
             self._check_transfer(self.source_tasks)
 
@@ -79,10 +74,10 @@ class InitConfig:
         """Check that there are sources, and a store to find their prompts in."""
         if not sources:
             raise ValueError("init.source_tasks is empty: name source tasks, or leave it out")
-        if self.name != "file" or Path(self.path or "").suffix in (".safetensors", ".ckpt"):
+        if self.name != "file":
             raise ValueError(
-                f"init.source_tasks needs init.name file and the folder of a prompt store as "
-                f"init.path; they are {self.name} and {self.path}"
+                f"init.source_tasks needs init.name file, with the source prompts in init.path; it "
+                f"is {self.name}"
             )
 
     @property
@@ -132,9 +127,9 @@ class InitConfig:
     def _describe_starts(self, runs: Sequence[Run]) -> list[str]:
         """The starts of runs from one path; from a store, what the run's file says to call it."""
         path = Path(self.path or "")
-        if self.name != "file" or not path.is_dir() or is_peft(path):
+        if self.name != "file" or not path.is_dir() or is_single(path):
             return [self.describe()] * len(runs)
-        files = source_files(path, runs)
+        files = [found.path for found in starts_of(path, runs)]
         alone = {file: replace(self, path=str(file), source_tasks=None) for file in set(files)}
         told = {file: one.describe() for file, one in alone.items()}
         named = {file for file, one in alone.items() if one.learned_from().get("origin")}
@@ -147,7 +142,7 @@ class InitConfig:
         """Metadata of the prompt file that all prompts start from; empty where there is none."""
         path = Path(self.path or "")
         one_file = self.name == "file" and path.suffix == ".safetensors" and path.is_file()
-        return read_metadata(path) if one_file else {}
+        return find_prompts(path)[0].metadata if one_file else {}
 
 
 def initial_prompts(
@@ -260,98 +255,66 @@ def _from_files(config: InitConfig, backbone: Backbone, runs: Sequence[Run]) -> 
     found: dict[Run, Tensor] = {}
     for path in dict.fromkeys(config.of_seed(run.init_seed).path or "" for run in runs):
         own = [run for run in runs if config.of_seed(run.init_seed).path == path]
-        found |= zip(own, _from_path(Path(path), backbone, own), strict=True)
+        starts = starts_of(Path(path), own)
+        read = {start: start.load(backbone).prompt for start in dict.fromkeys(starts)}
+        found |= {run: read[start] for run, start in zip(own, starts, strict=True)}
     return [found[run] for run in runs]
 
 
-def _from_path(path: Path, backbone: Backbone, runs: Sequence[Run]) -> list[Tensor]:
-    """A prompt per run: one for all from a file or PEFT folder, its own from a bank of them."""
-    if runs[0].source:
-        return _from_store(path, backbone, runs)
-    if path.suffix == ".ckpt":
-        saved = {prompt.name: prompt for prompt in load_checkpoint(path)}
-        names = _names([prompt.metadata() for prompt in saved.values()], runs, path)
-        for name in names:
-            check_backbone(saved[name], backbone, path)
-        return [saved[name].prompt for name in names]
-    if is_peft(path):
-        return [adopt(load_peft(path), backbone, path).prompt] * len(runs)
-    if not path.is_dir():
-        return [load_prompt(path, backbone).prompt] * len(runs)
-    return _from_store(path, backbone, runs)
+def starts_of(path: Path, runs: Sequence[Run]) -> list[FoundPrompt]:
+    """The prompt that each run starts from.
 
-
-def _from_store(path: Path, backbone: Backbone, runs: Sequence[Run]) -> list[Tensor]:
-    """A prompt per run, of its task or its source."""
-    files = source_files(path, runs)
-    loaded = {file: load_prompt(file, backbone).prompt for file in set(files)}
-    return [loaded[file] for file in files]
-
-
-def source_files(path: Path, runs: Sequence[Run]) -> list[Path]:
-    """The file of a store that each run starts from.
-
-    It is that of the run's task, or of its source where it has one: of its sample and seed, if the
-    store has those, and of several the one with the best dev score.
-
-    Args:
-        path: prompt store, or folder of a fit (its store is ``prompts``).
-        runs: the runs.
+    A prompt file or a PEFT folder serves all. Of a store, a fit or a checkpoint it is that of the
+    run's task, or of its source where it has one: of its sample and seed, if there are those, and
+    of several the one with the best dev score.
 
     Raises:
-        FileNotFoundError: no such folder.
+        FileNotFoundError: no such place, or one without prompts.
         ValueError: naming all runs without a prompt, or all with several.
     """
-    if not path.is_dir():
-        raise FileNotFoundError(f"no prompt store {path}: give the folder of prompt files or a fit")
-    store = PromptStore(path / "prompts" if (path / "prompts").is_dir() else path)
-    return [store.path(name) for name in _names(store.index(), runs, path)]
-
-
-def _names(index: Sequence[Mapping[str, object]], runs: Sequence[Run], path: Path) -> list[str]:
-    """Name of the prompt of every run's task, from the metadata of all prompts.
-
-    Raises:
-        ValueError: naming all runs without a prompt, or all with several.
-    """
-    names = [_matches(index, run) for run in runs]
-    missing = [run.name for run, found in zip(runs, names, strict=True) if not found]
+    found = find_prompts(path)
+    if is_single(path) and not runs[0].source:
+        return found * len(runs)
+    matches = [_matches(found, run) for run in runs]
+    missing = [run.name for run, own in zip(runs, matches, strict=True) if not own]
     if missing:
-        held = ", ".join(sorted({_made_for(row) for row in index})) or "none"
+        held = ", ".join(sorted({_made_for(one.metadata) for one in found}))
         raise ValueError(
-            f"{path} has no prompt for {len(missing)} runs: {', '.join(missing)}; it has: {held}"
+            f"{path} has no prompt for {len(missing)} runs: {', '.join(missing)}; it has: "
+            f"{held or 'prompts of no task'}"
         )
-    several = [run.name for run, found in zip(runs, names, strict=True) if len(found) > 1]
+    several = [run.name for run, own in zip(runs, matches, strict=True) if len(own) > 1]
     if several:
         raise ValueError(
             f"{path} has several prompts for {', '.join(several)}: use a store with one per task, "
             "sample and seed"
         )
-    return [found[0] for found in names]
+    return [own[0] for own in matches]
 
 
-def _matches(index: Sequence[Mapping[str, object]], run: Run) -> list[str]:
-    """Names of the prompts of a run's task, narrowed to its sample and seed where needed.
+def _matches(found: Sequence[FoundPrompt], run: Run) -> list[FoundPrompt]:
+    """The prompts of a run's task, narrowed to its sample and seed where needed.
 
     Of several of its sample and seed, as a grid leaves them, the one with the best dev score (of
     equal ones the first) is taken, if all have one. Where a run has a source, it is the task; seeds
     of sources need not be those of targets, and the best of several seeds is taken.
     """
     wanted = run.source or run.task
-    found = [row for row in index if _made_for(row) == wanted]
-    own: tuple[tuple[str, object], ...] = (("sample", run.sample), ("init_seed", run.init_seed))
-    for key, value in own:
-        if len(found) > 1:
-            found = [row for row in found if row[key] == value] or found
-    scores = [row.get("dev_score") for row in found]
-    is_grid = bool(run.source) or all(row[key] == value for row in found for key, value in own)
-    if len(found) > 1 and is_grid and None not in scores:
-        found = [found[scores.index(max(scores))]]  # type: ignore[type-var]
-    return [str(row["name"]) for row in found]
+    own = [one for one in found if _made_for(one.metadata) == wanted]
+    places = (("sample", run.sample), ("init_seed", run.init_seed))
+    for key, value in places:
+        if len(own) > 1:
+            own = [one for one in own if one.metadata.get(key) == value] or own
+    is_grid = bool(run.source) or all(
+        one.metadata.get(key) == value for one in own for key, value in places
+    )
+    if is_grid and all(one.dev > -math.inf for one in own):
+        return list(best_found(own, lambda _: run).values())
+    return own
 
 
 def _made_for(row: Mapping[str, object]) -> str:
     """Task of a prompt by its metadata; of a sum of vectors for no task, its expression."""
     made_from = row.get("made_from")
     expression = made_from.get("expression") if isinstance(made_from, Mapping) else None
-    return str(row["task"] or expression or "")
+    return str(row.get("task") or expression or "")

@@ -32,12 +32,13 @@ from prompt_lab.core.bank import renumber, with_gradient
 from prompt_lab.core.batch import IGNORE, Batch, index_tensor
 from prompt_lab.core.optim import adamw_with_warmup, check_warmup_and_clip
 from prompt_lab.core.run import Run
-from prompt_lab.core.subspace import Subspace, load_subspace, reconstruction_loss, save_subspace
+from prompt_lab.core.subspace import Subspace, reconstruction_loss
 from prompt_lab.data.batches import EvaluationSteps
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.data.mixtures import Key, Mixing, MixtureSteps
 from prompt_lab.data.partitions import expand_sets
-from prompt_lab.files.prompt_file import Prompt, PromptStore
+from prompt_lab.files.networks import load_network, save_network
+from prompt_lab.files.prompts import Prompt, PromptStore
 from prompt_lab.files.results import append_curves, start_curves
 from prompt_lab.methods.evaluation import Evaluation
 from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod, some
@@ -418,7 +419,7 @@ class IntrinsicSubspace(PromptMethod):
                 "steps": int(self.best_step[at]),
                 "dev_score": float(self.best_score[at]),
             }
-            save_subspace(self.subspace_path(dim), self.best_subspaces[at], metadata)
+            save_network(self.subspace_path(dim), self.best_subspaces[at], metadata)
 
     def subspace_path(self, dim: int) -> Any:
         """The file of a map."""
@@ -436,7 +437,13 @@ class IntrinsicSubspace(PromptMethod):
         if int(self.best_step.max()) >= 0:
             return
         for at, dim in enumerate(self.dims):
-            saved = load_subspace(self.subspace_path(dim), self.backbone, self.num_virtual_tokens)
+            saved = load_network(self.subspace_path(dim), Subspace, self.backbone)
+            if saved.num_virtual_tokens != self.num_virtual_tokens:
+                raise ValueError(
+                    f"{self.subspace_path(dim)}: a subspace of prompts of "
+                    f"{saved.num_virtual_tokens} virtual tokens, but num_virtual_tokens is "
+                    f"{self.num_virtual_tokens}"
+                )
             self.best_subspaces[at].load_state_dict(saved.state_dict())
             self.best_step[at] = saved.metadata["steps"]
             self.best_score[at] = saved.metadata["dev_score"]

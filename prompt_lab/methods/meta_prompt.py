@@ -34,7 +34,7 @@ from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.data.episodes import Episodes, EpisodeSteps
 from prompt_lab.data.mixtures import Key
 from prompt_lab.data.partitions import expand_sets
-from prompt_lab.files.prompt_file import Prompt, load_prompt, save_prompt
+from prompt_lab.files.prompts import Prompt, load_prompt, save_prompt
 from prompt_lab.files.results import append_curves, start_curves
 from prompt_lab.methods.evaluation import Evaluation
 from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts

@@ -29,7 +29,7 @@ from prompt_lab.data.batches import EvaluationBatch, EvaluationSteps, Rows
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.data.files import SplitName
 from prompt_lab.data.tasks import Task
-from prompt_lab.files.prompt_file import Prompt, PromptStore
+from prompt_lab.files.prompts import Prompt, PromptStore
 from prompt_lab.files.results import summary_table
 from prompt_lab.methods.evaluation import Evaluation
 from prompt_lab.methods.run_shares import RunShares

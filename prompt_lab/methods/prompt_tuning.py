@@ -38,7 +38,7 @@ from prompt_lab.core.run import Run, grid
 from prompt_lab.core.subspace import Subspace
 from prompt_lab.data.batches import EvaluationSteps, TrainSteps
 from prompt_lab.data.crossfit import CrossFitDataModule
-from prompt_lab.files.prompt_file import Prompt, PromptStore
+from prompt_lab.files.prompts import Prompt, PromptStore
 from prompt_lab.files.results import append_curves, start_curves
 from prompt_lab.methods.dry_run import describe_grid
 from prompt_lab.methods.evaluation import Evaluation

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.run import Run
-from prompt_lab.core.subspace import Subspace, load_subspace
+from prompt_lab.core.subspace import Subspace
+from prompt_lab.files.networks import load_network
 
 RANDOM = "random"
 """The path that stands for a random subspace."""
@@ -61,10 +62,16 @@ class SubspaceConfig:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: as :func:`prompt_lab.core.subspace.load_subspace`.
+            ValueError: as :func:`prompt_lab.files.networks.load_network`, or another N.
         """
         if self.intrinsic_dim is None:
-            return load_subspace(self.path, backbone, num_virtual_tokens)
+            found = load_network(self.path, Subspace, backbone)
+            if found.num_virtual_tokens != num_virtual_tokens:
+                raise ValueError(
+                    f"{self.path}: a subspace of prompts of {found.num_virtual_tokens} virtual "
+                    f"tokens, but num_virtual_tokens is {num_virtual_tokens}"
+                )
+            return found
         size = (num_virtual_tokens, backbone.hidden_size, self.intrinsic_dim)
         return Subspace(*size, seed=self.seed).requires_grad_(False)
 

@@ -16,15 +16,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prompt_lab.methods.source_prompts import best_files
+from prompt_lab.files.prompts import FoundPrompt, best_found, find_prompts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prompt_lab.files.prompt_file import Prompt
+    from prompt_lab.files.prompts import Prompt
 
 Group = tuple[int | None, int | None]
 """Few-shot sample and seed of the initial prompt; None where a file does not say."""
@@ -35,14 +34,14 @@ LONGEST_EXPRESSION = 100
 
 @dataclass(frozen=True)
 class Source:
-    """A prompt file that takes part.
+    """A prompt that takes part.
 
     Attributes:
-        path: its file.
-        prompt: what the file holds; prompt and init are (N, D) float32.
+        found: where it is.
+        prompt: what is there; prompt and init are (N, D) float32.
     """
 
-    path: Path
+    found: FoundPrompt
     prompt: Prompt
 
     @property
@@ -63,43 +62,40 @@ class Source:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the file, when it is first asked for."""
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+        return self.found.digest()
 
     def provenance(self) -> dict[str, str]:
         """Name, path and SHA-256 of the file."""
-        return {"name": self.prompt.name, "path": str(self.path), "sha256": self.digest}
+        return {"name": self.prompt.name, "path": str(self.found.path), "sha256": self.digest}
 
 
-def load_source(path: Path) -> Source:
-    """A prompt file whose numbers are all finite.
+def load_source(found: FoundPrompt) -> Source:
+    """A prompt whose numbers are all finite.
 
     Raises:
-        FileNotFoundError: no such file.
         ValueError: a damaged file, or numbers that are not finite.
     """
-    from prompt_lab.files.prompt_file import load_prompt
-
-    prompt = load_prompt(path)
+    prompt = found.load()
     if not (prompt.prompt.isfinite().all() and prompt.init.isfinite().all()):
-        raise ValueError(f"{path}: the prompt holds numbers that are not finite")
-    return Source(path, prompt)
+        raise ValueError(f"{found.where}: the prompt holds numbers that are not finite")
+    return Source(found, prompt)
 
 
 # ---- the look-up ---------------------------------------------------------------------------------
 
 
-def find_vectors(folders: Sequence[str]) -> dict[Group, dict[str, Path]]:
-    """The files of the tuned prompts of stores.
+def find_vectors(places: Sequence[str]) -> dict[Group, dict[str, FoundPrompt]]:
+    """The tuned prompts of some places.
 
     Args:
-        folders: prompt stores, or folders of fits.
+        places: as of :func:`prompt_lab.files.prompts.find_prompts`.
 
     Returns:
-        By sample and seed, in rising order, and by task, the file of best dev score; of equal ones
-        the first.
+        By sample and seed, in rising order, and by task, the prompt of best dev score; of equal
+        ones the first.
 
     Raises:
-        FileNotFoundError: a folder that is not there.
+        FileNotFoundError: a place that is not there or holds no prompt.
         ValueError: a damaged file, or no prompt that was tuned for a task.
     """
 
@@ -110,10 +106,10 @@ def find_vectors(folders: Sequence[str]) -> dict[Group, dict[str, Path]]:
             return None
         return (known.get("sample"), known.get("init_seed")), task
 
-    best = best_files(folders, key_of)
+    best = best_found(find_prompts(*places), key_of)
     if not best:
-        raise ValueError(f"no tuned prompt of a task in {', '.join(folders)}: give stores of fits")
-    found: dict[Group, dict[str, Path]] = {}
+        raise ValueError(f"no tuned prompt of a task in {', '.join(places)}: give stores of fits")
+    found: dict[Group, dict[str, FoundPrompt]] = {}
     for group, task in sorted(best, key=_place):
         found.setdefault(group, {})[task] = best[group, task]
     return found
@@ -126,18 +122,18 @@ def _place(key: tuple[Group, str]) -> tuple[list[float], str]:
 
 
 def complete(
-    found: Mapping[Group, Mapping[str, Path]], names: Sequence[str], folders: Sequence[str]
-) -> tuple[dict[Group, dict[str, Path]], str]:
-    """The files of the named tasks, for every sample and seed that has them all.
+    found: Mapping[Group, Mapping[str, FoundPrompt]], names: Sequence[str], places: Sequence[str]
+) -> tuple[dict[Group, dict[str, FoundPrompt]], str]:
+    """The prompts of the named tasks, for every sample and seed that has them all.
 
     Args:
         found: as :func:`find_vectors` gives it.
         names: tasks.
-        folders: where they were looked for.
+        places: where they were looked for.
 
     Returns:
-        Files by sample and seed, and by task in the order of ``names``; and which samples and seeds
-        have some of the tasks only, in words, or an empty text.
+        Prompts by sample and seed, and by task in the order of ``names``; and which samples and
+        seeds have some of the tasks only, in words, or an empty text.
 
     Raises:
         ValueError: a task without any prompt, or no sample and seed that has all tasks.
@@ -147,7 +143,7 @@ def complete(
     for name, groups in known.items():
         if not groups:
             raise ValueError(
-                f"no prompt of task {name!r} in {', '.join(folders)}; " + _near(name, tasks)
+                f"no prompt of task {name!r} in {', '.join(places)}; " + _near(name, tasks)
             )
     whole = {
         group: {name: paths[name] for name in names}
@@ -195,7 +191,7 @@ def common_init(sources: Sequence[Source], advice: str) -> Source:
     """The first source, where all start from one initial prompt.
 
     Args:
-        sources: prompt files, at least one.
+        sources: prompts, at least one.
         advice: what to do where they do not, for the error.
 
     Raises:
@@ -206,7 +202,7 @@ def common_init(sources: Sequence[Source], advice: str) -> Source:
         check_compatible(first, other)
         if not first.prompt.init.equal(other.prompt.init):
             raise ValueError(
-                f"{first.path} ({first.prompt.initialised}) and {other.path} "
+                f"{first.found.where} ({first.prompt.initialised}) and {other.found.where} "
                 f"({other.prompt.initialised}) start from different initial prompts: {advice}"
             )
     return first
@@ -223,7 +219,8 @@ def check_compatible(one: Source, other: Source) -> None:
     ):
         if ours[0] != theirs[0]:
             raise ValueError(
-                f"{one.path} and {other.path} do not combine: {what} {ours[1]} and {theirs[1]}"
+                f"{one.found.where} and {other.found.where} do not combine: {what} {ours[1]} and "
+                f"{theirs[1]}"
             )
 
 

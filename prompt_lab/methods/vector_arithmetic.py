@@ -26,14 +26,14 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from prompt_lab.core.arithmetic import parse_expression
-from prompt_lab.core.atomic_file import write_csv
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import Prefixes
 from prompt_lab.core.run import Run
 from prompt_lab.data.batches import EvaluationBatch
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.data.files import SplitName
-from prompt_lab.files.prompt_file import Prompt, check_backbone
+from prompt_lab.files.prompts import FoundPrompt, Prompt, check_prompt
+from prompt_lab.files.tensors import write_csv
 from prompt_lab.methods.evaluation import Evaluation
 from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod, some
 from prompt_lab.methods.task_vectors import (
@@ -49,7 +49,7 @@ from prompt_lab.methods.task_vectors import (
     made_from,
 )
 
-Found = dict[Group, dict[str, Path]]
+Found = dict[Group, dict[str, FoundPrompt]]
 Study = Literal["singles", "pairs", "cross", "expressions"]
 
 GRID = tuple(step / 20 for step in range(1, 21))
@@ -293,7 +293,7 @@ class VectorArithmetic(PromptMethod):
         self.scales = _scales(study, scales)
         self.trials: list[Trial] = []
         self.dev: list[float] = []
-        self._sources: dict[Path, Source] = {}
+        self._sources: dict[FoundPrompt, Source] = {}
 
     # ---- set-up ---------------------------------------------------------------------------------
 
@@ -354,18 +354,18 @@ class VectorArithmetic(PromptMethod):
             )
         return own
 
-    def _source(self, path: Path) -> Source:
-        """A prompt file, read once, that goes with the backbone and all others."""
-        if path not in self._sources:
+    def _source(self, found: FoundPrompt) -> Source:
+        """A prompt, read once, that goes with the backbone and all others."""
+        if found not in self._sources:
             assert self.backbone is not None
-            source = load_source(path)
-            check_backbone(source.prompt, self.backbone, path)
+            source = load_source(found)
+            check_prompt(source.prompt, self.backbone, found.where)
             check_compatible(next(iter(self._sources.values()), source), source)
             if source.prompt.prompt.equal(source.prompt.init):
-                self.warn_once(str(path), f"{path} adds nothing: it is its own init")
+                self.warn_once(found.where, f"{found.where} adds nothing: it is its own init")
             self.num_virtual_tokens = len(source.prompt.prompt)
-            self._sources[path] = source
-        return self._sources[path]
+            self._sources[found] = source
+        return self._sources[found]
 
     # ---- the sums of a study --------------------------------------------------------------------
 
@@ -424,7 +424,7 @@ class VectorArithmetic(PromptMethod):
 
     def _groups(
         self, names: list[str], data: CrossFitDataModule, found: Found
-    ) -> Iterator[tuple[tuple[int, int], dict[str, Path]]]:
+    ) -> Iterator[tuple[tuple[int, int], dict[str, FoundPrompt]]]:
         """Sample, seed and files of some tasks, wherever all of them have a prompt."""
         groups, left_out = complete(found, names, self.folders)
         absent = [str(n) for n in data.samples if n not in {sample for sample, _ in groups}]

@@ -97,9 +97,9 @@ def _checkpoint(folder: Path, method: PromptTuning) -> Result:
 def _exported(folder: Path, method: PromptTuning) -> Iterator[Result]:
     """Bytes of the file with the tensor, in bytes of the prompt."""
     try:
-        from prompt_lab.files.exchange import export_prompts
+        from prompt_lab.commands.prompts import export_prompts
     except ImportError:
-        print("G13: no prompt_lab.files.exchange yet, so no exported prompt")
+        print("G13: no prompt_lab.commands.prompts yet, so no exported prompt")
         return
     source = folder / "prompts" / f"{method.runs[0].name}.safetensors"
     export_prompts(str(source), str(folder / "peft"), format="peft")

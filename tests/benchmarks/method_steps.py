@@ -22,10 +22,11 @@ from models import make_prompts
 from prompt_lab.core.adapters import AdapterLayout
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.meta_gradient import InnerConfig
-from prompt_lab.core.subspace import save_subspace
+from prompt_lab.core.subspace import AdapterMap
 from prompt_lab.data.crossfit import CrossFitDataModule
-from prompt_lab.files.prompt_file import Prompt, PromptStore
-from prompt_lab.methods.adapter_subspace import AdapterMap, AdapterSubspace, AdapterTuning
+from prompt_lab.files.networks import save_network
+from prompt_lab.files.prompts import Prompt, PromptStore
+from prompt_lab.methods.adapter_subspace import AdapterSubspace, AdapterTuning
 from prompt_lab.methods.attempt import Attempt
 from prompt_lab.methods.fine_tuning import FineTuning
 from prompt_lab.methods.intrinsic_subspace import IntrinsicSubspace
@@ -83,7 +84,7 @@ class Bench:
         path, layout = self.folder / "map.safetensors", AdapterLayout.of(self.backbone)
         metadata = {"backbone": self.backbone.name, "backbone_digest": self.backbone.digest}
         made = AdapterMap(layout.size, 5, 64)
-        save_subspace(path, made, {**metadata, "bottleneck": layout.bottleneck})
+        save_network(path, made, {**metadata, "bottleneck": layout.bottleneck})
         return str(path)
 
 

@@ -1,4 +1,4 @@
-"""Prompts in the files of Hugging Face PEFT, without PEFT.
+"""Prompts in the files of others: PEFT folders (without PEFT), plain tensors, checkpoints.
 
 A PEFT folder holds ``adapter_config.json`` and ``adapter_model.safetensors``. Written are prompts
 of type PROMPT_TUNING with one submodule, whose one tensor is the (N, D) prompt; PEFT puts it where
@@ -8,8 +8,11 @@ first N are the prompt. The other rows are never used by PROMPT_TUNING; MULTITAS
 puts them in front of the decoder's input, which this package does not do and warns of.
 
 PEFT keeps neither the prompt's start nor digests of the model, so a prompt that is read has
-itself as ``init`` and empty digests. LoRA, prefixes and other types are refused; nothing is
-unpickled.
+itself as ``init`` and empty digests. LoRA, prefixes and other types are refused.
+
+A plain tensor is a file with one (N, D). A checkpoint of ``PromptTuning`` holds the bank of a fit,
+its runs, and the digests of backbone and tokenizer. Nothing is unpickled but tensors and plain
+values.
 """
 
 from __future__ import annotations
@@ -17,23 +20,32 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from prompt_lab.core.atomic_file import write_atomically
-from prompt_lab.files.prompt_file import Prompt
+from prompt_lab.core.run import Run
+from prompt_lab.files.prompts import Prompt, load_prompt
+from prompt_lab.files.tensors import FORMAT, write_atomically
 
 PEFT_VERSION = "0.21.2"
 """The version of PEFT whose keys are written."""
 
 TaskType = Literal["SEQ_2_SEQ_LM", "CAUSAL_LM"]
 
-_CONFIG, _WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+WEIGHTS = "adapter_model.safetensors"
+"""The file of a PEFT folder that holds its tensors."""
+
+_CONFIG, _PICKLE = "adapter_config.json", "adapter_model.bin"
 _MULTITASK = "MULTITASK_PROMPT_TUNING"
 _TYPES = ("PROMPT_TUNING", _MULTITASK)
 _TASK_TYPES = ("SEQ_2_SEQ_LM", "CAUSAL_LM")
+_PICKLES = (".pt", ".pth", ".bin")
+_BANK = ("init", "best", "best_score", "best_step")
+_DAMAGE = (UnpicklingError, OSError, RuntimeError, EOFError)
+_DAMAGE += (ValueError, LookupError, TypeError, AttributeError)
 
 
 def is_peft(path: str | Path) -> bool:
@@ -91,7 +103,7 @@ def save_peft(
     }
     values = prompt.prompt.detach().to("cpu", torch.float32, copy=True).contiguous()
     folder = Path(folder)
-    write_atomically(folder / _WEIGHTS, save({"prompt_embeddings": values}, {"format": "pt"}))
+    write_atomically(folder / WEIGHTS, save({"prompt_embeddings": values}, {"format": "pt"}))
     write_atomically(folder / "README.md", _model_card(prompt, task_type).encode())
     write_atomically(folder / _CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
@@ -214,14 +226,14 @@ def _sizes(folder: Path, config: dict[str, Any]) -> tuple[int, int, int | None]:
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of a PEFT folder."""
-    path = folder / _WEIGHTS
+    path = folder / WEIGHTS
     if not path.is_file() and (folder / _PICKLE).is_file():
         raise ValueError(
             f"{folder / _PICKLE} is a pickle, which may run code when it is read: load it with "
-            f"PEFT and save it again with save_pretrained, which writes {_WEIGHTS}"
+            f"PEFT and save it again with save_pretrained, which writes {WEIGHTS}"
         )
     if not path.is_file():
-        raise FileNotFoundError(f"no {_WEIGHTS} in {folder}, only its config")
+        raise FileNotFoundError(f"no {WEIGHTS} in {folder}, only its config")
     return read_safetensors(path)[0]
 
 
@@ -229,7 +241,7 @@ def _tensor(folder: Path, tensors: dict[str, Tensor], name: str) -> Tensor:
     """A tensor of floats that must be there."""
     if name not in tensors or not tensors[name].is_floating_point():
         raise ValueError(
-            f"{folder / _WEIGHTS}: no tensor {name!r} of floats; there are {sorted(tensors)}"
+            f"{folder / WEIGHTS}: no tensor {name!r} of floats; there are {sorted(tensors)}"
         )
     return tensors[name]
 
@@ -298,3 +310,143 @@ from peft import {auto}
 model = {auto}.from_pretrained("this folder")
 ```
 {caution}"""
+
+
+# ---- plain tensors -------------------------------------------------------------------------------
+
+
+def save_plain(path: Path, prompt: Prompt) -> None:
+    """Write one tensor ``prompt_embeds`` (N, D) float32, and which model and task it is for."""
+    from safetensors.torch import save
+
+    values = prompt.prompt.float().clone().contiguous()
+    metadata = {"format": "pt", "backbone": prompt.backbone, "task": prompt.task}
+    write_atomically(path, save({"prompt_embeds": values}, metadata))
+
+
+def read_prompt(source: Path) -> Prompt:
+    """The prompt of a prompt file or of a file with one (N, D) tensor.
+
+    Args:
+        source: .safetensors, .npy, or .pt, .pth or .bin by torch.save.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, another kind of file, or not one tensor of floats (N, D).
+    """
+    metadata: dict[str, str] = {}
+    if source.suffix == ".safetensors":
+        found, metadata = read_safetensors(source)
+        if metadata.get("format") == FORMAT:
+            return load_prompt(source)
+    elif source.suffix == ".npy":
+        found = _read_numpy(source)
+    elif source.suffix in _PICKLES:
+        found = read_pickle(source)
+    else:
+        allowed = ", ".join((".safetensors", ".npy", *_PICKLES))
+        raise ValueError(f"{source}: a tensor file ends with one of {allowed}, or is a PEFT folder")
+    prompt = _only_matrix(found, source)
+    return Prompt(
+        prompt=prompt,
+        init=prompt.clone(),
+        name=source.stem,
+        backbone=metadata.get("backbone", ""),
+        backbone_digest="",
+        tokenizer_digest="",
+        task=metadata.get("task", ""),
+        initialised=f"tensor {source}",
+    )
+
+
+def _read_numpy(source: Path) -> Tensor:
+    import numpy as np
+
+    try:
+        return torch.from_numpy(np.load(source, allow_pickle=False))
+    except (ValueError, TypeError, EOFError, OSError) as error:
+        raise ValueError(f"{source}: damaged, or not an array of numbers ({error})") from error
+
+
+def _only_matrix(found: Any, source: Path) -> Tensor:
+    tensors = list(found.values()) if isinstance(found, dict) else [found]
+    tensor = tensors[0] if len(tensors) == 1 else None
+    if not isinstance(tensor, torch.Tensor) or tensor.dim() != 2 or not tensor.numel():
+        shapes = [list(getattr(item, "shape", ())) for item in tensors]
+        raise ValueError(
+            f"{source}: a prompt is one tensor (N, D); the file holds {len(tensors)} things of "
+            f"shapes {shapes[:5]}"
+        )
+    if not tensor.is_floating_point():
+        raise ValueError(f"{source}: a prompt is a tensor of floats, this one is {tensor.dtype}")
+    return tensor.detach().float().clone()
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+
+def load_checkpoint(path: str | Path) -> list[Prompt]:
+    """The prompt of every run of a checkpoint, in the order of its bank.
+
+    The best one by dev; of a run that was never scored, the one of the last step.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a checkpoint, damaged, or of another method.
+    """
+    saved = read_pickle(path)
+    saved = saved if isinstance(saved, dict) else {}
+    try:
+        state, settings = saved["state_dict"], saved["hyper_parameters"]
+        init, best, score, step = (state[name] for name in _BANK)
+        prompt = state.get("prompt", best)  # in a subspace there are codes instead
+        backbone, initialised = (str(settings[name]["name"]) for name in ("backbone", "init"))
+        digest, tokenizer = str(saved["backbone_digest"]), str(saved["tokenizer_digest"])
+        runs = [Run(**run) for run in saved["runs"]]
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: not a checkpoint of PromptTuning of this package "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    if not len(runs) == len(prompt) == len(best) == len(init):
+        raise ValueError(f"{path}: damaged checkpoint: {len(runs)} runs, {len(best)} prompts")
+    prompts = []
+    for i, run in enumerate(runs):
+        scored = int(step[i]) >= 0
+        prompts.append(
+            Prompt(
+                prompt=(best if scored else prompt)[i].float(),
+                init=init[i].float(),
+                name=run.name,
+                backbone=backbone,
+                backbone_digest=digest,
+                tokenizer_digest=tokenizer,
+                task=run.task,
+                sample=run.sample,
+                initialised=initialised,
+                init_seed=run.init_seed,
+                learning_rate=run.learning_rate,
+                batch_size=run.batch_size,
+                steps=int(step[i]) if scored else int(saved.get("global_step", 0)),
+                dev_score=float(score[i]) if score[i].isfinite() else None,
+            )
+        )
+    return prompts
+
+
+def read_pickle(path: str | Path) -> Any:
+    """What ``torch.save`` wrote, if it is made of tensors and plain values alone.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, another kind of file, or one that would run code.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except _DAMAGE as error:
+        raise ValueError(
+            f"{path}: not a file of tensors and plain values by torch.save, or damaged "
+            f"({type(error).__name__}): give another file"
+        ) from error

@@ -1,0 +1,374 @@
+"""The prompt file, the prompt store, and the one look-up of prompts.
+
+A prompt file is a tensor file with ``prompt`` (N, D) and the ``init`` (N, D) it was trained from,
+both float32, and metadata that says which backbone, task, seeds and scores it belongs to. A prompt
+store is a folder of prompt files; its ``index.csv`` only repeats their metadata and is rebuilt from
+them whenever it does not match. :func:`find_prompts` reads what a place holds, whichever kind of
+place it is. Nothing that is missing is silently replaced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from prompt_lab.files.tensors import (
+    check_backbone,
+    load_tensors,
+    read_metadata,
+    save_tensors,
+    write_csv,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prompt_lab.core.backbone import Backbone
+
+Key = TypeVar("Key", bound=Hashable)
+
+PLACES = "a prompt file, a prompt store, the folder of a fit, a PEFT folder or a checkpoint (.ckpt)"
+
+TARGET_OF = "attempt"
+"""Field of a prompt's ``made_from`` that names the attention beside which it was trained."""
+
+
+@dataclass
+class Prompt:
+    """One soft prompt with where it comes from.
+
+    Attributes:
+        prompt: (N, D) float32, the prompt to use.
+        init: (N, D) float32, what it was trained from.
+        name: name within a store, also the file's name.
+        backbone: hub id or folder of the model.
+        backbone_digest: SHA-256 of its weights.
+        tokenizer_digest: SHA-256 of its vocabulary.
+        task: task name.
+        sample: few-shot sample.
+        initialised: how ``init`` was made, e.g. ``vocab`` or ``file PATH``.
+        init_seed: seed of the initial prompt.
+        order_seed: seed of the data order.
+        learning_rate: peak learning rate.
+        batch_size: rows per step.
+        steps: optimizer steps that led to ``prompt``.
+        dev_score: score on dev that chose it, or None.
+        test_score: score on test, or None.
+        metric: name of the metric of both.
+        status: how its training ended.
+        seconds: wall-clock seconds of the fit it was part of.
+        decoding: ``score`` or ``generate``, how its answers were made when it was tested.
+        labels: what scored answers were chosen from.
+        max_new_tokens: longest generated answer.
+        num_beams: beams of generated answers.
+        max_input_length: inputs were cut to this many tokens.
+        truncation_side: the side on which they were cut.
+        task_prefix: whether the task's name stood in front of the inputs.
+        version: version of the package that wrote it.
+        code: (I,) float32, what a subspace made the prompt from; None where it was tuned itself.
+        origin: what to call the prompt where it is the start of others, such as ``maml`` and the
+            tasks that it was learned on; empty for a prompt of one task.
+        source_tasks: tasks that a prompt for other tasks was learned on.
+        made_from: what arithmetic made the prompt from: expression, scale, and files with their
+            digests; None where it was tuned.
+    """
+
+    prompt: Tensor
+    init: Tensor
+    name: str
+    backbone: str
+    backbone_digest: str
+    tokenizer_digest: str
+    task: str = ""
+    sample: int | None = None
+    initialised: str = ""
+    init_seed: int | None = None
+    order_seed: int | None = None
+    learning_rate: float | None = None
+    batch_size: int | None = None
+    steps: int | None = None
+    dev_score: float | None = None
+    test_score: float | None = None
+    metric: str = ""
+    status: str = ""
+    seconds: float | None = None
+    decoding: str = ""
+    labels: list[str] | None = None
+    max_new_tokens: int | None = None
+    num_beams: int | None = None
+    max_input_length: int | None = None
+    truncation_side: str = "right"
+    task_prefix: bool = False
+    version: str = ""
+    code: Tensor | None = None
+    origin: str = ""
+    source_tasks: list[str] | None = None
+    made_from: dict[str, Any] | None = None
+
+    def metadata(self) -> dict[str, Any]:
+        """All that is not a tensor."""
+        return {k: v for k, v in vars(self).items() if k not in TENSORS}
+
+
+TENSORS = ("prompt", "init", "code")
+METADATA_FIELDS = tuple(f.name for f in fields(Prompt) if f.name not in TENSORS)
+
+
+# ---- one file ------------------------------------------------------------------------------------
+
+
+def save_prompt(path: str | Path, prompt: Prompt) -> None:
+    """Write a prompt file, whole or not at all.
+
+    Raises:
+        ValueError: tensors that are not two (N, D) of one shape.
+    """
+    if prompt.prompt.dim() != 2 or prompt.prompt.shape != prompt.init.shape:
+        raise ValueError(
+            f"prompt {tuple(prompt.prompt.shape)} and init {tuple(prompt.init.shape)} must both "
+            "be (N, D)"
+        )
+    made = {name: getattr(prompt, name) for name in TENSORS}
+    tensors = {
+        n: tensor.detach().float().clone() for n, tensor in made.items() if tensor is not None
+    }
+    count, width = prompt.prompt.shape
+    sizes = {"num_virtual_tokens": count, "hidden_size": width}
+    save_tensors(path, "prompt", tensors, {**sizes, **prompt.metadata()})
+
+
+def load_prompt(path: str | Path, backbone: Backbone | None = None) -> Prompt:
+    """Read a prompt file.
+
+    Args:
+        path: the file.
+        backbone: the model it is meant for; its weights and width are compared with the file's.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a prompt file, damaged, a newer format, or made for another backbone.
+    """
+    tensors, metadata = load_tensors(path, "prompt", backbone)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    size = (metadata["num_virtual_tokens"], metadata["hidden_size"])
+    expected: dict[str, tuple[int, ...]] = {"prompt": size, "init": size}
+    if len(code := shapes.get("code", ())) == 1:
+        expected["code"] = code
+    if shapes != expected:
+        raise ValueError(
+            f"{path}: damaged: a prompt file of this metadata holds prompt and init, both {size}, "
+            f"and code (I,) where a subspace made the prompt; here: {shapes}"
+        )
+    floats = {name: tensor.float() for name, tensor in tensors.items()}
+    return Prompt(**floats, **_known(metadata))
+
+
+def _known(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: metadata[name] for name in METADATA_FIELDS if name in metadata}
+
+
+def check_prompt(prompt: Prompt, backbone: Backbone, where: str | Path) -> None:
+    """Refuse a prompt that was made for another backbone; PEFT's do not say for which weights.
+
+    Raises:
+        ValueError: another width, or other weights; naming both sides.
+    """
+    sizes = {"hidden_size": prompt.prompt.shape[1]}
+    check_backbone({**prompt.metadata(), **sizes}, backbone, where)
+
+
+def check_answers_alone(where: str | Path, made_from: Mapping[str, Any] | None) -> None:
+    """Refuse a target prompt of ``Attempt``, which is only a part of what answers.
+
+    Args:
+        where: its place, for the error.
+        made_from: what its metadata says that it was made from.
+
+    Raises:
+        ValueError: such a prompt.
+    """
+    if TARGET_OF in (made_from or {}):
+        raise ValueError(
+            f"{where}: target prompts of Attempt answer only in mixtures with source prompts, by "
+            "the attention of their fit: use prompt-lab test with the config of that fit"
+        )
+
+
+# ---- the look-up ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class FoundPrompt:
+    """A prompt that a place holds; the tensors of a prompt file are read when they are asked for.
+
+    Attributes:
+        path: prompt file, PEFT folder or checkpoint.
+        metadata: all fields of :class:`Prompt` that it has but the tensors.
+        read: the prompt of a PEFT folder or a checkpoint, where the whole was read.
+    """
+
+    path: Path
+    metadata: dict[str, Any]
+    read: Prompt | None = None
+
+    @property
+    def where(self) -> str:
+        """Its place in words, which no other prompt has."""
+        inside = self.path.suffix == ".ckpt"
+        return f"{self.path} {self.metadata['name']}" if inside else str(self.path)
+
+    @property
+    def stem(self) -> str:
+        """The name of its file, or its own inside a checkpoint or a PEFT folder."""
+        return self.path.stem if self.read is None else self.metadata["name"]
+
+    @property
+    def dev(self) -> float:
+        """Its dev score; minus infinity where there is none or it is NaN."""
+        score = self.metadata.get("dev_score")
+        return -math.inf if score is None or math.isnan(score) else float(score)
+
+    def load(self, backbone: Backbone | None = None) -> Prompt:
+        """The prompt with its tensors.
+
+        Args:
+            backbone: the model it is meant for; its weights and width are compared.
+
+        Raises:
+            ValueError: a damaged file, or made for another backbone.
+        """
+        if self.read is None:
+            return load_prompt(self.path, backbone)
+        if backbone is not None:
+            check_prompt(self.read, backbone, self.where)
+        return self.read
+
+    def digest(self) -> str:
+        """SHA-256 of its file."""
+        from prompt_lab.files.peft import WEIGHTS
+
+        file = self.path / WEIGHTS if self.path.is_dir() else self.path
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def find_prompts(*places: str | Path) -> list[FoundPrompt]:
+    """The prompts of some places; those of a folder sorted by the names of their files.
+
+    Args:
+        places: each a prompt file, a prompt store, the folder of a fit (its store is ``prompts``),
+            a PEFT folder, or a Lightning checkpoint of PromptTuning (``.ckpt``).
+
+    Raises:
+        FileNotFoundError: a place that is not there or holds no prompt.
+        ValueError: a damaged file, or one of something else.
+    """
+    return [found for place in places for found in _found(Path(place))]
+
+
+def _found(place: Path) -> list[FoundPrompt]:
+    from prompt_lab.files.peft import is_peft, load_checkpoint, load_peft
+
+    if not place.exists():
+        raise FileNotFoundError(f"no prompt file or folder {place}: give {PLACES}")
+    if place.suffix == ".ckpt" or is_peft(place):
+        read = load_checkpoint(place) if place.is_file() else [load_peft(place)]
+        return [FoundPrompt(place, prompt.metadata(), prompt) for prompt in read]
+    store = place / "prompts" if (place / "prompts").is_dir() else place
+    files = sorted(store.glob("*.safetensors")) if place.is_dir() else [place]
+    if not files:
+        raise FileNotFoundError(f"{place} holds no prompts: give {PLACES}")
+    return [FoundPrompt(file, _known(read_metadata(file, "prompt"))) for file in files]
+
+
+def is_single(place: str | Path) -> bool:
+    """Whether a place is one prompt by its kind: a prompt file or a PEFT folder."""
+    from prompt_lab.files.peft import is_peft
+
+    place = Path(place)
+    return is_peft(place) or (place.is_file() and place.suffix != ".ckpt")
+
+
+def best_found(
+    found: Iterable[FoundPrompt], key_of: Callable[[dict[str, Any]], Key | None]
+) -> dict[Key, FoundPrompt]:
+    """The prompt of best dev score for each key, as of a grid; of equal ones the first.
+
+    Args:
+        found: prompts.
+        key_of: returns the key of a prompt by its metadata; None leaves it out.
+
+    Returns:
+        Prompts by key, in the order in which keys are found. Without a dev score is the worst.
+    """
+    best: dict[Key, FoundPrompt] = {}
+    for one in found:
+        key = key_of(one.metadata)
+        if key is not None and (key not in best or one.dev > best[key].dev):
+            best[key] = one
+    return best
+
+
+# ---- the store -----------------------------------------------------------------------------------
+
+
+class PromptStore:
+    """A folder of prompt files.
+
+    Args:
+        folder: the folder; made when the first prompt is saved.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def path(self, name: str) -> Path:
+        """File of the prompt of that name.
+
+        Raises:
+            ValueError: a name that would leave the folder.
+        """
+        if not name or Path(name).name != name or name.startswith("."):
+            raise ValueError(f"{name!r} cannot be the name of a prompt: it is not a plain name")
+        return self.folder / f"{name}.safetensors"
+
+    def save(self, prompts: Iterable[Prompt]) -> None:
+        """Write prompts under their names and bring the index up to date."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for prompt in prompts:
+            save_prompt(self.path(prompt.name), prompt)
+        self.write_index()
+
+    def load(self, names: Sequence[str], backbone: Backbone | None = None) -> list[Prompt]:
+        """Prompts by name.
+
+        Raises:
+            FileNotFoundError: naming every prompt that is missing.
+            ValueError: a damaged file, or one made for another backbone.
+        """
+        missing = [name for name in names if not self.path(name).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{len(missing)} of {len(names)} prompts are not in {self.folder}: "
+                f"{', '.join(missing)}"
+            )
+        return [load_prompt(self.path(name), backbone) for name in names]
+
+    def index(self) -> list[dict[str, Any]]:
+        """Metadata of every prompt file in the folder, sorted by name.
+
+        Raises:
+            FileNotFoundError: no such folder.
+            ValueError: a damaged file.
+        """
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"no prompt store {self.folder}")
+        files = sorted(self.folder.glob("*.safetensors"))
+        return [_known(read_metadata(path, "prompt")) for path in files]
+
+    def write_index(self) -> None:
+        """Rebuild ``index.csv`` from the files."""
+        write_csv(self.folder / "index.csv", METADATA_FIELDS, self.index())

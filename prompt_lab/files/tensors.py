@@ -1,0 +1,277 @@
+"""One kind of tensor file for everything that is trained, and how files are written.
+
+A tensor file is one ``.safetensors`` with flat string metadata: ``format`` prompt_lab, its
+``kind``, ``format_version``, and fields whose values are JSON. A prompt, a map from codes, an
+attention and fine-tuned weights differ in kind and fields only. Nothing is ever unpickled.
+
+Files appear whole or not at all and are forced to the disk; a folder is held by one process at a
+time. A process that is killed leaves whole files and no lock.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prompt_lab.core.backbone import Backbone
+
+FORMAT, FORMAT_VERSION = "prompt_lab", 1
+
+_MADE_FOR = {"backbone": str, "backbone_digest": str}
+_BANK = {"num_virtual_tokens": int, "hidden_size": int}
+_MAP = {"intrinsic_dim": int, "inner_size": int | None}
+KINDS: dict[str, dict[str, Any]] = {
+    "prompt": {"name": str, **_BANK, **_MADE_FOR, "tokenizer_digest": str},
+    "subspace": {**_BANK, **_MAP, **_MADE_FOR},
+    "adapters": {"size": int, "bottleneck": int, **_MAP, **_MADE_FOR},
+    "attention": {"hidden_size": int, "inner_size": int, "temperature": float | int, **_MADE_FOR},
+    "weights": {"best_step": int, "status": int, "seconds": float | int, **_MADE_FOR},
+}
+"""The fields that each kind of file must have, with their types."""
+
+
+# ---- tensor files --------------------------------------------------------------------------------
+
+
+def save_tensors(
+    path: str | Path, kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
+) -> None:
+    """Write a tensor file, whole or not at all.
+
+    Args:
+        path: the file; folders on the way are made.
+        kind: one of :data:`KINDS`.
+        tensors: by name; no two share memory.
+        metadata: values that JSON can hold, the fields of the kind among them.
+
+    Raises:
+        OSError: naming the file: a full disk, a folder that cannot be written to.
+    """
+    from safetensors.torch import save
+
+    text = {name: json.dumps(value) for name, value in metadata.items()}
+    text |= {"format": FORMAT, "kind": kind, "format_version": str(FORMAT_VERSION)}
+    content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, save(content, text))
+
+
+def load_tensors(
+    path: str | Path, kind: str, backbone: Backbone | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a tensor file: its tensors, on the CPU, and its metadata.
+
+    Args:
+        path: the file.
+        kind: what it must be, one of :data:`KINDS`.
+        backbone: the model it is meant for; its weights and width are compared with the file's.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: as :func:`read_metadata`, or made for another backbone; naming file and reason.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    metadata = read_metadata(path, kind)
+    if backbone is not None:
+        check_backbone(metadata, backbone, path)
+    try:
+        return load(Path(path).read_bytes()), metadata
+    except (SafetensorError, LookupError) as error:
+        raise ValueError(f"{path}: damaged or not a safetensors file ({error})") from error
+
+
+def read_metadata(path: str | Path, kind: str) -> dict[str, Any]:
+    """The metadata of a tensor file, without reading its tensors.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, of another kind or a newer format, or without the fields of its kind;
+            naming file and reason.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no {kind} file {path}")
+    try:
+        with safe_open(str(path), "pt") as file:
+            raw = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: damaged or not a safetensors file ({error}); get or make it again"
+        ) from error
+    own = raw.pop("format", None) == FORMAT
+    found, version = raw.pop("kind", None), raw.pop("format_version", "")
+    if not own or (found != kind and found is not None):
+        other = f"a file of kind {found!r}" if own else "no such metadata"
+        raise ValueError(f"{path}: not a {kind} file of prompt_lab ({other})")
+    if found is None or not version.isdecimal():
+        raise ValueError(f"{path}: damaged, no version of the format or no kind in its metadata")
+    if int(version) > FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: {kind} file of format {version}; this version of prompt_lab reads up to "
+            f"{FORMAT_VERSION}: upgrade prompt_lab"
+        )
+    try:
+        metadata = {name: json.loads(value) for name, value in raw.items()}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged, its metadata is not JSON ({error})") from None
+    fields = KINDS[kind]
+    lacking = [name for name in fields if name not in metadata]
+    if lacking:
+        raise ValueError(f"{path}: the {kind} file's metadata lacks {', '.join(lacking)}")
+    wrong = [name for name, what in fields.items() if not isinstance(metadata[name], what)]
+    if wrong:
+        values = ", ".join(f"{name} is {metadata[name]!r}" for name in wrong)
+        raise ValueError(f"{path}: damaged, in its metadata {values}")
+    return metadata
+
+
+def check_backbone(metadata: Mapping[str, Any], backbone: Backbone, where: str | Path) -> None:
+    """Refuse what was made for another backbone, as far as its metadata tells.
+
+    Args:
+        metadata: ``backbone``, ``backbone_digest`` (may be empty) and ``hidden_size`` (may lack).
+        backbone: the model it is meant for.
+        where: its file, for the error.
+
+    Raises:
+        ValueError: another width, or other weights; naming both sides.
+    """
+    name, digest = metadata["backbone"] or "a model it does not name", metadata["backbone_digest"]
+    width = metadata.get("hidden_size", backbone.hidden_size)
+    if width != backbone.hidden_size:
+        raise ValueError(
+            f"{where}: width {width} made for {name!r}, but backbone {backbone.name!r} has hidden "
+            f"size {backbone.hidden_size}"
+        )
+    if digest and digest != backbone.digest:
+        raise ValueError(
+            f"{where}: made for backbone {name!r} with weights {digest[:12]}, but "
+            f"{backbone.name!r} has weights {backbone.digest[:12]}"
+        )
+
+
+# ---- how files are written -----------------------------------------------------------------------
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Write a file so that readers see the old one or the new one, never a part; synced.
+
+    Raises:
+        OSError: naming the file: a full disk, a folder that cannot be written to.
+    """
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            draft.write_bytes(content)
+            _sync(draft)
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+        with suppress(OSError):  # a file system that cannot sync folders
+            _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt":  # cannot open folders, nor sync what is open to be read
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let the error of a write say which file it was and what to do.
+
+    Raises:
+        OSError: in place of the one that was raised, of the same number.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(
+            error.errno,
+            f"{path} cannot be written ({reason}): make room there, or give another folder",
+        ) from error
+
+
+@contextmanager
+def held(folder: Path, by: str) -> Iterator[int]:
+    """Hold a folder, so that no other process that asks for it gets it.
+
+    The system lets go of it when the process ends, however it ends. Where the system has no such
+    locks the folder is not held.
+
+    Args:
+        folder: made if it is not there; its file ``.lock`` stays.
+        by: who else may hold it, for the message.
+
+    Yields:
+        Descriptor of the lock file, which holds the number of the process.
+
+    Raises:
+        ValueError: another process holds the folder.
+        OSError: a folder that cannot be written to.
+    """
+    path = folder / ".lock"
+    with naming(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if not _lock(lock):
+            process = os.pread(lock, 20, 0).decode(errors="replace")
+            raise ValueError(
+                f"{folder} is in use by {by} (process {process}): wait for it or stop it, or give "
+                "another --run_dir"
+            )
+        with naming(path):
+            os.truncate(lock, 0)
+            os.pwrite(lock, str(os.getpid()).encode(), 0)
+        yield lock
+    finally:
+        os.close(lock)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as CSV with a header; None, NaN and what a row lacks become empty cells."""
+    buffer = StringIO()
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: cell(row.get(name)) for name in columns} for row in rows)
+    write_atomically(path, buffer.getvalue().encode())
+
+
+def cell(value: Any) -> Any:
+    """What a CSV cell holds."""
+    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else value

@@ -1,0 +1,270 @@
+"""Tensor files of every kind: what is written is read; what is damaged is one sentence.
+
+The reference is the safetensors library. Atomic writes, locks and kills are in ``test_faults.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import HIDDEN
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from prompt_lab import __version__
+from prompt_lab.core.attention_mixture import PromptAttention
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.subspace import AdapterMap, Subspace
+from prompt_lab.files.networks import load_network, save_network
+from prompt_lab.files.prompts import Prompt, load_prompt, save_prompt
+from prompt_lab.files.tensors import KINDS, load_tensors, read_metadata, save_tensors
+
+Factory = Callable[..., Backbone]
+MADE_FOR = {"backbone": "someone/some-model", "backbone_digest": "0123456789abcdef"}
+NETWORKS = {
+    "subspace": Subspace(4, HIDDEN, 3, 7),
+    "adapters": AdapterMap(20, 3, None),
+    "attention": PromptAttention(HIDDEN, 3, temperature=2.5),
+}
+
+
+@dataclass
+class Kind:
+    """One kind of file: how it is written and read."""
+
+    name: str
+
+    def write(self, path: Path, **made_for: str) -> Path:
+        metadata: dict[str, Any] = {**MADE_FOR, **made_for}
+        if self.name == "prompt":
+            prompt, init = torch.randn(2, 4, HIDDEN, generator=torch.Generator().manual_seed(0))
+            save_prompt(path, Prompt(prompt, init, "p", tokenizer_digest="01", **metadata))
+        elif self.name == "weights":
+            facts = {"best_step": 3, "status": 1, "seconds": 2.0}
+            save_tensors(path, "weights", {"a.weight": torch.ones(4, 3)}, {**facts, **metadata})
+        else:
+            more = {"bottleneck": 2} if self.name == "adapters" else {}
+            save_network(path, NETWORKS[self.name], {**metadata, **more, "tasks": ["a", "b"]})
+        return path
+
+    def read(self, path: Path, backbone: Backbone | None = None) -> Any:
+        if self.name == "prompt":
+            return load_prompt(path, backbone)
+        if self.name == "weights":
+            return load_tensors(path, "weights", backbone)
+        return load_network(path, type(NETWORKS[self.name]), backbone)
+
+
+@pytest.fixture(params=list(KINDS))
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return Kind(request.param)
+
+
+@pytest.fixture
+def written(kind: Kind, tmp_path: Path) -> Path:
+    return kind.write(tmp_path / "deep" / "x.safetensors")
+
+
+def rewrite(path: Path, tensors: dict[str, Tensor] | None = None, **metadata: str | None) -> None:
+    """The same file with other tensors, or with metadata changed, or left out where None."""
+    with safe_open(str(path), "pt") as file:
+        new = {k: v for k, v in {**file.metadata(), **metadata}.items() if v is not None}
+    save_file(load_file(path) if tensors is None else tensors, path, new)
+
+
+def refused(kind: Kind, path: Path, reason: str) -> None:
+    """Tensors and metadata: one sentence that names file and reason."""
+    for read in (kind.read, lambda path: read_metadata(path, kind.name)):
+        with pytest.raises(ValueError, match=f"^{path}: [^\n]*{reason}"):
+            read(path)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_is_read_as_it_was_written_and_frozen(tmp_path: Path, name: str) -> None:
+    path, network = tmp_path / "x", NETWORKS[name]
+    Kind(name).write(path)
+    found = load_network(path, type(network))
+    assert MADE_FOR.items() <= found.metadata.items()
+    assert found.metadata["tasks"] == ["a", "b"]
+    assert found.metadata["version"] == __version__
+    assert [getattr(found, n) for n in found.SIZES] == [getattr(network, n) for n in network.SIZES]
+    assert found.state_dict().keys() == network.state_dict().keys()
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor)
+    assert not any(weight.requires_grad for weight in found.parameters())
+
+
+def test_weights_of_a_network_are_written_in_single_precision(tmp_path: Path) -> None:
+    made = Subspace(4, HIDDEN, 3, 7).double()
+    save_network(tmp_path / "x", made, MADE_FOR)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "x").values()} == {torch.float32}
+
+
+def test_tensors_keep_their_dtype_and_metadata_are_json(tmp_path: Path) -> None:
+    bank = torch.randn(3, 4, dtype=torch.bfloat16, requires_grad=True)
+    facts = {**MADE_FOR, "best_step": 1, "status": 0, "seconds": 0.5, "more": ["x", None, 1 / 3]}
+    save_tensors(tmp_path / "x", "weights", {"a": bank.T}, facts)  # not contiguous
+    tensors, metadata = load_tensors(tmp_path / "x", "weights")
+    assert torch.equal(tensors["a"], bank.T)
+    assert metadata == facts
+    with safe_open(str(tmp_path / "x"), "pt") as file:
+        raw = file.metadata()
+    assert (raw["format"], raw["kind"], raw["format_version"]) == ("prompt_lab", "weights", "1")
+    assert json.loads(raw["more"]) == facts["more"]
+
+
+@pytest.mark.parametrize("where", ["write", "replace"])
+def test_a_failed_write_leaves_the_old_file_and_no_part(
+    kind: Kind, written: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """The disk fills up in the middle of the bytes, or the last step fails."""
+    old = written.read_bytes()
+
+    def half(self: Path, content: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(content[:50])
+        raise OSError("disk full")
+
+    def fail(*_: Any) -> None:
+        raise OSError("disk full")
+
+    if where == "write":
+        monkeypatch.setattr(Path, "write_bytes", half)
+    else:
+        monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match=r"x.safetensors cannot be written .*disk full"):
+        kind.write(written, backbone="another")
+    assert written.read_bytes() == old
+    assert [path.name for path in written.parent.iterdir()] == [written.name]
+
+
+def test_file_and_folder_are_forced_to_the_disk_before_and_after_the_move(
+    kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power failure leaves the old file or the whole new one."""
+    done, sync, replace = [], os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).suffix)
+        sync(descriptor)
+
+    def moved(source: Path, target: Path) -> None:
+        done.append("move")
+        replace(source, target)
+
+    monkeypatch.setattr("os.fsync", synced)
+    monkeypatch.setattr("os.replace", moved)
+    kind.write(tmp_path / "x.safetensors")
+    assert done == [".part", "move", ""]
+
+
+def test_a_missing_file_is_named(kind: Kind, tmp_path: Path) -> None:
+    for read in (kind.read, lambda path: read_metadata(path, kind.name)):
+        with pytest.raises(FileNotFoundError, match=f"^no {kind.name} file .*absent$"):
+            read(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("kept", [0, 1, 8, 20, 300, -1])
+def test_a_truncated_file_is_refused(kind: Kind, written: Path, kept: int) -> None:
+    """Cut in the length, in the header, and in the numbers."""
+    written.write_bytes(written.read_bytes()[:kept])
+    refused(kind, written, "damaged or not a safetensors file")
+
+
+def test_pickled_and_other_files_are_refused(kind: Kind, tmp_path: Path) -> None:
+    """Nothing is unpickled: a file that would run code on loading only gives an error."""
+
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    path = tmp_path / "x"
+    for content in (pickle.dumps(Bomb()), b"some words\n" * 40):
+        path.write_bytes(content)
+        refused(kind, path, "damaged or not a safetensors file")
+    torch.save({"prompt": torch.zeros(2, 2)}, path)
+    refused(kind, path, "damaged or not a safetensors file")
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"kind": "prompt"}], ids=str)
+def test_safetensors_of_others_are_refused(
+    kind: Kind, tmp_path: Path, metadata: dict[str, str] | None
+) -> None:
+    save_file({"prompt": torch.zeros(4, 3), "init": torch.zeros(4, 3)}, tmp_path / "x", metadata)
+    refused(kind, tmp_path / "x", rf"not a {kind.name} file of prompt_lab \(no such metadata\)")
+
+
+def test_another_kind_is_refused(kind: Kind, tmp_path: Path) -> None:
+    for other in KINDS.keys() - {kind.name}:
+        path = Kind(other).write(tmp_path / other)
+        refused(kind, path, rf"not a {kind.name} file of prompt_lab \(a file of kind '{other}'\)")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"format_version": "2"}, "of format 2; this version .* reads up to 1: upgrade"),
+        ({"format_version": None}, "damaged, no version of the format or no kind"),
+        ({"format_version": "one"}, "damaged, no version of the format or no kind"),
+        ({"kind": None}, "damaged, no version of the format or no kind"),
+        ({"backbone": "{"}, "damaged, its metadata is not JSON"),
+        ({"more": "[" * 100_000}, "damaged, its metadata is not JSON"),
+        ({"backbone": "3"}, "damaged, in its metadata backbone is 3"),
+        ({"backbone": None, "backbone_digest": None}, "metadata lacks backbone, backbone_digest"),
+    ],
+    ids=str,
+)
+def test_damaged_metadata_is_told(
+    kind: Kind, written: Path, changes: dict[str, str | None], reason: str
+) -> None:
+    rewrite(written, **changes)
+    refused(kind, written, reason)
+
+
+def test_every_field_of_a_kind_is_needed(kind: Kind, written: Path) -> None:
+    for name in KINDS[kind.name]:
+        rewrite(kind.write(written), **{name: None})
+        refused(kind, written, f"the {kind.name} file's metadata lacks {name}")
+
+
+@pytest.mark.parametrize("name", ["prompt", *NETWORKS])
+def test_tensors_that_disagree_with_the_metadata_are_refused(tmp_path: Path, name: str) -> None:
+    kind, path = Kind(name), tmp_path / "x"
+    size = next(n for n, what in KINDS[name].items() if what is int and n != "bottleneck")
+    for changes in ({size: "5"}, {size: "0"}, {size: "-1"}):
+        rewrite(kind.write(path), **changes)
+        with pytest.raises(ValueError, match=f"^{path}: damaged[:,] "):
+            kind.read(path)
+    for extra in (True, False):
+        tensors = load_file(kind.write(path))
+        if extra:
+            tensors["more"] = torch.zeros(1)
+        else:
+            del tensors[sorted(tensors)[0]]
+        rewrite(path, tensors)
+        with pytest.raises(ValueError, match=f"^{path}: damaged: "):
+            kind.read(path)
+
+
+def test_another_backbone_is_refused_with_both_sides(
+    kind: Kind, tmp_path: Path, backbone: Factory
+) -> None:
+    ours, path = backbone("t5"), tmp_path / "x"
+    kind.write(path, backbone=ours.name, backbone_digest=ours.digest)
+    kind.read(path, ours)
+    with pytest.raises(ValueError, match=f"^{path}: made for backbone 'tiny-t5' .*'tiny-gpt2' has"):
+        kind.read(path, backbone("gpt2"))
+    if "hidden_size" in KINDS[kind.name]:
+        rewrite(path, hidden_size="16")
+        with pytest.raises(ValueError, match=r"width 16 made for 'tiny-t5', but .*'tiny-t5' has"):
+            kind.read(path, ours)
