@@ -35,7 +35,8 @@ class Tuned:
     @property
     def group(self) -> str:
         """What it is a run of: its task, or what it was learned as, or itself."""
-        return self.prompt.task or self.prompt.origin or self.label
+        made = (self.prompt.kind, self.prompt.source_set)
+        return self.prompt.task or (self.prompt.source_set and " ".join(made)) or self.label
 
 
 def find_prompts(places: Sequence[str]) -> tuple[list[Tuned], list[str]]:
@@ -100,7 +101,7 @@ def _files(place: Path) -> tuple[list[Path], int]:
         if known.get("task") and not known.get("made_from"):
             key = tuple(
                 known.get(name)
-                for name in ("task", "sample", "init_seed", "order_seed", "initialised")
+                for name in ("task", "sample", "init_seed", "order_seed", "start", "start_of")
             )
         dev = known.get("dev_score")
         score = -math.inf if dev is None or math.isnan(dev) else float(dev)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, get_args
 from prompt_lab.analysis.select_command import Likeness, PromptMethod, load_banks, rank_by_prompts
 from prompt_lab.analysis.selection import Quality, Seeds, evaluate, judge, mean_quality
 from prompt_lab.analysis.transfer_table import Table, some
-from prompt_lab.files.results import is_plain
+from prompt_lab.files.prompt_file import PLAIN_STARTS
 
 if TYPE_CHECKING:
     from prompt_lab.data.mixtures import Key
@@ -234,7 +234,7 @@ def _prompts(store: Path, targets: Sequence[str]) -> tuple[list[StepPrompt], int
     kept = [
         facts
         for facts in known
-        if facts.get("task") in targets and is_plain(facts.get("initialised") or "")
+        if facts.get("task") in targets and facts.get("start") in PLAIN_STARTS
     ]
     prompts = []
     for facts in kept:

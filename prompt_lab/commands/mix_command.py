@@ -18,8 +18,6 @@ from prompt_lab.methods.task_vectors import check_compatible, load_source
 if TYPE_CHECKING:
     from prompt_lab.files.prompt_file import Prompt
 
-ORIGIN = "spot mixture"
-
 
 def mix_prompts(
     target: str,
@@ -131,7 +129,10 @@ def _mixture(file: Path, sources: dict[str, Path]) -> Prompt:
         init=mixed,
         code=None,
         name=f"{target.prompt.name}_mixture",
-        initialised=ORIGIN,
+        start="",
+        start_of="",
+        start_seed=None,
+        start_file="",
         learning_rate=None,
         batch_size=None,
         steps=None,
@@ -140,7 +141,7 @@ def _mixture(file: Path, sources: dict[str, Path]) -> Prompt:
         status="",
         seconds=None,
         version=__version__,
-        origin=ORIGIN,
+        kind="mixture",
         source_tasks=list(sources),
-        made_from={"mixture": ORIGIN, "target": target.provenance(), "sources": parts},
+        made_from={"target": target.provenance(), "sources": parts},
     )

@@ -35,7 +35,7 @@ def load_checkpoint(path: str | Path) -> list[Prompt]:
         state, settings = saved["state_dict"], saved["hyper_parameters"]
         init, best, score, step = (state[name] for name in _TENSORS)
         prompt = state.get("prompt", best)  # in a subspace there are codes instead
-        backbone, initialised = (str(settings[name]["name"]) for name in ("backbone", "init"))
+        backbone, starts = str(settings["backbone"]["name"]), saved["starts"]
         digest, tokenizer = str(saved["backbone_digest"]), str(saved["tokenizer_digest"])
         runs = [Run(**run) for run in saved["runs"]]
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
@@ -43,7 +43,7 @@ def load_checkpoint(path: str | Path) -> list[Prompt]:
             f"{path}: not a checkpoint of PromptTuning of this package "
             f"({type(error).__name__}: {error})"
         ) from error
-    if not len(runs) == len(prompt) == len(best) == len(init):
+    if not len(runs) == len(starts) == len(prompt) == len(best) == len(init):
         raise ValueError(f"{path}: damaged checkpoint: {len(runs)} runs, {len(best)} prompts")
     prompts = []
     for i, run in enumerate(runs):
@@ -58,7 +58,7 @@ def load_checkpoint(path: str | Path) -> list[Prompt]:
                 tokenizer_digest=tokenizer,
                 task=run.task,
                 sample=run.sample,
-                initialised=initialised,
+                **starts[i],
                 init_seed=run.init_seed,
                 learning_rate=run.learning_rate,
                 batch_size=run.batch_size,

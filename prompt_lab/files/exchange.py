@@ -295,7 +295,9 @@ def _read_tensor(source: Path) -> Prompt:
         backbone_digest="",
         tokenizer_digest="",
         task=metadata.get("task", ""),
-        initialised=f"tensor {source}",
+        start="prompt",
+        start_of=metadata.get("task", ""),
+        start_file=str(source),
     )
 
 

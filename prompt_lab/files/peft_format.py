@@ -123,10 +123,8 @@ def load_peft(folder: str | Path, task: int | None = None) -> Prompt:
             f"{folder}: the config says {count} virtual tokens x {submodules} submodules of width "
             f"{width}, but prompt_embeddings has shape {shape}"
         )
-    where = f"peft {folder}"
     if kind == _MULTITASK:
         rows = rows * _task_factors(folder, tensors, shape, task)
-        where += f" task {task}"
         if submodules > 1:
             warnings.warn(
                 f"{folder}: only the encoder's prompt is taken; {kind} with {submodules} "
@@ -145,7 +143,8 @@ def load_peft(folder: str | Path, task: int | None = None) -> Prompt:
         backbone=str(config.get("base_model_name_or_path") or ""),
         backbone_digest="",
         tokenizer_digest="",
-        initialised=where,
+        start="prompt",
+        start_file=str(folder),
     )
 
 
@@ -266,7 +265,7 @@ def _model_card(prompt: Prompt, task_type: TaskType) -> str:
         for label, value in (
             ("task", prompt.task or None),
             ("few-shot sample", prompt.sample),
-            ("initialised", prompt.initialised or None),
+            ("started from", " ".join(filter(None, (prompt.start, prompt.start_of))) or None),
             ("learning rate", prompt.learning_rate),
             ("steps", prompt.steps),
             (f"dev {prompt.metric}".strip(), prompt.dev_score),

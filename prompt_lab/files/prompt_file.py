@@ -10,7 +10,7 @@ Nothing is ever unpickled, and nothing that is missing is silently replaced.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,10 @@ class Prompt:
         tokenizer_digest: SHA-256 of its vocabulary.
         task: task name.
         sample: few-shot sample.
-        initialised: how ``init`` was made, e.g. ``vocab`` or ``file PATH``.
+        start: what ``init`` is (see :class:`Start`); likewise the three that follow.
+        start_of: what it is of.
+        start_seed: the seed it was made under.
+        start_file: the file it was read from.
         init_seed: seed of the initial prompt.
         order_seed: seed of the data order.
         learning_rate: peak learning rate.
@@ -59,9 +62,10 @@ class Prompt:
         task_prefix: whether the task's name stood in front of the inputs.
         version: version of the package that wrote it.
         code: (I,) float32, what a subspace made the prompt from; None where it was tuned itself.
-        origin: what to call the prompt where it is the start of others, such as ``maml`` and the
-            tasks that it was learned on; empty for a prompt of one task.
+        kind: what the prompt is to others that start from it: ``prompt``, tuned for its task;
+            ``sum`` of vectors; ``mixture``; ``meta`` or ``multitask``, learned on many tasks.
         source_tasks: tasks that a prompt for other tasks was learned on.
+        source_set: the same as they were named, such as ``mpt/cls_to_cls/source``.
         made_from: what arithmetic made the prompt from: expression, scale, and files with their
             digests; None where it was tuned.
     """
@@ -74,7 +78,10 @@ class Prompt:
     tokenizer_digest: str
     task: str = ""
     sample: int | None = None
-    initialised: str = ""
+    start: str = ""
+    start_of: str = ""
+    start_seed: int | None = None
+    start_file: str = ""
     init_seed: int | None = None
     order_seed: int | None = None
     learning_rate: float | None = None
@@ -94,13 +101,64 @@ class Prompt:
     task_prefix: bool = False
     version: str = ""
     code: Tensor | None = None
-    origin: str = ""
+    kind: str = "prompt"
     source_tasks: list[str] | None = None
+    source_set: str = ""
     made_from: dict[str, Any] | None = None
+
+    @property
+    def start_fields(self) -> Start:
+        """Where it was trained from."""
+        return Start(self.start, self.start_of, self.start_seed, self.start_file)
 
     def metadata(self) -> dict[str, Any]:
         """All that is not a tensor."""
         return {k: v for k, v in vars(self).items() if k not in TENSORS}
+
+
+PLAIN_STARTS = ("vocab", "text", "labels", "normal", "uniform")
+"""Starts that know no other task."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts from, as fields; results have them as columns, prompt files as metadata.
+
+    Attributes:
+        start: ``vocab``, ``text``, ``labels``, ``normal`` or ``uniform``; ``prompt`` of a task;
+            ``sum`` of task prompt vectors; ``mixture`` of prompts; ``meta`` or ``multitask``,
+            learned on many tasks; ``codes`` in a subspace; ``weights``, the pretrained ones;
+            ``zeros``.
+        start_of: the task of a prompt; the source tasks, as they were named, of a mixture or of
+            learning on many; for a sum a JSON list of [coefficient, task].
+        start_seed: initialisation seed of what it starts from, or of the draw.
+        start_file: file that it was read from, as the run named it; empty without one.
+    """
+
+    start: str
+    start_of: str = ""
+    start_seed: int | None = None
+    start_file: str = ""
+
+
+STARTS = tuple(field.name for field in fields(Start))
+"""The fields of a start, as columns of results and in prompt files."""
+
+
+def start_from(known: Mapping[str, Any], path: str | Path) -> Start:
+    """The start of a run that starts from a prompt file.
+
+    Args:
+        known: metadata of the file.
+        path: the file, as it is to be recorded.
+    """
+    kind, made_from = known.get("kind") or "prompt", known.get("made_from") or {}
+    of = known.get("task") or ""
+    if kind == "sum":
+        of = json.dumps([[part["coefficient"], part["task"]] for part in made_from["vectors"]])
+    elif kind != "prompt":
+        of = known.get("source_set") or " ".join(known.get("source_tasks") or [])
+    return Start(kind, of, known.get("init_seed"), str(path))
 
 
 REQUIRED_FIELDS = ("name", "backbone", "backbone_digest", "tokenizer_digest")

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -25,7 +25,13 @@ from prompt_lab.data.tasks import Task
 from prompt_lab.files.checkpoint import load_checkpoint
 from prompt_lab.files.exchange import adopt
 from prompt_lab.files.peft_format import is_peft, load_peft
-from prompt_lab.files.prompt_file import PromptStore, check_backbone, load_prompt, read_metadata
+from prompt_lab.files.prompt_file import (
+    PromptStore,
+    Start,
+    check_backbone,
+    load_prompt,
+    start_from,
+)
 
 ROWS_AT_ONCE = 4096
 """Embeddings that are read at a time where all are."""
@@ -98,57 +104,6 @@ class InitConfig:
             return self
         return replace(self, path=self.path.replace("{init_seed}", str(seed)))
 
-    def describe(self) -> str:
-        """The way in a few words, for results and prompt files.
-
-        A prompt file that says what to call its prompt is called that.
-        """
-        origin = self.learned_from().get("origin")
-        if origin:
-            return origin
-        details = {
-            "vocab": f"{self.vocab_size or 'all'}",
-            "text": f"{self.text!r}",
-            "labels": f"{self.vocab_size or 'all'}",
-            "normal": f"std {self.std:g}",
-            "uniform": f"limit {self.limit:g}",
-            "file": f"{self.path}",
-        }
-        return f"{self.name} {details[self.name]}"
-
-    def describe_runs(self, runs: Sequence[Run]) -> list[str]:
-        """As :meth:`describe`, for each run by the file that it starts from.
-
-        Raises:
-            FileNotFoundError: a store that is not there.
-            ValueError: tasks without a prompt in the store.
-        """
-        found: dict[Run, str] = {}
-        for seed in dict.fromkeys(run.init_seed for run in runs):
-            own = [run for run in runs if run.init_seed == seed]
-            found |= zip(own, self.of_seed(seed)._describe_starts(own), strict=True)
-        return [found[run] for run in runs]
-
-    def _describe_starts(self, runs: Sequence[Run]) -> list[str]:
-        """The starts of runs from one path; from a store, what the run's file says to call it."""
-        path = Path(self.path or "")
-        if self.name != "file" or not path.is_dir() or is_peft(path):
-            return [self.describe()] * len(runs)
-        files = source_files(path, runs)
-        alone = {file: replace(self, path=str(file), source_tasks=None) for file in set(files)}
-        told = {file: one.describe() for file, one in alone.items()}
-        named = {file for file, one in alone.items() if one.learned_from().get("origin")}
-        return [
-            told[file] if run.source or file in named else self.describe()
-            for run, file in zip(runs, files, strict=True)
-        ]
-
-    def learned_from(self) -> dict[str, Any]:
-        """Metadata of the prompt file that all prompts start from; empty where there is none."""
-        path = Path(self.path or "")
-        one_file = self.name == "file" and path.suffix == ".safetensors" and path.is_file()
-        return read_metadata(path) if one_file else {}
-
 
 def initial_prompts(
     config: InitConfig,
@@ -156,8 +111,8 @@ def initial_prompts(
     runs: Sequence[Run],
     tasks: Mapping[str, Task],
     num_virtual_tokens: int,
-) -> Tensor:
-    """The initial prompt of every run: (R, N, D) float32, on the CPU.
+) -> tuple[Tensor, list[Start]]:
+    """The initial prompt of every run, (R, N, D) float32 on the CPU, and where it is from.
 
     Raises:
         FileNotFoundError: a prompt file, store, folder or checkpoint that is not there.
@@ -172,19 +127,21 @@ def initial_prompts(
         )
     if config.name == "file":
         made = _from_files(config, backbone, runs)
-        for run, prompt in zip(runs, made, strict=True):
+        for run, (prompt, _) in zip(runs, made, strict=True):
             if len(prompt) != num_virtual_tokens:
                 raise ValueError(
                     f"run {run.name}: the prompt in {config.path} has {len(prompt)} virtual "
                     f"tokens, model.num_virtual_tokens is {num_virtual_tokens}"
                 )
-        return torch.stack(made)
+        return torch.stack([prompt for prompt, _ in made]), [start for _, start in made]
     keys = [(run.init_seed, run.task if config.name == "labels" else "") for run in runs]
     unique = {
         key: _make(config, backbone, key[0], tasks.get(key[1]), num_virtual_tokens)
         for key in dict.fromkeys(keys)
     }
-    return torch.stack([unique[key] for key in keys])
+    drawn = config.name != "text"
+    starts = [Start(config.name, start_seed=run.init_seed if drawn else None) for run in runs]
+    return torch.stack([unique[key] for key in keys]), starts
 
 
 def vocabulary_prompt(
@@ -255,16 +212,18 @@ def _tokens(backbone: Backbone, text: str) -> list[int]:
     return backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _from_files(config: InitConfig, backbone: Backbone, runs: Sequence[Run]) -> list[Tensor]:
-    """A prompt per run, from the path of its seed."""
-    found: dict[Run, Tensor] = {}
+def _from_files(
+    config: InitConfig, backbone: Backbone, runs: Sequence[Run]
+) -> list[tuple[Tensor, Start]]:
+    """A prompt per run, from the path of its seed, and what it is."""
+    found: dict[Run, tuple[Tensor, Start]] = {}
     for path in dict.fromkeys(config.of_seed(run.init_seed).path or "" for run in runs):
         own = [run for run in runs if config.of_seed(run.init_seed).path == path]
         found |= zip(own, _from_path(Path(path), backbone, own), strict=True)
     return [found[run] for run in runs]
 
 
-def _from_path(path: Path, backbone: Backbone, runs: Sequence[Run]) -> list[Tensor]:
+def _from_path(path: Path, backbone: Backbone, runs: Sequence[Run]) -> list[tuple[Tensor, Start]]:
     """A prompt per run: one for all from a file or PEFT folder, its own from a bank of them."""
     if runs[0].source:
         return _from_store(path, backbone, runs)
@@ -273,19 +232,21 @@ def _from_path(path: Path, backbone: Backbone, runs: Sequence[Run]) -> list[Tens
         names = _names([prompt.metadata() for prompt in saved.values()], runs, path)
         for name in names:
             check_backbone(saved[name], backbone, path)
-        return [saved[name].prompt for name in names]
+        return [(saved[name].prompt, start_from(saved[name].metadata(), path)) for name in names]
     if is_peft(path):
-        return [adopt(load_peft(path), backbone, path).prompt] * len(runs)
+        prompt = adopt(load_peft(path), backbone, path)
+        return [(prompt.prompt, start_from(prompt.metadata(), path))] * len(runs)
     if not path.is_dir():
-        return [load_prompt(path, backbone).prompt] * len(runs)
+        prompt = load_prompt(path, backbone)
+        return [(prompt.prompt, start_from(prompt.metadata(), path))] * len(runs)
     return _from_store(path, backbone, runs)
 
 
-def _from_store(path: Path, backbone: Backbone, runs: Sequence[Run]) -> list[Tensor]:
+def _from_store(path: Path, backbone: Backbone, runs: Sequence[Run]) -> list[tuple[Tensor, Start]]:
     """A prompt per run, of its task or its source."""
     files = source_files(path, runs)
-    loaded = {file: load_prompt(file, backbone).prompt for file in set(files)}
-    return [loaded[file] for file in files]
+    loaded = {file: load_prompt(file, backbone) for file in set(files)}
+    return [(loaded[file].prompt, start_from(loaded[file].metadata(), file)) for file in files]
 
 
 def source_files(path: Path, runs: Sequence[Run]) -> list[Path]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.run import Run
 from prompt_lab.core.subspace import Subspace, load_subspace
+from prompt_lab.files.prompt_file import Start
 
 RANDOM = "random"
 """The path that stands for a random subspace."""
@@ -73,10 +74,9 @@ class SubspaceConfig:
         """Its name in the results."""
         return "random_subspace" if self.path == RANDOM else "subspace"
 
-    def describe(self) -> str:
-        """How the codes are initialised, for prompt files and results."""
-        where = f"random subspace seed {self.seed}" if self.path == RANDOM else self.path
-        return f"codes std {self.std} in {where}"
+    def start(self, seed: int) -> Start:
+        """Where codes start that are drawn under a seed."""
+        return Start("codes", "", seed, "" if self.path == RANDOM else self.path)
 
 
 def initial_codes(runs: Sequence[Run], intrinsic_dim: int, std: float) -> Tensor:
