@@ -10,7 +10,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 import statistics
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -192,9 +194,41 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> str:
             cells.append(_mean_cell(chosen, spread=True))
             counts.append((len(_known(chosen)), len(chosen)))
         lines.append([*cells, _count_cell(counts)])
-    widths = [max(len(line[at]) for line in lines) for at in range(len(header))]
-    padded = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
-    return "\n".join([padded[0], "  ".join("-" * w for w in widths), *padded[1:]])
+    return text_table(lines[0], lines[1:])
+
+
+def text_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None
+) -> str:
+    """A table of aligned text that fits a terminal: names of columns wrap, long cells are cut.
+
+    Args:
+        header: names of the columns.
+        rows: cells as text.
+        width: most characters of a line; None for those of the terminal, and no bound elsewhere.
+    """
+    if width is None:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000
+    whole = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    is_wide = sum(whole) + 2 * (len(whole) - 1) > width
+    names = [name.split(" ") if is_wide else [name] for name in header]
+    height = max(map(len, names))
+    heads = [[own[at] if at < len(own) else "" for own in names] for at in range(height)]
+    widths = [max(map(len, column)) for column in zip(*heads, *rows, strict=True)]
+    while sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > 9:
+        widths[widths.index(max(widths))] -= 1
+    lines = [*heads, ["-" * w for w in widths], *rows]
+    return "\n".join(
+        "  ".join(_cut(c, w).ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def _cut(text: str, width: int) -> str:
+    """A text of at most so many characters; a longer one lacks its middle."""
+    if len(text) <= width:
+        return text
+    return text[: (width - 1) // 2] + "…" + text[len(text) - (width - 1 - (width - 1) // 2) :]
 
 
 def _trained(row: Mapping[str, Any]) -> str:

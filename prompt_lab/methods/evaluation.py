@@ -117,7 +117,8 @@ class Evaluation:
         """Print the table; on ``test`` also write results, predictions and scored prompts."""
         self.fit_id, settings, self.digests = self.method.identity()
         self.settings = json.dumps(
-            {k: v for k, v in settings.items() if k not in IN_COLUMNS}, default=str
+            {k: v for k, v in self.method.unusual(settings).items() if k not in IN_COLUMNS},
+            default=str,
         )
         rows = self.method.shares.join(self._result_rows(scores, stage))
         if stage == "test":
@@ -132,11 +133,12 @@ class Evaluation:
             rows = [{**row, "test": row["dev"]} for row in rows]
         if not self.method.trainer.is_global_zero:
             return
-        print(f"\n{self.split} scores\n{self.method.score_table(rows)}\n", flush=True)
+        say = self.method.print  # which puts a progress bar out of the way
+        say(f"\n{self.split} scores\n{self.method.score_table(rows)}\n", flush=True)
         if stage == "test":
             prompts = self.method.stores_prompts
             kept = "results, predictions and prompts" if prompts else "results and predictions"
-            print(f"{kept} are in {self.method.run_dir}", flush=True)
+            say(f"{kept} are in {self.method.run_dir}", flush=True)
 
     def _result_rows(self, scores: Tensor, stage: str) -> list[dict[str, Any]]:
         """A line of results per own run."""

@@ -8,6 +8,7 @@ the methods do.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 from collections.abc import Callable, Iterable
@@ -589,7 +590,8 @@ class PromptMethod(LightningModule):
         Of the trainer those of the fit, also in a later test by another trainer.
         """
         data = self.datamodule
-        found = {f"model.{k}": v for k, v in flag_names(dict(self.hparams)).items()}
+        given = {k: v for k, v in self.hparams.items() if not k.startswith("_")}
+        found = {f"model.{k}": v for k, v in flag_names(given).items()}
         found |= {f"data.{name}": getattr(data, name) for name in DATA_SETTINGS}
         found["data.tasks"] = list(data.tasks)
         found["data.shots"] = [task.shots for task in data.tasks.values()]
@@ -600,6 +602,17 @@ class PromptMethod(LightningModule):
         found["test.precision"] = self.trainer.precision
         found["test.limit_test_batches"] = self.trainer.limit_test_batches
         return {name: found[name] for name in sorted(found) if name not in NO_NUMBER}
+
+    def unusual(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Those of the settings that are not at their defaults, and the trainer's."""
+        kinds = {"model": type(self), "data": type(self.datamodule)}
+        usual = {}
+        for group, kind in kinds.items():
+            known = inspect.signature(kind.__init__).parameters
+            defaults = {name: plain(parameter.default) for name, parameter in known.items()}
+            usual |= {f"{group}.{k}": v for k, v in flag_names(defaults).items()}
+        usual["test.limit_test_batches"] = 1.0
+        return {k: v for k, v in settings.items() if k not in usual or plain(v) != usual[k]}
 
     def _trainer_settings(self) -> dict[str, Any]:
         """The trainer's settings that can change what is trained."""

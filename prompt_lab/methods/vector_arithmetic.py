@@ -34,6 +34,7 @@ from prompt_lab.data.batches import EvaluationBatch
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.data.files import SplitName
 from prompt_lab.files.prompt_file import STARTS, Prompt, Start, check_backbone
+from prompt_lab.files.results import text_table
 from prompt_lab.methods.evaluation import Evaluation
 from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod, some
 from prompt_lab.methods.task_vectors import (
@@ -693,7 +694,7 @@ class VectorArithmetic(PromptMethod):
             if row["variant"] == "single"
         }
         head = ("expression", "variant", "task", "metric", "score", "of single", "scale", "prompts")
-        lines: list[tuple[str, ...]] = [head]
+        lines: list[tuple[str, ...]] = []
         for (expression, variant, task), own in groups.items():
             paired = [single.get((task, row["sample"], row["init_seed"])) for row in own]
             scores = [row["test"] for row in own]
@@ -704,12 +705,7 @@ class VectorArithmetic(PromptMethod):
                     str(len(own)),
                 )
             )
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        lines.insert(1, tuple("-" * width for width in widths))
-        return "\n".join(
-            "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        )
+        return text_table(head, lines)
 
 
 def best_scale(means: Mapping[float, float]) -> float:
