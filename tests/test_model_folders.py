@@ -358,3 +358,41 @@ def test_an_unknown_word_is_not_an_end(folder: Folder) -> None:
     """The unknown token is special, but answers do not end with it."""
     model = load(folder("llama"))
     assert model.tokenizer.convert_tokens_to_ids(UNK) not in model.specials.ends
+
+
+def test_weights_too_large_for_the_dtype_are_named(folder: Folder) -> None:
+    path = folder("llama")
+    change_weights(path, lambda tensors: tensors["model.norm.weight"].fill_(7e4))
+    assert load(path).model.dtype == torch.float32
+    with pytest.raises(ValueError, match=r"not finite: model.norm.weight; .* another dtype"):
+        Backbone.load(str(path), "float16")
+
+
+def test_a_generation_config_that_is_damaged_is_named(folder: Folder) -> None:
+    path = folder("llama")
+    (path / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"generation_config.json is damaged, not JSON"):
+        Backbone.load(str(path))
+
+
+def test_a_tokenizer_far_smaller_than_the_tables_is_told(folder: Folder) -> None:
+    path = folder("llama")
+    model = make_model("llama")
+    model.resize_token_embeddings(1000)
+    model.save_pretrained(path)
+    with pytest.warns(UserWarning, match="193 tokens, the model's tables 1000 rows"):
+        Backbone.load(str(path))
+
+
+@pytest.mark.parametrize("change_of", ["post_processor", "normalizer", "merges"])
+def test_the_digest_of_a_tokenizer_follows_its_rules(folder: Folder, change_of: str) -> None:
+    path = folder("llama")
+    before = load(path).tokenizer_digest
+    file = path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    if change_of == "merges":
+        content["model"]["merges"] = content["model"]["merges"][:20]
+    else:
+        content[change_of] = {"type": "Lowercase"} if change_of == "normalizer" else None
+    file.write_text(json.dumps(content))
+    assert load(path).tokenizer_digest != before

@@ -104,10 +104,10 @@ def test_an_input_is_cut_to_what_the_positions_leave(backbone, kind):
         ({"prompts": []}, "at least one; there are none"),
         ({"prompts": torch.zeros(1, 3, 7)}, r"takes \(R, N, 32\)"),
         ({"inputs": ["a", " \n", "b"]}, r"inputs\[1\] is empty, or spaces alone: give it text"),
-        ({"labels": []}, "give a list of answers"),
-        ({"labels": ["a", " "]}, "give a list of answers"),
+        ({"labels": []}, "give two answers or more"),
+        ({"labels": ["a", " "]}, "give two answers or more"),
         ({"labels": ["a", "a "]}, "a label occurs twice"),
-        ({"labels": "yes"}, "give a list of answers"),
+        ({"labels": "yes"}, "give two answers or more"),
         ({"labels": ["a", "a"]}, "a label occurs twice"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0: give at least 1"),
         ({"num_beams": 0}, "num_beams is 0"),
@@ -382,7 +382,7 @@ def test_prompts_of_several_backbones_are_refused_unless_they_are_one(
         (("x", "--input=empty"), "input is the folder empty: give a file"),
         (("x", "--out=empty"), "out is the folder empty: give a file"),
         (("x", "--max_input_length=0"), "max_input_length is 0: give at least 1"),
-        (("x", "--labels", "a", "--decoding=generate"), "labels are scored and decoding is gen"),
+        (("x", "--labels", "a", "b", "--decoding=generate"), "labels are scored and decoding is gen"),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence(words, sentence, capsys, monkeypatch):

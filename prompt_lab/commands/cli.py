@@ -42,7 +42,7 @@ from prompt_lab.commands.callbacks import (
     SaveRunConfig,
     WandbCurves,
 )
-from prompt_lab.commands.offline import null_refused, refuse_null
+from prompt_lab.commands.offline import null_refused, plain_warnings, refuse_null
 from prompt_lab.core.atomic_file import held, write_atomically
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.files.checkpoint import read_pickle
@@ -525,6 +525,7 @@ def _plain_error(message: str) -> str:
 
 def _quieten() -> None:
     """Silence what Lightning and transformers print that says nothing about the run."""
+    plain_warnings()
 
     class Advert(logging.Filter):
         def filter(self, record: logging.LogRecord) -> bool:

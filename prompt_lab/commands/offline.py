@@ -19,6 +19,7 @@ import inspect
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -79,6 +80,11 @@ def refuse_null(parser: ArgumentParser, settings: Namespace) -> None:
         raise TypeError(null_refused(name))
 
 
+def plain_warnings() -> None:
+    """Let a warning be its sentence alone, without the place in the code."""
+    warnings.formatwarning = lambda message, *_, **__: f"prompt-lab: {message}\n"
+
+
 def null_refused(name: str) -> str:
     """What is said of a setting that cannot be null."""
     return f"{name} is null, or holds null, which is not allowed: give a value or leave it out"
@@ -132,6 +138,7 @@ def run(words: list[str] | None = None) -> int:
     ``head`` does, ends the command quietly.
     """
     words = sys.argv[1:] if words is None else words
+    plain_warnings()
     length = 2 if " ".join(words[:2]) in FUNCTIONS else 1
     command = " ".join(words[:length])
     function = _function(command)
@@ -196,8 +203,8 @@ def _function(command: str) -> Callable[..., Any]:
 
 def _allowed(kind: Any) -> str:
     """What a setting of a type may be, in words."""
-    choices = [value for value in get_args(kind) if isinstance(value, str)]
+    kinds = (kind, *get_args(kind))
+    choices = [value for own in kinds for value in get_args(own) if isinstance(value, str)]
     if choices:
         return ", ".join(choices)
-    kinds = (kind, *get_args(kind))
     return "a whole number" if int in kinds else "a number" if float in kinds else "a text"

@@ -13,9 +13,11 @@ train, choose prompts or read data; the fine-tuning baseline alone asks it to :m
 from __future__ import annotations
 
 import hashlib
+import json
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,7 @@ from prompt_lab.core.pretrained import (
     ENCODER_DECODER,
     find_specials,
     load_pretrained,
+    refuse_not_finite,
     refuse_unsupported,
     weights_digest,
 )
@@ -111,7 +114,8 @@ class Backbone(nn.Module):
         """
         model, tokenizer = load_pretrained(name, dtype, attention)
         digest = weights_digest(model)  # of the weights as published, before the cast
-        backbone = cls(model.to(DTYPES[dtype]), tokenizer, name)
+        refuse_not_finite(model.to(DTYPES[dtype]), name)
+        backbone = cls(model, tokenizer, name)
         for weight in backbone.model.parameters():
             # Files are mapped at any address; matrix products repeat bit for bit on aligned memory.
             weight.data = weight.data.clone()
@@ -135,8 +139,10 @@ class Backbone(nn.Module):
 
     @cached_property
     def tokenizer_digest(self) -> str:
-        """SHA-256 over the vocabulary and the special tokens."""
-        digest = hashlib.sha256(repr(sorted(self.tokenizer.get_vocab().items())).encode())
+        """SHA-256 over the rules that make tokens of a text, and the special tokens."""
+        rules = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        rules = {k: v for k, v in rules.items() if k not in ("truncation", "padding")}
+        digest = hashlib.sha256(json.dumps(rules, sort_keys=True).encode())
         digest.update(repr(sorted(self.tokenizer.all_special_tokens)).encode())
         return digest.hexdigest()
 
@@ -202,12 +208,22 @@ class Backbone(nn.Module):
             ids: as :meth:`encode_inputs` makes them.
             max_length: most tokens, specials included.
             side: ``right`` leaves the text's beginning, ``left`` its end.
+
+        Raises:
+            ValueError: another side, or no room beside the special tokens.
         """
+        if side not in get_args(Side):
+            raise ValueError(f"truncation_side is {side!r}; allowed: {', '.join(get_args(Side))}")
         if len(ids) <= max_length:
             return ids
         front = len(self.specials.front)
         back = len(self.specials.back) if self.is_encoder_decoder else 0
-        text, room = ids[front : len(ids) - back], max(0, max_length - front - back)
+        text, room = ids[front : len(ids) - back], max_length - front - back
+        if room < 1:
+            raise ValueError(
+                f"max_input_length is {max_length}, but {front + back} special tokens stand around "
+                f"every input of backbone {self.name!r}: give at least {front + back + 1}"
+            )
         kept = text[:room] if side == "right" else text[len(text) - room :]
         return ids[:front] + kept + ids[len(ids) - back :]
 
@@ -246,10 +262,16 @@ class Backbone(nn.Module):
         """Tokenise and pad texts into a :class:`Batch` on the backbone's device.
 
         Rows are sorted by length; ``batch.rows`` tells the place of each in ``inputs``. Every row
-        runs under prompt 0 unless ``prompt_index`` says otherwise.
+        runs under prompt 0 unless ``prompt_index`` says otherwise. Warns of inputs that are cut.
         """
+        whole = self.encode_inputs(inputs)
+        if any(len(ids) > max_input_length for ids in whole):
+            warnings.warn(
+                f"inputs of over {max_input_length} tokens lose their end (max_input_length)",
+                stacklevel=2,
+            )
         made = make_batch(
-            [self.cut_input(ids, max_input_length) for ids in self.encode_inputs(inputs)],
+            [self.cut_input(ids, max_input_length) for ids in whole],
             None if targets is None else self.encode_targets(targets),
             [0] * len(inputs) if prompt_index is None else prompt_index,
             pad_id=self.pad_id,
@@ -387,6 +409,8 @@ class Backbone(nn.Module):
         Raises:
             ValueError: a bank of another width, or rows longer than the model's positions.
         """
+        if len(batch) == 0:
+            return []
         prefix = self._as_prefix(prompts)
         if self._pads_windows(prefix, batch, max_new_tokens):
             texts = [""] * len(batch)

@@ -133,12 +133,11 @@ def _batches(
         room = _input_room(backbone, bank.shape[1], longest, max_input_length)
         whole = backbone.encode_inputs(inputs)
         ids = [backbone.cut_input(one, room, truncation_side) for one in whole]
-        cut = sum(len(one) > room for one in whole)
-        if cut:
+        if any(len(one) > room for one in whole):
             end = "end" if truncation_side == "right" else "beginning"
             warnings.warn(
-                f"{cut} of {len(whole)} inputs have over {room} tokens and lose their {end} "
-                "(max_input_length, truncation_side)",
+                f"inputs of over {room} tokens lose their {end} (max_input_length, "
+                "truncation_side)",
                 stacklevel=3,
             )
         pairs = [(at, row) for row in range(len(ids)) for at in range(len(places))]
@@ -160,6 +159,8 @@ def _batches(
 
 def _groups(prompts: Tensor | Sequence[Tensor], tokens_per_forward: int) -> list[list[int]]:
     """Numbers of prompts of equal N, so many together as one pass over themselves allows."""
+    if not all(prompt.isfinite().all() for prompt in prompts):
+        raise ValueError("a prompt holds numbers that are not finite: tune it again")
     wrong = next((prompt.shape for prompt in prompts if prompt.dim() != 2), None)
     if wrong is not None or len(prompts) == 0:
         given = "there are none" if wrong is None else f"one has shape {tuple(wrong)}"
@@ -198,14 +199,16 @@ def tidy_labels(labels: Sequence[str], backbone: Backbone | None = None) -> list
     """Labels without spaces around them; warns of those that are the same tokens to a backbone.
 
     Raises:
-        ValueError: a single text, no labels, empty labels, labels that occur twice, or several that
-            are all the same tokens to the backbone.
+        ValueError: a single text, fewer than two labels, empty ones, some that occur twice, or
+            labels that are all the same tokens to the backbone.
     """
-    tidy = [] if isinstance(labels, str) else [label.strip() for label in labels]
-    if not tidy or not all(tidy):
-        raise ValueError(f"labels are {labels!r}: give a list of answers to choose from")
+    tidy = [] if isinstance(labels, str) else [str(label).strip() for label in labels]
+    if len(tidy) < 2 or not all(tidy):
+        raise ValueError(f"labels are {labels!r}: give two answers or more to choose from")
     if len(set(tidy)) < len(tidy):
-        raise ValueError(f"a label occurs twice in {list(labels)}: give each once")
+        raise ValueError(
+            f"a label occurs twice in {tidy} (spaces around them dropped): give it once"
+        )
     for alike in [] if backbone is None else backbone.look_alikes(tidy):
         told = f"labels {', '.join(map(repr, alike))} are the same tokens to the backbone"
         if len(alike) == len(tidy):
@@ -218,6 +221,8 @@ def _tidy(inputs: Sequence[str], prefix: str) -> list[str]:
     """Inputs without spaces around them, behind a prefix."""
     if isinstance(inputs, str):
         raise ValueError(f"inputs is one text, {inputs[:40]!r}: give a list of texts")
+    if others := [one for one in inputs if not isinstance(one, str)]:
+        raise ValueError(f"inputs hold {others[0]!r}, which is no text: give a list of texts")
     tidy = [text.strip() for text in inputs]
     if not all(tidy):
         raise ValueError(

@@ -9,6 +9,7 @@ are read as tensors alone. What is run with the model is in ``backbone.py``.
 from __future__ import annotations
 
 import hashlib
+import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ def load_pretrained(name: str, dtype: str, attention: str) -> tuple[Any, Any]:
     config = _read(name, AutoConfig.from_pretrained, path)
     refuse_unsupported(config.model_type, DTYPES[dtype], name)
     _refuse_without_tokenizer(path)
+    _refuse_damaged_generation_config(Path(path))
     model = _load_model(name, path, config, attention)
     return model, _read(name, AutoTokenizer.from_pretrained, path)
 
@@ -98,6 +100,16 @@ def _refuse_without_tokenizer(path: str | Path) -> None:
         )
 
 
+def _refuse_damaged_generation_config(folder: Path) -> None:
+    """Refuse a generation config that cannot be read, which transformers would leave out."""
+    file = folder / "generation_config.json"
+    try:
+        if file.is_file():
+            json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged, not JSON ({error}): get it again") from None
+
+
 def _read(name: str, read: Callable[..., Any], path: str | Path, **settings: Any) -> Any:
     """What transformers reads of a model, without running code that comes with it.
 
@@ -114,7 +126,7 @@ def _read(name: str, read: Callable[..., Any], path: str | Path, **settings: Any
                 f"backbone {name!r} needs Python code that comes with it, which is never run: take "
                 f"a model of one of the types {', '.join(ENCODER_DECODER + DECODER_ONLY)}"
             ) from error
-        reason = (str(error).strip().splitlines() or [""])[0]
+        reason = " ".join(str(error).split())[:300]
         if isinstance(error, UnpicklingError):  # whose words advise to run the code
             reason = "pickled weights that hold more than tensors"
         raise ValueError(
@@ -143,7 +155,6 @@ def _load_model(name: str, path: str | Path, config: Any, attention: str) -> Pre
     for names, what in (
         (sorted(found["missing_keys"]), "lacks weights that its config asks for"),
         (wrong, "has weights of another shape than its config asks for"),
-        (_not_finite(model), "has weights that are not finite"),
     ):
         if names:
             raise ValueError(
@@ -160,9 +171,18 @@ def _load_model(name: str, path: str | Path, config: Any, attention: str) -> Pre
     return model
 
 
-def _not_finite(model: nn.Module) -> list[str]:
-    """Names of the weights that hold NaN or infinity."""
-    return [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+def refuse_not_finite(model: nn.Module, name: str) -> None:
+    """Refuse weights that hold NaN or infinity, as a cast to a smaller dtype may leave.
+
+    Raises:
+        ValueError: naming the weights.
+    """
+    names = [own for own, weight in model.named_parameters() if not weight.isfinite().all()]
+    if names:
+        raise ValueError(
+            f"backbone {name!r} has weights that are not finite: {_some(names)}; get the files "
+            "again, or use another dtype if they are too large for this one"
+        )
 
 
 def _some(names: list[str]) -> str:
@@ -212,6 +232,12 @@ def find_specials(model: Any, tokenizer: Any, name: str) -> Specials:
         raise ValueError(
             f"the tokenizer of backbone {name!r} has tokens that the model's tables of {size} rows "
             f"have no place for: {_some(words)}; use the tokenizer that the model was trained with"
+        )
+    if 2 * len(tokenizer) < size:
+        warnings.warn(
+            f"the tokenizer of backbone {name!r} has {len(tokenizer)} tokens, the model's tables "
+            f"{size} rows: is it the tokenizer that the model was trained with?",
+            stacklevel=2,
         )
     named = [getattr(source, "eos_token_id", None) for source in (tokenizer, *sources)]
     ends = list(dict.fromkeys(i for ids in map(_ids, named) for i in ids if 0 <= i < size))

@@ -55,7 +55,7 @@ class CrossFitDataModule(LightningDataModule):
         shots: K of the file names, a number or ``all``; null takes that of the task table. Of the
             sandbox it is the number of training rows, out of 512.
         truncation_side: the side on which the text of longer inputs is cut, ``right`` (its end) or
-            ``left``; special tokens are never cut.
+            ``left`` (its beginning, a task_prefix included); special tokens are never cut.
 
     Raises:
         ValueError: a setting out of its range, or an unknown task.

@@ -388,6 +388,7 @@ class PromptMethod(LightningModule):
         for task in dict.fromkeys(task for task, _ in keys):
             told += self._look_alikes(data.tasks[task])
         cut: dict[str, tuple[int, int]] = {}
+        too_long: dict[tuple[str, int], dict[str, str]] = {}
         for task, sample in keys:
             longest = self.longest_generated(data, task, sample)
             for split in splits:
@@ -401,7 +402,17 @@ class PromptMethod(LightningModule):
                     if split != "test":
                         raise
                     told.append(f"test rows will be refused: {error}")
-                told += self._too_long(rows, split, longest)
+                lost = 0 if longest is None else sum(n > longest for n in rows.shortest_targets)
+                if lost:
+                    known_lost = too_long.setdefault((task, longest or 0), {})
+                    known_lost[split] = f"{split} {lost} of {len(rows)}"
+        why = "" if self.max_new_tokens else ", the longest answer of train and dev"
+        told += [
+            f"task {task}: rows all of whose references are longer than the {longest} tokens that "
+            f"are generated (model.max_new_tokens{why}), so that no answer can match in full: "
+            f"{', '.join(lost.values())}"
+            for (task, longest), lost in too_long.items()
+        ]
         found = [f"{name} {some_} of {of}" for name, (some_, of) in cut.items() if some_]
         if found:
             end = "end" if data.truncation_side == "right" else "beginning"
@@ -414,19 +425,23 @@ class PromptMethod(LightningModule):
     def _look_alikes(self, task: Task) -> list[str]:
         """A sentence about labels that have the same tokens; refuses a task of no other labels."""
         assert self.backbone is not None
-        alike = self.backbone.look_alikes(task.labels or ())
+        told, labels = [], task.labels or ()
+        if len({label.lower() for label in labels}) < len(labels):
+            told = [f"task {task.name}: some labels differ by case alone: {', '.join(labels)}"]
+        alike = self.backbone.look_alikes(labels)
         if not alike:
-            return []
+            return told
         groups = "; ".join(", ".join(map(repr, group)) for group in alike)
-        if len(alike[0]) == len(task.labels or ()):
+        if len(alike[0]) == len(labels):
             raise ValueError(
                 f"task {task.name}: all labels have the same tokens for backbone "
                 f"{self.backbone.name!r} ({groups}), so that nothing can be learned: take a "
                 "backbone whose tokenizer knows them, or other words for the labels"
             )
         return [
+            *told,
             f"task {task.name}: labels with the same tokens for backbone {self.backbone.name!r}, "
-            f"of which the first is always answered: {groups}"
+            f"of which the first is always answered: {groups}",
         ]
 
     def longest_generated(self, data: CrossFitDataModule, task: str, sample: int) -> int | None:
@@ -434,18 +449,6 @@ class PromptMethod(LightningModule):
         if self.scored(data.tasks[task]):
             return None
         return self.max_new_tokens or data.longest_answer(task, sample)
-
-    def _too_long(self, rows: Rows, split: SplitName, longest: int | None) -> list[str]:
-        """A sentence about rows all of whose references are longer than a generated answer."""
-        lost = 0 if longest is None else sum(n > longest for n in rows.shortest_targets)
-        if not lost:
-            return []
-        why = "" if self.max_new_tokens else ", the longest answer of train and dev"
-        return [
-            f"task {rows.task.name}: {lost} of {len(rows)} {split} rows have references of more "
-            f"than the {longest} tokens that are generated (model.max_new_tokens{why}), which no "
-            "answer can match in full"
-        ]
 
     def check_lengths(self, rows: Iterable[Rows], num_virtual_tokens: int) -> None:
         """Refuse rows that do not fit the backbone's positions, before anything is computed.
@@ -458,7 +461,8 @@ class PromptMethod(LightningModule):
         if positions is None:
             return
         for part in rows:
-            answer = max(part.longest_target, self.max_new_tokens or 0)
+            made = 0 if self.scored(part.task) else self.max_new_tokens or 0
+            answer = max(part.longest_target, made)
             longest = max(map(len, part.inputs))
             after = 0 if self.backbone.is_encoder_decoder else answer
             if max(num_virtual_tokens + longest + after, answer) > positions:
