@@ -382,7 +382,10 @@ def test_prompts_of_several_backbones_are_refused_unless_they_are_one(
         (("x", "--input=empty"), "input is the folder empty: give a file"),
         (("x", "--out=empty"), "out is the folder empty: give a file"),
         (("x", "--max_input_length=0"), "max_input_length is 0: give at least 1"),
-        (("x", "--labels", "a", "b", "--decoding=generate"), "labels are scored and decoding is gen"),
+        (
+            ("x", "--labels", "a", "b", "--decoding=generate"),
+            "labels are scored and decoding is gen",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence(words, sentence, capsys, monkeypatch):

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, get_args
 from prompt_lab.analysis.select_command import Likeness, PromptMethod, load_banks, rank_by_prompts
 from prompt_lab.analysis.selection import Quality, Seeds, evaluate, judge, mean_quality
 from prompt_lab.analysis.transfer_table import Table, some
-from prompt_lab.files.prompt_file import PLAIN_STARTS
+from prompt_lab.files.results import PLAIN_STARTS
 
 if TYPE_CHECKING:
     from prompt_lab.data.mixtures import Key

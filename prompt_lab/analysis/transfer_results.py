@@ -18,7 +18,7 @@ from prompt_lab.analysis.transfer_table import (
     make_table,
     read_table,
 )
-from prompt_lab.files.prompt_file import PLAIN_STARTS
+from prompt_lab.files.results import PLAIN_STARTS
 
 if TYPE_CHECKING:
     from prompt_lab.analysis.report import Row

@@ -241,7 +241,8 @@ def _result(
 ) -> Prompt:
     """The prompt init + scale * expression, with where it comes from."""
     from prompt_lab import __version__
-    from prompt_lab.files.prompt_file import Prompt, start_from
+    from prompt_lab.files.prompt_file import Prompt
+    from prompt_lab.files.results import start_from
 
     factors = asked.coefficients
     sources = [vectors[task] for task in factors]

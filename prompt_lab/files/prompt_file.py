@@ -10,7 +10,7 @@ Nothing is ever unpickled, and nothing that is missing is silently replaced.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from prompt_lab.core.atomic_file import write_atomically, write_csv
+from prompt_lab.files.results import Start
 
 if TYPE_CHECKING:
     from prompt_lab.core.backbone import Backbone
@@ -114,51 +115,6 @@ class Prompt:
     def metadata(self) -> dict[str, Any]:
         """All that is not a tensor."""
         return {k: v for k, v in vars(self).items() if k not in TENSORS}
-
-
-PLAIN_STARTS = ("vocab", "text", "labels", "normal", "uniform")
-"""Starts that know no other task."""
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a run starts from, as fields; results have them as columns, prompt files as metadata.
-
-    Attributes:
-        start: ``vocab``, ``text``, ``labels``, ``normal`` or ``uniform``; ``prompt`` of a task;
-            ``sum`` of task prompt vectors; ``mixture`` of prompts; ``meta`` or ``multitask``,
-            learned on many tasks; ``codes`` in a subspace; ``weights``, the pretrained ones;
-            ``zeros``.
-        start_of: the task of a prompt; the source tasks, as they were named, of a mixture or of
-            learning on many; for a sum a JSON list of [coefficient, task].
-        start_seed: initialisation seed of what it starts from, or of the draw.
-        start_file: file that it was read from, as the run named it; empty without one.
-    """
-
-    start: str
-    start_of: str = ""
-    start_seed: int | None = None
-    start_file: str = ""
-
-
-STARTS = tuple(field.name for field in fields(Start))
-"""The fields of a start, as columns of results and in prompt files."""
-
-
-def start_from(known: Mapping[str, Any], path: str | Path) -> Start:
-    """The start of a run that starts from a prompt file.
-
-    Args:
-        known: metadata of the file.
-        path: the file, as it is to be recorded.
-    """
-    kind, made_from = known.get("kind") or "prompt", known.get("made_from") or {}
-    of = known.get("task") or ""
-    if kind == "sum":
-        of = json.dumps([[part["coefficient"], part["task"]] for part in made_from["vectors"]])
-    elif kind != "prompt":
-        of = known.get("source_set") or " ".join(known.get("source_tasks") or [])
-    return Start(kind, of, known.get("init_seed"), str(path))
 
 
 REQUIRED_FIELDS = ("name", "backbone", "backbone_digest", "tokenizer_digest")

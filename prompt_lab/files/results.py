@@ -14,14 +14,59 @@ import shutil
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prompt_lab.core.atomic_file import cell, naming, write_atomically, write_csv
-from prompt_lab.files.prompt_file import STARTS
 
 if TYPE_CHECKING:
     import pandas as pd
+
+PLAIN_STARTS = ("vocab", "text", "labels", "normal", "uniform")
+"""Starts that know no other task."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts from, as fields; results have them as columns, prompt files as metadata.
+
+    Attributes:
+        start: ``vocab``, ``text``, ``labels``, ``normal`` or ``uniform``; ``prompt`` of a task;
+            ``sum`` of task prompt vectors; ``mixture`` of prompts; ``meta`` or ``multitask``,
+            learned on many tasks; ``codes`` in a subspace; ``weights``, the pretrained ones;
+            ``zeros``.
+        start_of: the task of a prompt; the source tasks, as they were named, of a mixture or of
+            learning on many; for a sum a JSON list of [coefficient, task].
+        start_seed: initialisation seed of what it starts from, or of the draw.
+        start_file: file that it was read from, as the run named it; empty without one.
+    """
+
+    start: str
+    start_of: str = ""
+    start_seed: int | None = None
+    start_file: str = ""
+
+
+STARTS = tuple(field.name for field in fields(Start))
+"""The fields of a start, as columns of results and in prompt files."""
+
+
+def start_from(known: Mapping[str, Any], path: str | Path) -> Start:
+    """The start of a run that starts from a prompt file.
+
+    Args:
+        known: metadata of the file.
+        path: the file, as it is to be recorded.
+    """
+    kind, made_from = known.get("kind") or "prompt", known.get("made_from") or {}
+    of = known.get("task") or ""
+    if kind == "sum":
+        of = json.dumps([[part["coefficient"], part["task"]] for part in made_from["vectors"]])
+    elif kind != "prompt":
+        of = known.get("source_set") or " ".join(known.get("source_tasks") or [])
+    return Start(kind, of, known.get("init_seed"), str(path))
+
 
 COLUMNS = {
     "fit_id": "name of the fit: a digest of settings, weights and data that can change a number",
@@ -37,7 +82,7 @@ COLUMNS = {
     "shots": "K of the files, a number or all",
     "init_seed": "seed of the initial prompt",
     "order_seed": "seed of the order of the training rows",
-    "start": "where the run starts from (see `Start` in prompt_file.py); empty for baselines",
+    "start": "where the run starts from (see `Start`); empty for baselines",
     "start_of": "of which task or source tasks; of a sum a JSON list of [coefficient, task]",
     "start_seed": "initialisation seed of what it starts from",
     "start_file": "file that it was read from",
@@ -219,7 +264,7 @@ def text_table(
         widths[widths.index(max(widths))] -= 1
     lines = [*heads, ["-" * w for w in widths], *rows]
     return "\n".join(
-        "  ".join(_cut(c, w).ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
+        "  ".join(_cut(c, w).ljust(w) for c, w in zip(line, widths, strict=True))
         for line in lines
     )
 

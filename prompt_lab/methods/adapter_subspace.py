@@ -30,7 +30,7 @@ from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.optim import OptimConfig, adamw_with_warmup, check_warmup_and_clip
 from prompt_lab.core.subspace import Subspace, _read_metadata, save_subspace
 from prompt_lab.data.crossfit import CrossFitDataModule
-from prompt_lab.files.prompt_file import Start
+from prompt_lab.files.results import Start
 from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod
 from prompt_lab.methods.prompt_tuning import PromptTuning
 from prompt_lab.methods.subspace_tuning import initial_codes
@@ -306,9 +306,10 @@ class AdapterSubspace(_AdapterMethod):
             self.backbone = AdaptedBackbone(self.plain_backbone(), self.bottleneck)
         return super().load_backbone(data)
 
-    def _make_bank(self, backbone: Backbone, data: CrossFitDataModule) -> Tensor:
+    def _make_bank(self, backbone: Backbone, data: CrossFitDataModule, anew: bool) -> Tensor:
         """Make map and codes; returns the initial adapters (R, 1, P)."""
         self.prompt = None
+        self.starts = [Start("codes", start_seed=self.seed)] * len(self.runs)
         self.subspace = AdapterMap(
             backbone.hidden_size, self.intrinsic_dim, self.inner_size, self.seed
         )

@@ -20,8 +20,8 @@ from prompt_lab.core.bank import Prefixes
 from prompt_lab.core.metrics import BankMetric, chance_score, majority_score
 from prompt_lab.data.batches import EvaluationBatch
 from prompt_lab.data.files import SPLITS, SplitName
-from prompt_lab.files.prompt_file import STARTS, PromptStore
-from prompt_lab.files.results import RESULT_COLUMNS, write_predictions
+from prompt_lab.files.prompt_file import PromptStore
+from prompt_lab.files.results import RESULT_COLUMNS, STARTS, write_predictions
 from prompt_lab.methods.run_shares import gather_values
 
 if TYPE_CHECKING:

@@ -25,13 +25,8 @@ from prompt_lab.data.tasks import Task
 from prompt_lab.files.checkpoint import load_checkpoint
 from prompt_lab.files.exchange import adopt
 from prompt_lab.files.peft_format import is_peft, load_peft
-from prompt_lab.files.prompt_file import (
-    PromptStore,
-    Start,
-    check_backbone,
-    load_prompt,
-    start_from,
-)
+from prompt_lab.files.prompt_file import PromptStore, check_backbone, load_prompt
+from prompt_lab.files.results import Start, start_from
 
 ROWS_AT_ONCE = 4096
 """Embeddings that are read at a time where all are."""

@@ -595,6 +595,9 @@ class PromptMethod(LightningModule):
         """
         data = self.datamodule
         given = {k: v for k, v in self.hparams.items() if not k.startswith("_")}
+        for name in given:  # a dict that leaves out fields stands for their defaults
+            own = getattr(self, f"{name}_config", getattr(self, name, None))
+            given[name] = plain(own) if is_dataclass(own) else given[name]
         found = {f"model.{k}": v for k, v in flag_names(given).items()}
         found |= {f"data.{name}": getattr(data, name) for name in DATA_SETTINGS}
         found["data.tasks"] = list(data.tasks)

@@ -39,8 +39,8 @@ from prompt_lab.core.run import Run, grid
 from prompt_lab.core.subspace import Subspace
 from prompt_lab.data.batches import EvaluationSteps, TrainSteps
 from prompt_lab.data.crossfit import CrossFitDataModule
-from prompt_lab.files.prompt_file import Prompt, PromptStore, Start, read_metadata
-from prompt_lab.files.results import append_curves, start_curves
+from prompt_lab.files.prompt_file import Prompt, PromptStore, read_metadata
+from prompt_lab.files.results import Start, append_curves, start_curves
 from prompt_lab.methods.dry_run import describe_grid
 from prompt_lab.methods.evaluation import Evaluation
 from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts, scale_ratio

@@ -16,7 +16,7 @@ from torch import Tensor
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.run import Run
 from prompt_lab.core.subspace import Subspace, load_subspace
-from prompt_lab.files.prompt_file import Start
+from prompt_lab.files.results import Start
 
 RANDOM = "random"
 """The path that stands for a random subspace."""

@@ -33,8 +33,8 @@ from prompt_lab.core.run import Run
 from prompt_lab.data.batches import EvaluationBatch
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.data.files import SplitName
-from prompt_lab.files.prompt_file import STARTS, Prompt, Start, check_backbone
-from prompt_lab.files.results import text_table
+from prompt_lab.files.prompt_file import Prompt, check_backbone
+from prompt_lab.files.results import STARTS, Start, text_table
 from prompt_lab.methods.evaluation import Evaluation
 from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod, some
 from prompt_lab.methods.task_vectors import (
