@@ -188,7 +188,7 @@ def test_a_peft_folder_becomes_a_prompt_of_its_base_model(
     assert torch.equal(found.init, make().prompt)
     assert (found.name, found.task) == ("new", "emotion")
     assert found.tokenizer_digest == model.tokenizer_digest
-    assert found.initialised == f"peft {peft}"
+    assert (found.start, found.start_file) == ("prompt", str(peft))
 
 
 def test_imports_go_into_a_store_and_its_index(
@@ -226,7 +226,7 @@ def test_one_matrix_of_any_float_becomes_a_prompt(
     assert path.name == "source.safetensors"
     assert torch.equal(found.prompt, values.float())
     assert torch.equal(found.init, values.float())
-    assert found.initialised == f"tensor {source}"
+    assert (found.start, found.start_file) == ("prompt", str(source))
 
 
 def test_export_and_import_give_the_prompt_back(store: Path, tmp_path: Path) -> None:
@@ -464,7 +464,7 @@ def test_damaged_checkpoints_are_refused(fitted: tuple[PromptTuning, Path], tmp_
 
 
 def initial(path: Path, model: Backbone, runs: list[Run], count: int = N) -> torch.Tensor:
-    return initial_prompts(InitConfig("file", path=str(path)), model, runs, {}, count)
+    return initial_prompts(InitConfig("file", path=str(path)), model, runs, {}, count)[0]
 
 
 def test_a_peft_folder_initialises_every_run(backbone: Factory, peft: Path) -> None:
@@ -490,6 +490,7 @@ def test_each_run_takes_the_prompt_of_its_task_from_a_checkpoint(
             if value.dim():
                 saved["state_dict"][name] = value[::2]
         saved["runs"] = saved["runs"][::2]
+        saved["starts"] = saved["starts"][::2]
 
     method, path = fitted
     single = altered(path, tmp_path / "single.ckpt", first_rate)

@@ -372,15 +372,15 @@ def without_time(folder: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("settings", "variant", "initialised"),
+    ("settings", "variant", "start"),
     [
-        ({}, "tuned", "pretrained weights"),
-        ({"intrinsic_dim": 9}, "random_subspace", "zeros in random subspace seed 0"),
+        ({}, "tuned", "weights"),
+        ({"intrinsic_dim": 9}, "random_subspace", "codes"),
     ],
     ids=["all weights", "subspace"],
 )
 def test_testing_from_file_or_checkpoint_equals_testing_after_the_fit(
-    fit, fewshot_root, tmp_path, settings, variant, initialised
+    fit, fewshot_root, tmp_path, settings, variant, start
 ):
     """Reference: the results of the process of the fit."""
     settings = {**settings, "learning_rate": 3e-3}
@@ -391,10 +391,10 @@ def test_testing_from_file_or_checkpoint_equals_testing_after_the_fit(
     rows, best = without_time(method.run_dir / "results.csv"), weights_of(method)
     predictions = (method.run_dir / "predictions.jsonl").read_bytes()
     (row,) = rows
-    assert (row["method"], row["variant"], row["initialised"]) == (
+    assert (row["method"], row["variant"], row["start"]) == (
         "FineTuning",
         variant,
-        initialised,
+        start,
     )
     assert (row["num_virtual_tokens"], row["prompt_file"]) == ("0", "")
     assert row["intrinsic_dim"] == str(settings.get("intrinsic_dim", ""))

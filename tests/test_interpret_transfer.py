@@ -132,7 +132,7 @@ def test_results_give_the_gain_of_each_pair_averaged_over_runs_and_folders(store
         result("two", 0.98, expression="2 * one"),
         result("two", 0.97, expression="one + two"),
         result("two", 0.96, expression="- one"),
-        result("one", 0.95, expression="one", initialised="vocab 5000 seed 1"),
+        result("one", 0.95, expression="one", start="vocab", start_seed=1),
         result("two", 0.94, "initial_prompt", scale=0.0),
         result("two", 0.93, "tuned", method="PromptTuning"),
     )

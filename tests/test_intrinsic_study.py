@@ -55,9 +55,10 @@ def test_prompts_subspace_tuning_and_prompts_again_run_one_after_another(
         "--model.test_baselines=false",
     )
     again = stage("prompts", "runs/again", *start)
-    assert {row["initialised"] for row in again if row["variant"] == "tuned"} == {
-        "file runs/tuning/prompts"
-    }
+    for row in again:
+        if row["variant"] == "tuned":
+            assert (row["start"], row["start_of"]) == ("prompt", row["task"])
+            assert row["start_file"].startswith("runs/tuning/prompts/")
     folders = [f"runs/{name}" for name in ("prompts", "subspace", "tuning", "random")]
     report_command(folders, out="report", partition="sandbox/12_to_4")
     printed = capsys.readouterr().out

@@ -401,7 +401,7 @@ def test_testing_after_the_fit_equals_testing_from_the_file(fit, tmp_path):
     assert read_csv(method.run_dir / "results.csv") == rows
     assert [(row["task"], row["variant"]) for row in rows] == [(t, "adapted") for t in HELD_OUT]
     assert all(row["dev"] and row["test"] for row in rows)
-    assert {row["initialised"] for row in rows} == {"maml 2 tasks"}
+    assert {(row["start"], row["start_of"]) for row in rows} == {("meta", "2 tasks")}
     assert {row["best_step"] for row in rows} == {str(method.best_step.item())}
     for row in rows:
         stored = load_prompt(method.run_dir / row["prompt_file"], method.backbone)
@@ -425,7 +425,7 @@ def test_a_learned_prompt_of_another_length_is_refused(fit):
 def test_the_file_starts_prompt_tuning_and_says_where_it_comes_from(fit, fewshot_root, tmp_path):
     method = fit(**validated())
     saved = load_prompt(method.prompt_path, method.backbone)
-    assert saved.origin == "maml 2 tasks"
+    assert (saved.role, saved.source_set) == ("meta", "2 tasks")
     assert saved.source_tasks == ["glue-sst2", "e2e_nlg_cleaned"]
     assert saved.prompt.equal(method.best[0])
     assert saved.init.equal(method.init[0])
@@ -442,7 +442,8 @@ def test_the_file_starts_prompt_tuning_and_says_where_it_comes_from(fit, fewshot
     assert tuned.init[0].equal(saved.prompt)
     made.test(tuned, datamodule=data, verbose=False)
     (row,) = read_csv(tmp_path / "tuned" / "results.csv")
-    assert row["initialised"] == "maml 2 tasks"
+    assert (row["start"], row["start_of"]) == ("meta", "2 tasks")
+    assert row["start_file"] == str(method.prompt_path)
     again = PromptTuning(**tuned.hparams)
     again.backbone = method.backbone
     with pytest.warns(UserWarning, match="learned on glue-sst2, tuned here"):
@@ -455,21 +456,21 @@ SET = "sandbox/12_to_4/source"
 @pytest.mark.parametrize(
     ("tasks", "settings", "name"),
     [
-        ([SET], {}, f"maml {SET}"),
-        ([SET], {"validation_tasks": ["sandbox-season"]}, f"maml 11 of {SET}"),
-        ([SET, "sandbox-gender"], {}, "maml 13 tasks"),
-        (["sandbox-season", "sandbox-size"], {"algorithm": "reptile"}, "reptile 2 tasks"),
-        ([SET], {"source_name": "mine"}, "maml mine"),
+        ([SET], {}, SET),
+        ([SET], {"validation_tasks": ["sandbox-season"]}, f"11 of {SET}"),
+        ([SET, "sandbox-gender"], {}, "13 tasks"),
+        (["sandbox-season", "sandbox-size"], {"algorithm": "reptile"}, "2 tasks"),
+        ([SET], {"source_name": "mine"}, "mine"),
     ],
 )
-def test_a_prompt_is_called_by_its_algorithm_and_its_source_tasks(
+def test_a_prompt_names_its_source_tasks_as_they_were_named(
     tmp_path, monkeypatch, tasks, settings, name
 ):
     data = CrossFitDataModule(tasks)
     method = MetaPrompt(**settings)
     monkeypatch.setattr(MetaPrompt, "datamodule", data)
     method.keys = [(task, 100) for task in method._sources(data)]
-    assert method.origin == name
+    assert method.source_set == name
     assert method.source_tasks == [t for t in data.tasks if t not in method.validation_tasks]
 
 
@@ -808,7 +809,7 @@ def test_the_shipped_config_fits_and_tests_through_the_command_line(tmp_path, mo
     assert not list(tmp_path.iterdir())
     assert cli.run(["fit", *given]) == 0
     saved = load_prompt(tmp_path / "prompt.safetensors")
-    assert (saved.origin, saved.steps) == ("maml 10 of sandbox/12_to_4/source", 2)
+    assert (saved.source_set, saved.steps) == ("10 of sandbox/12_to_4/source", 2)
     assert len(saved.source_tasks) == 10
     assert cli.run(["test", *given]) == 0
     rows = read_csv(tmp_path / "results.csv")

@@ -39,7 +39,7 @@ def test_a_mixture_is_the_sum_by_cosines_of_mean_rows(store, tmp_path, capsys):
     weights = np.maximum(cosines, 0) / np.maximum(cosines, 0).sum()
     expected = np.einsum("j,jnd->nd", weights, stacked)
     np.testing.assert_allclose(made.prompt.numpy(), expected, rtol=1e-6, atol=1e-7)
-    assert (made.origin, made.task, made.sample) == ("spot mixture", TARGET, 13)
+    assert (made.role, made.task, made.sample) == ("mixture", TARGET, 13)
     assert made.dev_score is None
     assert made.made_from is not None
     assert set(made.source_tasks or []) == set(SOURCES)

@@ -127,7 +127,7 @@ def test_a_folder_is_read_as_a_prompt_that_starts_from_itself(folder: Path) -> N
     assert found.prompt.data_ptr() != found.init.data_ptr()
     assert (found.name, found.backbone) == ("peft", "someone/some-model")
     assert (found.backbone_digest, found.tokenizer_digest) == ("", "")
-    assert found.initialised == f"peft {folder}"
+    assert (found.start, found.start_file) == ("prompt", str(folder))
 
 
 @pytest.mark.parametrize("stated", [2, None], ids=["stated", "PEFT's default"])
@@ -173,7 +173,7 @@ def test_a_task_of_a_multitask_prompt_is_the_product_of_its_factors(folder: Path
         found = load_peft(folder, task)
         np.testing.assert_allclose(found.prompt, arrays["prompt_embeddings"] * factor, rtol=1e-5)
         assert found.name == f"peft_{task}"
-        assert found.initialised == f"peft {folder} task {task}"
+        assert (found.start, found.start_file) == ("prompt", str(folder))
 
 
 @pytest.mark.parametrize(("task", "words"), [(None, "no task index is given"), (3, "no task 3")])

@@ -22,7 +22,7 @@ from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.optim import OptimConfig
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.files.prompts import PromptStore
-from prompt_lab.files.results import read_csv
+from prompt_lab.files.results import STARTS, Start, read_csv
 from prompt_lab.methods.initial_prompts import InitConfig
 from prompt_lab.methods.prompt_method import BackboneConfig
 from prompt_lab.methods.prompt_tuning import FAILED, FINISHED, STOPPED, PromptTuning
@@ -550,13 +550,15 @@ def test_a_bank_of_transfers_follows_single_fits_from_each_source(fit, fewshot_r
     for i, run in enumerate(bank.runs):
         path = store / f"{run.source}_13_seed{run.init_seed}_lr0.03_bs4.safetensors"
         alone = fit(model=model, tasks=[run.task], init={"name": "file", "path": str(path)})
-        assert bank.starts[i] == alone.starts[0] == f"file {path}"
+        assert bank.starts[i] == alone.starts[0]
+        start = Start("prompt", run.source, run.init_seed, str(path))
+        assert bank.starts[i] == start
         assert torch.equal(bank.init[i], alone.init[0])
         torch.testing.assert_close(bank.trained[i], alone.trained[0], rtol=1e-5, atol=1e-5)
     kept = PromptStore(Path(bank.trainer.default_root_dir) / "prompts").index()
-    assert [row["initialised"] for row in kept] == [
-        start for _, start in sorted(zip([run.name for run in bank.runs], bank.starts, strict=True))
-    ]
+    starts = dict(zip([run.name for run in bank.runs], bank.starts, strict=True))
+    for row in kept:
+        assert Start(**{name: row[name] for name in STARTS}) == starts[row["name"]]
 
 
 def test_the_prompts_of_chosen_steps_are_kept_with_their_dev_scores(fit, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.run import Run
 from prompt_lab.data.tasks import Task
 from prompt_lab.files.prompts import Prompt, PromptStore, save_prompt
+from prompt_lab.files.results import Start
 from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts, scale_ratio
 
 Factory = Callable[..., Backbone]
@@ -36,7 +38,7 @@ def one(
     config: InitConfig, model: Backbone, count: int, task: str = "tone", seed: int = 0
 ) -> Tensor:
     """The initial prompt (N, D) of a single run."""
-    return initial_prompts(config, model, [run(task, seed)], TASKS, count)[0]
+    return initial_prompts(config, model, [run(task, seed)], TASKS, count)[0][0]
 
 
 def ids_of(model: Backbone, rows: Tensor) -> list[int]:
@@ -92,7 +94,7 @@ def test_a_prompt_depends_on_seed_and_length_but_not_on_the_task(
     model = backbone("gpt2")
     runs = [run("tone"), run("other"), run("open", rate=0.1, sample=42), run("tone", seed=1)]
     torch.manual_seed(1)
-    made = initial_prompts(config, model, runs, TASKS, 8)
+    made, _ = initial_prompts(config, model, runs, TASKS, 8)
     torch.manual_seed(2)
     assert made.shape == (4, 8, HIDDEN)
     assert made.dtype == torch.float32
@@ -142,7 +144,7 @@ def test_labels_come_first_each_the_mean_of_its_tokens(backbone: Factory) -> Non
         ids = model.tokenizer(label, add_special_tokens=False)["input_ids"]
         assert torch.allclose(made[row], table[ids].mean(0))
     assert torch.equal(made[3:], one(InitConfig(), model, 8)[:5])
-    both = initial_prompts(InitConfig("labels"), model, [run("tone"), run("other")], TASKS, 8)
+    both, _ = initial_prompts(InitConfig("labels"), model, [run("tone"), run("other")], TASKS, 8)
     assert torch.equal(both[0], made)
     assert (both[1][:2] != made[:2]).any()
 
@@ -191,22 +193,6 @@ def test_prompts_of_tokens_embed_no_more_than_these(
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ({}, "vocab 5000"),
-        ({"vocab_size": None}, "vocab all"),
-        ({"name": "text", "text": "good or bad"}, "text 'good or bad'"),
-        ({"name": "labels"}, "labels 5000"),
-        ({"name": "normal"}, "normal std 0.02"),
-        ({"name": "uniform"}, "uniform limit 0.5"),
-        ({"name": "file", "path": "a.safetensors"}, "file a.safetensors"),
-    ],
-)
-def test_every_way_describes_itself(values: dict[str, Any], words: str) -> None:
-    assert InitConfig(**values).describe() == words
-
-
-@pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"name": "text"}, "init.name is text: give the text with init.text"),
@@ -248,7 +234,7 @@ def stored(model: Backbone, name: str, value: float, count: int = 3, **meta: Any
 def test_one_file_serves_every_run(backbone: Factory, tmp_path: Path) -> None:
     model, path = backbone("t5"), tmp_path / "p.safetensors"
     save_prompt(path, stored(model, "p", 2.0))
-    made = initial_prompts(
+    made, _ = initial_prompts(
         InitConfig("file", path=str(path)), model, [run("tone"), run("other")], TASKS, 3
     )
     assert torch.equal(made, torch.full((2, 3, HIDDEN), 2.0))
@@ -266,7 +252,7 @@ def test_a_store_gives_each_run_the_prompt_of_its_task(backbone: Factory, tmp_pa
         ]
     )
     runs = [run("tone"), run("tone", sample=42), run("tone", 1, sample=42), run("other", seed=3)]
-    made = initial_prompts(InitConfig("file", path=str(tmp_path)), model, runs, TASKS, 3)
+    made, _ = initial_prompts(InitConfig("file", path=str(tmp_path)), model, runs, TASKS, 3)
     assert made[:, 0, 0].tolist() == [1.0, 2.0, 3.0, 4.0]
 
 
@@ -288,34 +274,38 @@ def test_a_transferred_prompt_is_that_of_the_source_its_sample_and_seed_and_best
     assert config.sources == ["tone", "tone + other"]
     seeds = [replace(run("other", seed, sample=42), source="tone") for seed in (0, 1, 7)]
     runs = [*seeds, replace(run("open"), source="tone + other")]
-    made = initial_prompts(config, model, runs, TASKS, 3)
+    made, starts = initial_prompts(config, model, runs, TASKS, 3)
     assert made[:, 0, 0].tolist() == [2.0, 3.0, 3.0, 4.0]
-    names = [Path(words.removeprefix("file ")).stem for words in config.describe_runs(runs)]
-    assert names == ["b", "c", "c", "d"]
+    assert [Path(start.start_file).stem for start in starts] == ["b", "c", "c", "d"]
 
 
 def test_a_path_may_hold_the_seed_of_the_run(backbone: Factory, tmp_path: Path) -> None:
     model = backbone("t5")
     for seed in (0, 1):
-        known = {"origin": "multitask", "init_seed": seed}
+        known = {"role": "multitask", "source_set": "some/set", "init_seed": seed}
         save_prompt(tmp_path / f"p{seed}.safetensors", stored(model, "p", seed + 1.0, **known))
     config = InitConfig("file", path=str(tmp_path / "p{init_seed}.safetensors"))
     runs = [run("tone", 1), run("tone", 0), run("open", 1)]
-    made = initial_prompts(config, model, runs, TASKS, 3)
+    made, starts = initial_prompts(config, model, runs, TASKS, 3)
     assert made[:, 0, 0].tolist() == [2.0, 1.0, 2.0]
-    assert config.describe_runs(runs) == ["multitask"] * 3
+    path = str(tmp_path / "p")
+    assert starts == [
+        Start("multitask", "some/set", seed, f"{path}{seed}.safetensors") for seed in (1, 0, 1)
+    ]
     with pytest.raises(FileNotFoundError, match=r"p7.safetensors"):
         initial_prompts(config, model, [run("tone", 7)], TASKS, 3)
 
 
-def test_a_transferred_prompt_that_says_what_to_call_it_is_called_that(
+def test_a_sum_that_is_transferred_is_told_by_its_coefficients(
     backbone: Factory, tmp_path: Path
 ) -> None:
     model = backbone("t5")
-    known = {"made_from": {"expression": "a + b"}, "origin": "vectors a + b"}
+    parts = [{"task": task, "coefficient": 1.0} for task in ("a", "b")]
+    known = {"made_from": {"expression": "a + b", "vectors": parts}, "role": "sum"}
     PromptStore(tmp_path / "prompts").save([stored(model, "d", 4.0, **known)])
     config = InitConfig("file", path=str(tmp_path), source_tasks=["a + b"])
-    assert config.describe_runs([replace(run("open"), source="a + b")]) == ["vectors a + b"]
+    _, (start,) = initial_prompts(config, model, [replace(run("open"), source="a + b")], TASKS, 3)
+    assert (start.start, json.loads(start.start_of)) == ("sum", [[1.0, "a"], [1.0, "b"]])
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def step_prompt(task: str, step: int, seed: int, **facts: Any) -> Prompt:
     """A target prompt at a step, as PromptTuning saves it."""
     tensor = facts.pop("tensor", drawn(step, seed, ord(task[0])))
     given = {"name": f"{task}_13_seed{seed}", "init_seed": seed, "order_seed": 0, "steps": step}
-    given |= {"initialised": "vocab 5000", "dev_score": None}
+    given |= {"start": "vocab", "dev_score": None}
     return prompt(task, tensor, 13, **(given | facts))
 
 
@@ -189,7 +189,7 @@ def test_transfers_and_other_tasks_are_left_out_and_missing_runs_are_told():
     folder = fits()
     save(step_prompt("z", 20, 0), folder=f"{folder}/steps/20")
     save(
-        step_prompt("x", 20, 0, name="x_from_a", initialised="file store/a.safetensors"),
+        step_prompt("x", 20, 0, name="x_from_a", start="prompt", start_of="a"),
         folder=f"{folder}/steps/20",
     )
     Path(folder, "steps", "100", "x_13_seed1.safetensors").unlink()

@@ -100,7 +100,7 @@ def test_prompt_files_hold_the_code_and_results_the_dimension(fit, files):
     method = fit()
     (saved,) = PromptStore(method.run_dir / "prompts").load([method.runs[0].name], files[0])
     torch.testing.assert_close(method.subspace.back_project(saved.code[None])[0], saved.prompt)
-    assert saved.initialised.startswith("codes std 0.5 in ")
+    assert (saved.start, saved.start_seed) == ("codes", saved.init_seed)
     tested = make_method(
         files[0], num_virtual_tokens=TOKENS, subspace=SubspaceConfig(str(files[1]))
     )

@@ -49,7 +49,7 @@ def tuned(model: Backbone, task: str, seed: int, sample: int = 13, **changes: An
         "tokenizer_digest": model.tokenizer_digest,
         "task": task,
         "sample": sample,
-        "initialised": "vocab 5000",
+        "start": "vocab",
         "init_seed": seed,
         "dev_score": 0.5,
         "max_input_length": 512,
@@ -306,10 +306,10 @@ def test_crossed_prompts_are_the_sums_and_the_diagonal_is_the_tuned_prompt(run):
             assert prompt.prompt.equal(drawn(seed))
         elif row["variant"] == "vector_alone":
             assert prompt.prompt.equal((source.prompt.double() - source.init.double()).float())
-            assert row["initialised"] == "zeros"
+            assert row["start"] == "zeros"
         else:
             other = 1 - seed
-            assert row["initialised"] == f"vocab 5000 seed {other}"
+            assert (row["start"], row["start_seed"]) == ("vocab", str(other))
             made = naive_prompt({task: source}, {task: 1.0}, drawn(other), 1.0)
             assert prompt.prompt.equal(made)
             assert prompt.init.equal(drawn(other))

@@ -54,7 +54,7 @@ def tuned(task: str, sample: int | None = 13, seed: int | None = 0, **changes: A
         tokenizer_digest="fedcba",
         task=task,
         sample=sample,
-        initialised="vocab 5000",
+        start="vocab",
         init_seed=seed,
         dev_score=0.5,
         metric="ACC",
@@ -138,9 +138,9 @@ def test_vectors_apply_to_every_different_init_of_another_store():
 
 def test_vectors_of_different_inits_combine_on_an_init_that_is_named():
     other = draw(99)
-    save("store", tuned("emotion"), tuned("glue-qnli", init=other, initialised="normal std 0.02"))
+    save("store", tuned("emotion"), tuned("glue-qnli", init=other, start="normal"))
     sentence = (
-        r"store/emotion_13_seed0.safetensors \(vocab 5000\) and .*glue-qnli.* \(normal std 0.02\) "
+        r"store/emotion_13_seed0.safetensors \(vocab\) and .*glue-qnli.* \(normal\) "
         "start from different initial prompts: name one to apply to with --init"
     )
     with pytest.raises(ValueError, match=sentence):
@@ -156,7 +156,7 @@ def test_vectors_of_different_inits_combine_on_an_init_that_is_named():
 
 def test_of_a_file_that_was_made_to_start_from_the_prompt_itself_is_the_init():
     """As MetaPrompt and vectors apply write them: they say what to call the prompt."""
-    start = tuned("", None, 7, name="prompt", origin="maml 3 tasks")
+    start = tuned("", None, 7, name="prompt", role="meta", source_set="3 tasks")
     save("meta", start)
     apply_vectors(
         "emotion",
@@ -166,7 +166,7 @@ def test_of_a_file_that_was_made_to_start_from_the_prompt_itself_is_the_init():
     )
     (found,) = written().values()
     assert found.init.equal(start.prompt)
-    assert found.initialised == "maml 3 tasks"
+    assert (found.start, found.start_of) == ("meta", "3 tasks")
     assert (found.made_from or {})["init"]["tensor"] == "prompt"
 
 
@@ -246,9 +246,9 @@ def test_a_written_file_tells_where_it_comes_from():
         ],
         "init": {"tensor": "init", **file("emotion_42_seed1")},
     }
-    assert found.origin == "vectors 0.5 * (mean(emotion, glue-qnli))"
+    assert found.role == "sum"
     assert found.source_tasks == ["emotion", "glue-qnli"]
-    assert (found.initialised, found.sample, found.init_seed) == ("vocab 5000", 42, 1)
+    assert (found.start, found.sample, found.init_seed) == ("vocab", 42, 1)
     assert (found.task, found.dev_score, found.steps) == ("", None, None)
     assert found.backbone_digest == "0123456789abcdef"
 
@@ -285,11 +285,11 @@ def test_predict_export_and_prompt_tuning_take_what_is_written(backbone: Callabl
     save("store", *own)
     paths = apply_vectors("glue-qnli + glue-mnli", prompts=["store"], out="out", task="emotion")
     runs = [Run("emotion", 13, seed, 0.3, 8) for seed in (1, 0)]
-    made = initial_prompts(InitConfig("file", path="out"), model, runs, {}, N)
+    made, _ = initial_prompts(InitConfig("file", path="out"), model, runs, {}, N)
     for prompt, path in zip(made, paths[::-1], strict=True):
         assert prompt.equal(load_prompt(path, model).prompt)
     config = InitConfig("file", path=str(paths[0]))
-    assert initial_prompts(config, model, runs, {}, N)[1].equal(made[1])
+    assert initial_prompts(config, model, runs, {}, N)[0][1].equal(made[1])
     assert len(export_prompts("out", "tensors", format="tensor")) == 2
     names, found = _find_prompts(["out"])
     metadata = [one.metadata for one in found]

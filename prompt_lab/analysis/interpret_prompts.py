@@ -33,7 +33,8 @@ class Tuned:
     @property
     def group(self) -> str:
         """What it is a run of: its task, or what it was learned as, or itself."""
-        return self.prompt.task or self.prompt.origin or self.label
+        made = (self.prompt.role, self.prompt.source_set)
+        return self.prompt.task or (self.prompt.source_set and " ".join(made)) or self.label
 
 
 def find_tuned(places: Sequence[str]) -> tuple[list[Tuned], list[str]]:
@@ -87,7 +88,7 @@ def _run(known: dict[str, Any]) -> tuple[Any, ...] | None:
     """What the prompts of a grid have in common; None for one that was not tuned for a task."""
     if not known.get("task") or known.get("made_from"):
         return None
-    names = ("task", "sample", "init_seed", "order_seed", "initialised")
+    names = ("task", "sample", "init_seed", "order_seed", "start", "start_of")
     return tuple(known.get(name) for name in names)
 
 

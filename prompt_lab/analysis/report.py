@@ -24,7 +24,7 @@ from itertools import groupby
 from pathlib import Path
 
 from prompt_lab.analysis.statistics import Relative, relative_performance, summarise
-from prompt_lab.files.results import BASELINES, RESULT_COLUMNS, is_plain
+from prompt_lab.files.results import BASELINES, RESULT_COLUMNS
 
 FIXED: tuple[str, ...] = ("method", "variant", "stage", "backbone", "intrinsic_dim")
 """Columns that always tell lines apart."""

@@ -25,7 +25,7 @@ from prompt_lab.analysis.select_command import Likeness, PromptMethod, load_bank
 from prompt_lab.analysis.selection import Quality, Seeds, evaluate, judge, mean_quality
 from prompt_lab.analysis.transfer_table import Table, some
 from prompt_lab.files.prompts import FoundPrompt, find_prompts
-from prompt_lab.files.results import is_plain
+from prompt_lab.files.results import PLAIN_STARTS
 
 if TYPE_CHECKING:
     from prompt_lab.data.mixtures import Key
@@ -233,7 +233,7 @@ def _prompts(store: Path, targets: Sequence[str]) -> tuple[list[StepPrompt], int
     prompts = []
     for one in known:
         facts = one.metadata
-        if facts.get("task") not in targets or not is_plain(facts.get("initialised") or ""):
+        if facts.get("task") not in targets or facts.get("start") not in PLAIN_STARTS:
             continue
         seeds = (facts.get(name) for name in ("sample", "init_seed", "order_seed"))
         prompts.append(

@@ -6,7 +6,7 @@ become percent. Left out: rankings of sources, which `prompt_lab.analysis.select
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from prompt_lab.analysis.transfer_table import (
     make_table,
     read_table,
 )
-from prompt_lab.files.results import is_plain
+from prompt_lab.files.results import PLAIN_STARTS
 
 if TYPE_CHECKING:
     from prompt_lab.analysis.report import Row
@@ -68,34 +68,31 @@ def _results_entries(rows: Sequence[Row]) -> tuple[list[Entry], tuple[str, ...]]
     """Scores in percent of the runs that are transfers or have none, and what was left out."""
     from prompt_lab.files.results import best_by_dev
 
-    starts = _starts([row.cells["initialised"] for row in rows if row.cells["variant"] == "tuned"])
     tuned = [row for row in rows if row.cells["variant"] == "tuned"]
     targets = {
         row.cells["task"]
         for row in tuned
-        if starts[row.cells["initialised"]] not in ("", NO_TRANSFER, row.cells["task"])
+        if _source(row) not in ("", NO_TRANSFER, row.cells["task"])
     }
-    used = [
-        row for row in tuned if row.cells["task"] in targets and starts[row.cells["initialised"]]
-    ]
+    used = [row for row in tuned if row.cells["task"] in targets and _source(row)]
     if not targets:
         raise ValueError(
             "no run starts from the prompt file of another task (model.init.name file, with "
             "model.init.source_tasks or a .safetensors file as model.init.path), so there is no "
             "transfer to compare with"
         )
-    _check_alike(used, starts)
+    _check_alike(used)
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in used:
-        source = row.cells["initialised"], row.cells["order_seed"]
+        source = _source(row), row.cells["order_seed"]
         groups.setdefault(source, []).append(row.cells)
     entries, untested = [], 0
-    for (start, order), group in groups.items():
+    for (source, order), group in groups.items():
         for cells in best_by_dev(group):
             seed = "/".join((cells["sample"], cells["init_seed"], order))
             if cells["test"]:
                 score = 100 * float(cells["test"])
-                entries.append(Entry(starts[start], cells["task"], score, seed))
+                entries.append(Entry(source, cells["task"], score, seed))
             untested += not cells["test"]
     others = len(tuned) - len(used)
     notes = []
@@ -106,29 +103,14 @@ def _results_entries(rows: Sequence[Row]) -> tuple[list[Entry], tuple[str, ...]]
     return entries, tuple(notes)
 
 
-def _starts(ways: Iterable[str]) -> dict[str, str]:
-    """Source task of each way to initialise a prompt; `NO_TRANSFER`, or empty for other starts."""
-    from prompt_lab.files.prompts import find_prompts
-
-    starts, lost = {}, []
-    for way in dict.fromkeys(ways):
-        kind, _, text = way.partition(" ")
-        path = Path(text)
-        starts[way] = NO_TRANSFER if is_plain(way) else ""
-        if kind == "file" and path.suffix == ".safetensors":
-            if path.is_file():
-                starts[way] = find_prompts(path)[0].metadata.get("task") or ""
-            else:
-                lost.append(text)
-    if lost:
-        raise FileNotFoundError(
-            f"{len(lost)} prompt files that runs start from are not there: {', '.join(lost)}; run "
-            "the command in the folder where the fits ran"
-        )
-    return starts
+def _source(row: Row) -> str:
+    """Task whose prompt a run starts from; `NO_TRANSFER`, or empty for other starts."""
+    if row.cells["start"] in PLAIN_STARTS:
+        return NO_TRANSFER
+    return row.cells["start_of"] if row.cells["start"] == "prompt" else ""
 
 
-def _check_alike(rows: Sequence[Row], starts: Mapping[str, str]) -> None:
+def _check_alike(rows: Sequence[Row]) -> None:
     """Refuse runs whose scores cannot be compared."""
     for column in _ALIKE:
         values = sorted({row.cells[column] for row in rows})
@@ -137,10 +119,10 @@ def _check_alike(rows: Sequence[Row], starts: Mapping[str, str]) -> None:
                 f"the transfer runs differ in {column}: {', '.join(values)}; give the result files "
                 "of one"
             )
-    alone = [row for row in rows if starts[row.cells["initialised"]] == NO_TRANSFER]
+    alone = [row for row in rows if _source(row) == NO_TRANSFER]
     for what, column, own in (
         ("the transfer runs of a task differ in shots", "shots", rows),
-        ("a task has several starts without transfer", "initialised", alone),
+        ("a task has several starts without transfer", "start", alone),
     ):
         found: dict[str, set[str]] = {}
         for row in own:

@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import WandbLogger
 from prompt_lab.data.episodes import Episodes
 from prompt_lab.files.results import CURVE_COLUMNS, read_csv
 from prompt_lab.files.tensors import write_atomically
-from prompt_lab.methods.prompt_method import PromptMethod
+from prompt_lab.methods.prompt_method import PromptMethod, flag_names
 
 NOT_SAVED = ("ckpt_path", "dry_run", "run_dir", "weights_only")
 
@@ -232,21 +232,3 @@ def _short(number: float) -> str:
 def _method(module: Any) -> PromptMethod:
     """The module, which is one of this package's methods."""
     return module
-
-
-def flag_names(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under the names of their flags: ``{"model.optim.name": "adamw", ...}``.
-
-    A class becomes its short name under the key itself, its arguments ``key.argument``.
-    """
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict) and "class_path" in value:
-            flat[name] = value["class_path"].rsplit(".", 1)[-1]
-            flat |= flag_names(value.get("init_args") or {}, f"{name}.")
-        elif isinstance(value, dict):
-            flat |= flag_names(value, f"{name}.")
-        else:
-            flat[name] = value
-    return flat

@@ -41,7 +41,6 @@ from prompt_lab.commands.callbacks import (
     FitReport,
     SaveRunConfig,
     WandbCurves,
-    flag_names,
 )
 from prompt_lab.commands.offline import null_refused, plain_warnings, refuse_null
 from prompt_lab.data.crossfit import CrossFitDataModule
@@ -52,7 +51,7 @@ from prompt_lab.methods.attempt import Attempt
 from prompt_lab.methods.fine_tuning import FineTuning
 from prompt_lab.methods.intrinsic_subspace import IntrinsicSubspace
 from prompt_lab.methods.meta_prompt import MetaPrompt
-from prompt_lab.methods.prompt_method import PromptMethod, refuse_strategy
+from prompt_lab.methods.prompt_method import PromptMethod, flag_names, refuse_strategy
 from prompt_lab.methods.prompt_tuning import PromptTuning
 from prompt_lab.methods.vector_arithmetic import SCALES, VectorArithmetic
 

@@ -19,8 +19,6 @@ from prompt_lab.methods.task_vectors import check_compatible, load_source
 if TYPE_CHECKING:
     from prompt_lab.files.prompts import Prompt
 
-ORIGIN = "spot mixture"
-
 
 def mix_prompts(
     target: str,
@@ -133,7 +131,10 @@ def _mixture(found: FoundPrompt, sources: dict[str, FoundPrompt]) -> Prompt:
         init=mixed,
         code=None,
         name=f"{target.prompt.name}_mixture",
-        initialised=ORIGIN,
+        start="",
+        start_of="",
+        start_seed=None,
+        start_file="",
         learning_rate=None,
         batch_size=None,
         steps=None,
@@ -142,7 +143,7 @@ def _mixture(found: FoundPrompt, sources: dict[str, FoundPrompt]) -> Prompt:
         status="",
         seconds=None,
         version=__version__,
-        origin=ORIGIN,
+        role="mixture",
         source_tasks=list(sources),
-        made_from={"mixture": ORIGIN, "target": target.provenance(), "sources": parts},
+        made_from={"target": target.provenance(), "sources": parts},
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,13 +59,6 @@ class Combination:
     coefficients: dict[str, float]
     scale: float
     task: str
-
-    @property
-    def origin(self) -> str:
-        """What to call its results."""
-        if self.scale == 1:
-            return f"vectors {self.expression}"
-        return f"vectors {self.scale:g} * ({self.expression})"
 
     @property
     def file_name(self) -> str:
@@ -251,6 +244,7 @@ def _result(
     """The prompt init + scale * expression, with where it comes from."""
     from prompt_lab import __version__
     from prompt_lab.files.prompts import Prompt
+    from prompt_lab.files.results import start_from
 
     factors = asked.coefficients
     sources = [vectors[task] for task in factors]
@@ -265,11 +259,15 @@ def _result(
         tokenizer_digest=some.tokenizer_digest,
         task=asked.task,
         sample=some.sample,
-        initialised=base.prompt.origin if is_start else base.prompt.initialised,
+        **asdict(
+            start_from(base.prompt.metadata(), base.found.path)
+            if is_start
+            else base.prompt.start_fields
+        ),
         init_seed=base.prompt.init_seed,
         **_way_of_answering(asked, [source.prompt for source in vectors.values()]),
         version=__version__,
-        origin=asked.origin,
+        role="sum",
         source_tasks=list(factors),
         made_from=made_from(
             asked.expression,

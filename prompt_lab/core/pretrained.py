@@ -58,6 +58,12 @@ def load_pretrained(name: str, dtype: str, attention: str) -> tuple[Any, Any]:
     return model, _read(name, AutoTokenizer.from_pretrained, path)
 
 
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """SHA-256 over the bytes of a tensor."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
+
+
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 over the names, shapes, dtypes and bytes of a model's weights."""
     digest = hashlib.sha256()

@@ -135,10 +135,8 @@ def load_peft(folder: str | Path, task: int | None = None) -> Prompt:
             f"{folder}: the config says {count} virtual tokens x {submodules} submodules of width "
             f"{width}, but prompt_embeddings has shape {shape}"
         )
-    where = f"peft {folder}"
     if kind == _MULTITASK:
         rows = rows * _task_factors(folder, tensors, shape, task)
-        where += f" task {task}"
         if submodules > 1:
             warnings.warn(
                 f"{folder}: only the encoder's prompt is taken; {kind} with {submodules} "
@@ -157,7 +155,8 @@ def load_peft(folder: str | Path, task: int | None = None) -> Prompt:
         backbone=str(config.get("base_model_name_or_path") or ""),
         backbone_digest="",
         tokenizer_digest="",
-        initialised=where,
+        start="prompt",
+        start_file=str(folder),
     )
 
 
@@ -278,7 +277,7 @@ def _model_card(prompt: Prompt, task_type: TaskType) -> str:
         for label, value in (
             ("task", prompt.task or None),
             ("few-shot sample", prompt.sample),
-            ("initialised", prompt.initialised or None),
+            ("started from", " ".join(filter(None, (prompt.start, prompt.start_of))) or None),
             ("learning rate", prompt.learning_rate),
             ("steps", prompt.steps),
             (f"dev {prompt.metric}".strip(), prompt.dev_score),
@@ -355,7 +354,9 @@ def read_prompt(source: Path) -> Prompt:
         backbone_digest="",
         tokenizer_digest="",
         task=metadata.get("task", ""),
-        initialised=f"tensor {source}",
+        start="prompt",
+        start_of=metadata.get("task", ""),
+        start_file=str(source),
     )
 
 
@@ -400,7 +401,7 @@ def load_checkpoint(path: str | Path) -> list[Prompt]:
         state, settings = saved["state_dict"], saved["hyper_parameters"]
         init, best, score, step = (state[name] for name in _BANK)
         prompt = state.get("prompt", best)  # in a subspace there are codes instead
-        backbone, initialised = (str(settings[name]["name"]) for name in ("backbone", "init"))
+        backbone, starts = str(settings["backbone"]["name"]), saved["starts"]
         digest, tokenizer = str(saved["backbone_digest"]), str(saved["tokenizer_digest"])
         runs = [Run(**run) for run in saved["runs"]]
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
@@ -408,7 +409,7 @@ def load_checkpoint(path: str | Path) -> list[Prompt]:
             f"{path}: not a checkpoint of PromptTuning of this package "
             f"({type(error).__name__}: {error})"
         ) from error
-    if not len(runs) == len(prompt) == len(best) == len(init):
+    if not len(runs) == len(starts) == len(prompt) == len(best) == len(init):
         raise ValueError(f"{path}: damaged checkpoint: {len(runs)} runs, {len(best)} prompts")
     prompts = []
     for i, run in enumerate(runs):
@@ -423,7 +424,7 @@ def load_checkpoint(path: str | Path) -> list[Prompt]:
                 tokenizer_digest=tokenizer,
                 task=run.task,
                 sample=run.sample,
-                initialised=initialised,
+                **starts[i],
                 init_seed=run.init_seed,
                 learning_rate=run.learning_rate,
                 batch_size=run.batch_size,

@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from prompt_lab.files.results import Start
 from prompt_lab.files.tensors import (
     check_backbone,
     load_tensors,
@@ -50,7 +51,10 @@ class Prompt:
         tokenizer_digest: SHA-256 of its vocabulary.
         task: task name.
         sample: few-shot sample.
-        initialised: how ``init`` was made, e.g. ``vocab`` or ``file PATH``.
+        start: what ``init`` is (see :class:`Start`); likewise the three that follow.
+        start_of: what it is of.
+        start_seed: the seed it was made under.
+        start_file: the file it was read from.
         init_seed: seed of the initial prompt.
         order_seed: seed of the data order.
         learning_rate: peak learning rate.
@@ -70,9 +74,10 @@ class Prompt:
         task_prefix: whether the task's name stood in front of the inputs.
         version: version of the package that wrote it.
         code: (I,) float32, what a subspace made the prompt from; None where it was tuned itself.
-        origin: what to call the prompt where it is the start of others, such as ``maml`` and the
-            tasks that it was learned on; empty for a prompt of one task.
+        role: what the prompt is to others that start from it: ``prompt``, tuned for its task;
+            ``sum`` of vectors; ``mixture``; ``meta`` or ``multitask``, learned on many tasks.
         source_tasks: tasks that a prompt for other tasks was learned on.
+        source_set: the same as they were named, such as ``mpt/cls_to_cls/source``.
         made_from: what arithmetic made the prompt from: expression, scale, and files with their
             digests; None where it was tuned.
     """
@@ -85,7 +90,10 @@ class Prompt:
     tokenizer_digest: str
     task: str = ""
     sample: int | None = None
-    initialised: str = ""
+    start: str = ""
+    start_of: str = ""
+    start_seed: int | None = None
+    start_file: str = ""
     init_seed: int | None = None
     order_seed: int | None = None
     learning_rate: float | None = None
@@ -105,9 +113,15 @@ class Prompt:
     task_prefix: bool = False
     version: str = ""
     code: Tensor | None = None
-    origin: str = ""
+    role: str = "prompt"
     source_tasks: list[str] | None = None
+    source_set: str = ""
     made_from: dict[str, Any] | None = None
+
+    @property
+    def start_fields(self) -> Start:
+        """Where it was trained from."""
+        return Start(self.start, self.start_of, self.start_seed, self.start_file)
 
     def metadata(self) -> dict[str, Any]:
         """All that is not a tensor."""

@@ -10,48 +10,109 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 import statistics
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prompt_lab.files.tensors import cell, naming, write_atomically, write_csv
 
-RESULT_COLUMNS = (
-    "fit_id",
-    "method",
-    "variant",
-    "stage",
-    "backbone",
-    "task",
-    "ontology",
-    "sample",
-    "shots",
-    "init_seed",
-    "order_seed",
-    "initialised",
-    "expression",
-    "scale",
-    "num_virtual_tokens",
-    "intrinsic_dim",
-    "optimizer",
-    "learning_rate",
-    "batch_size",
-    "decoding",
-    "metric",
-    "metric_variant",
-    "dev",
-    "test",
-    "test_rows",
-    "cut_train",
-    "cut_dev",
-    "cut_test",
-    "best_step",
-    "seconds",
-    "status",
-    "prompt_file",
-    "version",
-)
+if TYPE_CHECKING:
+    import pandas as pd
+
+PLAIN_STARTS = ("vocab", "text", "labels", "normal", "uniform")
+"""Starts that know no other task."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts from, as fields; results have them as columns, prompt files as metadata.
+
+    Attributes:
+        start: ``vocab``, ``text``, ``labels``, ``normal`` or ``uniform``; ``prompt`` of a task;
+            ``sum`` of task prompt vectors; ``mixture`` of prompts; ``meta`` or ``multitask``,
+            learned on many tasks; ``codes`` in a subspace; ``weights``, the pretrained ones;
+            ``zeros``.
+        start_of: the task of a prompt; the source tasks, as they were named, of a mixture or of
+            learning on many; for a sum a JSON list of [coefficient, task].
+        start_seed: initialisation seed of what it starts from, or of the draw.
+        start_file: file that it was read from, as the run named it; empty without one.
+    """
+
+    start: str
+    start_of: str = ""
+    start_seed: int | None = None
+    start_file: str = ""
+
+
+STARTS = tuple(field.name for field in fields(Start))
+"""The fields of a start, as columns of results and in prompt files."""
+
+
+def start_from(known: Mapping[str, Any], path: str | Path) -> Start:
+    """The start of a run that starts from a prompt file.
+
+    Args:
+        known: metadata of the file.
+        path: the file, as it is to be recorded.
+    """
+    role, made_from = known.get("role") or "prompt", known.get("made_from") or {}
+    of = known.get("task") or ""
+    if role == "sum":
+        of = json.dumps([[part["coefficient"], part["task"]] for part in made_from["vectors"]])
+    elif role != "prompt":
+        of = known.get("source_set") or " ".join(known.get("source_tasks") or [])
+    return Start(role, of, known.get("init_seed"), str(path))
+
+
+COLUMNS = {
+    "fit_id": "name of the fit: a digest of settings, weights and data that can change a number",
+    "method": "class of the method",
+    "variant": "what was scored: tuned, or random_subspace and subspace; attempt; adapted; single, "
+    "vectors, vector_alone; reconstruction and others of a method's own; and baselines: no_prompt, "
+    "initial_prompt, chance, majority",
+    "stage": "test",
+    "backbone": "hub id or folder of the model",
+    "task": "name of the task",
+    "ontology": "its kind, group/subgroup",
+    "sample": "few-shot sample",
+    "shots": "K of the files, a number or all",
+    "init_seed": "seed of the initial prompt",
+    "order_seed": "seed of the order of the training rows",
+    "start": "where the run starts from (see `Start`); empty for baselines",
+    "start_of": "of which task or source tasks; of a sum a JSON list of [coefficient, task]",
+    "start_seed": "initialisation seed of what it starts from",
+    "start_file": "file that it was read from",
+    "expression": "sum of task prompt vectors, as it was asked for",
+    "scale": "lambda of the sum",
+    "num_virtual_tokens": "N",
+    "intrinsic_dim": "I, empty where whole prompts are tuned",
+    "optimizer": "adamw, adafactor or sgd",
+    "learning_rate": "peak learning rate",
+    "batch_size": "rows of a step",
+    "decoding": "score, or generate with beams and longest answer",
+    "metric": "metric of the task",
+    "metric_variant": "crossfit or corrected",
+    "dev": "dev score that chose the prompt",
+    "test": "test score",
+    "test_rows": "rows of test",
+    "cut_train": "inputs of train that were cut",
+    "cut_dev": "inputs of dev that were cut",
+    "cut_test": "inputs of test that were cut",
+    "best_step": "step of the best dev score",
+    "seconds": "wall-clock seconds of the fit",
+    "status": "how training ended",
+    "run": "place in the grid of the fit, from 0; of equal dev scores the first counts",
+    "prompt_file": "file of the prompt, below the folder of this table",
+    "settings": "JSON object: all other settings that can change a number, by flag",
+    "version": "version of the package",
+}
+"""The columns of ``results.csv`` and what they hold; an empty cell is a value that is not there."""
+
+RESULT_COLUMNS = tuple(COLUMNS)
 CURVE_COLUMNS = (
     "step",
     "run",
@@ -67,10 +128,6 @@ CURVE_COLUMNS = (
     "status",
 )
 BASELINES = ("no_prompt", "initial_prompt", "chance", "majority")
-
-
-_PLAIN = ("vocab", "text", "labels", "normal", "uniform")
-"""Starts of prompt tuning that know no other task."""
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -123,6 +180,28 @@ def write_predictions(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_atomically(path, ("\n".join(lines) + "\n").encode())
 
 
+SEEDS = ("sample", "init_seed", "order_seed")
+
+
+def choose_by_dev(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """Of the rows that agree in some columns, the one with the best dev score.
+
+    The one choice of the package, for results and for the index of a store alike. Of equal scores
+    the earlier ``run`` counts, then the earlier row; a row without a score loses to all others.
+
+    Args:
+        frame: has columns ``dev`` and, where rows are of a grid, ``run``.
+        keys: the columns in which rows agree; missing values agree with each other.
+
+    Returns:
+        The chosen rows, in the frame's order.
+    """
+    order = frame.assign(_dev=frame["dev"].astype(float).fillna(-math.inf))
+    by = ["_dev", *(["run"] if "run" in frame else [])]
+    order = order.sort_values(by, ascending=[False, True][: len(by)], kind="stable")
+    return frame.loc[order.drop_duplicates(list(keys)).index.sort_values()]
+
+
 def best_by_dev(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Of the tuned runs of each task, sample, seed and start, the one with the best dev score.
 
@@ -130,15 +209,10 @@ def best_by_dev(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """
     best: dict[tuple[Any, ...], Mapping[str, Any]] = {}
     for row in rows:
-        key = (row["task"], row["sample"], row["init_seed"], row.get("initialised"))
+        key = tuple(row.get(name) for name in ("task", "sample", "init_seed", *STARTS[:3]))
         if key not in best or _number(row["dev"]) > _number(best[key]["dev"]):
             best[key] = row
     return list(best.values())
-
-
-def is_plain(initialised: str) -> bool:
-    """Whether a prompt's start, as results and prompt files tell it, knows no other task."""
-    return initialised.partition(" ")[0] in _PLAIN
 
 
 def summary_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -165,9 +239,40 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> str:
             cells.append(_mean_cell(chosen, spread=True))
             counts.append((len(_known(chosen)), len(chosen)))
         lines.append([*cells, _count_cell(counts)])
-    widths = [max(len(line[at]) for line in lines) for at in range(len(header))]
-    padded = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
-    return "\n".join([padded[0], "  ".join("-" * w for w in widths), *padded[1:]])
+    return text_table(lines[0], lines[1:])
+
+
+def text_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None
+) -> str:
+    """A table of aligned text that fits a terminal: names of columns wrap, long cells are cut.
+
+    Args:
+        header: names of the columns.
+        rows: cells as text.
+        width: most characters of a line; None for those of the terminal, and no bound elsewhere.
+    """
+    if width is None:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000
+    whole = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    is_wide = sum(whole) + 2 * (len(whole) - 1) > width
+    names = [name.split(" ") if is_wide else [name] for name in header]
+    height = max(map(len, names))
+    heads = [[own[at] if at < len(own) else "" for own in names] for at in range(height)]
+    widths = [max(map(len, column)) for column in zip(*heads, *rows, strict=True)]
+    while sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > 9:
+        widths[widths.index(max(widths))] -= 1
+    lines = [*heads, ["-" * w for w in widths], *rows]
+    return "\n".join(
+        "  ".join(_cut(c, w).ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines
+    )
+
+
+def _cut(text: str, width: int) -> str:
+    """A text of at most so many characters; a longer one lacks its middle."""
+    if len(text) <= width:
+        return text
+    return text[: (width - 1) // 2] + "…" + text[len(text) - (width - 1 - (width - 1) // 2) :]
 
 
 def _trained(row: Mapping[str, Any]) -> str:

@@ -31,6 +31,7 @@ from prompt_lab.core.optim import OptimConfig, adamw_with_warmup, check_warmup_a
 from prompt_lab.core.subspace import AdapterMap, Subspace
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.files.networks import load_network, save_network
+from prompt_lab.files.results import Start
 from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod
 from prompt_lab.methods.prompt_tuning import PromptTuning
 from prompt_lab.methods.subspace_tuning import initial_codes
@@ -143,16 +144,12 @@ class AdapterTuning(_AdapterMethod):
             self.backbone = AdaptedBackbone(plain, self.subspace.metadata["bottleneck"])
         return super().load_backbone(data)
 
-    def _make_bank(self, backbone: Backbone, data: CrossFitDataModule) -> Tensor:
+    def _make_bank(self, backbone: Backbone, data: CrossFitDataModule, anew: bool) -> Tensor:
         """Make the codes; returns the initial adapters (R, 1, P)."""
         self.prompt = None
+        self.starts = [Start("codes", start_seed=run.init_seed) for run in self.runs]
         self.code = nn.Parameter(initial_codes(self.runs, self.map.intrinsic_dim, self.std))
         return self.bank().detach()
-
-    @property
-    def initialised(self) -> str:
-        """How the codes were initialised, in words."""
-        return f"codes std {self.std} in {self.adapters}"
 
 
 class AdapterSubspace(_AdapterMethod):
@@ -243,9 +240,10 @@ class AdapterSubspace(_AdapterMethod):
             self.backbone = AdaptedBackbone(self.plain_backbone(), self.bottleneck)
         return super().load_backbone(data)
 
-    def _make_bank(self, backbone: Backbone, data: CrossFitDataModule) -> Tensor:
+    def _make_bank(self, backbone: Backbone, data: CrossFitDataModule, anew: bool) -> Tensor:
         """Make map and codes; returns the initial adapters (R, 1, P)."""
         self.prompt = None
+        self.starts = [Start("codes", start_seed=self.seed)] * len(self.runs)
         self.subspace = AdapterMap(
             backbone.hidden_size, self.intrinsic_dim, self.inner_size, self.seed
         )
@@ -333,11 +331,6 @@ class AdapterSubspace(_AdapterMethod):
 
     def _subspace_digest(self) -> None:
         """None: the map is what is trained."""
-
-    @property
-    def initialised(self) -> str:
-        """How map and codes were initialised, in words."""
-        return f"codes std {self.std} in a random map seed {self.seed}"
 
 
 def _check_std(std: float) -> None:

@@ -26,6 +26,7 @@ import copy
 import hashlib
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -202,7 +203,7 @@ class Attempt(PromptMethod):
             Run(task, data.samples[0], self.init_seed, self.learning_rate, self.batch_size)
             for task in data.tasks
         ]
-        init = initial_prompts(
+        init, self.starts = initial_prompts(
             self.init_config, backbone, self.runs, data.tasks, self.num_virtual_tokens
         )
         self.prompt = nn.Parameter(init.clone())
@@ -578,7 +579,7 @@ class Attempt(PromptMethod):
                 self.init[i],
                 dev[i],
                 None if test_scores is None else test_scores[i].item(),
-                initialised=self.init_config.describe(),
+                **asdict(self.starts[i]),
                 order_seed=self.datamodule.order_seed,
                 steps=int(self.best_step),
                 source_tasks=self.source_tasks,

@@ -55,7 +55,7 @@ def describe_grid(method: PromptTuning, data: CrossFitDataModule, trainer: Train
         f"{len(method.all_runs)} runs = " + " x ".join(f"{len(v)} {name}" for name, v in axes),
         *(f"  {name}: {', '.join(map(str, values))}" for name, values in axes),
         f"prompt: {method.num_virtual_tokens} x {method.backbone.hidden_size}, "
-        f"initialised {method.initialised}",
+        f"starting from {', '.join(_starts(method))}",
         f"backbone: {method.backbone.name}",
         f"steps: {trainer.max_steps}, evaluation every {trainer.val_check_interval}",
         *_sharing(method, processes),
@@ -64,6 +64,12 @@ def describe_grid(method: PromptTuning, data: CrossFitDataModule, trainer: Train
         f"{_size(optimizer)}, activations of the largest micro-batch {_size(activations)}",
     ]
     return "\n".join(lines)
+
+
+def _starts(method: PromptTuning) -> list[str]:
+    """The kinds of starts, each once."""
+    found = (" ".join(filter(None, (s.start, s.start_of))) for s in method.starts)
+    return list(dict.fromkeys(found))
 
 
 def _sharing(method: PromptTuning, processes: int) -> list[str]:

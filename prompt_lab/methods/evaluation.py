@@ -7,8 +7,8 @@ what is written is joined in the order of the grid.
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from prompt_lab.core.metrics import BankMetric, chance_score, majority_score
 from prompt_lab.data.batches import EvaluationBatch
 from prompt_lab.data.files import SPLITS, SplitName
 from prompt_lab.files.prompts import PromptStore
-from prompt_lab.files.results import RESULT_COLUMNS, write_predictions
+from prompt_lab.files.results import RESULT_COLUMNS, STARTS, write_predictions
 from prompt_lab.files.tensors import write_atomically, write_csv
 from prompt_lab.methods.run_shares import gather_values
 
@@ -28,6 +28,15 @@ if TYPE_CHECKING:
     from prompt_lab.methods.prompt_method import PromptMethod
 
 Key = tuple[str, int]
+
+IN_COLUMNS = (
+    *("data.tasks", "data.samples", "data.shots", "data.order_seed"),
+    *("model.init_seed", "model.seed", "model.learning_rate", "model.batch_size"),
+    *("model.num_virtual_tokens", "model.intrinsic_dim", "model.subspace.intrinsic_dim"),
+    *("model.init.name", "model.init.source_tasks", "model.optim.name", "model.optim"),
+    *("model.metric_variant", "model.expressions", "model.scales"),
+)
+"""Settings that results have as columns of their own, or that differ between tasks."""
 
 
 class Evaluation:
@@ -106,6 +115,11 @@ class Evaluation:
 
     def report(self, scores: Tensor, stage: str) -> None:
         """Print the table; on ``test`` also write results, predictions and scored prompts."""
+        self.fit_id, settings, self.digests = self.method.identity()
+        self.settings = json.dumps(
+            {k: v for k, v in self.method.unusual(settings).items() if k not in IN_COLUMNS},
+            default=str,
+        )
         rows = self.method.shares.join(self._result_rows(scores, stage))
         if stage == "test":
             if self.method.test_baselines:
@@ -119,11 +133,12 @@ class Evaluation:
             rows = [{**row, "test": row["dev"]} for row in rows]
         if not self.method.trainer.is_global_zero:
             return
-        print(f"\n{self.split} scores\n{self.method.score_table(rows)}\n", flush=True)
+        say = self.method.print  # which puts a progress bar out of the way
+        say(f"\n{self.split} scores\n{self.method.score_table(rows)}\n", flush=True)
         if stage == "test":
             prompts = self.method.stores_prompts
             kept = "results, predictions and prompts" if prompts else "results and predictions"
-            print(f"{kept} are in {self.method.run_dir}", flush=True)
+            say(f"{kept} are in {self.method.run_dir}", flush=True)
 
     def _result_rows(self, scores: Tensor, stage: str) -> list[dict[str, Any]]:
         """A line of results per own run."""
@@ -134,7 +149,7 @@ class Evaluation:
             line |= {
                 "init_seed": run.init_seed,
                 "order_seed": self.method.datamodule.order_seed,
-                "initialised": prompt.initialised,
+                **{name: getattr(prompt, name) for name in STARTS},
                 "num_virtual_tokens": self.method.num_virtual_tokens,
                 "learning_rate": run.learning_rate,
                 "batch_size": run.batch_size,
@@ -143,6 +158,7 @@ class Evaluation:
                 "best_step": prompt.steps,
                 "seconds": prompt.seconds,
                 "status": prompt.status,
+                "run": self.method.shares.own[i],
             }
             line |= self.method.result_facts(i)
             if self.method.stores_prompts:
@@ -175,18 +191,14 @@ class Evaluation:
                 f"cut_{split}": method.datamodule.rows(*key, split).cut
                 for split in (SPLITS if stage == "test" else SPLITS[:2])
             },
+            "settings": self.settings,
             "version": __version__,
         }
-
-    @cached_property
-    def fit_id(self) -> str:
-        """The name of the fit, made once for all lines."""
-        return self.method.fit_id()
 
     def _baseline_rows(self) -> list[dict[str, Any]]:
         """Lines for no prompt, the initial prompt, chance and the majority class."""
         lines = []
-        initialised = [prompt.initialised for prompt in self.method.best_prompts()]
+        best = list(self.method.best_prompts())
         for variant in ("no_prompt", "initial_prompt"):
             chosen = self._distinct(by_start=variant == "initial_prompt")
             scores = self._score_variant(variant, chosen)
@@ -196,7 +208,7 @@ class Evaluation:
                 line = self._common((run.task, run.sample), "test") | {"variant": variant}
                 if variant == "initial_prompt":
                     line["init_seed"] = run.init_seed
-                    line["initialised"] = initialised[i]
+                    line |= {name: getattr(best[i], name) for name in STARTS}
                 own[i] = line | {"test": scores[i].item()}
             lines += [line for line in self.method.shares.join(own) if line is not None]
         for key in dict.fromkeys((run.task, run.sample) for run in self.method.all_runs):
@@ -232,8 +244,6 @@ class Evaluation:
 
     def _write(self, rows: list[dict[str, Any]], scores: Tensor) -> None:
         """Write what a test leaves behind, once, by the first process."""
-        import json
-
         method = self.method
         found = [(*self.told[i], i, row, text) for i, row, text in self.predictions]
         for variant, others in self.baseline_predictions.items():
@@ -249,7 +259,7 @@ class Evaluation:
         folder = Path(method.run_dir)
         write_csv(folder / "results.csv", RESULT_COLUMNS, rows)
         write_predictions(folder / "predictions.jsonl", map(self._prediction, sorted(gathered)))
-        digests = json.dumps(method.digests(), indent=1)
+        digests = json.dumps(self.digests, indent=1)
         write_atomically(folder / "digests.json", digests.encode())
 
     def _prediction(self, found: tuple[str, int, int, str, str]) -> dict[str, Any]:

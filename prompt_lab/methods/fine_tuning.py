@@ -502,7 +502,8 @@ class FineTuning(PromptMethod):
                 backbone=backbone.name,
                 backbone_digest=backbone.digest,
                 tokenizer_digest=backbone.tokenizer_digest,
-                initialised=self.initialised,
+                start="weights" if self.intrinsic_dim is None else "codes",
+                start_seed=None if self.intrinsic_dim is None else run.init_seed,
                 steps=int(self.best_step),
                 dev_score=score if score > -torch.inf else None,
                 status=STATUS[int(self.status)],
@@ -543,13 +544,6 @@ class FineTuning(PromptMethod):
                 saved.update({key: value for key, value in own.items() if key != "params"})
 
     # ---- identity -------------------------------------------------------------------------------
-
-    @property
-    def initialised(self) -> str:
-        """Where training starts, in words."""
-        if self.intrinsic_dim is None:
-            return "pretrained weights"
-        return f"zeros in random subspace seed {self.runs[0].init_seed}"
 
     def result_facts(self, run: int) -> dict[str, Any]:
         """What the results say of how the run was trained."""

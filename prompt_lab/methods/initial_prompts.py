@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from prompt_lab.core.run import Run
 from prompt_lab.data.partitions import expand_sets
 from prompt_lab.data.tasks import Task
 from prompt_lab.files.prompts import PLACES, FoundPrompt, best_found, find_prompts, is_single
+from prompt_lab.files.results import Start, start_from
 
 ROWS_AT_ONCE = 4096
 """Embeddings that are read at a time where all are."""
@@ -93,57 +94,6 @@ class InitConfig:
             return self
         return replace(self, path=self.path.replace("{init_seed}", str(seed)))
 
-    def describe(self) -> str:
-        """The way in a few words, for results and prompt files.
-
-        A prompt file that says what to call its prompt is called that.
-        """
-        origin = self.learned_from().get("origin")
-        if origin:
-            return origin
-        details = {
-            "vocab": f"{self.vocab_size or 'all'}",
-            "text": f"{self.text!r}",
-            "labels": f"{self.vocab_size or 'all'}",
-            "normal": f"std {self.std:g}",
-            "uniform": f"limit {self.limit:g}",
-            "file": f"{self.path}",
-        }
-        return f"{self.name} {details[self.name]}"
-
-    def describe_runs(self, runs: Sequence[Run]) -> list[str]:
-        """As :meth:`describe`, for each run by the file that it starts from.
-
-        Raises:
-            FileNotFoundError: a store that is not there.
-            ValueError: tasks without a prompt in the store.
-        """
-        found: dict[Run, str] = {}
-        for seed in dict.fromkeys(run.init_seed for run in runs):
-            own = [run for run in runs if run.init_seed == seed]
-            found |= zip(own, self.of_seed(seed)._describe_starts(own), strict=True)
-        return [found[run] for run in runs]
-
-    def _describe_starts(self, runs: Sequence[Run]) -> list[str]:
-        """The starts of runs from one path; from a store, what the run's file says to call it."""
-        path = Path(self.path or "")
-        if self.name != "file" or not path.is_dir() or is_single(path):
-            return [self.describe()] * len(runs)
-        files = [found.path for found in starts_of(path, runs)]
-        alone = {file: replace(self, path=str(file), source_tasks=None) for file in set(files)}
-        told = {file: one.describe() for file, one in alone.items()}
-        named = {file for file, one in alone.items() if one.learned_from().get("origin")}
-        return [
-            told[file] if run.source or file in named else self.describe()
-            for run, file in zip(runs, files, strict=True)
-        ]
-
-    def learned_from(self) -> dict[str, Any]:
-        """Metadata of the prompt file that all prompts start from; empty where there is none."""
-        path = Path(self.path or "")
-        one_file = self.name == "file" and path.suffix == ".safetensors" and path.is_file()
-        return find_prompts(path)[0].metadata if one_file else {}
-
 
 def initial_prompts(
     config: InitConfig,
@@ -151,8 +101,8 @@ def initial_prompts(
     runs: Sequence[Run],
     tasks: Mapping[str, Task],
     num_virtual_tokens: int,
-) -> Tensor:
-    """The initial prompt of every run: (R, N, D) float32, on the CPU.
+) -> tuple[Tensor, list[Start]]:
+    """The initial prompt of every run, (R, N, D) float32 on the CPU, and where it is from.
 
     Raises:
         FileNotFoundError: a prompt file, store, folder or checkpoint that is not there.
@@ -167,19 +117,21 @@ def initial_prompts(
         )
     if config.name == "file":
         made = _from_files(config, backbone, runs)
-        for run, prompt in zip(runs, made, strict=True):
+        for run, (prompt, _) in zip(runs, made, strict=True):
             if len(prompt) != num_virtual_tokens:
                 raise ValueError(
                     f"run {run.name}: the prompt in {config.path} has {len(prompt)} virtual "
                     f"tokens, model.num_virtual_tokens is {num_virtual_tokens}"
                 )
-        return torch.stack(made)
+        return torch.stack([prompt for prompt, _ in made]), [start for _, start in made]
     keys = [(run.init_seed, run.task if config.name == "labels" else "") for run in runs]
     unique = {
         key: _make(config, backbone, key[0], tasks.get(key[1]), num_virtual_tokens)
         for key in dict.fromkeys(keys)
     }
-    return torch.stack([unique[key] for key in keys])
+    drawn = config.name != "text"
+    starts = [Start(config.name, start_seed=run.init_seed if drawn else None) for run in runs]
+    return torch.stack([unique[key] for key in keys]), starts
 
 
 def vocabulary_prompt(
@@ -250,13 +202,18 @@ def _tokens(backbone: Backbone, text: str) -> list[int]:
     return backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _from_files(config: InitConfig, backbone: Backbone, runs: Sequence[Run]) -> list[Tensor]:
-    """A prompt per run, from the path of its seed."""
-    found: dict[Run, Tensor] = {}
+def _from_files(
+    config: InitConfig, backbone: Backbone, runs: Sequence[Run]
+) -> list[tuple[Tensor, Start]]:
+    """A prompt per run, from the path of its seed, and what it is."""
+    found: dict[Run, tuple[Tensor, Start]] = {}
     for path in dict.fromkeys(config.of_seed(run.init_seed).path or "" for run in runs):
         own = [run for run in runs if config.of_seed(run.init_seed).path == path]
         starts = starts_of(Path(path), own)
-        read = {start: start.load(backbone).prompt for start in dict.fromkeys(starts)}
+        read = {
+            one: (one.load(backbone).prompt, start_from(one.metadata, one.path))
+            for one in dict.fromkeys(starts)
+        }
         found |= {run: read[start] for run, start in zip(own, starts, strict=True)}
     return [found[run] for run in runs]
 

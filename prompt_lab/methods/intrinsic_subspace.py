@@ -463,7 +463,9 @@ class IntrinsicSubspace(PromptMethod):
                 None if test_scores is None else test_scores[i].item(),
                 code=codes[i // each][i % each],
                 name=f"{run.task}_{run.sample}_dim{self.dims[i // each]}",
-                initialised=f"reconstruction of {self.source_names[i % each]}",
+                start="codes",
+                start_of=run.task,
+                start_file=self.source_names[i % each],
                 steps=int(self.best_step[i // each]),
             )
             for i, run in enumerate(self.runs)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -326,7 +326,7 @@ class MetaPrompt(PromptMethod):
             for sample in data.samples
         ]
         alone = Run("", 0, self.init_seed, self.learning_rate, 1)
-        made = initial_prompts(
+        made, (self.start,) = initial_prompts(
             self.init_config, backbone, [alone], data.tasks, self.num_virtual_tokens
         )
         self.prompt = nn.Parameter(made.clone())  # (1, N, D)
@@ -714,17 +714,22 @@ class MetaPrompt(PromptMethod):
         return self.run_dir / "prompt.safetensors"
 
     @property
-    def origin(self) -> str:
-        """What to call the learned prompt: its algorithm and its source tasks."""
+    def source_set(self) -> str:
+        """What to call the source tasks."""
         if self.source_name is not None:
-            return f"{self.algorithm} {self.source_name}"
+            return self.source_name
         given = [name for name in self.datamodule.given_tasks if name not in self.validation_tasks]
         sets = [name for name in given if expand_sets([name]) != self.validation_tasks]
         count = len(self.source_tasks)
         if len(sets) != 1:
-            return f"{self.algorithm} {count} tasks"
+            return f"{count} tasks"
         part = "" if count == len(expand_sets(sets)) else f"{count} of "
-        return f"{self.algorithm} {part}{sets[0]}"
+        return f"{part}{sets[0]}"
+
+    @property
+    def role(self) -> str:
+        """What the learned prompt is to others that start from it."""
+        return "multitask" if self.algorithm == "multitask" else "meta"
 
     @property
     def source_tasks(self) -> list[str]:
@@ -745,7 +750,7 @@ class MetaPrompt(PromptMethod):
             backbone=backbone.name,
             backbone_digest=backbone.digest,
             tokenizer_digest=backbone.tokenizer_digest,
-            initialised=self.init_config.describe(),
+            **asdict(self.start),
             init_seed=self.init_seed,
             order_seed=self.seed,
             learning_rate=self.learning_rate,
@@ -757,8 +762,9 @@ class MetaPrompt(PromptMethod):
             max_input_length=self.datamodule.max_input_length,
             task_prefix=self.datamodule.task_prefix,
             version=__version__,
-            origin=self.origin,
+            role=self.role,
             source_tasks=self.source_tasks,
+            source_set=self.source_set,
         )
 
     # ---- checkpoints ----------------------------------------------------------------------------
@@ -823,7 +829,10 @@ class MetaPrompt(PromptMethod):
                 self.best[0],
                 dev[i],
                 None if test_scores is None else test_scores[i].item(),
-                initialised=self.origin,
+                start=self.role,
+                start_of=self.source_set,
+                start_seed=self.init_seed,
+                start_file=self.prompt_path.name,
                 order_seed=self.datamodule.order_seed,
                 steps=int(self.best_step),
             )

@@ -8,6 +8,7 @@ the methods do.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 from collections.abc import Callable, Iterable
@@ -31,11 +32,30 @@ from prompt_lab.data.files import SplitName
 from prompt_lab.data.tasks import Task
 from prompt_lab.files.prompts import Prompt, PromptStore
 from prompt_lab.files.results import summary_table
+from prompt_lab.files.tensors import write_atomically
 from prompt_lab.methods.evaluation import Evaluation
 from prompt_lab.methods.run_shares import RunShares
 from prompt_lab.sandbox import SANDBOX
 
 Made = TypeVar("Made")
+
+FIT_RECORD = "fit.json"
+"""The file of a run's folder that keeps what a test cannot know of its fit."""
+
+TRAINER_SETTINGS = (
+    *("max_steps", "max_epochs", "val_check_interval", "check_val_every_n_epoch"),
+    *("limit_train_batches", "limit_val_batches", "precision"),
+    *("accumulate_grad_batches", "gradient_clip_val"),
+)
+DATA_SETTINGS = ("samples", "max_input_length", "truncation_side", "task_prefix", "order_seed")
+
+NO_NUMBER = (
+    *("model.backbone.name", "model.init.path", "model.subspace.path"),
+    *("model.prompts", "model.source_prompts", "model.adapters", "model.attention"),
+    *("model.tokens_per_forward", "model.test_baselines", "model.save_steps"),
+    *("model.backbone.compile", "model.backbone.gradient_checkpointing"),
+)
+"""Settings that name files, whose digests count instead, or that change nothing but rounding."""
 
 
 @dataclass
@@ -102,6 +122,7 @@ class PromptMethod(LightningModule):
         test_baselines: whether ``test`` also scores no prompt and other baselines.
         trains_a_bank: whether several runs train side by side.
         stores_prompts: whether there are prompts to keep as files.
+        trains: whether there is a fit.
         frozen: beginnings of the names of weights that do not change, and no checkpoint holds.
     """
 
@@ -112,6 +133,7 @@ class PromptMethod(LightningModule):
     test_baselines: bool = False
     trains_a_bank: bool = True
     stores_prompts: bool = True
+    trains: bool = True
     frozen: tuple[str, ...] = ("backbone.", "subspace.")
 
     def __init__(
@@ -550,12 +572,15 @@ class PromptMethod(LightningModule):
         return Path(self.trainer.default_root_dir)
 
     def digests(self) -> dict[str, Any]:
-        """Digests of backbone weights, tokenizer and data files."""
+        """Digests of what a fit reads: backbone weights, tokenizer, data files; no path is in it.
+
+        All processes call it.
+        """
         assert self.backbone is not None
         files = {
-            str(split.path): split.digest
-            for splits in self.datamodule.splits.values()
-            for split in splits.values()
+            f"{task}/{sample}/{name}": split.digest
+            for (task, sample), splits in self.datamodule.splits.items()
+            for name, split in splits.items()
         }
         return {
             "backbone": self.backbone.digest,
@@ -563,12 +588,60 @@ class PromptMethod(LightningModule):
             "data": files,
         }
 
-    def fit_id(self) -> str:
-        """A name for this fit: equal settings, weights and data give equal names."""
-        identity = {"settings": dict(self.hparams), "max_steps": self.trainer.max_steps}
-        identity |= {"digests": self.digests(), "runs": [run.name for run in self.all_runs]}
+    def settings(self) -> dict[str, Any]:
+        """What can change a number, by the names of the flags; instead of paths see `digests`.
+
+        Of the trainer those of the fit, also in a later test by another trainer.
+        """
+        data = self.datamodule
+        given = {k: v for k, v in self.hparams.items() if not k.startswith("_")}
+        for name in given:  # a dict that leaves out fields stands for their defaults
+            own = getattr(self, f"{name}_config", getattr(self, name, None))
+            given[name] = plain(own) if is_dataclass(own) else given[name]
+        found = {f"model.{k}": v for k, v in flag_names(given).items()}
+        found |= {f"data.{name}": getattr(data, name) for name in DATA_SETTINGS}
+        found["data.tasks"] = list(data.tasks)
+        found["data.shots"] = [task.shots for task in data.tasks.values()]
+        trained, own = self.run_dir / FIT_RECORD, self._trainer_settings()
+        if self.trainer.state.fn != "fit" and self.trains and trained.is_file():
+            own = json.loads(trained.read_text())["trainer"]
+        found |= {f"trainer.{k}": v for k, v in own.items() if self.trains}
+        found["test.precision"] = self.trainer.precision
+        found["test.limit_test_batches"] = self.trainer.limit_test_batches
+        return {name: found[name] for name in sorted(found) if name not in NO_NUMBER}
+
+    def unusual(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Those of the settings that are not at their defaults, and the trainer's."""
+        kinds = {"model": type(self), "data": type(self.datamodule)}
+        usual = {}
+        for group, kind in kinds.items():
+            known = inspect.signature(kind.__init__).parameters
+            defaults = {name: plain(parameter.default) for name, parameter in known.items()}
+            usual |= {f"{group}.{k}": v for k, v in flag_names(defaults).items()}
+        usual["test.limit_test_batches"] = 1.0
+        return {k: v for k, v in settings.items() if k not in usual or plain(v) != usual[k]}
+
+    def _trainer_settings(self) -> dict[str, Any]:
+        """The trainer's settings that can change what is trained."""
+        return {name: getattr(self.trainer, name) for name in TRAINER_SETTINGS}
+
+    def on_fit_end(self) -> None:
+        """Record the trainer's settings for tests to come."""
+        if self.trainer.is_global_zero:
+            record = json.dumps({"trainer": self._trainer_settings()}, indent=1)
+            write_atomically(self.run_dir / FIT_RECORD, record.encode())
+
+    def identity(self) -> tuple[str, dict[str, Any], dict[str, Any]]:
+        """A name for this fit, its settings and the digests of what it read.
+
+        Equal settings, weights and data give equal names, whoever runs it and wherever its files
+        lie. All processes call it.
+        """
+        settings, digests = self.settings(), self.digests()
+        identity = {"method": type(self).__name__, "settings": settings, "digests": digests}
+        identity["runs"] = [run.name for run in self.all_runs]
         text = json.dumps(identity, sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return hashlib.sha256(text.encode()).hexdigest()[:12], settings, digests
 
     def warn_once(self, key: str, message: str) -> None:
         """Warn about one thing once per fit."""
@@ -680,6 +753,24 @@ def refuse_strategy(name: str) -> NoReturn:
         "backbone that is too large for a device use model.backbone.dtype bfloat16, "
         "model.backbone.gradient_checkpointing true and a smaller model.tokens_per_forward"
     )
+
+
+def flag_names(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under the names of their flags: ``{"model.optim.name": "adamw", ...}``.
+
+    A class becomes its short name under the key itself, its arguments ``key.argument``.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and "class_path" in value:
+            flat[name] = value["class_path"].rsplit(".", 1)[-1]
+            flat |= flag_names(value.get("init_args") or {}, f"{name}.")
+        elif isinstance(value, dict):
+            flat |= flag_names(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
 
 
 def as_config(kind: Any, value: Any) -> Any:

@@ -18,6 +18,7 @@ Test data is never looked at before ``test``, and then only under each run's bes
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
@@ -33,13 +34,14 @@ from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import with_gradient
 from prompt_lab.core.batch import Batch
 from prompt_lab.core.optim import BankOptimizer, OptimConfig
-from prompt_lab.core.pretrained import weights_digest
+from prompt_lab.core.pretrained import tensor_digest, weights_digest
 from prompt_lab.core.run import Run, grid
 from prompt_lab.core.subspace import Subspace
 from prompt_lab.data.batches import EvaluationSteps, TrainSteps
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.files.prompts import Prompt, PromptStore
-from prompt_lab.files.results import append_curves, start_curves
+from prompt_lab.files.results import Start, append_curves, start_curves
+from prompt_lab.files.tensors import read_metadata
 from prompt_lab.methods.dry_run import describe_grid
 from prompt_lab.methods.evaluation import Evaluation
 from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts, scale_ratio
@@ -103,6 +105,7 @@ class PromptTuning(PromptMethod):
     active: Tensor
     loss_sum: Tensor
     loss_steps: Tensor
+    starts: list[Start]
     seconds: Tensor
 
     def __init__(
@@ -161,10 +164,21 @@ class PromptTuning(PromptMethod):
         if stage == "fit":
             self.check_budget()
             self._check_save_steps()
-        self.prepare(self.datamodule, self.trainer.global_rank, self.trainer.world_size)
+        anew = stage == "fit" and not self.trainer.ckpt_path
+        self.prepare(self.datamodule, self.trainer.global_rank, self.trainer.world_size, anew)
 
-    def prepare(self, data: CrossFitDataModule, rank: int = 0, world: int = 1) -> None:
-        """As :meth:`setup`, without a trainer: for a look at the grid before training."""
+    def prepare(
+        self, data: CrossFitDataModule, rank: int = 0, world: int = 1, anew: bool = True
+    ) -> None:
+        """As :meth:`setup`, without a trainer: for a look at the grid before training.
+
+        Args:
+            data: the data.
+            rank: this process.
+            world: number of processes.
+            anew: whether the runs start now; else their initial prompts come from the checkpoint or
+                the store, and the files that they were read from may be gone.
+        """
         backbone = self.load_backbone(data)
         if self.runs:
             return
@@ -177,7 +191,7 @@ class PromptTuning(PromptMethod):
             [""] if self.subspace_config is not None else self.init_config.sources,
         )
         self._share(data, rank, world)
-        init = self._make_bank(backbone, data)
+        init = self._make_bank(backbone, data, anew)
         count = len(self.runs)
         for name, value in {
             "init": init,
@@ -195,7 +209,7 @@ class PromptTuning(PromptMethod):
             self.register_buffer(name, value)
         self._live = list(range(count))
         self._leave_to_ddp()
-        if self.subspace is None:
+        if self.subspace is None and anew:
             self._warn_of_scale(init)
             self._warn_of_source_tasks(data)
 
@@ -250,15 +264,20 @@ class PromptTuning(PromptMethod):
                 f"give multiples of trainer.val_check_interval ({every}) up to {steps}"
             )
 
-    def _make_bank(self, backbone: Backbone, data: CrossFitDataModule) -> Tensor:
+    def _make_bank(self, backbone: Backbone, data: CrossFitDataModule, anew: bool) -> Tensor:
         """Make what is trained; returns the initial prompts (R, N, D)."""
         self.prompt = self.code = None
+        self.starts = [Start("")] * len(self.runs)
         if self.subspace_config is None:
-            init = initial_prompts(
-                self.init_config, backbone, self.runs, data.tasks, self.num_virtual_tokens
-            )
+            if anew or self.init_config.name != "file":
+                init, self.starts = initial_prompts(
+                    self.init_config, backbone, self.runs, data.tasks, self.num_virtual_tokens
+                )
+            else:  # filled by the checkpoint, or by _restore_best
+                init = torch.zeros(len(self.runs), self.num_virtual_tokens, backbone.hidden_size)
             self.prompt = nn.Parameter(init.clone())
             return init
+        self.starts = [self.subspace_config.start(run.init_seed) for run in self.runs]
         subspace = self.subspace_config.load(backbone, self.num_virtual_tokens)
         codes = initial_codes(self.runs, subspace.intrinsic_dim, self.subspace_config.std)
         self.subspace, self.code = subspace, nn.Parameter(codes)
@@ -328,6 +347,7 @@ class PromptTuning(PromptMethod):
         assert self.backbone is not None
         self._convert_runs(checkpoint, self.shares.join_tensor)
         checkpoint["runs"] = [asdict(run) for run in self.all_runs]
+        checkpoint["starts"] = [asdict(start) for start in self.shares.join(self.starts)]
         checkpoint["backbone_digest"] = self.backbone.digest
         checkpoint["tokenizer_digest"] = self.backbone.tokenizer_digest
         checkpoint["subspace_digest"] = self._subspace_digest()
@@ -352,6 +372,7 @@ class PromptTuning(PromptMethod):
                 "model.subspace of the fit"
             )
         self.check_backbone_of(checkpoint)
+        self.starts = [Start(**checkpoint["starts"][place]) for place in self.shares.own]
         self._convert_runs(checkpoint, self.shares.take)
 
     def _convert_runs(
@@ -495,7 +516,7 @@ class PromptTuning(PromptMethod):
                 self.init[i],
                 dev[i],
                 None,
-                initialised=self.starts[i],
+                **asdict(self.starts[i]),
                 order_seed=order_seed,
                 steps=step,
                 status=STATUS[TRAINING],
@@ -563,6 +584,7 @@ class PromptTuning(PromptMethod):
                     f"asks for {tuple(self.best[i].shape)}: use the config of the fit"
                 )
             self.best[i], self.init[i] = saved.prompt, saved.init
+            self.starts[i] = saved.start_fields
             if self.best_code is not None and saved.code is not None:
                 self.best_code[i] = saved.code
             self.best_step[i] = -1 if saved.steps is None else saved.steps
@@ -582,7 +604,7 @@ class PromptTuning(PromptMethod):
                 score[i],
                 None if test_scores is None else test_scores[i].item(),
                 code=None if self.best_code is None else self.best_code[i].detach().cpu(),
-                initialised=self.starts[i],
+                **asdict(self.starts[i]),
                 order_seed=order_seed,
                 steps=step[i],
                 status=STATUS[status[i]],
@@ -593,8 +615,13 @@ class PromptTuning(PromptMethod):
     # ---- identity, warnings ---------------------------------------------------------------------
 
     def digests(self) -> dict[str, Any]:
-        """Digests of backbone weights, tokenizer, data files and subspace."""
-        return {**super().digests(), "subspace": self._subspace_digest()}
+        """Digests of backbone weights, tokenizer, data files, and initial prompts.
+
+        These stand for the files, or the subspace, that they were made from.
+        """
+        own = [tensor_digest(init) for init in self.init]
+        init = hashlib.sha256(" ".join(self.shares.join(own)).encode()).hexdigest()
+        return {**super().digests(), "initial_prompts": init}
 
     def _subspace_digest(self) -> str | None:
         """SHA-256 of the subspace's weights, or None where there is no subspace."""
@@ -623,19 +650,6 @@ class PromptTuning(PromptMethod):
             "optimizer": self.optim_config.name,
         }
 
-    @property
-    def initialised(self) -> str:
-        """How the prompts were initialised, in words."""
-        config = self.subspace_config or self.init_config
-        return config.describe()
-
-    @cached_property
-    def starts(self) -> list[str]:
-        """The same for each run."""
-        if self.subspace_config is not None:
-            return [self.initialised] * len(self.runs)
-        return self.init_config.describe_runs(self.runs)
-
     def _warn_of_scale(self, init: Tensor) -> None:
         """Warn of initial prompts off the scale of the embeddings."""
         assert self.backbone is not None
@@ -650,8 +664,10 @@ class PromptTuning(PromptMethod):
 
     def _warn_of_source_tasks(self, data: CrossFitDataModule) -> None:
         """Warn of tasks that the initial prompt was already learned on."""
-        config = self.init_config.of_seed(self.init_seeds[0])
-        sources = config.learned_from().get("source_tasks") or []
+        files = {start.start_file for start in self.starts if start.start in ("meta", "multitask")}
+        sources = {
+            task for file in files for task in read_metadata(file, "prompt")["source_tasks"] or []
+        }
         both = [task for task in data.tasks if task in sources]
         if both:
             self.warn_once(

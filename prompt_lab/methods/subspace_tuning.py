@@ -17,6 +17,7 @@ from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.run import Run
 from prompt_lab.core.subspace import Subspace
 from prompt_lab.files.networks import load_network
+from prompt_lab.files.results import Start
 
 RANDOM = "random"
 """The path that stands for a random subspace."""
@@ -80,10 +81,9 @@ class SubspaceConfig:
         """Its name in the results."""
         return "random_subspace" if self.path == RANDOM else "subspace"
 
-    def describe(self) -> str:
-        """How the codes are initialised, for prompt files and results."""
-        where = f"random subspace seed {self.seed}" if self.path == RANDOM else self.path
-        return f"codes std {self.std} in {where}"
+    def start(self, seed: int) -> Start:
+        """Where codes start that are drawn under a seed."""
+        return Start("codes", "", seed, "" if self.path == RANDOM else self.path)
 
 
 def initial_codes(runs: Sequence[Run], intrinsic_dim: int, std: float) -> Tensor:

@@ -55,9 +55,9 @@ class Source:
     def start(self) -> Tensor:
         """The initial prompt that it stands for (N, D): its init, or what was made to start from.
 
-        A file with an origin, as meta-learning and ``vectors apply`` write, is itself a start.
+        What meta-learning and ``vectors apply`` write was made to be a start itself.
         """
-        return self.prompt.prompt if self.prompt.origin else self.prompt.init
+        return self.prompt.init if self.prompt.role == "prompt" else self.prompt.prompt
 
     @cached_property
     def digest(self) -> str:
@@ -202,8 +202,8 @@ def common_init(sources: Sequence[Source], advice: str) -> Source:
         check_compatible(first, other)
         if not first.prompt.init.equal(other.prompt.init):
             raise ValueError(
-                f"{first.found.where} ({first.prompt.initialised}) and {other.found.where} "
-                f"({other.prompt.initialised}) start from different initial prompts: {advice}"
+                f"{first.found.where} ({first.prompt.start}) and {other.found.where} "
+                f"({other.prompt.start}) start from different initial prompts: {advice}"
             )
     return first
 

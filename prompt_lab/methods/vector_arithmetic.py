@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -33,6 +33,7 @@ from prompt_lab.data.batches import EvaluationBatch
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.data.files import SplitName
 from prompt_lab.files.prompts import FoundPrompt, Prompt, check_prompt
+from prompt_lab.files.results import STARTS, Start, text_table
 from prompt_lab.files.tensors import write_csv
 from prompt_lab.methods.evaluation import Evaluation
 from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod, some
@@ -67,7 +68,7 @@ SCALES = "scales.csv"
 """The file of a test's folder with the dev score of every value of lambda."""
 
 SCALE_COLUMNS = (
-    *("expression", "variant", "task", "sample", "init_seed", "initialised"),
+    *("expression", "variant", "task", "sample", "init_seed", *STARTS),
     *("scale", "dev", "chosen"),
 )
 
@@ -128,12 +129,11 @@ class VectorSum:
         return None if self.base is None else self.base.prompt.init_seed
 
     @property
-    def initialised(self) -> str:
-        """How the initial prompt was made; with its seed where there are several to tell apart."""
+    def start(self) -> Start:
+        """How the initial prompt was made; its seed is that of the prompt it is taken from."""
         if self.base is None:
-            return "zeros"
-        words = self.base.prompt.initialised
-        return f"{words} seed {self.init_seed}" if self.crosses else words
+            return Start("zeros")
+        return replace(self.base.prompt.start_fields, start_seed=self.init_seed)
 
     @property
     def counted(self) -> tuple[str, ...]:
@@ -219,7 +219,7 @@ class BesideNoPrompt(Evaluation):
         """A line for each task and sample."""
         first = {key: runs[0] for key, runs in self.members.items()}
         scores = self._score_variant("no_prompt", list(first.values()))
-        absent = dict.fromkeys(("expression", "init_seed", "initialised", "scale"))
+        absent = dict.fromkeys(("expression", "init_seed", *STARTS, "scale"))
         return [
             self._common(key, "test") | absent | {"variant": "no_prompt", "test": scores[i].item()}
             for key, i in first.items()
@@ -264,6 +264,7 @@ class VectorArithmetic(PromptMethod):
     """
 
     prompts_at_once: int = 128
+    trains = False
 
     def __init__(
         self,
@@ -631,7 +632,7 @@ class VectorArithmetic(PromptMethod):
                 tokenizer_digest=some_source.tokenizer_digest,
                 task=trial.task,
                 sample=trial.sample,
-                initialised=made.initialised,
+                **asdict(made.start),
                 init_seed=made.init_seed,
                 dev_score=None if self.dev[i] != self.dev[i] else self.dev[i],
                 test_score=None if test_scores is None else test_scores[i].item(),
@@ -639,7 +640,7 @@ class VectorArithmetic(PromptMethod):
                 status="finished",
                 **self.way_of_answering(trial.task, trial.sample),
                 version=__version__,
-                origin=f"vectors {trial.scale:g} * ({expression})",
+                role="sum",
                 source_tasks=list(made.coefficients),
                 made_from=made_from(expression, trial.scale, made.vectors, made.coefficients, base),
             )
@@ -651,7 +652,7 @@ class VectorArithmetic(PromptMethod):
 
     def digests(self) -> dict[str, Any]:
         """Digests of backbone weights, tokenizer, data files and prompt files."""
-        files = {str(path): source.digest for path, source in self._sources.items()}
+        files = sorted(source.digest for source in self._sources.values())
         return {**super().digests(), "prompts": files}
 
     def summary(self) -> str:
@@ -693,7 +694,7 @@ class VectorArithmetic(PromptMethod):
             if row["variant"] == "single"
         }
         head = ("expression", "variant", "task", "metric", "score", "of single", "scale", "prompts")
-        lines: list[tuple[str, ...]] = [head]
+        lines: list[tuple[str, ...]] = []
         for (expression, variant, task), own in groups.items():
             paired = [single.get((task, row["sample"], row["init_seed"])) for row in own]
             scores = [row["test"] for row in own]
@@ -704,12 +705,7 @@ class VectorArithmetic(PromptMethod):
                     str(len(own)),
                 )
             )
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        lines.insert(1, tuple("-" * width for width in widths))
-        return "\n".join(
-            "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        )
+        return text_table(head, lines)
 
 
 def best_scale(means: Mapping[float, float]) -> float:
@@ -742,7 +738,7 @@ def _place(trial: Trial) -> dict[str, Any]:
         "variant": made.variant,
         "expression": made.expression or None,
         "init_seed": made.seed,
-        "initialised": made.initialised,
+        **asdict(made.start),
         "scale": trial.scale,
     }
 
