@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from prompt_lab.analysis.report import Section, compare_runs, make_report, write_report
+from prompt_lab.analysis.report import make_report, write_report
+from prompt_lab.analysis.sections import Section, compare_runs
 from prompt_lab.analysis.statistics import holm
 from prompt_lab.analysis.tables import chosen_runs, read_lines
 from prompt_lab.commands.offline import run

