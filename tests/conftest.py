@@ -229,7 +229,7 @@ def two_threads() -> Iterator[None]:
 @pytest.fixture
 def pictures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
     """The figures by name, which are kept here instead of being written."""
-    from prompt_lab.analysis import plots
+    from prompt_lab.analysis import old_plots as plots
 
     kept: dict[str, Figure] = {}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from prompt_lab.commands import cli
-from prompt_lab.commands.report_command import report_command
+from prompt_lab.commands.report import report_command
 from prompt_lab.core.subspace import Subspace
 from prompt_lab.files.networks import load_network
 from prompt_lab.files.results import read_csv
@@ -60,9 +60,8 @@ def test_prompts_subspace_tuning_and_prompts_again_run_one_after_another(
             assert (row["start"], row["start_of"]) == ("prompt", row["task"])
             assert row["start_file"].startswith("runs/tuning/prompts/")
     folders = [f"runs/{name}" for name in ("prompts", "subspace", "tuning", "random")]
-    report_command(folders, out="report", partition="sandbox/12_to_4")
-    printed = capsys.readouterr().out
-    assert "E_rel" in printed
-    assert "prompt tuning, random subspace, dim 3" in printed
+    report_command(folders, out="report", reference=["prompts"], partition="sandbox/12_to_4")
+    assert "random" in capsys.readouterr().out
+    assert "E_rel" in (tmp_path / "report" / "report.md").read_text()
     assert len(list((tmp_path / "report").glob("*.png"))) >= 2
-    assert (tmp_path / "report" / "codes-prompt_tuning_subspace_dim_3.png").is_file()
+    assert (tmp_path / "report" / "codes-tuning.png").is_file()

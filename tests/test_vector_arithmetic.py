@@ -19,7 +19,7 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 from test_prompt_tuning import make_data, make_trainer
 
 from prompt_lab.commands import cli
-from prompt_lab.commands.report_command import report_command
+from prompt_lab.commands.report import report_command
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.files.prompts import Prompt, PromptStore, load_prompt
 from prompt_lab.files.results import read_csv
@@ -409,7 +409,8 @@ def test_tuned_prompts_are_scored_on_all_tasks_and_each_task_without_prompt(run,
 def test_a_report_reads_the_results(run, tmp_path, capsys):
     method = run(study="cross")
     report_command([str(method.run_dir)], out=str(tmp_path / "report"))
-    assert "vector arithmetic, single" in capsys.readouterr().out
+    assert method.run_dir.name in capsys.readouterr().out
+    assert (tmp_path / "report" / "vectors-cross.csv").is_file()
 
 
 # ---- bad input and warnings ----------------------------------------------------------------------

@@ -32,7 +32,7 @@ def draw_figures(
 ) -> list[Path]:
     """Draw everything; returns the files."""
     from prompt_lab.analysis.interpretation_plots import heatmap
-    from prompt_lab.analysis.plots import save_figure
+    from prompt_lab.analysis.old_plots import save_figure
 
     files = [*_draw_drift(folder, readings), *_draw_norms(folder, readings, vocabulary)]
     files += _draw_distances(folder, readings, distances, compare)
@@ -62,7 +62,7 @@ def _correlation(transfer: Transfer) -> str:
 def _draw_drift(folder: Path, readings: Sequence[Reading]) -> Iterator[Path]:
     """Drift of each row, in pages of some prompts."""
     from prompt_lab.analysis.interpretation_plots import drift_map
-    from prompt_lab.analysis.plots import save_figure
+    from prompt_lab.analysis.old_plots import save_figure
 
     names = short_names([one.tuned.label for one in readings])
     starts = range(0, len(readings), PAGE)
@@ -94,7 +94,7 @@ def _draw_norms(
 
     from prompt_lab.analysis.interpretation import row_norms
     from prompt_lab.analysis.interpretation_plots import norm_violins
-    from prompt_lab.analysis.plots import save_figure
+    from prompt_lab.analysis.old_plots import save_figure
 
     # Quantiles stand for a vocabulary of any size.
     norms = row_norms(vocabulary.table, vocabulary.ids).numpy()
@@ -120,7 +120,7 @@ def _draw_distances(
     """Distances between prompts, where they are few, and mean distances between tasks."""
     from prompt_lab.analysis.interpretation import group_distances
     from prompt_lab.analysis.interpretation_plots import MOST_CELLS, heatmap
-    from prompt_lab.analysis.plots import save_figure
+    from prompt_lab.analysis.old_plots import save_figure
 
     labels = short_names([one.tuned.label for one in readings])
     tasks, means = group_distances(distances, [one.tuned.group for one in readings])
@@ -143,7 +143,7 @@ def _draw_maps(
     import torch
 
     from prompt_lab.analysis.interpretation_plots import prompt_map, tsne_points
-    from prompt_lab.analysis.plots import principal_components, save_figure
+    from prompt_lab.analysis.old_plots import principal_components, save_figure
 
     if len(readings) < 4 or not distances.any():
         return

@@ -97,7 +97,7 @@ def read_transfer(places: Sequence[str], tuned: Sequence[Tuned]) -> list[dict[st
         ValueError: a column that is missing, a score that is no number, results of other weights
             or without scores of no prompt, or no pair of tasks that have prompts.
     """
-    from prompt_lab.analysis.report import is_result_file
+    from prompt_lab.analysis.old_results import is_result_file
 
     paths = [Path(place) for place in dict.fromkeys(places)]
     missing = [str(path) for path in paths if not path.exists()]
@@ -159,7 +159,7 @@ def _result_lines(places: Sequence[Path], digest: str) -> list[_Line]:
         FileNotFoundError: a folder without results.
         ValueError: results of other weights, no such lines, or none without prompt beside them.
     """
-    from prompt_lab.analysis.report import find_results, read_results
+    from prompt_lab.analysis.old_results import find_results, read_results
 
     paths = find_results(places)
     for path in paths:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prompt_lab.analysis.plots import WIDTH, _key, _legend, _mark, _new_figure, _text
+from prompt_lab.analysis.old_plots import WIDTH, _key, _legend, _mark, _new_figure, _text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,346 +1,336 @@
-"""Pictures of results: curves over dimensions or steps, bars per task, a map of vectors.
+"""Five kinds of figures of DataFrames: dots with intervals, lines, heat maps, scatters, violins.
 
-Each function returns a figure, which `save_figure` writes as PNG and SVG; `save_task_bars` writes
-many bars on several pages. What a picture tells
-apart differs in marker, line style, hatch or filling as well as in colour, so that it can be read
-in grey. matplotlib is imported inside the functions, and no window or global state is used.
+A line of a report has one colour (Okabe and Ito's, safe for colour-blind eyes) in all figures; its
+points differ in marker and dash. Sizes are those of a paper's column or page, so that the text
+needs no scaling. Equal tables give equal files. No window and no global state is used.
 """
+
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+import pandas as pd
 
 from prompt_lab.files.tensors import write_atomically
 
 if TYPE_CHECKING:
-    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
-    from matplotlib.container import BarContainer
     from matplotlib.figure import Figure
 
+COLUMN, PAGE = 3.4, 6.9
+"""Widths in inches: one column of a paper, and both."""
+
 COLOURS = (
-    *("#000000", "#0072b2", "#d55e00", "#009e73"),
-    *("#cc79a7", "#e69f00", "#56b4e9", "#666"),
+    *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"),
+    *("#5c4b9b", "#7f7f7f", "#8c510a", "#000000"),
 )
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-DASHES = ("-", "--", "-.", ":")
-BARS = (
-    *(("#303030", ""), ("#ffffff", "////"), ("#56b4e9", ""), ("#f6d48b", "....")),
-    *(("#ffffff", "xxxx"), ("#c9c9c9", "\\\\\\\\"), ("#ffffff", "----"), ("#d55e00", "++++")),
-)
-"""Filling and hatch of bars; neighbours differ in lightness."""
+MARKERS = "osD^vPX*<>"
+DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)))
+MOST_TASKS = 24
+"""Tasks in one figure of dots."""
 
-FILLS = ("full", "none", "left", "bottom")
-MOST_BARS = len(BARS)
-"""Series that one picture of bars can tell apart."""
+Looks = Mapping[str, dict[str, Any]]
+"""Colour, marker and dash by label."""
 
-PAGE = 20
-"""Tasks in one picture of bars."""
-
-WIDTH = 7.2
-"""Width of a picture in inches; two columns of a paper."""
-
-_BAR, _LINE, _GAP = 0.13, 0.15, 0.1
-"""Height of a bar, of a line of text and between tasks, in inches."""
-
-_ERROR_BAR: dict[str, Any] = {"capsize": 2.5, "elinewidth": 0.8}
-
-_MARKS = 10
-"""About how many marks with error bars a line over steps has."""
-
-
-@dataclass(frozen=True)
-class Series:
-    """Values that belong together: one line of a picture, or the bars of one kind.
-
-    Attributes:
-        label: its name in the legend.
-        values: one per place; NaN where there is none.
-        std: standard deviation of each, drawn as an error bar; NaN where there is none.
-    """
-
-    label: str
-    values: Sequence[float]
-    std: Sequence[float]
+_STYLE = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "legend.fontsize": 7.5,
+    "legend.frameon": False,
+    "legend.handlelength": 2.2,
+    "axes.linewidth": 0.6,
+    "axes.edgecolor": "#444444",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": "#e3e3e3",
+    "grid.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.linewidth": 1.3,
+    "lines.markersize": 4.5,
+    "svg.hashsalt": "prompt_lab",
+}
 
 
-def dimension_curves(
-    dimensions: Sequence[float],
-    series: Sequence[Series],
-    ylabel: str,
-    note: str = "",
-    level: tuple[str, float] | None = None,
-) -> Figure:
-    """A score over the intrinsic dimension, one line per stage or variant.
-
-    Dimensions stand at equal distances, and lines a little beside each other, so that error bars
-    do not hide one another.
+def looks(points: pd.DataFrame, label: str = "label") -> dict[str, dict[str, Any]]:
+    """How each point is drawn: the colour of its ``line``, and a marker and dash of its label.
 
     Args:
-        dimensions: the dimensions, in order.
-        series: the lines, with a value per dimension.
-        ylabel: what the values are.
-        note: what the error bars are, for below the picture.
-        level: name and value of a horizontal line, such as the reference's score.
-
-    Raises:
-        ValueError: nothing to draw, or a series without one value per dimension.
+        points: columns ``line`` and ``label``, in the order of tables.
+        label: column of the labels.
     """
-    _check(series, len(dimensions), "dimension")
-    figure, axes = _new_figure(WIDTH, 4.0)
-    handles: list[Artist] = []
-    if level is not None:
-        handles.append(axes.axhline(level[1], color="#555", linewidth=1, dashes=(1, 1.5)))
-    places = np.arange(len(dimensions), dtype=float)
-    step = min(0.06, 0.5 / len(series))
-    for at, one in enumerate(series):
-        shift = (at - (len(series) - 1) / 2) * step
-        drawn = axes.errorbar(
-            places + shift, one.values, yerr=_bars(one.std), **_line(at), **_ERROR_BAR
-        )
-        handles.append(drawn)  # pyright: ignore[reportArgumentType]
-    names = [f"{value:g}" for value in dimensions]
-    axes.set_xticks(places, names, rotation=90 if len(names) * max(map(len, names)) > 60 else 0)
-    axes.set_xlim(-0.5, len(places) - 0.5)
-    axes.set_xlabel("intrinsic dimension")
-    axes.set_ylabel(_text(ylabel, 45))
-    axes.grid(axis="y", color="#ddd", linewidth=0.6)
-    labels = [*([level[0]] if level is not None else []), *(one.label for one in series)]
-    _legend(figure, handles, labels, note)
-    return figure
+    found = {}
+    for place, (_, of_line) in enumerate(points.groupby("line", sort=False)):
+        for at, name in enumerate(dict.fromkeys(of_line[label])):
+            found[name] = {
+                "color": COLOURS[place % len(COLOURS)],
+                "marker": MARKERS[(place + at) % len(MARKERS)],
+                "linestyle": DASHES[at % len(DASHES)],
+            }
+    return found
 
 
-def step_curves(
-    steps: Sequence[float], series: Sequence[Series], ylabel: str, note: str = ""
-) -> Figure:
-    """A score over the steps of training, one line per series.
-
-    Every line has about ten marks with error bars, which take turns with those of other lines.
-    Where there are too few steps for that, error bars stand a little beside their marks, so that
-    they do not hide one another. A line leaves out the steps for which it has no value.
-
-    Args:
-        steps: the steps, in order.
-        series: the lines, with a value per step; NaN where there is none.
-        ylabel: what the values are.
-        note: what the error bars are, for below the picture.
-
-    Raises:
-        ValueError: nothing to draw, or a series without one value per step.
-    """
-    _check(series, len(steps), "step")
-    figure, axes = _new_figure(WIDTH, 4.0)
-    places = np.asarray(steps, dtype=float)
-    gap = float(np.diff(places).min()) if len(places) > 1 else 1.0
-    handles: list[Artist] = []
-    for at, one in enumerate(series):
-        values, std = np.asarray(one.values, dtype=float), np.asarray(one.std, dtype=float)
-        known = ~np.isnan(values)
-        every = max(1, int(known.sum()) // _MARKS)
-        turn = slice(at * every // len(series), None, every)
-        shift = (at - (len(series) - 1) / 2) * min(0.04, 0.3 / len(series)) * gap
-        aside = shift if every < len(series) else 0.0
-        (line,) = axes.plot(places[known], values[known], markevery=turn, **_line(at))
-        axes.errorbar(
-            places[known][turn] + aside,
-            values[known][turn],
-            yerr=_bars(std[known][turn]),
-            fmt="none",
-            ecolor=line.get_color(),
-            **_ERROR_BAR,
-        )
-        handles.append(line)
-    axes.set_xlabel("step")
-    axes.set_ylabel(_text(ylabel, 45))
-    axes.grid(axis="y", color="#ddd", linewidth=0.6)
-    _legend(figure, handles, [one.label for one in series], note)
-    return figure
-
-
-def task_bars(
-    tasks: Sequence[str],
-    series: Sequence[Series],
+def dots(
+    table: pd.DataFrame,
+    value: str,
+    place: str,
+    label: str,
+    looks: Looks,
     xlabel: str,
-    note: str = "",
+    spread: str | tuple[str, str] | None = None,
     level: float | None = None,
 ) -> Figure:
-    """Bars per task, lying, so that long names of tasks stay whole.
-
-    A cross marks what has no value.
+    """A value at each place (a task), from top to bottom, with a dot for each label.
 
     Args:
-        tasks: names of the tasks, from top to bottom; about 20 fit a page.
-        series: the kinds of bars, from top to bottom within a task, with a value per task.
-        xlabel: what the values are.
-        note: what the error bars are, for below the picture.
-        level: where to draw a line across all tasks.
-
-    Raises:
-        ValueError: nothing to draw, more series than can be told apart, or a series without one
-            value per task.
+        table: a row for each place and label.
+        value: column of the value.
+        place: column of the places; at most `MOST_TASKS` fit a page.
+        label: column of the labels.
+        looks: how labels are drawn.
+        xlabel: what the value is.
+        spread: column of a deviation either way, or columns of both ends of an interval.
+        level: where to draw a line across all places.
     """
-    _check(series, len(tasks), "task")
-    if len(series) > MOST_BARS:
-        raise ValueError(
-            f"{len(series)} series in one picture of bars: draw at most {MOST_BARS} at a time"
-        )
-    names = [_text(task, 36) for task in tasks]
-    lines = [_BAR * len(series), *(_LINE * (1 + name.count("\n")) for name in names)]
-    row = max(lines) + _GAP
-    figure, axes = _new_figure(WIDTH, 1.3 + row * len(tasks) + 0.2 * len(series))
-    centres = np.arange(len(tasks), dtype=float)
-    handles: list[Artist] = []
-    height = _BAR / row
-    for at, one in enumerate(series):
-        places = centres + (at - (len(series) - 1) / 2) * height
-        values = np.asarray(one.values, dtype=float)
-        colour, hatch = BARS[at]
-        std = np.where(np.isnan(values), np.nan, np.asarray(one.std, dtype=float))
-        bars = axes.barh(
-            places,
-            np.nan_to_num(values),
-            height,
-            xerr=_bars(std),
-            color=colour,
-            hatch=hatch,
-            edgecolor="black",
-            linewidth=0.6,
-            error_kw={"elinewidth": 0.8, "capsize": 1.5, "ecolor": "black"},
-        )
-        _outline(bars)
-        handles.append(bars)  # pyright: ignore[reportArgumentType]
-        lacking = places[np.isnan(values)]
-        if lacking.size:
-            axes.plot(0 * lacking, lacking, "x", color="black", markersize=4, clip_on=False)
-    axes.set_yticks(centres, names)
-    axes.set_ylim(len(tasks) - 0.5, -0.5)
-    axes.set_xlabel(_text(xlabel, 60))
-    axes.grid(axis="x", color="#ddd", linewidth=0.6)
-    axes.axvline(0, color="black", linewidth=0.8)
-    if level is not None:
-        axes.axvline(level, color="#555", linewidth=1, dashes=(1, 1.5))
-    some = any(np.isnan(np.asarray(one.values, dtype=float)).any() for one in series)
-    _legend(figure, handles, [one.label for one in series], _with_cross(note) if some else note)
+    places = list(dict.fromkeys(table[place]))
+    labels = _in_order(table[label], looks)
+    room = 0.1 + max(0.115 * len(labels), 0.13)
+    with _figure(PAGE, 0.5 + room * len(places), labels) as (figure, axes):
+        for at in range(0, len(places), 2):
+            axes.axhspan(at - 0.5, at + 0.5, color="#f6f6f6", linewidth=0, zorder=0)
+        if level is not None:
+            axes.axvline(level, color="#444444", linewidth=0.8, dashes=(3, 2), zorder=1)
+        step = min(0.8 / len(labels), 0.25)
+        for at, name in enumerate(labels):
+            own = table[table[label] == name]
+            heights = own[place].map(places.index) + (at - (len(labels) - 1) / 2) * step
+            style = {**looks[name], "linestyle": "none"}
+            bars = _ends(own, value, spread)
+            axes.errorbar(own[value], heights, xerr=bars, label=_wrap(name, 40), **_BARS | style)
+        axes.set_yticks(range(len(places)), [_wrap(name, 34) for name in places])
+        axes.set_ylim(len(places) - 0.5, -0.5)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="x")
+        axes.set_xlabel(_wrap(xlabel, 90))
+        _legend(figure, axes)
     return figure
 
 
-def save_task_bars(
-    tasks: Sequence[str], series: Sequence[Series], xlabel: str, note: str, stem: Path
-) -> list[Path]:
-    """Write bars per task, on pages of at most `PAGE` tasks and `MOST_BARS` series.
-
-    Args:
-        tasks: names of the tasks.
-        series: the kinds of bars, with a value per task.
-        xlabel: what the values are.
-        note: what the error bars are, for below every page.
-        stem: path without ending; pages add "-1", "-2" to it where there are several.
-
-    Returns:
-        The files.
-
-    Raises:
-        ValueError: as `task_bars`.
-    """
-    _check(series, len(tasks), "task")
-    pages = [
-        (slice(i, i + PAGE), series[j : j + MOST_BARS])
-        for i in range(0, len(tasks), PAGE)
-        for j in range(0, len(series), MOST_BARS)
-    ]
-    files = []
-    for number, (part, drawn) in enumerate(pages, 1):
-        cut = [Series(one.label, one.values[part], one.std[part]) for one in drawn]
-        name = f"{stem.name}-{number}" if len(pages) > 1 else stem.name
-        files += save_figure(task_bars(tasks[part], cut, xlabel, note), stem.with_name(name))
-    return files
-
-
-def vector_map(
-    vectors: NDArray[np.floating], groups: Sequence[str], sets: Sequence[str], note: str = ""
+def lines(
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    label: str,
+    looks: Looks,
+    xlabel: str,
+    ylabel: str,
+    spread: str | None = None,
+    level: float | None = None,
+    steps: bool = False,
 ) -> Figure:
-    """Vectors on their first two principal components.
-
-    Shape and colour of a mark tell the group, such as the ontology group of a task; its filling
-    tells the set, such as source or target.
+    """A value over an axis, a line for each label.
 
     Args:
-        vectors: (R, I), one vector per row.
-        groups: (R,) group of each.
-        sets: (R,) set of each, at most four different ones.
-        note: a text for below the picture.
-
-    Raises:
-        ValueError: fewer than two vectors, values that are not finite, a group or set too few, more
-            than four sets.
+        table: a row for each place and label.
+        x: column of the places: steps, or values such as dimensions and K, which stand in the order
+            of the table at equal distances.
+        y: column of the value.
+        label: column of the labels.
+        looks: how labels are drawn.
+        xlabel: what the places are.
+        ylabel: what the value is.
+        spread: column of a deviation either way: a band over steps, else bars.
+        level: where to draw a line across all places.
+        steps: whether ``x`` are numbers on a scale.
     """
-    points, shares = principal_components(vectors)
-    kinds, parts = list(dict.fromkeys(groups)), list(dict.fromkeys(sets))
-    if not len(groups) == len(sets) == len(points):
-        raise ValueError(
-            f"{len(points)} vectors, {len(groups)} groups and {len(sets)} sets: give one of each"
-        )
-    if len(parts) > len(FILLS):
-        raise ValueError(
-            f"{len(parts)} sets ({', '.join(parts)}): at most {len(FILLS)} can be told"
-        )
-    figure, axes = _new_figure(WIDTH, 5.0)
-    for (x, y), group, part in zip(points, groups, sets, strict=True):
-        axes.plot(x, y, linestyle="", **_mark(kinds.index(group), parts.index(part)))
-    axes.set_xlabel(f"first component ({shares[0]:.0%} of the variance)")
-    axes.set_ylabel(f"second component ({shares[1]:.0%})")
-    axes.grid(color="#eee", linewidth=0.6)
-    handles: list[Artist] = [_key(**_mark(at, 0)) for at in range(len(kinds))]
-    grey = {"marker": "o", "color": "#555", "markerfacecoloralt": "white"}
-    handles += [_key(fillstyle=FILLS[at], **grey) for at in range(len(parts))]
-    _legend(figure, handles, [*kinds, *parts], note)
+    labels = _in_order(table[label], looks)
+    places = list(dict.fromkeys(table[x]))
+    wide = len(labels) > 5 or (len(places) > 8 and not steps)
+    with _figure(PAGE if wide else COLUMN, 2.5 if wide else 2.1, labels) as (figure, axes):
+        if level is not None:
+            axes.axhline(level, color="#444444", linewidth=0.8, dashes=(3, 2), zorder=1)
+        for at, name in enumerate(labels):
+            own = table[(table[label] == name) & table[y].notna()]
+            style = looks[name]
+            if steps:
+                every = max(1, len(own) // 8)
+                axes.plot(own[x], own[y], label=_wrap(name, 40), markevery=every, **style)
+                if spread is not None:
+                    low, high = own[y] - own[spread], own[y] + own[spread]
+                    axes.fill_between(
+                        own[x], low, high, color=style["color"], alpha=0.2, linewidth=0
+                    )
+                continue
+            shift = (at - (len(labels) - 1) / 2) * min(0.06, 0.4 / len(labels))
+            along = own[x].map(places.index) + shift
+            bars = _ends(own, y, spread)
+            axes.errorbar(along, own[y], yerr=bars, label=_wrap(name, 40), **_BARS | style)
+        if not steps:
+            names = [f"{x:g}" if isinstance(x, float) else str(x) for x in places]
+            axes.set_xticks(range(len(places)), names)
+            axes.set_xlim(-0.4, len(places) - 0.6)
+        axes.grid(axis="y")
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(_wrap(ylabel, 40))
+        _legend(figure, axes)
     return figure
 
 
-def principal_components(
-    vectors: NDArray[np.floating],
-) -> tuple[NDArray[np.float64], tuple[float, float]]:
-    """First two principal components of some vectors, by SVD of the centred matrix.
-
-    Each component points to where its largest weight is positive, which fixes the sign.
+def heatmap(
+    table: pd.DataFrame, label: str, centre: float | None = None, digits: int = 2
+) -> Figure:
+    """A table of numbers as colours, with the numbers in it.
 
     Args:
-        vectors: (R, I), one vector per row; with I = 1 the second component is zero.
-
-    Returns:
-        Coordinates (R, 2), and the share of the variance of each component; zero where all vectors
-        are equal.
-
-    Raises:
-        ValueError: fewer than two vectors, or values that are not finite.
+        table: numbers with names as index and columns; NaN stays empty.
+        label: what they are.
+        centre: a value that is neither high nor low; colours then go from blue to red around it.
+        digits: decimals of the numbers.
     """
-    given = np.asarray(vectors, dtype=np.float64)
-    if given.ndim != 2 or len(given) < 2 or given.shape[1] < 1:
-        raise ValueError(f"vectors of shape {given.shape}: give at least two rows of one length")
-    if not np.isfinite(given).all():
-        raise ValueError("vectors with values that are not finite: leave out runs that failed")
-    left, size, right = np.linalg.svd(given - given.mean(0), full_matrices=False)
-    signs = np.sign(right[np.arange(len(right)), np.abs(right).argmax(1)])
-    points = np.zeros((len(given), 2))
-    count = min(2, len(size))
-    points[:, :count] = (left * size * np.where(signs == 0, 1, signs))[:, :count]
-    variance = np.zeros(2)
-    variance[:count] = size[:count] ** 2
-    total = float((size**2).sum())
-    shares = variance / total if total > 0 else np.zeros(2)
-    return points, (float(shares[0]), float(shares[1]))
+    import seaborn
+
+    width = min(PAGE, 1.9 + 0.52 * table.shape[1])
+    with _figure(width, 0.6 + 0.24 * len(table)) as (figure, axes):
+        names = [_wrap(str(name), 30) for name in table.index]
+        seaborn.heatmap(
+            table.set_axis(names).astype(float),
+            ax=axes,
+            cmap="cividis" if centre is None else "vlag",
+            center=centre,
+            annot=True,
+            fmt=f".{digits}f",
+            annot_kws={"size": 7},
+            linewidths=0.5,
+            cbar_kws={"label": label},
+        )
+        axes.set(xlabel="", ylabel="")
+        axes.tick_params(axis="both", length=0)
+        axes.tick_params(axis="y", rotation=0)
+        axes.tick_params(axis="x", rotation=90 if table.shape[1] > 8 else 0)
+    return figure
+
+
+def scatter(
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    hue: str,
+    xlabel: str,
+    ylabel: str,
+    style: str | None = None,
+    name: str | None = None,
+) -> Figure:
+    """Points in two dimensions, coloured by a group.
+
+    Args:
+        table: a row for each point.
+        x: column of the first coordinate.
+        y: column of the second.
+        hue: column of the groups.
+        xlabel: what the first is.
+        ylabel: what the second is.
+        style: column of what the markers tell apart.
+        name: column of names to write beside the points.
+    """
+    import seaborn
+
+    groups = list(dict.fromkeys(table[hue]))
+    colours = [COLOURS[at % len(COLOURS)] for at in range(len(groups))]
+    shown = [*groups, *(dict.fromkeys(table[style]) if style else ())]
+    with _figure(COLUMN * 1.3, 3.0, shown) as (figure, axes):
+        seaborn.scatterplot(
+            table,
+            x=x,
+            y=y,
+            hue=hue,
+            style=style or hue,
+            palette=dict(zip(groups, colours, strict=True)),
+            markers=[*MARKERS][: table[style or hue].nunique()],
+            s=34,
+            linewidth=0.4,
+            edgecolor="white",
+            ax=axes,
+        )
+        if name is not None:
+            for _, point in table.iterrows():
+                axes.annotate(
+                    str(point[name]),
+                    (point[x], point[y]),
+                    (3, 3),
+                    textcoords="offset points",
+                    fontsize=6,
+                )
+        axes.margins(0.1)
+        axes.grid()
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        if axes.get_legend() is not None:
+            axes.get_legend().remove()  # pyright: ignore[reportOptionalMemberAccess]
+        _legend(figure, axes)
+    return figure
+
+
+def violins(
+    table: pd.DataFrame,
+    value: str,
+    label: str,
+    looks: Looks,
+    ylabel: str,
+    level: float | None = None,
+) -> Figure:
+    """How a value is spread, a violin for each label with every value as a dot in it.
+
+    Args:
+        table: a row for each value.
+        value: column of the value.
+        label: column of the labels.
+        looks: how labels are drawn.
+        ylabel: what the value is.
+        level: where to draw a line across all violins.
+    """
+    import seaborn
+
+    labels = _in_order(table[label], looks)
+    palette = {name: looks[name]["color"] for name in labels}
+    with _figure(min(PAGE, 1.2 + 0.75 * len(labels)), 2.6) as (figure, axes):
+        if level is not None:
+            axes.axhline(level, color="#444444", linewidth=0.8, dashes=(3, 2), zorder=1)
+        given = {"x": label, "y": value, "hue": label, "palette": palette, "legend": False}
+        given |= {"order": labels}
+        seaborn.violinplot(
+            table,
+            **given,
+            inner=None,
+            cut=0,
+            linewidth=0.6,
+            alpha=0.35,
+            density_norm="width",
+            ax=axes,
+        )
+        draw = np.random.default_rng(0)
+        for at, name in enumerate(labels):
+            own = table.loc[table[label] == name, value]
+            along = at + draw.uniform(-0.08, 0.08, len(own))
+            axes.plot(along, own, ".", color=palette[name], markersize=3.5, markeredgewidth=0)
+        axes.set_xticks(range(len(labels)), [_wrap(name, 14) for name in labels])
+        axes.grid(axis="y")
+        axes.set(xlabel="", ylabel=_wrap(ylabel, 40))
+    return figure
 
 
 def save_figure(figure: Figure, stem: Path) -> list[Path]:
-    """Write a figure as PNG (200 dpi) and SVG; equal figures give equal bytes.
+    """Write a figure as PNG (300 dpi) and SVG; equal figures give equal bytes.
 
     Args:
         figure: the figure.
@@ -354,118 +344,73 @@ def save_figure(figure: Figure, stem: Path) -> list[Path]:
     written = []
     for kind, details in (("png", {"Software": None}), ("svg", {"Date": None})):
         buffer = BytesIO()
-        with matplotlib.rc_context({"svg.hashsalt": "prompt_lab"}):
-            figure.savefig(buffer, format=kind, dpi=200, metadata=details)
-        path = stem.with_name(f"{stem.name}.{kind}")
-        write_atomically(path, buffer.getvalue())
-        written.append(path)
+        with matplotlib.rc_context(_STYLE):
+            figure.savefig(buffer, format=kind, dpi=300, metadata=details)
+        written.append(stem.with_name(f"{stem.name}.{kind}"))
+        write_atomically(written[-1], buffer.getvalue())
     return written
 
 
-def file_name(words: str) -> str:
-    """Words as a part of a file name."""
-    return "_".join("".join(c if c.isalnum() else " " for c in words).split())
+_BARS: dict[str, Any] = {
+    "elinewidth": 0.8,
+    "capsize": 1.6,
+    "capthick": 0.8,
+    "markeredgewidth": 0.4,
+    "markeredgecolor": "white",
+}
 
 
-def _new_figure(width: float, height: float) -> tuple[Figure, Axes]:
-    """An empty figure with one pair of axes, drawn by Agg."""
+@contextmanager
+def _figure(
+    width: float, height: float, labels: Sequence[str] = ()
+) -> Iterator[tuple[Figure, Axes]]:
+    """An empty figure with one pair of axes, drawn by Agg, and room above them for a legend."""
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.tick_params(labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_axisbelow(True)
-    return figure, axes
+    rows = -(-len(labels) // _columns(width, labels)) if len(labels) > 1 else 0
+    lines = max([_wrap(label, 40).count("\n") + 1 for label in labels], default=0)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height + 0.05 + 0.16 * rows * lines), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure, figure.add_subplot()
 
 
-def _check(series: Sequence[Series], places: int, what: str) -> None:
-    """Refuse pictures of nothing and series of another length."""
-    if not series or not places:
-        raise ValueError(f"nothing to draw: give at least one series and one {what}")
-    for one in series:
-        if not len(one.values) == len(one.std) == places:
-            raise ValueError(
-                f"series {one.label!r} has {len(one.values)} values and {len(one.std)} deviations: "
-                f"give one of each per {what}, of which there are {places}"
-            )
+def _in_order(labels: pd.Series, looks: Looks) -> list[str]:
+    """The labels of a table, in the order that all figures have."""
+    found = {*labels}
+    return [name for name in looks if name in found]
 
 
-def _line(at: int) -> dict[str, Any]:
-    """How a line of a picture is drawn, by its place among the lines."""
-    return {
-        "color": COLOURS[at % len(COLOURS)],
-        "marker": MARKERS[at % len(MARKERS)],
-        "linestyle": DASHES[at % len(DASHES)],
-        "markersize": 5,
-        "linewidth": 1.2,
-    }
+def _ends(table: pd.DataFrame, value: str, spread: str | tuple[str, str] | None) -> Any:
+    """Lengths of error bars either way; none where no end is known."""
+    if spread is None:
+        return None
+    if isinstance(spread, str):
+        ends = table[[spread, spread]].to_numpy(float).T
+    else:
+        low, high = (table[end].to_numpy(float) for end in spread)
+        middle = table[value].to_numpy(float)
+        ends = np.maximum(np.stack([middle - low, high - middle]), 0)
+    return None if np.isnan(ends).all() else ends
 
 
-def _bars(std: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64] | None:
-    """Error bars, or none where no deviation is known."""
-    known = np.asarray(std, dtype=float)
-    return None if np.isnan(known).all() else known
+def _legend(figure: Figure, axes: Axes) -> None:
+    """A legend above the axes, in as many columns as fit; none for a single label."""
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) > 1:
+        columns = _columns(figure.get_size_inches()[0], labels)
+        figure.legend(handles, labels, loc="outside upper center", ncols=columns)
 
 
-def _outline(bars: BarContainer) -> None:
-    """Give error bars a white edge, so that they can be seen on dark and on hatched bars."""
-    from matplotlib.patheffects import withStroke
-
-    if bars.errorbar is None:
-        return
-    _, caps, lines = bars.errorbar.lines
-    for part in (*caps, *lines):
-        part.set_path_effects([withStroke(linewidth=2.4, foreground="white")])
+def _columns(width: float, labels: Sequence[str]) -> int:
+    """How many columns a legend has room for."""
+    longest = max(len(line) for label in labels for line in _wrap(label, 40).split("\n"))
+    return min(max(int(width * 15 // (longest + 7)), 1), len(labels))
 
 
-def _mark(group: int, part: int) -> dict[str, Any]:
-    """How a vector of a group and a set is drawn."""
-    return {
-        "marker": MARKERS[group % len(MARKERS)],
-        "color": COLOURS[(group + group // len(MARKERS)) % len(COLOURS)],
-        "fillstyle": FILLS[part],
-        "markerfacecoloralt": "white",
-        "markersize": 7,
-    }
-
-
-def _key(**style: Any) -> Artist:
-    """A mark for the legend."""
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], linestyle="", **style)
-
-
-def _legend(figure: Figure, handles: Sequence[Artist], labels: Sequence[str], note: str) -> None:
-    """A legend above the axes, in as many columns as fit, and a note below them."""
-    texts = [_text(label, 55) for label in labels]
-    for columns in range(len(texts), 0, -1):
-        legend = figure.legend(
-            handles,
-            texts,
-            loc="outside upper center",
-            ncols=columns,
-            fontsize=8,
-            frameon=False,
-            handlelength=2.6,
-            handleheight=1.1,
-        )
-        if columns == 1 or legend.get_window_extent().width < 0.98 * figure.bbox.width:
-            break
-        legend.remove()
-    if note:
-        figure.supxlabel(_text(note, 105), fontsize=7.5, color="#333")
-
-
-def _with_cross(note: str) -> str:
-    """The note, with what a cross means."""
-    return f"{note}; cross: no value" if note else "cross: no value"
-
-
-def _text(text: str, width: int) -> str:
+def _wrap(text: str, width: int) -> str:
     """Text in lines of at most so many characters, without any mathematical notation."""
-    lines = textwrap.wrap(text, width) or [""]
+    lines: Sequence[str] = textwrap.wrap(text, width) or [""]
     return "\n".join(lines).replace("$", r"\$")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prompt_lab.analysis.plots import (
+from prompt_lab.analysis.old_plots import (
     COLOURS,
     DASHES,
     MARKERS,

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prompt_lab.analysis.old_results import Summary, summarise
 from prompt_lab.analysis.selection import KS, Quality
-from prompt_lab.analysis.statistics import Summary, summarise
 from prompt_lab.analysis.transfer_table import Spread, Table, relative_transfer, spread
 from prompt_lab.files.tensors import write_csv
 
@@ -211,7 +211,7 @@ def _transfer_figures(
     import numpy as np
 
     from prompt_lab.analysis.interpretation_plots import norm_violins
-    from prompt_lab.analysis.plots import save_figure
+    from prompt_lab.analysis.old_plots import save_figure
     from prompt_lab.analysis.selection_plots import spread_marks
 
     known = gains or {
@@ -251,7 +251,7 @@ def _map(
     import numpy as np
 
     from prompt_lab.analysis.interpretation_plots import heatmap
-    from prompt_lab.analysis.plots import save_figure
+    from prompt_lab.analysis.old_plots import save_figure
 
     targets = list(table.scores)
     rows = [
@@ -283,14 +283,14 @@ def _similarity_figures(folder: Path, study: Study) -> Iterator[Path]:
 
 def _stem(folder: Path, words: str) -> Path:
     """Path of a figure without ending, by words that may be names."""
-    from prompt_lab.analysis.plots import file_name
+    from prompt_lab.analysis.old_plots import file_name
 
     return folder / file_name(words).replace("_", "-")
 
 
 def _quality_figures(folder: Path, study: Study) -> Iterator[Path]:
     """Draw the best of the first k over k, and nDCG over steps."""
-    from prompt_lab.analysis.plots import save_figure
+    from prompt_lab.analysis.old_plots import save_figure
     from prompt_lab.analysis.selection_plots import method_curves
 
     table = study.table
@@ -328,7 +328,7 @@ def _token_figures(folder: Path, study: Study) -> Iterator[Path]:
     import numpy as np
 
     from prompt_lab.analysis.interpretation_plots import tsne_points
-    from prompt_lab.analysis.plots import save_figure
+    from prompt_lab.analysis.old_plots import save_figure
     from prompt_lab.analysis.selection_plots import token_map
 
     samples: dict[str, list[int]] = {}

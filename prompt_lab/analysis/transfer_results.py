@@ -21,7 +21,7 @@ from prompt_lab.analysis.transfer_table import (
 from prompt_lab.files.results import PLAIN_STARTS
 
 if TYPE_CHECKING:
-    from prompt_lab.analysis.report import Row
+    from prompt_lab.analysis.old_results import Row
 
 PAPER = "paper"
 """Reserved name of the transfer table of Lin et al. 2024 that ships with the package."""
@@ -43,7 +43,7 @@ def read_transfer(places: Sequence[str]) -> Table:
         FileNotFoundError: a file, folder or prompt file that is not there.
         ValueError: a table that cannot be read, results of several settings, or no transfer.
     """
-    from prompt_lab.analysis.report import find_results, is_result_file, read_results
+    from prompt_lab.analysis.old_results import find_results, is_result_file, read_results
 
     entries: list[Entry] = []
     sizes: dict[str, float] = {}

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from prompt_lab.analysis.statistics import bootstrap_interval, summarise
+from prompt_lab.analysis.old_results import bootstrap_interval, summarise
 
 NO_TRANSFER = "no-transfer"
 """Name of the row with the scores that the targets reach without a source."""

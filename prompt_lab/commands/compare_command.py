@@ -23,8 +23,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from prompt_lab.analysis.significance_report import extent, spread
-from prompt_lab.analysis.statistics import Summary, summarise
+from prompt_lab.analysis.old_results import Summary, extent, spread, summarise
 from prompt_lab.files.tensors import write_csv
 from prompt_lab.methods.task_vectors import (
     Group,
@@ -264,7 +263,7 @@ def _draw(found: Comparison, folder: Path) -> list[Path]:
     import numpy as np
 
     from prompt_lab.analysis.interpretation_plots import heatmap
-    from prompt_lab.analysis.plots import save_figure
+    from prompt_lab.analysis.old_plots import save_figure
 
     files = []
     for (what, which), entries in found.cosines.items():

@@ -42,7 +42,7 @@ FUNCTIONS = {
     "vectors compare": ("prompt_lab.commands.compare_command", "compare_vectors"),
     "vectors mix": ("prompt_lab.commands.mix_command", "mix_prompts"),
     "sweep": ("prompt_lab.commands.sweep_command", "sweep_command"),
-    "report": ("prompt_lab.commands.report_command", "report_command"),
+    "report": ("prompt_lab.commands.report", "report_command"),
     "select": ("prompt_lab.analysis.select_command", "select_command"),
     "select evaluate": ("prompt_lab.commands.select_evaluate_command", "evaluate_command"),
     "interpret": ("prompt_lab.commands.interpret_command", "interpret_command"),

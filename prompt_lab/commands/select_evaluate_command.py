@@ -202,7 +202,7 @@ def _by_step(
 
 def _tell_qualities(table: Table, found: Mapping[str, Mapping[str, Quality]], seeds: Seeds) -> None:
     """Print a line for each method, and what to know of the table."""
-    from prompt_lab.analysis.statistics import summarise
+    from prompt_lab.analysis.old_results import summarise
 
     count = max(len(own) for of_source in table.scores.values() for own in of_source.values())
     judged = {"mean": "their mean scores", "each": "each by itself, then averaged"}[seeds]
@@ -231,7 +231,7 @@ def _tell_qualities(table: Table, found: Mapping[str, Mapping[str, Quality]], se
 
 def _tell_steps(by_step: ByStep, notes: Sequence[str]) -> None:
     """Print for each measure a line per method and a column per step, at most `_MOST_STEPS`."""
-    from prompt_lab.analysis.statistics import summarise
+    from prompt_lab.analysis.old_results import summarise
 
     steps = list(by_step)
     if not steps:

@@ -33,6 +33,7 @@ from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler writes two lines each time
 
+import pandas as pd
 import torch
 import transformers
 from models import DECODER, T5, TINY, Size, make_backbone, make_model, make_prompts, our_batch
@@ -41,7 +42,7 @@ from steps import Result, make_groups, virtual_tokens
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from prompt_lab.analysis.plots import Series, save_figure, step_curves
+from prompt_lab.analysis.plots import lines, looks, save_figure
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import BankObjective
 from prompt_lab.core.batch import Batch
@@ -324,12 +325,19 @@ def draw(name: str, counted: dict[str, list[float]], settings: Settings, folder:
 
     folder.mkdir(parents=True, exist_ok=True)
     steps = inner_steps(settings)
-    series = [Series(side, sizes, [float("nan")] * len(steps)) for side, sizes in counted.items()]
+    table = pd.DataFrame(
+        [
+            {"line": side, "label": side, "step": step, "memory": size}
+            for side, sizes in counted.items()
+            for step, size in zip(steps, sizes, strict=True)
+        ]
+    )
     note = f"{name} model, N {virtual_tokens(settings)}, {ROWS} support and {ROWS} query rows, "
     note += f"float32; {machine(settings)}"
-    figure = step_curves(steps, series, "peak memory beside the weights (MB)", note)
+    label = "peak memory beside the weights (MB)"
+    figure = lines(table, "step", "memory", "label", looks(table), "inner steps", label, steps=True)
+    figure.supxlabel(note, fontsize=6)
     (axes,) = figure.axes
-    axes.set_xlabel("inner steps")
     axes.set_xticks(steps)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

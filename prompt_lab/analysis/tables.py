@@ -1,0 +1,426 @@
+"""Results as one table: read them, name lines, choose by dev, average, relate to a reference.
+
+A **line** is a folder that the user names: its fits are one setting, whose runs share a mean. A
+**point** of a line is one value of what is an axis: variant, stage, start, intrinsic dimension and
+K. Within a point the learning rate and the batch size are chosen by dev, seeds and samples are
+averaged; whatever else differs stops the report. All functions take and give DataFrames.
+"""
+
+# pandas' own types say of every column that it may be a table, an array or a number.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
+# pyright: reportAssignmentType=false, reportOperatorIssue=false
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from prompt_lab.files.results import BASELINES
+
+AXES = ["variant", "stage", "start", "start_of", "intrinsic_dim", "shots"]
+POINT = ["line", "label", "name", "family", *AXES]
+SEEDS = ["init_seed", "order_seed", "start_seed"]
+TASK = ["ontology", "task", "metric"]
+SUMS = ("vectors", "vector_alone")
+"""Variants of VectorArithmetic that are sums of vectors, which are no method to compare with."""
+
+SHARED = ("no_prompt", "chance", "majority")
+"""Baselines that know nothing of a line."""
+
+NUMBERS = [
+    *("scale", "num_virtual_tokens", "intrinsic_dim", "learning_rate", "batch_size"),
+    *("dev", "test", "test_rows", "cut_train", "cut_dev", "cut_test", "best_step", "seconds"),
+    "run",
+]
+NEEDED = [
+    *("fit_id", "method", "variant", "stage", "backbone", "task", "ontology", "sample", "shots"),
+    *(*SEEDS, "start", "start_of", "expression", "optimizer", "decoding", "metric"),
+    *("metric_variant", "status", "prompt_file", "settings", "version", *NUMBERS),
+]
+"""Columns of ``results.csv`` that a report reads."""
+
+GROUPS = ("cls", "qa", "cg", "other")
+"""Groups of CrossFit's ontology, in the order of tables."""
+
+_PER_LINE = ["method", "backbone", "num_virtual_tokens", "optimizer", "metric_variant", "version"]
+_PER_TASK = ["ontology", "metric", "decoding"]
+_TOLD = {
+    *("model.learning_rate", "model.batch_size", "model.init_seed", "model.order_seed"),
+    *("model.intrinsic_dim", "model.subspace.intrinsic_dim", "model.init.name"),
+    *("model.init.source_tasks", "model.init.seed", "model.study", "model.expressions"),
+    *("model.evaluate_on", "model.target_tasks", "model.unseen_tasks", "model.test_baselines"),
+    *("data.tasks", "data.samples", "data.shots", "data.order_seed", "data.init_seed"),
+}
+"""Flags whose values stand in columns of their own, run by run."""
+
+_FILES = {
+    *("data.root", "model.init.path", "model.subspace.path", "model.prompts", "model.adapters"),
+    "model.backbone.name",
+}
+"""Flags that name files, which may be others for each task, seed and point."""
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def find_results(place: str | Path) -> list[Path]:
+    """The ``results.csv`` files of a folder and of those in it, or the file itself.
+
+    Raises:
+        FileNotFoundError: no such place, or no result file in it.
+    """
+    place = Path(place)
+    if not place.exists():
+        raise FileNotFoundError(f"no file or folder {place}: name the run_dir of a fit")
+    files = [
+        file
+        for file in ([place] if place.is_file() else sorted(place.rglob("results.csv")))
+        if not any(part.startswith("previous-") for part in file.relative_to(place).parts)
+    ]
+    if not files:
+        raise FileNotFoundError(
+            f"no results.csv in {place} or below: prompt-lab test writes it; name its run_dir"
+        )
+    return files
+
+
+def read_results(file: str | Path) -> pd.DataFrame:
+    """One ``results.csv``: names and seeds as text, numbers as numbers; a column ``folder``.
+
+    Raises:
+        ValueError: no such table, one of another version, or a cell that is no number.
+    """
+    try:
+        frame = pd.read_csv(file, dtype=str, keep_default_na=False)
+    except (UnicodeDecodeError, ValueError) as error:  # also pandas' parser errors
+        why = " ".join(str(error).split())
+        raise ValueError(f"{file} is no results.csv of prompt-lab: {why}") from None
+    if not {"fit_id", "test"} <= {*frame}:
+        raise ValueError(f"{file} is no results.csv of prompt-lab: no columns fit_id and test")
+    if lacking := [name for name in NEEDED if name not in frame]:
+        versions = ", ".join(frame["version"].unique()) if "version" in frame else "unknown"
+        raise ValueError(
+            f"{file} lacks the columns {', '.join(lacking)}: another version of prompt-lab wrote "
+            f"it ({versions}); run prompt-lab test again"
+        )
+    if short := [*frame.index[frame["version"].fillna("") == ""]]:  # the last column
+        raise ValueError(f"{file}, line {short[0] + 2}: fewer cells than columns; is it whole?")
+    for name in NUMBERS:
+        numbers = pd.to_numeric(frame[name].replace("", None), errors="coerce")
+        if wrong := [*frame.index[numbers.isna() & (frame[name] != "")]]:
+            cell = frame.loc[wrong[0], name]
+            if str(cell).lower() != "nan":
+                raise ValueError(f"{file}, line {wrong[0] + 2}: {name} is {cell!r}, not a number")
+        frame[name] = numbers.astype(float).replace([float("inf"), float("-inf")], float("nan"))
+    for name in ("sample", "shots", *SEEDS):
+        frame[name] = frame[name].str.removesuffix(".0")
+    return frame.assign(folder=str(Path(file).parent))
+
+
+def read_lines(places: Mapping[str, str | Path]) -> pd.DataFrame:
+    """All runs of the named folders: ``read_results`` with the columns ``line`` and ``label``.
+
+    ``label`` names a point in words: the line, and those of its axes that have several values;
+    ``name`` does so without K, and ``family`` without the intrinsic dimension.
+    Runs that stand in two files of a line with the same scores are taken once, as are the
+    baselines that need no method where all lines agree about them; ``attrs["twice"]`` counts both.
+
+    Args:
+        places: a folder or a result file by the name of its line.
+
+    Raises:
+        FileNotFoundError: as `find_results`.
+        ValueError: as `read_results`; no runs; or what differs within a line, naming the folders.
+    """
+    frames = [
+        read_results(file).assign(line=line)
+        for line, place in places.items()
+        for file in find_results(place)
+    ]
+    runs = pd.concat(frames, ignore_index=True)
+    for line in places:
+        if not (runs["line"] == line).any():
+            raise ValueError(f"no runs in {places[line]}: only a header; run prompt-lab test")
+    rank = runs["line"].map({line: at for at, line in enumerate(places)})
+    runs = runs.assign(order=rank)
+    _refuse_mixtures(runs)
+    _tell_starts(runs)
+    everything = len(runs)
+    runs = _without_repeats(runs)
+    _share_baselines(runs)
+    for column, without in (("label", ""), ("name", "shots"), ("family", "intrinsic_dim")):
+        runs[column] = _labels(runs, without)
+    if runs["line"].isin(SHARED).any():
+        runs = _without_repeats(runs)
+    runs = _in_order(runs)
+    runs.attrs["twice"] = everything - len(runs)
+    return runs
+
+
+def _refuse_mixtures(runs: pd.DataFrame) -> None:
+    """Stop where the runs of a line differ in a column or flag that is no axis."""
+    for line, of_line in runs.groupby("line", sort=False):
+        trained = of_line[~of_line["variant"].isin(SHARED)]
+        for name in _PER_LINE:
+            _refuse(f"{line}: {name}", trained[name], trained["folder"])
+        for name in _PER_TASK:
+            for task, of_task in trained.groupby("task", sort=False):
+                _refuse(f"{line}: {name} on {task}", of_task[name], of_task["folder"])
+        flags = flag_table(trained)
+        for name in [name for name in flags if name not in (_TOLD | _FILES)]:
+            _refuse(f"{line}: {name}", flags[name], trained["folder"])
+        for name in [name for name in flags if name in _FILES]:
+            for _, cell in flags.groupby([trained[x] for x in _CELL], dropna=False, sort=False):
+                _refuse(f"{line}: {name}", cell[name], trained.loc[cell.index, "folder"])
+
+
+def _refuse(what: str, values: pd.Series, folders: pd.Series) -> None:
+    """Stop where the values of a setting differ."""
+    known = values[values.notna() & (values.astype(str) != "")].astype(str)
+    if known.nunique() < 2:
+        return
+    where = [f"{value} ({folders[at]})" for at, value in known.drop_duplicates().items()]
+    more = f" and {len(where) - 4} more" if len(where) > 4 else ""
+    raise ValueError(
+        f"{what} differs within the line: {', '.join(where[:4])}{more}; name a line for each, as "
+        "in: report a=FOLDER b=FOLDER"
+    )
+
+
+_CELL = ["line", *AXES, "expression", "task", "sample", *SEEDS]
+"""What is one score once dev has chosen."""
+
+_GRID = ["learning_rate", "batch_size"]
+
+
+def flag_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """The flags that are not at their defaults, one column each, as JSON text; of each run.
+
+    Raises:
+        ValueError: settings that are no JSON object.
+    """
+    texts = {}
+    for text in runs["settings"].unique():
+        try:
+            found = json.loads(text or "{}")
+            texts[text] = {name: json.dumps(value) for name, value in found.items()}
+        except (AttributeError, json.JSONDecodeError):
+            raise ValueError(f"settings {text!r} are no JSON object: the file is damaged") from None
+    names = list(dict.fromkeys(name for found in texts.values() for name in found))
+    rows = [[texts[text].get(name, "default") for name in names] for text in runs["settings"]]
+    return pd.DataFrame(rows, index=runs.index, columns=names)
+
+
+def _tell_starts(runs: pd.DataFrame) -> None:
+    """Empty ``start_of`` where no task of a point has several, so that it is no axis."""
+    rest = ["line", "variant", "stage", "start", "intrinsic_dim", "shots"]
+    sums = runs["variant"].isin(SUMS)
+    several = runs.groupby([*rest, "task"], dropna=False)["start_of"].transform("nunique") > 1
+    learned = runs["start"].isin(["meta", "multitask"])
+    tells = several.groupby([runs[x] for x in rest], dropna=False).transform("any")
+    runs["start_of"] = runs["start_of"].where((tells | learned) & ~sums, "")
+
+
+def _without_repeats(runs: pd.DataFrame) -> pd.DataFrame:
+    """Runs that stand twice with the same scores once; other scores stop the report."""
+    keys = [*_CELL, *_GRID]
+    again = runs.duplicated([*keys, "dev", "test"], keep="first")
+    runs = runs[~again]
+    clash = runs[runs.duplicated(keys, keep=False)]
+    if len(clash):
+        first = clash.iloc[0]
+        same = clash.merge(first[keys].to_frame().T.astype(clash[keys].dtypes), on=keys)
+        raise ValueError(
+            f"{first['line']}: {len(same)} scores of one run (task {first['task']}, sample "
+            f"{first['sample']}, seed {first['init_seed'] or '-'}) in "
+            f"{', '.join(dict.fromkeys(same['folder']))}; name a line for each"
+        )
+    return runs.reset_index(drop=True)
+
+
+def _share_baselines(runs: pd.DataFrame) -> None:
+    """Give the baselines that need no method a line of their own, where all lines agree."""
+    blank = ["method", "stage", "start", "start_of", "settings", "fit_id"]
+    for variant in SHARED:
+        own = runs["variant"] == variant
+        keys = ["task", "sample", "shots"]
+        if own.any() and (runs[own].groupby(keys)["test"].nunique(dropna=False) == 1).all():
+            runs.loc[own, "line"] = variant
+            runs.loc[own, blank] = ""
+            runs.loc[own, "order"] = len(runs)
+            score = runs[own].groupby(keys)["dev"].transform("first")
+            runs.loc[own, "dev"] = score
+
+
+def _labels(runs: pd.DataFrame, without: str) -> pd.Series:
+    """The name of each run's point: the line, and the axes but one in which it has several."""
+    labels = pd.Series("", index=runs.index)
+    for line, of_line in runs.groupby("line", sort=False):
+        main = of_line[~of_line["variant"].isin([*BASELINES, *SUMS])]
+        telling = {x for x in AXES if x != without and main[x].nunique(dropna=False) > 1}
+        for _, of_point in of_line.groupby(AXES, dropna=False, sort=False):
+            labels[of_point.index] = _label(str(line), of_point.iloc[0], telling)
+    return labels
+
+
+def _label(line: str, point: pd.Series, telling: set[str]) -> str:
+    """The name of one point."""
+    variant = point["variant"].replace("_", " ")
+    if line in SHARED:
+        return variant
+    parts = [line]
+    if point["variant"] in (*BASELINES, *SUMS):
+        return f"{line}, {variant}"
+    if "variant" in telling and variant != "tuned":
+        parts.append(variant)
+    if "stage" in telling:
+        parts.append(f"stage {point['stage']}")
+    if point["start"] and {"start", "start_of"} & telling:
+        parts.append(f"{point['start']} {point['start_of']}".strip())
+    if "intrinsic_dim" in telling and pd.notna(point["intrinsic_dim"]):
+        parts.append(f"{point['intrinsic_dim']:g} dims")
+    if "shots" in telling:
+        parts.append(f"K {point['shots']}")
+    return ", ".join(parts)
+
+
+def _in_order(runs: pd.DataFrame) -> pd.DataFrame:
+    """Lines as named, their points, then tasks by group and name."""
+    frame = runs.assign(
+        is_baseline=runs["variant"].isin(BASELINES),
+        shots_rank=runs["shots"].map(shots_rank),
+        group_rank=runs["ontology"].map(group_rank),
+    )
+    by = ["is_baseline", "order", "variant", "stage", "start", "start_of", "intrinsic_dim"]
+    frame["intrinsic_dim"] = frame["intrinsic_dim"].fillna(0)
+    frame = frame.sort_values([*by, "shots_rank", "group_rank", "task"], kind="stable")
+    frame["intrinsic_dim"] = frame["intrinsic_dim"].where(frame["intrinsic_dim"] > 0)
+    return frame.drop(columns=["order", "shots_rank", "group_rank"]).reset_index(drop=True)
+
+
+def shots_rank(shots: str) -> float:
+    """Order of values of K: numbers, then "all".
+
+    Raises:
+        ValueError: another word.
+    """
+    if shots == "all":
+        return float("inf")
+    if not re.fullmatch(r"\d+", shots):
+        raise ValueError(f"shots is {shots!r}, neither a number nor all: correct it or test again")
+    return float(shots)
+
+
+def group_rank(ontology: str) -> tuple[int, str]:
+    """Order of ontologies: CrossFit's groups, then others by name."""
+    group = ontology.split("/")[0]
+    return (GROUPS.index(group) if group in GROUPS else len(GROUPS), group)
+
+
+# ---- averages ------------------------------------------------------------------------------------
+
+
+def choose_by_dev(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """Of the runs that agree in ``keys``, the one of the best dev score; ties: the earlier run."""
+    order = frame.sort_values(["dev", "run"], ascending=[False, True], kind="stable")
+    return order.drop_duplicates([*keys]).sort_index()
+
+
+def chosen_runs(runs: pd.DataFrame) -> pd.DataFrame:
+    """The run that dev chose among rates and batch sizes, of each point, task, sample and seeds."""
+    return choose_by_dev(runs, [*POINT, "expression", "task", "sample", *SEEDS])
+
+
+def task_scores(runs: pd.DataFrame, by: Sequence[str] = (*POINT, *TASK)) -> pd.DataFrame:
+    """A row for each point and task: mean over seeds, then samples, of the chosen test scores.
+
+    Args:
+        runs: as `read_lines` gives them.
+        by: what a row is of.
+
+    Returns:
+        Columns ``by``, ``score``, ``std`` (ddof 1 over the chosen runs), ``scored`` (chosen runs
+        with a score), ``chosen``, ``failed`` (of the chosen) and ``runs`` (all, counted out).
+    """
+    by = [*by]
+    chosen = chosen_runs(runs)
+    groups = chosen.groupby(by, dropna=False, sort=False)
+    samples = chosen.groupby([*by, "sample"], dropna=False, sort=False)["test"].mean()
+    failed = chosen["status"].str.match(r"(?i)failed|diverged")
+    table = pd.DataFrame(
+        {
+            "score": samples.groupby(by, dropna=False, sort=False).mean(),
+            "std": groups["test"].std(),
+            "scored": groups["test"].count(),
+            "chosen": groups.size(),
+            "failed": failed.groupby([chosen[x] for x in by], dropna=False, sort=False).sum(),
+            "runs": runs.groupby(by, dropna=False, sort=False).size(),
+        }
+    ).reset_index()
+    count_out(runs, table)
+    return table
+
+
+def is_method(table: pd.DataFrame) -> pd.Series:
+    """Whether each row is of something trained, and no baseline."""
+    return ~table["variant"].isin(BASELINES)
+
+
+def count_out(runs: pd.DataFrame, table: pd.DataFrame) -> None:
+    """Runs in equals runs out: the column ``runs`` of a table adds up to the runs that went in."""
+    assert table["runs"].sum() == len(runs), f"{len(runs)} runs in, {table['runs'].sum()} out"
+
+
+def mean_over_tasks(scores: pd.DataFrame, by: Sequence[str] = POINT) -> pd.DataFrame:
+    """A row for each point: means over tasks of score and std, with counts of tasks and runs."""
+    groups = scores.groupby([*by], dropna=False, sort=False)
+    table = groups.agg(
+        score=("score", "mean"),
+        std=("std", "mean"),
+        tasks=("score", "count"),
+        scored=("scored", "sum"),
+        failed=("failed", "sum"),
+        runs=("runs", "sum"),
+    ).reset_index()
+    assert table["runs"].sum() == scores["runs"].sum()
+    return table
+
+
+def relate(scores: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """Every task's score beside that of a reference: ``ratio`` is what E_rel is the mean of.
+
+    A task is left out, and ``left_out`` says why, where its score or its reference is missing, and
+    where its reference is zero or negative, for which a ratio says nothing.
+
+    Args:
+        scores: as `task_scores` gives them.
+        reference: the name of a line; where it is itself in a subspace, of one dimension.
+
+    Raises:
+        ValueError: no such line, or several of its points have a score of one task and K.
+    """
+    base = scores[(scores["line"] == reference) & is_method(scores)]
+    if base.empty:
+        labels = ", ".join(dict.fromkeys(scores["line"]))
+        raise ValueError(f"no reference {reference!r} among the lines {labels}")
+    keys = ["task", "shots", "metric"]
+    if (twice := base[base.duplicated(keys)]).shape[0]:
+        task = twice["task"].iloc[0]
+        labels = "; ".join(base.loc[base["task"] == task, "label"].unique())
+        raise ValueError(f"{reference} is several references on {task} ({labels}): name one folder")
+    base = base[[*keys, "score", "std"]].rename(
+        columns={"score": "reference_score", "std": "reference_std"}
+    )
+    table = scores.merge(base, on=keys, how="left")
+    left_out = pd.Series("", index=table.index)
+    left_out[table["reference_score"] < 0] = "reference negative"
+    left_out[table["reference_score"] == 0] = "reference zero"
+    left_out[table["score"].isna()] = "score missing"
+    left_out[table["reference_score"].isna()] = "reference missing"
+    ratio = (table["score"] / table["reference_score"]).where(left_out == "")
+    return table.assign(reference=reference, ratio=ratio, left_out=left_out)

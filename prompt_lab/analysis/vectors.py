@@ -1,0 +1,260 @@
+"""Sections of task prompt vectors: on other initial prompts, sums of two, and other sums.
+
+The tables of Belanec et al. 2024 (arXiv 2408.01119): table 1, figure 4, and their future work.
+"""
+
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
+# pyright: reportOperatorIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from prompt_lab.analysis import plots
+from prompt_lab.analysis.curves import tensors
+from prompt_lab.analysis.sections import Section, number, p_values, pages, plus_minus, span
+from prompt_lab.analysis.statistics import LEVEL, holm, t_test
+from prompt_lab.analysis.tables import count_out
+from prompt_lab.core.arithmetic import parse_expression
+
+KEPT = 0.5
+"""Share of a tuned prompt's score from which a sum keeps a task (arXiv 2408.01119, section 4.3)."""
+
+_CELL = ["line", "task", "sample", "init_seed"]
+_SUM = ["line", "expression"]
+
+
+def vector_sections(runs: pd.DataFrame) -> Iterator[Section]:
+    """The sections that the sums of VectorArithmetic give."""
+    sums = _beside(runs[runs["variant"] == "vectors"], runs)
+    alone = {text for text in {*sums["expression"]} if [*parse_expression(text).values()] == [1.0]}
+    elsewhere = (sums["start_seed"] != sums["init_seed"]).groupby([sums[x] for x in _SUM])
+    is_cross = elsewhere.transform("any").astype(bool) & sums["expression"].isin(alone)
+    if is_cross.any():
+        yield _cross_section(sums[is_cross], runs[runs["variant"] == "vector_alone"])
+    rest = sums[~is_cross]
+    if not len(rest):
+        return
+    table = _sums_table(rest)
+    count_out(rest, table)
+    pairs, others = (part.drop(columns="pair") for part in (table[table.pair], table[~table.pair]))
+    if len(pairs):
+        yield _pair_section(pairs)
+    if len(others):
+        yield _expression_section(others)
+
+
+def _beside(sums: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """Sums with the scores of their task's tuned prompt and of their bare initial prompt."""
+    files = ["folder", "prompt_file"]
+    tuned = runs.loc[runs["variant"] == "single", [*_CELL, "test", *files]]
+    tuned = tuned.rename(columns={"test": "tuned"}).drop_duplicates(_CELL)
+    initial = runs.loc[runs["variant"] == "initial_prompt", [*_CELL, "test"]]
+    initial = initial.rename(columns={"test": "initial", "init_seed": "start_seed"})
+    place = ["line", "task", "sample", "start_seed"]
+    found = sums.drop(columns=files).merge(tuned, on=_CELL, how="left")
+    found = found.merge(initial.drop_duplicates(place), on=place, how="left")
+    assert len(found) == len(sums)
+    return found
+
+
+_KINDS = {
+    "own": "own",
+    "chosen": "own, lambda by dev",
+    "other": "other",
+    "initial": "initial",
+    "alone": "alone",
+    "ratio": "vector/init",
+}
+
+
+def _cross_section(cross: pd.DataFrame, alone: pd.DataFrame) -> Section:
+    rows = []
+    for (line, task, metric), own in cross.groupby(["line", "task", "metric"], sort=False):
+        is_own = own["start_seed"] == own["init_seed"]
+        cells = own.drop_duplicates(_CELL)
+        pairs = own[~is_own].groupby(_CELL).agg(other=("test", "mean"), tuned=("tuned", "first"))
+        kinds = {
+            "own": cells["tuned"],
+            "chosen": own.loc[is_own, "test"],
+            "other": own.loc[~is_own, "test"],
+            "initial": own.drop_duplicates(["sample", "start_seed"])["initial"],
+            "alone": alone.loc[(alone["line"] == line) & (alone["task"] == task), "test"],
+            "ratio": pd.Series([_norm_ratio(x) for x in cells.itertuples()], dtype=float),
+        }
+        row: dict[str, Any] = {"line": line, "task": task, "metric": metric}
+        for kind, values in kinds.items():
+            row |= {kind: values.mean(), f"{kind}_std": values.std(), f"{kind}_n": values.count()}
+        row |= {"vectors": pairs["other"].count(), "runs": len(own)}
+        rows.append(row | t_test(pairs["other"], pairs["tuned"], paired=True))
+    table = pd.DataFrame(rows)
+    count_out(cross, table)
+    table["p_corrected"] = holm(table["p"])
+    shown, long = table[["line", "task", "metric"]].copy(), []
+    for kind, name in _KINDS.items():
+        if not table[f"{kind}_n"].any():
+            continue
+        shown[name] = plus_minus(table[kind], table[f"{kind}_std"])
+        if kind not in ("chosen", "ratio"):
+            long.append(_long(table, table["task"], name, kind, f"{kind}_std"))
+    shown["other less own"] = [number(x, "+") for x in table["difference"]]
+    shown["p"] = p_values(table["p_corrected"])
+    legend = (
+        "Mean test score ± standard deviation (ddof 1) over prompts. own: each vector on the "
+        "initial prompt that it was tuned from, which is the tuned prompt. other: each vector on "
+        "each other initial prompt of its sample; these share vectors and initial prompts, so "
+        "fewer are independent. initial: the initial prompts with no vector. alone: the vectors "
+        "with no initial prompt. vector/init: norm of the vector / norm of its initial prompt. "
+        f"Vectors of a task: {span(table['vectors'])}; prompts in other: "
+        f"{span(table['other_n'])}. p: paired t-test over samples and seeds of a vector's mean "
+        "over other initial prompts against its own score, corrected after Holm over the tests of "
+        f"this table; *: at most {LEVEL:g}. It takes vectors for independent."
+    )
+    names = [*_KINDS.values()]
+    drawn = plots.looks(pd.DataFrame({"line": names, "label": names}))
+    note = "test score; bars: standard deviation over prompts"
+    figures = pages(
+        "vectors-cross",
+        pd.concat(long),
+        lambda page: plots.dots(page, "value", "task", "what", drawn, note, "std"),
+    )
+    title = "Task prompt vectors on other initial prompts"
+    return Section("vectors-cross", title, legend, table, _short(shown), figures)
+
+
+def _norm_ratio(row: Any) -> float:
+    """Norm of a prompt file's vector / that of its init; NaN without the file."""
+    found = tensors(str(row.folder), row.prompt_file or "", "prompt", "init")
+    size = np.linalg.norm(found[1]) if found else 0
+    return float(np.linalg.norm(found[0] - found[1]) / size) if size else np.nan
+
+
+def _long(
+    table: pd.DataFrame, places: pd.Series, what: Any, value: str, std: str | None
+) -> pd.DataFrame:
+    """A column of a table as a figure of dots takes it; places with their line where needed."""
+    places = places if table["line"].nunique() == 1 else places + " (" + table["line"] + ")"
+    spread = np.nan if std is None else table[std]
+    rows = {"task": places, "ontology": "", "what": what, "value": table[value], "std": spread}
+    return pd.DataFrame(rows)
+
+
+def _short(shown: pd.DataFrame) -> pd.DataFrame:
+    """A table without the columns line and metric where these say the same in all rows."""
+    return shown.drop(columns=[x for x in ("line", "metric") if shown[x].nunique() == 1])
+
+
+def _sums_table(sums: pd.DataFrame) -> pd.DataFrame:
+    """A row for each sum and task, beside the tuned and the initial prompts of the same cells."""
+    rows = []
+    for (line, expression), of_sum in sums.groupby(_SUM, sort=False):
+        factors = parse_expression(expression)
+        pair = [*factors.values()] == [1.0, 1.0] and {*of_sum["task"]} == {*factors}
+        for task in dict.fromkeys([*factors, *of_sum["task"]]):
+            own = of_sum[of_sum["task"] == task]
+            if not len(own):
+                continue
+            factor = factors.get(task, 0)
+            role = "added" if factor > 0 else "taken away" if factor < 0 else "not in it"
+            row = {"line": line, "expression": expression, "task": task, "pair": pair}
+            row |= {"vector": role, "metric": own["metric"].iloc[0]}
+            for name, column in (("score", "test"), ("tuned", "tuned"), ("initial", "initial")):
+                row |= {name: own[column].mean(), f"{name}_std": own[column].std()}
+                row[f"{name}_n"] = own[column].count()
+            for name, column in (("share", "test"), ("initial_share", "initial")):
+                both = own[own[column].notna() & own["tuned"].notna()]
+                shares = (both[column] / both["tuned"])[both["tuned"] > 0]
+                base = both["tuned"].mean()
+                row[name] = both[column].mean() / base if base > 0 else np.nan
+                row |= {f"{name}_std": shares.std(), f"{name}_n": len(both)}
+            row |= {"scale": own["scale"].mean(), "scale_std": own["scale"].std()}
+            row |= {"scale_least": own["scale"].min(), "scale_largest": own["scale"].max()}
+            rows.append(row | {"runs": len(own)})
+    return pd.DataFrame(rows)
+
+
+_LEGEND = (
+    "Each sum stands on the initial prompt of its vectors, scaled by the lambda that dev chose "
+    "(mean, least to largest). score, tuned and initial: mean ± standard deviation (ddof 1) over "
+    "samples and seeds of the sum, of the task's own tuned prompt and of the bare initial prompt. "
+)
+
+
+def _sum_columns(table: pd.DataFrame) -> pd.DataFrame:
+    """What all sums show: a row for each sum and task, the sum named in its first."""
+    scales = zip(table["scale"], table["scale_least"], table["scale_largest"], strict=True)
+    shown = pd.DataFrame(
+        {
+            "line": table["line"],
+            "sum": table["expression"],
+            "lambda": [f"{x:.3g}" + (f" ({y:g} to {z:g})" if y < z else "") for x, y, z in scales],
+            "task": table["task"],
+            "metric": table["metric"],
+            **{x: plus_minus(table[x], table[f"{x}_std"]) for x in ("score", "tuned", "initial")},
+        }
+    )
+    shown.loc[table.duplicated(_SUM), ["sum", "lambda"]] = ""
+    return _short(shown)
+
+
+def _pair_section(table: pd.DataFrame) -> Section:
+    shares = table.groupby(_SUM, sort=False)["share"]
+    least = shares.transform("min").where(shares.transform("count") == 2)
+    table = table.assign(kept=np.where(least.isna(), "", np.where(least >= KEPT, "yes", "no")))
+    again = table.duplicated(_SUM)
+    shown = _sum_columns(table)
+    shown["share"] = plus_minus(table["share"], table["share_std"])
+    shown["initial share"] = [number(x) for x in table["initial_share"]]
+    shown["kept"] = table["kept"].replace("", "–").where(~again, "")
+    known = table.loc[~again & (table["kept"] != ""), "kept"]
+    legend = (
+        f"{_LEGEND}share: mean score / mean of tuned over the samples and seeds that have both, ± "
+        "standard deviation of the shares of each. initial share: what the bare initial prompt "
+        f"has of it. kept: at least {KEPT:.0%} on both tasks, which says little where guessing is "
+        f"as good. Kept: {(known == 'yes').sum()} of {len(known)} pairs. Scores of a mean: "
+        f"{span(table['score_n'])}."
+    )
+    place = np.where(again, " second task", " first task")
+    sums, starts = "sum, on the", "initial prompt alone, on the"
+    long = [
+        _long(table, table["expression"], np.char.add(sums, place), "share", "share_std"),
+        _long(table, table["expression"], np.char.add(starts, place), "initial_share", None),
+    ]
+    drawn = {
+        f"{what} {which} task": {
+            "color": colour,
+            "marker": marker,
+            "linestyle": "none",
+            "markeredgecolor": colour,
+            "markerfacecolor": colour if what == sums else "white",
+        }
+        for what, marker in ((sums, "o"), (starts, "s"))
+        for which, colour in zip(("first", "second"), plots.COLOURS, strict=False)
+    }
+    note = "test score / that of the tuned prompt; bars: standard deviation; line: kept from here"
+    figures = pages(
+        "vectors-pairs",
+        pd.concat(long),
+        lambda page: plots.dots(page, "value", "task", "what", drawn, note, "std", KEPT),
+    )
+    return Section(
+        "vectors-pairs", "Sums of two task prompt vectors", legend, table, shown, figures
+    )
+
+
+def _expression_section(table: pd.DataFrame) -> Section:
+    shown = _sum_columns(table)
+    shown.insert([*shown].index("task") + 1, "vector", table["vector"])
+    for name in ("initial", "tuned"):
+        shown[f"less {name}"] = [number(x, "+") for x in table["score"] - table[name]]
+    legend = (
+        f"{_LEGEND}vector: whether the task's own vector is added, taken away or not in the sum; a "
+        "task is unlearned where its vector is taken away and its score falls below initial. "
+        f"Scores of a mean: {span(table['score_n'])}."
+    )
+    return Section("vectors-expressions", "Other sums of task prompt vectors", legend, table, shown)
