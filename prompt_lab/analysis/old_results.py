@@ -25,7 +25,7 @@ FIXED: tuple[str, ...] = ("method", "variant", "stage", "backbone", "intrinsic_d
 
 
 FURTHER: tuple[str, ...] = (
-    *("initialised", "num_virtual_tokens", "optimizer"),
+    *("start", "start_of", "num_virtual_tokens", "optimizer"),
     *("shots", "decoding", "metric_variant"),
 )
 """Columns that do so where one task has several values of them."""

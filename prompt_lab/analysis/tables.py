@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from prompt_lab.files.results import BASELINES
+from prompt_lab.files.results import BASELINES, choose_by_dev
 
 AXES = ["variant", "stage", "start", "start_of", "intrinsic_dim", "shots"]
 POINT = ["line", "label", "name", "family", *AXES]
@@ -323,12 +323,6 @@ def group_rank(ontology: str) -> tuple[int, str]:
 
 
 # ---- averages ------------------------------------------------------------------------------------
-
-
-def choose_by_dev(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-    """Of the runs that agree in ``keys``, the one of the best dev score; ties: the earlier run."""
-    order = frame.sort_values(["dev", "run"], ascending=[False, True], kind="stable")
-    return order.drop_duplicates([*keys]).sort_index()
 
 
 def chosen_runs(runs: pd.DataFrame) -> pd.DataFrame:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from prompt_lab.files.results import Start
+from prompt_lab.files.results import Start, choose_by_dev
 from prompt_lab.files.tensors import (
     check_backbone,
     load_tensors,
@@ -65,6 +65,7 @@ class Prompt:
         metric: name of the metric of both.
         status: how its training ended.
         seconds: wall-clock seconds of the fit it was part of.
+        run: its place in the grid of the fit; of equal dev scores the first counts.
         decoding: ``score`` or ``generate``, how its answers were made when it was tested.
         labels: what scored answers were chosen from.
         max_new_tokens: longest generated answer.
@@ -104,6 +105,7 @@ class Prompt:
     metric: str = ""
     status: str = ""
     seconds: float | None = None
+    run: int | None = None
     decoding: str = ""
     labels: list[str] | None = None
     max_new_tokens: int | None = None
@@ -309,7 +311,7 @@ def is_single(place: str | Path) -> bool:
 def best_found(
     found: Iterable[FoundPrompt], key_of: Callable[[dict[str, Any]], Key | None]
 ) -> dict[Key, FoundPrompt]:
-    """The prompt of best dev score for each key, as of a grid; of equal ones the first.
+    """The prompt of best dev score for each key, by :func:`choose_by_dev`.
 
     Args:
         found: prompts.
@@ -318,12 +320,18 @@ def best_found(
     Returns:
         Prompts by key, in the order in which keys are found. Without a dev score is the worst.
     """
-    best: dict[Key, FoundPrompt] = {}
-    for one in found:
-        key = key_of(one.metadata)
-        if key is not None and (key not in best or one.dev > best[key].dev):
-            best[key] = one
-    return best
+    import pandas as pd
+
+    known = [(key, one) for one in found if (key := key_of(one.metadata)) is not None]
+    if not known:
+        return {}
+    place = {key: at for at, key in enumerate(dict.fromkeys(key for key, _ in known))}
+    frame = pd.DataFrame(
+        [(place[key], one.dev, one.metadata.get("run")) for key, one in known],
+        columns=["key", "dev", "run"],
+    )
+    chosen = [known[at] for at in choose_by_dev(frame, ["key"]).index]
+    return dict(sorted(chosen, key=lambda pair: place[pair[0]]))
 
 
 # ---- the store -----------------------------------------------------------------------------------

@@ -196,23 +196,23 @@ def choose_by_dev(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
     Returns:
         The chosen rows, in the frame's order.
     """
-    order = frame.assign(_dev=frame["dev"].astype(float).fillna(-math.inf))
-    by = ["_dev", *(["run"] if "run" in frame else [])]
-    order = order.sort_values(by, ascending=[False, True][: len(by)], kind="stable")
-    return frame.loc[order.drop_duplicates(list(keys)).index.sort_values()]
+    import pandas as pd
+
+    places = [name for name in ("dev", "run") if name in frame]
+    order: Any = frame[places].apply(pd.to_numeric, errors="coerce")
+    order = order.sort_values(places, ascending=[False, True][: len(places)], kind="stable")
+    chosen = frame.loc[order.index].drop_duplicates(list(keys))
+    return frame.loc[chosen.index.sort_values()]
 
 
 def best_by_dev(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Of the tuned runs of each task, sample, seed and start, the one with the best dev score.
+    """The run that :func:`choose_by_dev` takes of each task, sample, seed and start of a fit."""
+    import pandas as pd
 
-    Runs without a dev score lose to all others; of equal scores the first stays.
-    """
-    best: dict[tuple[Any, ...], Mapping[str, Any]] = {}
-    for row in rows:
-        key = tuple(row.get(name) for name in ("task", "sample", "init_seed", *STARTS[:3]))
-        if key not in best or _number(row["dev"]) > _number(best[key]["dev"]):
-            best[key] = row
-    return list(best.values())
+    known = list(rows)
+    keys = ["task", "sample", "init_seed", *STARTS[:3]]
+    frame = pd.DataFrame([{name: row.get(name) for name in (*keys, "dev", "run")} for row in known])
+    return [known[place] for place in choose_by_dev(frame, keys).index] if known else []
 
 
 def summary_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -301,9 +301,3 @@ def _mean_cell(values: Sequence[float], spread: bool = False) -> str:
     if spread and len(known) > 1:
         mean += f" ± {statistics.stdev(known):.3f}"
     return mean
-
-
-def _number(value: Any) -> float:
-    """A score as a number, minus infinity where there is none."""
-    number = float("nan") if value in (None, "") else float(value)
-    return -math.inf if math.isnan(number) else number

@@ -680,6 +680,7 @@ class PromptMethod(LightningModule):
             "metric": self.datamodule.tasks[run.task].metric,
             "status": "finished",
             "seconds": round(self.seconds.item(), 3),
+            "run": self.all_runs.index(run),
             "version": __version__,
             **self.way_of_answering(run.task, run.sample),
         }
