@@ -122,7 +122,8 @@ def select_command(
 
     Args:
         targets: tasks, or sets of partitions such as mpt/cls_to_cls/target.
-        prompts: prompt stores, or folders of fits; not needed for size, semb and random.
+        prompts: prompt stores, folders of fits, prompt files or checkpoints; not needed for size,
+            semb and random.
         sources: tasks or sets to choose among; without it all tasks of the stores but the targets.
         method: what ranks the sources.
         number: how many source tasks to choose.

@@ -89,7 +89,8 @@ def compare_vectors(prompts: list[str], *, out: str) -> list[Path]:
     its own initial prompt has no vector, and is named and left out there.
 
     Args:
-        prompts: prompt stores, or folders of fits, with tuned prompts of several tasks or seeds.
+        prompts: prompt stores, folders of fits, prompt files or checkpoints, with tuned prompts of
+            several tasks or seeds.
         out: folder for pictures and tables.
 
     Returns:

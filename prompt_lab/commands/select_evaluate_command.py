@@ -72,7 +72,8 @@ def evaluate_command(
 
     Args:
         transfer: CSV tables, results.csv files, folders with such, or paper.
-        prompts: prompt stores, or folders of fits: adds all rankings by prompts.
+        prompts: prompt stores, folders of fits, prompt files or checkpoints: adds all rankings by
+            prompts.
         similarity: CSV tables as of transfer, with similarities instead of scores: adds a ranking
             for each, by the name of its file.
         root: folder of few-shot files, or sandbox: adds size, where no table has it.

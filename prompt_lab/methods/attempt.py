@@ -70,7 +70,8 @@ class Attempt(PromptMethod):
     With ``test_baselines`` the variant ``initial_prompt`` is the mixture before training.
 
     Args:
-        prompts: prompt stores, or folders of fits, with the tuned prompts of the source tasks.
+        prompts: prompt stores, folders of fits, prompt files or checkpoints, with the tuned prompts
+            of the source tasks.
         source_tasks: the source tasks; sets of partitions stand for their tasks.
         source_sample: few-shot sample of the source prompts; null for that of the data.
         backbone: which frozen model.

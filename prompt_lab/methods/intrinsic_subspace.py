@@ -52,7 +52,8 @@ class IntrinsicSubspace(PromptMethod):
     between evaluations on dev.
 
     Args:
-        prompts: prompt stores, or folders of fits, with the tuned prompts of all of ``data.tasks``.
+        prompts: prompt stores, folders of fits, prompt files or checkpoints, with the tuned prompts
+            of all of ``data.tasks``.
         backbone: which frozen model.
         unseen_tasks: those of ``data.tasks`` that the map is not trained on but tested on; sets of
             partitions stand for their tasks.

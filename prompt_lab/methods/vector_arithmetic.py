@@ -237,7 +237,8 @@ class VectorArithmetic(PromptMethod):
     lambda.
 
     Args:
-        prompts: prompt stores, or folders of fits, with the tuned prompts.
+        prompts: prompt stores, folders of fits, prompt files or checkpoints, with the tuned
+            prompts.
         study: ``singles``, the vector of each of ``data.tasks`` on its own initial prompt;
             ``pairs``, the sum of each two of them, evaluated on both; ``cross``, each vector on
             every initial prompt of its sample, and alone, without one; ``expressions``, those of
@@ -784,10 +785,11 @@ def _written(task: str) -> str:
     return task if plain else f"'{task}'"
 
 
-def _places(folder: Path) -> list[Path]:
-    """A folder of prompts, and the folder of the fit whose store it is."""
-    folder = folder.resolve()
-    return [folder, folder.parent] if folder.name == "prompts" else [folder]
+def _places(place: Path) -> list[Path]:
+    """The folder of a place of prompts, and the folder of the fit that it belongs to."""
+    place = place.resolve()
+    folder = place.parent if place.is_file() else place
+    return [folder, folder.parent] if folder.name in ("prompts", "checkpoints") else [folder]
 
 
 def _expressions(study: Study, expressions: Sequence[str]) -> dict[str, dict[str, float]]:
