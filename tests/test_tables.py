@@ -176,7 +176,7 @@ def test_cells_that_are_no_numbers_missing_cells_and_no_runs(tmp_path):
     with pytest.raises(ValueError, match="line 4: fewer cells than columns"):
         read_lines({"x": tmp_path})
     (tmp_path / "a" / "results.csv").write_text(lines[0] + "\n")
-    with pytest.raises(ValueError, match="no runs in .*only a header"):
+    with pytest.raises(ValueError, match=r"no runs in .*only a header"):
         read_lines({"x": tmp_path})
     (tmp_path / "a" / "results.csv").unlink()
     with pytest.raises(FileNotFoundError, match=r"no results\.csv in"):

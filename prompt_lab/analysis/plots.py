@@ -218,7 +218,8 @@ def heatmap(
         axes.set(xlabel="", ylabel="")
         axes.tick_params(axis="both", length=0)
         axes.tick_params(axis="y", rotation=0)
-        axes.tick_params(axis="x", rotation=90 if table.shape[1] > 8 else 0)
+        longest = max(len(str(name)) for name in table)
+        axes.tick_params(axis="x", rotation=90 if longest > 9 or table.shape[1] > 8 else 0)
     return figure
 
 
@@ -412,5 +413,5 @@ def _columns(width: float, labels: Sequence[str]) -> int:
 
 def _wrap(text: str, width: int) -> str:
     """Text in lines of at most so many characters, without any mathematical notation."""
-    lines: Sequence[str] = textwrap.wrap(text, width) or [""]
+    lines: Sequence[str] = textwrap.wrap(text, width, break_on_hyphens=False) or [""]
     return "\n".join(lines).replace("$", r"\$")
