@@ -124,6 +124,15 @@ def test_baselines_without_a_method_are_shared_where_all_lines_agree(tmp_path):
     assert labels == ["a", "b", "c", *(f"{x}, no prompt" for x in "abc")]
 
 
+def test_baselines_of_several_k_are_points_of_their_own(tmp_path):
+    for k in ("16", "32"):
+        folder = baselines(tmp_path / k, "0.25")
+        frame = pd.read_csv(folder / "results.csv", dtype=str, keep_default_na=False)
+        frame.assign(shots=k).to_csv(folder / "results.csv", index=False)
+    labels = read_lines({"a": tmp_path})["label"].unique().tolist()
+    assert labels == ["a, K 16", "a, K 32", "no prompt, K 16", "no prompt, K 32"]
+
+
 def test_ties_go_to_the_earlier_run_and_no_dev_score_loses():
     frame = pd.DataFrame({"key": 1, "dev": [np.nan, 0.5, 0.5], "run": [0.0, 2.0, 1.0]})
     assert choose_by_dev(frame, ["key"])["run"].tolist() == [1.0]

@@ -188,29 +188,28 @@ def lines(
     return figure
 
 
-def heatmap(
-    table: pd.DataFrame, label: str, centre: float | None = None, digits: int = 2
-) -> Figure:
-    """A table of numbers as colours, with the numbers in it.
+def heatmap(table: pd.DataFrame, label: str, centre: float | None = None) -> Figure:
+    """A table of numbers as colours, with the numbers in it; NaN stays empty.
 
     Args:
-        table: numbers with names as index and columns; NaN stays empty.
+        table: numbers, with names as index and columns.
         label: what they are.
         centre: a value that is neither high nor low; colours then go from blue to red around it.
-        digits: decimals of the numbers.
     """
     import seaborn
 
-    width = min(PAGE, 1.9 + 0.52 * table.shape[1])
-    with _figure(width, 0.6 + 0.24 * len(table)) as (figure, axes):
-        names = [_wrap(str(name), 30) for name in table.index]
+    rows, columns = ([_wrap(str(x), 30) for x in names] for names in (table.index, table.columns))
+    longest = max(len(line) for name in columns for line in name.split("\n"))
+    upright = longest > 9 or len(columns) > 8
+    height = 0.6 + 0.24 * len(rows) + 0.065 * longest * upright
+    with _figure(min(PAGE, 1.9 + 0.52 * len(columns)), height) as (figure, axes):
         seaborn.heatmap(
-            table.set_axis(names).astype(float),
+            table.set_axis(rows).set_axis(columns, axis=1).astype(float),
             ax=axes,
             cmap="cividis" if centre is None else "vlag",
             center=centre,
             annot=True,
-            fmt=f".{digits}f",
+            fmt=".2f",
             annot_kws={"size": 7},
             linewidths=0.5,
             cbar_kws={"label": label},
@@ -218,7 +217,7 @@ def heatmap(
         axes.set(xlabel="", ylabel="")
         axes.tick_params(axis="both", length=0)
         axes.tick_params(axis="y", rotation=0)
-        axes.tick_params(axis="x", rotation=90 if table.shape[1] > 8 else 0)
+        axes.tick_params(axis="x", rotation=90 if upright else 0)
     return figure
 
 
@@ -230,7 +229,6 @@ def scatter(
     xlabel: str,
     ylabel: str,
     style: str | None = None,
-    name: str | None = None,
 ) -> Figure:
     """Points in two dimensions, coloured by a group.
 
@@ -263,15 +261,6 @@ def scatter(
             edgecolor="white",
             ax=axes,
         )
-        if name is not None:
-            for _, point in table.iterrows():
-                axes.annotate(
-                    str(point[name]),
-                    (point[x], point[y]),
-                    (3, 3),
-                    textcoords="offset points",
-                    fontsize=6,
-                )
         axes.margins(0.1)
         axes.grid()
         axes.set(xlabel=xlabel, ylabel=ylabel)
@@ -412,5 +401,5 @@ def _columns(width: float, labels: Sequence[str]) -> int:
 
 def _wrap(text: str, width: int) -> str:
     """Text in lines of at most so many characters, without any mathematical notation."""
-    lines: Sequence[str] = textwrap.wrap(text, width) or [""]
+    lines: Sequence[str] = textwrap.wrap(text, width, break_on_hyphens=False) or [""]
     return "\n".join(lines).replace("$", r"\$")

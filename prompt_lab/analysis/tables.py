@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -113,9 +113,8 @@ def read_results(file: str | Path) -> pd.DataFrame:
     for name in NUMBERS:
         numbers = pd.to_numeric(frame[name].replace("", None), errors="coerce")
         if wrong := [*frame.index[numbers.isna() & (frame[name] != "")]]:
-            cell = frame.loc[wrong[0], name]
-            if str(cell).lower() != "nan":
-                raise ValueError(f"{file}, line {wrong[0] + 2}: {name} is {cell!r}, not a number")
+            what = f"{name} is {frame.loc[wrong[0], name]!r}, not a number"
+            raise ValueError(f"{file}, line {wrong[0] + 2}: {what}; correct it or test again")
         frame[name] = numbers.astype(float).replace([float("inf"), float("-inf")], float("nan"))
     for name in ("sample", "shots", *SEEDS):
         frame[name] = frame[name].str.removesuffix(".0")
@@ -143,11 +142,9 @@ def read_lines(places: Mapping[str, str | Path]) -> pd.DataFrame:
         for file in find_results(place)
     ]
     runs = pd.concat(frames, ignore_index=True)
-    for line in places:
-        if not (runs["line"] == line).any():
-            raise ValueError(f"no runs in {places[line]}: only a header; run prompt-lab test")
-    rank = runs["line"].map({line: at for at, line in enumerate(places)})
-    runs = runs.assign(order=rank)
+    if missing := [place for line, place in places.items() if line not in {*runs["line"]}]:
+        raise ValueError(f"no runs in {missing[0]}: only a header; run prompt-lab test")
+    runs["order"] = runs["line"].map([*places].index)
     _refuse_mixtures(runs)
     _tell_starts(runs)
     everything = len(runs)
@@ -155,9 +152,8 @@ def read_lines(places: Mapping[str, str | Path]) -> pd.DataFrame:
     _share_baselines(runs)
     for column, without in (("label", ""), ("name", "shots"), ("family", "intrinsic_dim")):
         runs[column] = _labels(runs, without)
-    if runs["line"].isin(SHARED).any():
-        runs = _without_repeats(runs)
-    runs = _in_order(runs)
+    runs = _in_order(_without_repeats(runs))
+    assert (runs.groupby("label")[AXES].nunique(dropna=False) <= 1).all(axis=None)
     runs.attrs["twice"] = everything - len(runs)
     return runs
 
@@ -165,18 +161,21 @@ def read_lines(places: Mapping[str, str | Path]) -> pd.DataFrame:
 def _refuse_mixtures(runs: pd.DataFrame) -> None:
     """Stop where the runs of a line differ in a column or flag that is no axis."""
     for line, of_line in runs.groupby("line", sort=False):
-        trained = of_line[~of_line["variant"].isin(SHARED)]
+        own = of_line[~of_line["variant"].isin(SHARED)]
+        flags = flag_table(own)
         for name in _PER_LINE:
-            _refuse(f"{line}: {name}", trained[name], trained["folder"])
+            _refuse(f"{line}: {name}", own[name], own["folder"])
         for name in _PER_TASK:
-            for task, of_task in trained.groupby("task", sort=False):
-                _refuse(f"{line}: {name} on {task}", of_task[name], of_task["folder"])
-        flags = flag_table(trained)
-        for name in [name for name in flags if name not in (_TOLD | _FILES)]:
-            _refuse(f"{line}: {name}", flags[name], trained["folder"])
-        for name in [name for name in flags if name in _FILES]:
-            for _, cell in flags.groupby([trained[x] for x in _CELL], dropna=False, sort=False):
-                _refuse(f"{line}: {name}", cell[name], trained.loc[cell.index, "folder"])
+            for task, of_task in own.groupby("task", sort=False):
+                _refuse(f"{line}: {name} on {task}", of_task[name], own["folder"])
+        for name in flags:
+            if name in _FILES:
+                cells = flags.groupby([own[x] for x in _CELL], dropna=False)[name]
+                differs = cells.transform("nunique") > 1
+                for _, cell in cells if differs.any() else ():
+                    _refuse(f"{line}: {name}", cell, own["folder"])
+            elif name not in _TOLD:
+                _refuse(f"{line}: {name}", flags[name], own["folder"])
 
 
 def _refuse(what: str, values: pd.Series, folders: pd.Series) -> None:
@@ -205,12 +204,12 @@ def flag_table(runs: pd.DataFrame) -> pd.DataFrame:
         ValueError: settings that are no JSON object.
     """
     texts = {}
-    for text in runs["settings"].unique():
+    for text, folder in runs.drop_duplicates("settings")[["settings", "folder"]].to_numpy():
         try:
             found = json.loads(text or "{}")
             texts[text] = {name: json.dumps(value) for name, value in found.items()}
         except (AttributeError, json.JSONDecodeError):
-            raise ValueError(f"settings {text!r} are no JSON object: the file is damaged") from None
+            raise ValueError(f"{folder}: settings {text!r} are no JSON object") from None
     names = list(dict.fromkeys(name for found in texts.values() for name in found))
     rows = [[texts[text].get(name, "default") for name in names] for text in runs["settings"]]
     return pd.DataFrame(rows, index=runs.index, columns=names)
@@ -253,40 +252,34 @@ def _share_baselines(runs: pd.DataFrame) -> None:
             runs.loc[own, "line"] = variant
             runs.loc[own, blank] = ""
             runs.loc[own, "order"] = len(runs)
-            score = runs[own].groupby(keys)["dev"].transform("first")
-            runs.loc[own, "dev"] = score
+            runs.loc[own, "dev"] = runs[own].groupby(keys)["dev"].transform("first")
 
 
 def _labels(runs: pd.DataFrame, without: str) -> pd.Series:
     """The name of each run's point: the line, and the axes but one in which it has several."""
     labels = pd.Series("", index=runs.index)
-    for line, of_line in runs.groupby("line", sort=False):
-        main = of_line[~of_line["variant"].isin([*BASELINES, *SUMS])]
-        telling = {x for x in AXES if x != without and main[x].nunique(dropna=False) > 1}
-        for _, of_point in of_line.groupby(AXES, dropna=False, sort=False):
-            labels[of_point.index] = _label(str(line), of_point.iloc[0], telling)
+    aside = runs["variant"].where(runs["variant"].isin([*BASELINES, *SUMS]), "")
+    for (line, variant), of_kind in runs.groupby(["line", aside], sort=False):
+        telling = {x for x in AXES if x != without and of_kind[x].nunique(dropna=False) > 1}
+        for _, of_point in of_kind.groupby(AXES, dropna=False, sort=False):
+            names = [] if line in SHARED else [str(line)]
+            names += [variant.replace("_", " ")] if variant else []
+            labels[of_point.index] = ", ".join([*names, *_told(of_point.iloc[0], telling)])
     return labels
 
 
-def _label(line: str, point: pd.Series, telling: set[str]) -> str:
-    """The name of one point."""
-    variant = point["variant"].replace("_", " ")
-    if line in SHARED:
-        return variant
-    parts = [line]
-    if point["variant"] in (*BASELINES, *SUMS):
-        return f"{line}, {variant}"
-    if "variant" in telling and variant != "tuned":
-        parts.append(variant)
+def _told(point: pd.Series, telling: set[str]) -> Iterator[str]:
+    """A point in words, by the axes in which it may differ from others."""
+    if "variant" in telling and point["variant"] != "tuned":
+        yield point["variant"].replace("_", " ")
     if "stage" in telling:
-        parts.append(f"stage {point['stage']}")
+        yield f"stage {point['stage']}"
     if point["start"] and {"start", "start_of"} & telling:
-        parts.append(f"{point['start']} {point['start_of']}".strip())
+        yield f"{point['start']} {point['start_of']}".strip()
     if "intrinsic_dim" in telling and pd.notna(point["intrinsic_dim"]):
-        parts.append(f"{point['intrinsic_dim']:g} dims")
+        yield f"{point['intrinsic_dim']:g} dims"
     if "shots" in telling:
-        parts.append(f"K {point['shots']}")
-    return ", ".join(parts)
+        yield f"K {point['shots']}"
 
 
 def _in_order(runs: pd.DataFrame) -> pd.DataFrame:
