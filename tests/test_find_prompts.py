@@ -67,6 +67,7 @@ def prompt(model: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         },
         "hyper_parameters": {"backbone": {"name": model.name}, "init": {"name": "vocab"}},
         "runs": [asdict(RUN)],
+        "starts": [{"start": "vocab"}],
         "backbone_digest": model.digest,
         "tokenizer_digest": model.tokenizer_digest,
     }
@@ -80,13 +81,13 @@ def exported(place: str, _: Backbone) -> Tensor:
 
 
 def init_path(place: str, model: Backbone) -> Tensor:
-    return initial_prompts(InitConfig("file", path=place), model, [RUN], {}, N)[0]
+    return initial_prompts(InitConfig("file", path=place), model, [RUN], {}, N)[0][0]
 
 
 def transfer(place: str, model: Backbone) -> Tensor:
     config = InitConfig("file", path=place, source_tasks=[TASK])
     run = Run("glue-sst2", 13, 0, 0.3, 8, source=TASK)
-    return initial_prompts(config, model, [run], {}, N)[0]
+    return initial_prompts(config, model, [run], {}, N)[0][0]
 
 
 def of_attempt(place: str, model: Backbone) -> Tensor:
