@@ -1,5 +1,8 @@
 """Five kinds of figures of DataFrames: dots with intervals, lines, heat maps, scatters, violins.
 
+The table has a row for each mark; ``x``, ``y``, ``value``, ``place``, ``label`` name its columns;
+``looks`` is how labels are drawn, ``level`` where a line goes across all of them.
+
 A line of a report has one colour (Okabe and Ito's, safe for colour-blind eyes) in all figures; its
 points differ in marker and dash. Sizes are those of a paper's column or page, so that the text
 needs no scaling. Equal tables give equal files. No window and no global state is used.
@@ -34,9 +37,6 @@ COLOURS = (
 )
 MARKERS = "osD^vPX*<>"
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)))
-MOST_TASKS = 24
-"""Tasks in one figure of dots."""
-
 Looks = Mapping[str, dict[str, Any]]
 """Colour, marker and dash by label."""
 
@@ -94,20 +94,12 @@ def dots(
 ) -> Figure:
     """A value at each place (a task), from top to bottom, with a dot for each label.
 
-    Args:
-        table: a row for each place and label.
-        value: column of the value.
-        place: column of the places; at most `MOST_TASKS` fit a page.
-        label: column of the labels.
-        looks: how labels are drawn.
-        xlabel: what the value is.
-        spread: column of a deviation either way, or columns of both ends of an interval.
-        level: where to draw a line across all places.
+    ``spread`` is the column of a deviation either way, or the columns of both ends of an interval.
+    `places_on_page` says how many places fit a page.
     """
     places = list(dict.fromkeys(table[place]))
     labels = _in_order(table[label], looks)
-    room = 0.1 + max(0.115 * len(labels), 0.13)
-    with _figure(PAGE, 0.5 + room * len(places), labels) as (figure, axes):
+    with _figure(PAGE, 0.5 + _room(len(labels)) * len(places), labels) as (figure, axes):
         for at in range(0, len(places), 2):
             axes.axhspan(at - 0.5, at + 0.5, color="#f6f6f6", linewidth=0, zorder=0)
         if level is not None:
@@ -128,6 +120,16 @@ def dots(
     return figure
 
 
+def places_on_page(labels: int) -> int:
+    """How many places with so many labels each stand in one figure of dots."""
+    return max(1, int(8 / _room(labels)))
+
+
+def _room(labels: int) -> float:
+    """Height of a place in a figure of dots, in inches."""
+    return 0.07 + max(0.085 * labels, 0.13)
+
+
 def lines(
     table: pd.DataFrame,
     x: str,
@@ -140,20 +142,11 @@ def lines(
     level: float | None = None,
     steps: bool = False,
 ) -> Figure:
-    """A value over an axis, a line for each label.
+    """A value over ``x``, a line for each label.
 
-    Args:
-        table: a row for each place and label.
-        x: column of the places: steps, or values such as dimensions and K, which stand in the order
-            of the table at equal distances.
-        y: column of the value.
-        label: column of the labels.
-        looks: how labels are drawn.
-        xlabel: what the places are.
-        ylabel: what the value is.
-        spread: column of a deviation either way: a band over steps, else bars.
-        level: where to draw a line across all places.
-        steps: whether ``x`` are numbers on a scale.
+    ``x`` are values such as dimensions or K, at equal distances in the order of the table; with
+    ``steps`` numbers on a scale. ``spread`` is the column of a deviation either way, drawn as bars,
+    or as a band over steps.
     """
     labels = _in_order(table[label], looks)
     places = list(dict.fromkeys(table[x]))
@@ -191,10 +184,7 @@ def lines(
 def heatmap(table: pd.DataFrame, label: str, centre: float | None = None) -> Figure:
     """A table of numbers as colours, with the numbers in it; NaN stays empty.
 
-    Args:
-        table: numbers, with names as index and columns.
-        label: what they are.
-        centre: a value that is neither high nor low; colours then go from blue to red around it.
+    With a ``centre``, colours go from blue to red around it.
     """
     import seaborn
 
@@ -230,18 +220,7 @@ def scatter(
     ylabel: str,
     style: str | None = None,
 ) -> Figure:
-    """Points in two dimensions, coloured by a group.
-
-    Args:
-        table: a row for each point.
-        x: column of the first coordinate.
-        y: column of the second.
-        hue: column of the groups.
-        xlabel: what the first is.
-        ylabel: what the second is.
-        style: column of what the markers tell apart.
-        name: column of names to write beside the points.
-    """
+    """Points in two dimensions; ``hue`` is the column of their groups, ``style`` of markers."""
     import seaborn
 
     groups = list(dict.fromkeys(table[hue]))
@@ -255,7 +234,7 @@ def scatter(
             hue=hue,
             style=style or hue,
             palette=dict(zip(groups, colours, strict=True)),
-            markers=[*MARKERS][: table[style or hue].nunique()],
+            markers=[*MARKERS * 9][: table[style or hue].nunique()],
             s=34,
             linewidth=0.4,
             edgecolor="white",
@@ -266,7 +245,7 @@ def scatter(
         axes.set(xlabel=xlabel, ylabel=ylabel)
         if axes.get_legend() is not None:
             axes.get_legend().remove()  # pyright: ignore[reportOptionalMemberAccess]
-        _legend(figure, axes)
+        _legend(figure, axes, (hue, style))
     return figure
 
 
@@ -278,16 +257,7 @@ def violins(
     ylabel: str,
     level: float | None = None,
 ) -> Figure:
-    """How a value is spread, a violin for each label with every value as a dot in it.
-
-    Args:
-        table: a row for each value.
-        value: column of the value.
-        label: column of the labels.
-        looks: how labels are drawn.
-        ylabel: what the value is.
-        level: where to draw a line across all violins.
-    """
+    """How a value is spread, a violin for each label, with every value as a dot in it."""
     import seaborn
 
     labels = _in_order(table[label], looks)
@@ -319,14 +289,9 @@ def violins(
 
 
 def save_figure(figure: Figure, stem: Path) -> list[Path]:
-    """Write a figure as PNG (300 dpi) and SVG; equal figures give equal bytes.
+    """Write a figure as PNG (300 dpi) and SVG, the same bytes for the same figure; the files.
 
-    Args:
-        figure: the figure.
-        stem: path without ending.
-
-    Returns:
-        The two files.
+    ``stem`` is the path without ending.
     """
     import matplotlib
 
@@ -385,12 +350,13 @@ def _ends(table: pd.DataFrame, value: str, spread: str | tuple[str, str] | None)
     return None if np.isnan(ends).all() else ends
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def _legend(figure: Figure, axes: Axes, without: Sequence[str | None] = ()) -> None:
     """A legend above the axes, in as many columns as fit; none for a single label."""
-    handles, labels = axes.get_legend_handles_labels()
-    if len(labels) > 1:
-        columns = _columns(figure.get_size_inches()[0], labels)
-        figure.legend(handles, labels, loc="outside upper center", ncols=columns)
+    named = zip(*axes.get_legend_handles_labels(), strict=True)
+    found = {label: handle for handle, label in named if label not in without}
+    if len(found) > 1:
+        columns = _columns(figure.get_size_inches()[0], [*found])
+        figure.legend(found.values(), found, loc="outside upper center", ncols=columns)
 
 
 def _columns(width: float, labels: Sequence[str]) -> int:

@@ -121,11 +121,11 @@ def file_name(words: object) -> str:
 def pages(
     stem: str, table: pd.DataFrame, draw: Callable[[pd.DataFrame], Figure]
 ) -> dict[str, Figure]:
-    """One figure for every `plots.MOST_TASKS` tasks of a table, in order of ontology and name."""
+    """Figures of dots, with as many tasks as a page takes, in order of ontology and name."""
     ranks = {row.task: group_rank(row.ontology) for row in table.itertuples()}
     tasks = sorted(ranks, key=lambda task: (ranks[task], task))
     table = table.assign(at=table["task"].map(tasks.index)).sort_values("at", kind="stable")
-    parts = table["at"] // plots.MOST_TASKS
+    parts = table["at"] // plots.places_on_page(table["label"].nunique())
     name = stem if parts.nunique() == 1 else stem + "-{}"
     return {name.format(at + 1): draw(part) for at, part in table.groupby(parts)}
 
@@ -438,7 +438,9 @@ def _pivot(
     for place in order:
         own = means[means[columns] == place].set_index(index).reindex(shown["line"])
         name = f"{place:g}" if isinstance(place, float) else str(place)
-        best = own["mean"].where(is_method(own.fillna({"variant": ""})))
+        like = is_method(own) & own["variant"].notna()
+        like &= own["tasks"] == own.loc[like & (own["tasks"] > 0), "tasks"].mode().max()
+        best = own["mean"].where(like)
         shown[name] = bold_best(plus_minus(own["mean"], own["std"]), best)
         words.append(f"{name}: {span(own.loc[own['tasks'] > 0, 'tasks'])}")
     return shown, f"Tasks: {', '.join(words)}."
@@ -547,9 +549,10 @@ def tests_section(runs: pd.DataFrame, references: Sequence[str]) -> Iterator[Sec
         f"{f' (here {shown.test.iloc[0]} in all)' if 'test' in same else ''}. n: runs of either "
         f"side. p: corrected after Holm over the {len(known)} tests of this table; *: at most "
         f"{LEVEL:g}. The intervals are not corrected. Runs count as independent, also those that "
-        f"share a sample or a seed. {len(table) - len(known)} comparisons have too few runs, or "
-        "no spread."
+        "share a sample or a seed."
     )
+    if few := len(table) - len(known):
+        legend += f" {few} comparisons have too few runs, or no spread."
     shown = shown.drop(columns=[x for x in same if x != "against" or references])
     yield Section("tests", "Tests on each task", legend, table, shown)
 

@@ -121,7 +121,7 @@ def _cross_section(cross: pd.DataFrame, alone: pd.DataFrame) -> Section:
     figures = pages(
         "vectors-cross",
         pd.concat(long),
-        lambda page: plots.dots(page, "value", "task", "what", drawn, note, "std"),
+        lambda page: plots.dots(page, "value", "task", "label", drawn, note, "std"),
     )
     title = "Task prompt vectors on other initial prompts"
     return Section("vectors-cross", title, legend, table, _short(shown), figures)
@@ -140,7 +140,7 @@ def _long(
     """A column of a table as a figure of dots takes it; places with their line where needed."""
     places = places if table["line"].nunique() == 1 else places + " (" + table["line"] + ")"
     spread = np.nan if std is None else table[std]
-    rows = {"task": places, "ontology": "", "what": what, "value": table[value], "std": spread}
+    rows = {"task": places, "ontology": "", "label": what, "value": table[value], "std": spread}
     return pd.DataFrame(rows)
 
 
@@ -240,7 +240,7 @@ def _pair_section(table: pd.DataFrame) -> Section:
     figures = pages(
         "vectors-pairs",
         pd.concat(long),
-        lambda page: plots.dots(page, "value", "task", "what", drawn, note, "std", KEPT),
+        lambda page: plots.dots(page, "value", "task", "label", drawn, note, "std", KEPT),
     )
     return Section(
         "vectors-pairs", "Sums of two task prompt vectors", legend, table, shown, figures
