@@ -6,12 +6,18 @@ depends on a fresh process (help without torch, ``python -m``, test from files) 
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
+import re
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +306,37 @@ def test_a_saved_config_reruns_to_the_same_prompt_and_serves_test_in_a_fresh_pro
     assert first == second
     for name in ("predictions.jsonl", "digests.json"):
         assert Path("first", name).read_bytes() == Path("second", name).read_bytes()
+
+
+def in_a_terminal(*words: str, columns: int) -> list[str]:
+    """What a terminal of so many columns shows of a command, without colours and moves."""
+    main, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    command = [sys.executable, "-m", "prompt_lab", *words]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=side, stderr=side) as process:
+        os.close(side)
+        shown = b""
+        with suppress(OSError):  # the end of a terminal whose process is gone
+            while part := os.read(main, 65536):
+                shown += part
+    os.close(main)
+    assert process.returncode == 0, shown.decode()
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode()).replace("\r\n", "\n")
+    return [line.rpartition("\r")[2] for line in text.splitlines()]
+
+
+def test_the_table_of_scores_fits_a_terminal_of_80_columns(tiny_file, tmp_path, monkeypatch):
+    """Printed past the live progress bar, which must not tear it."""
+    monkeypatch.chdir(tmp_path)
+    words = ("fit", "-c", tiny_file, "--run_dir=r", "--test_after_fit")
+    lines = in_a_terminal(*words, "--model.test_baselines=true", columns=80)
+    start = lines.index("test scores")
+    end = next(at for at, line in enumerate(lines) if line.startswith("results, predictions"))
+    table = [line.rstrip() for line in lines[start + 1 : end] if line.strip()]
+    assert all(len(line) <= 80 for line in lines[start:end])
+    assert table[0].split()[:2] == ["task", "metric"]
+    (rule,) = [at for at, line in enumerate(table) if set(line) == {"-", " "}]
+    assert table[rule + 1].split()[:2] == ["glue-sst2", "ACC"]
 
 
 def test_a_second_fit_in_the_same_folder_sets_the_first_aside(fit, capsys):

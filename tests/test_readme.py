@@ -11,7 +11,11 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import pandas as pd
 import pytest
+
+from prompt_lab.analysis.report import make_report
+from prompt_lab.analysis.tables import read_lines
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -75,8 +79,28 @@ def run(folder, *command):
     return made.stdout.strip()
 
 
+def examples() -> tuple[str, str]:
+    """The example of Python, and that of a table of one's own."""
+    codes = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    table, code = sorted(codes, key=lambda code: "import torch" in code)
+    return code, table
+
+
+def test_a_table_of_ones_own_is_that_of_the_report(capsys):
+    folder = ROOT / "tests" / "data" / "report" / "pins" / "prompts"
+    _, code = examples()
+    exec(code.replace("runs/quickstart", str(folder)), {})
+    printed = capsys.readouterr().out.split()
+    runs = pd.read_csv(folder / "results.csv")
+    (section,) = [s for s in make_report(read_lines({"x": folder})) if s.name == "tasks"]
+    scores = section.table[section.table["variant"] == "tuned"]
+    assert len(scores) == runs[runs["variant"] == "tuned"]["task"].nunique()
+    for score in scores["score"]:
+        assert f"{score:.3f}" in printed
+
+
 def test_python_example_reaches_a_good_accuracy(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code, _ = examples()
     accuracy, *_ = run(tmp_path, sys.executable, "-c", code).splitlines()
     assert float(accuracy) > 0.8
 
