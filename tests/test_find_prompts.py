@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from conftest import HIDDEN
@@ -31,6 +32,7 @@ from prompt_lab.files.prompts import (
     load_prompt,
     save_prompt,
 )
+from prompt_lab.files.results import choose_by_dev
 from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts
 from prompt_lab.methods.source_prompts import best_prompts, source_prompts
 from prompt_lab.methods.task_vectors import find_vectors, load_source
@@ -200,3 +202,15 @@ def test_of_several_the_best_by_dev_is_taken_and_of_equal_ones_the_first() -> No
     assert best_found(found, lambda known: known["task"]) == {"a": found[3]}
     assert best_found(found[:1], lambda known: known["task"]) == {"a": found[0]}
     assert best_found(found, lambda _: None) == {}
+
+
+def test_of_equal_dev_scores_the_earlier_of_the_grid_is_taken(tmp_path: Path) -> None:
+    """B5: stores took the first file name, results the first of the grid."""
+    made = [
+        Prompt(torch.ones(2, 4), torch.ones(2, 4), name, "b", "d", "t", dev_score=dev, run=run)
+        for name, dev, run in (("a", 0.5, 2), ("b", 0.5, 0), ("c", 0.5, 1), ("d", None, 3))
+    ]
+    PromptStore(tmp_path).save(made)
+    (found,) = best_found(find_prompts(tmp_path), lambda known: "all").values()
+    frame = pd.DataFrame({"dev": [0.5, 0.5, 0.5, None], "run": [2, 0, 1, 3], "key": 0})
+    assert found.stem == "b" == ["a", "b", "c", "d"][choose_by_dev(frame, ["key"]).index[0]]

@@ -166,3 +166,17 @@ def test_settings_are_those_that_are_not_at_their_defaults(tested: Any) -> None:
     assert found["model.optim.schedule"] == "linear"
     assert not [name for name in found if name.startswith("data.") or "label_smoothing" in name]
     assert found["trainer.max_steps"] == 2
+
+
+def test_a_resumed_fit_has_the_name_of_one_without_a_break(
+    tested: Any, backbone: Callable[..., Backbone], fewshot_root: Path, tmp_path: Path
+) -> None:
+    before = tested("whole", trainer={"val_check_interval": 1})
+    data = CrossFitDataModule([TASK], str(fewshot_root), [13])
+    first = make_trainer(tmp_path / "run", 1, 1)
+    first.fit(make_method(backbone("gpt2"), **MODEL), datamodule=data)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    method, second = make_method(backbone("gpt2"), **MODEL), make_trainer(tmp_path / "run", 2, 1)
+    second.fit(method, datamodule=data, ckpt_path=str(tmp_path / "half.ckpt"), weights_only=True)
+    second.test(method, datamodule=data, verbose=False)
+    assert ids(read_csv(tmp_path / "run" / "results.csv")) == ids(before)
