@@ -615,13 +615,15 @@ class PromptTuning(PromptMethod):
     # ---- identity, warnings ---------------------------------------------------------------------
 
     def digests(self) -> dict[str, Any]:
-        """Digests of backbone weights, tokenizer, data files, and initial prompts.
+        """Digests of backbone weights, tokenizer, data files, subspace, and initial prompts.
 
-        These stand for the files, or the subspace, that they were made from.
+        These are of prompts that were read, and stand for their files.
         """
-        own = [tensor_digest(init) for init in self.init]
-        init = hashlib.sha256(" ".join(self.shares.join(own)).encode()).hexdigest()
-        return {**super().digests(), "initial_prompts": init}
+        found = {**super().digests(), "subspace": self._subspace_digest()}
+        if self.init_config.name == "file" and self.subspace_config is None:
+            own = self.shares.join([tensor_digest(init) for init in self.init])
+            found["initial_prompts"] = hashlib.sha256(" ".join(own).encode()).hexdigest()
+        return found
 
     def _subspace_digest(self) -> str | None:
         """SHA-256 of the subspace's weights, or None where there is no subspace."""

@@ -70,7 +70,7 @@ class Bench:
                 task=task,
                 sample=SAMPLE,
                 init_seed=0,
-                initialised="vocab",
+                start="vocab",
                 dev_score=0.5,
             )
             for task, prompt in zip(TASKS, others, strict=True)
