@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors.numpy import save_file
 
 from prompt_lab.analysis.report import make_report, write_report
 from prompt_lab.analysis.sections import Section, compare_runs
@@ -159,6 +160,31 @@ def write(folder: Path, **cells: object) -> pd.DataFrame:
     folder.mkdir(parents=True, exist_ok=True)
     frame.to_csv(folder / "results.csv", index=False)
     return frame
+
+
+def test_codes_and_norms_are_read_from_the_prompt_files(tmp_path):
+    init = np.ones((2, 4), np.float32)
+    tensors = {"prompt": 3 * init, "init": init}
+    for at, task in enumerate(("emo", "boolq", "glue-rte", "ag_news")):
+        code = np.array([at, at**2, 1], np.float32)
+        save_file(tensors | {"code": code}, tmp_path / f"{task}.safetensors")
+    write(tmp_path / "plain", intrinsic_dim="3")
+    frame = pd.read_csv(tmp_path / "plain" / "results.csv")
+    frame.assign(prompt_file="../" + frame["task"] + ".safetensors").to_csv(
+        tmp_path / "plain" / "results.csv", index=False
+    )
+    sections = {x.name: x for x in make_report(read_lines({"plain": tmp_path / "plain"}))}
+    assert sections["codes"].table["codes"].sum() == len(chosen_runs(read_lines({"x": tmp_path})))
+    assert [*sections["codes"].figures] == ["codes-plain"]
+    frame = pd.read_csv(DATA / "vectors" / "cross" / "results.csv")
+    (tmp_path / "cross").mkdir()
+    frame.assign(prompt_file="../emo.safetensors").to_csv(
+        tmp_path / "cross" / "results.csv", index=False
+    )
+    (section,) = (
+        x for x in make_report(read_lines({"x": tmp_path / "cross"})) if x.name == "vectors-cross"
+    )
+    assert section.table["ratio"].tolist() == pytest.approx([2.0] * 4)
 
 
 # ---- tests are honest ----------------------------------------------------------------------------
