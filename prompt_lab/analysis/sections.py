@@ -367,11 +367,12 @@ def sets_sections(
         means = _mean_of(table, value, [*POINT, "set"])
         grid = means.pivot_table(index="label", columns="set", values="mean", sort=False)
         grid = grid.reindex(columns=[x for x in order if x in grid])
-        figure = plots.heatmap(grid, title, 1.0 if value == "ratio" else None)
+        stem, figures = f"{name}-by-{kind}", {}
+        if grid.notna().to_numpy().any():  # not where every reference is zero
+            figures[stem] = plots.heatmap(grid, title, 1.0 if value == "ratio" else None)
         shown, words = _pivot(means, "label", "set", order)
         legend = f"{title} over the tasks of each set. {words}"
-        stem = f"{name}-by-{kind}"
-        yield Section(stem, f"{title} by {kind}", legend, means, shown, {stem: figure})
+        yield Section(stem, f"{title} by {kind}", legend, means, shown, figures)
 
 
 def dimension_sections(scores: pd.DataFrame, ratios: Sequence[pd.DataFrame]) -> Iterator[Section]:
