@@ -12,13 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import HIDDEN
 from lightning.pytorch import Trainer
 from test_prompt_tuning import make_method, make_trainer
 
 from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.subspace import Subspace
 from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.files.networks import save_network
+from prompt_lab.files.prompts import find_prompts
 from prompt_lab.files.results import read_csv
 from prompt_lab.methods.prompt_tuning import PromptTuning
+from prompt_lab.methods.subspace_tuning import SubspaceConfig
 
 MODEL = {"num_virtual_tokens": 3, "learning_rate": 0.03, "batch_size": 4}
 TASK = "glue-sst2"
@@ -158,6 +163,26 @@ def test_a_finished_fit_is_tested_and_moved_without_the_files_it_started_from(
     trainer = make_trainer(tmp_path / "moved", 2, 2)
     trainer.test(method, datamodule=data, verbose=False)
     assert read_csv(tmp_path / "moved" / "results.csv") == before
+
+
+def test_a_finished_fit_in_a_subspace_is_tested_without_its_map(
+    tested: Any, backbone: Callable[..., Backbone], fewshot_root: Path, tmp_path: Path
+) -> None:
+    model, path = backbone("gpt2"), tmp_path / "map.safetensors"
+    facts = {"backbone": model.name, "backbone_digest": model.digest}
+    save_network(path, Subspace(3, HIDDEN, 4), facts)
+    settings = {"subspace": SubspaceConfig(str(path))}
+    before = tested("run", **settings)
+    assert {line["intrinsic_dim"] for line in before} == {"4"}
+    codes = [found.load().code for found in find_prompts(tmp_path / "run")]
+    path.unlink()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    method = make_method(backbone("gpt2"), **{**MODEL, **settings})
+    data = CrossFitDataModule([TASK], str(fewshot_root), [13])
+    make_trainer(tmp_path / "moved", 2, 2).test(method, datamodule=data, verbose=False)
+    assert read_csv(tmp_path / "moved" / "results.csv") == before
+    after = [found.load().code for found in find_prompts(tmp_path / "moved")]
+    assert all(one.equal(other) for one, other in zip(codes, after, strict=True))
 
 
 def test_settings_are_those_that_are_not_at_their_defaults(tested: Any) -> None:

@@ -602,9 +602,9 @@ class PromptMethod(LightningModule):
         found |= {f"data.{name}": getattr(data, name) for name in DATA_SETTINGS}
         found["data.tasks"] = list(data.tasks)
         found["data.shots"] = [task.shots for task in data.tasks.values()]
-        trained, own = self.run_dir / FIT_RECORD, self._trainer_settings()
-        if self.trainer.state.fn != "fit" and self.trains and trained.is_file():
-            own = json.loads(trained.read_text())["trainer"]
+        own = self._trainer_settings()
+        if self.trainer.state.fn != "fit" and self.trains:
+            own = self.fit_record().get("trainer", own)
         found |= {f"trainer.{k}": v for k, v in own.items() if self.trains}
         found["test.precision"] = self.trainer.precision
         found["test.limit_test_batches"] = self.trainer.limit_test_batches
@@ -625,11 +625,17 @@ class PromptMethod(LightningModule):
         """The trainer's settings that can change what is trained."""
         return {name: getattr(self.trainer, name) for name in TRAINER_SETTINGS}
 
+    def fit_record(self) -> dict[str, Any]:
+        """What the fit of the run's folder kept for tests to come; empty where there is none."""
+        file = self.run_dir / FIT_RECORD
+        return json.loads(file.read_text()) if file.is_file() else {}
+
     def on_fit_end(self) -> None:
-        """Record the trainer's settings for tests to come."""
+        """Record the trainer's settings, and what the fit read, for tests to come."""
+        record = {"trainer": self._trainer_settings(), "digests": self.digests()}
         if self.trainer.is_global_zero:
-            record = json.dumps({"trainer": self._trainer_settings()}, indent=1)
-            write_atomically(self.run_dir / FIT_RECORD, record.encode())
+            text = json.dumps(record, indent=1)
+            write_atomically(self.run_dir / FIT_RECORD, text.encode())
 
     def identity(self) -> tuple[str, dict[str, Any], dict[str, Any]]:
         """A name for this fit, its settings and the digests of what it read.

@@ -278,6 +278,11 @@ class PromptTuning(PromptMethod):
             self.prompt = nn.Parameter(init.clone())
             return init
         self.starts = [self.subspace_config.start(run.init_seed) for run in self.runs]
+        tests = not anew and self.trainer.state.fn != "fit"
+        if tests and not self.subspace_config.is_there:  # the store has all that a test needs
+            init = torch.zeros(len(self.runs), self.num_virtual_tokens, backbone.hidden_size)
+            self.prompt = nn.Parameter(init.clone())
+            return init
         subspace = self.subspace_config.load(backbone, self.num_virtual_tokens)
         codes = initial_codes(self.runs, subspace.intrinsic_dim, self.subspace_config.std)
         self.subspace, self.code = subspace, nn.Parameter(codes)
@@ -585,7 +590,9 @@ class PromptTuning(PromptMethod):
                 )
             self.best[i], self.init[i] = saved.prompt, saved.init
             self.starts[i] = saved.start_fields
-            if self.best_code is not None and saved.code is not None:
+            if saved.code is not None:
+                if self.best_code is None:
+                    self.best_code = saved.code.new_zeros(len(self.runs), len(saved.code))
                 self.best_code[i] = saved.code
             self.best_step[i] = -1 if saved.steps is None else saved.steps
             self.best_score[i] = -torch.inf if saved.dev_score is None else saved.dev_score
@@ -627,6 +634,8 @@ class PromptTuning(PromptMethod):
 
     def _subspace_digest(self) -> str | None:
         """SHA-256 of the subspace's weights, or None where there is no subspace."""
+        if self.subspace is None and self.subspace_config is not None:  # its file is gone
+            return self.fit_record().get("digests", {}).get("subspace")
         return None if self.subspace is None else self._frozen_digest
 
     @cached_property
@@ -648,7 +657,7 @@ class PromptTuning(PromptMethod):
         """What the results say of how a run was trained."""
         return {
             "variant": self.variant,
-            "intrinsic_dim": None if self.subspace is None else self.subspace.intrinsic_dim,
+            "intrinsic_dim": None if self.best_code is None else self.best_code.shape[1],
             "optimizer": self.optim_config.name,
         }
 

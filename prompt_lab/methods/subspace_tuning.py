@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -80,6 +81,11 @@ class SubspaceConfig:
     def variant(self) -> str:
         """Its name in the results."""
         return "random_subspace" if self.path == RANDOM else "subspace"
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the map can be made or read."""
+        return self.path == RANDOM or Path(self.path).is_file()
 
     def start(self, seed: int) -> Start:
         """Where codes start that are drawn under a seed."""
