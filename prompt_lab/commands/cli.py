@@ -313,8 +313,9 @@ class PromptLabCLI(LightningCLI):
             return
         run_dir = Path(config.trainer.default_root_dir)
         with held(run_dir, "another prompt-lab fit, validate or test"):
-            for draft in run_dir.glob("checkpoints/.*.part"):  # of a process that was killed
-                draft.unlink()
+            for folder in ("checkpoints", "prompts"):
+                for draft in (run_dir / folder).glob(".*.part"):  # of a process that was killed
+                    draft.unlink()
             is_new_fit = subcommand == "fit" and not config.get("ckpt_path")
             if is_new_fit or (subcommand == "test" and (run_dir / SCALES).is_file()):
                 _set_aside(run_dir)
