@@ -111,7 +111,7 @@ def _group_help(group: str) -> list[str]:
     return [
         f"usage: prompt-lab {group} COMMAND {what} [--setting value ...]",
         "",
-        *(f"  {name:<15}{text}" for name, text in commands.items()),
+        *(f"  {name:<17}{text}" for name, text in commands.items()),
     ]
 
 

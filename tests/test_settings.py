@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
+from test_cli import ParseOnly
 
 from prompt_lab.commands import cli
 from prompt_lab.commands.sweep_file import make_trials, read_sweep
@@ -50,19 +51,6 @@ NULLABLE = (
     "trainer.check_val_every_n_epoch",
     "run_dir",
 )
-
-
-class ParseOnly(cli.PromptLabCLI):
-    """Parses, and stops before anything is made."""
-
-    def before_instantiate_classes(self):
-        pass
-
-    def instantiate_classes(self):
-        pass
-
-    def _run_subcommand(self, subcommand):
-        pass
 
 
 @pytest.fixture(autouse=True)

@@ -317,6 +317,9 @@ class Backbone(nn.Module):
         dtype. Differentiating a loss with respect to these and pulling the result back through
         them gives the prompts' gradient; so micro-batches share one pass over the prompts, and
         all batches of an evaluation do: ``score`` and ``generate`` take it in place of a bank.
+
+        Raises:
+            ValueError: a bank of another width, or prompts longer than the model's positions.
         """
         self._check_prompts(prompts)
         cast = prompts.to(self.model.dtype)

@@ -126,12 +126,13 @@ def _batches(
     if tokens_per_forward is None:
         tokens_per_forward = default_tokens_per_forward(backbone.device)
     check_at_least_one(tokens_per_forward=tokens_per_forward, max_input_length=max_input_length)
-    for places in _groups(prompts, tokens_per_forward):
+    groups = _groups(prompts, tokens_per_forward)
+    whole = backbone.encode_inputs(inputs)
+    for places in groups:
         bank = torch.stack([prompts[place] for place in places]).to(backbone.device)
         with torch.no_grad():
             prefix = backbone.prefix(bank)
         room = _input_room(backbone, bank.shape[1], longest, max_input_length)
-        whole = backbone.encode_inputs(inputs)
         ids = [backbone.cut_input(one, room, truncation_side) for one in whole]
         if any(len(one) > room for one in whole):
             end = "end" if truncation_side == "right" else "beginning"

@@ -60,8 +60,7 @@ def load_pretrained(name: str, dtype: str, attention: str) -> tuple[Any, Any]:
 
 def tensor_digest(tensor: torch.Tensor) -> str:
     """SHA-256 over the bytes of a tensor."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
+    return hashlib.sha256(_content(tensor)).hexdigest()
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -69,9 +68,13 @@ def weights_digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
+        digest.update(_content(tensor))
     return digest.hexdigest()
+
+
+def _content(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def refuse_unsupported(kind: str, dtype: torch.dtype, name: str) -> None:

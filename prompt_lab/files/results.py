@@ -180,9 +180,6 @@ def write_predictions(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_atomically(path, ("\n".join(lines) + "\n").encode())
 
 
-SEEDS = ("sample", "init_seed", "order_seed")
-
-
 def choose_by_dev(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
     """Of the rows that agree in some columns, the one with the best dev score.
 

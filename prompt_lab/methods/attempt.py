@@ -38,6 +38,7 @@ from prompt_lab.core.backbone import Prefix
 from prompt_lab.core.bank import Prefixes, with_gradient
 from prompt_lab.core.batch import Batch, index_tensor, micro_batches
 from prompt_lab.core.optim import adamw_with_warmup, check_warmup_and_clip
+from prompt_lab.core.pretrained import tensor_digest
 from prompt_lab.core.run import Run
 from prompt_lab.data.batches import EvaluationSteps
 from prompt_lab.data.crossfit import CrossFitDataModule
@@ -590,8 +591,11 @@ class Attempt(PromptMethod):
         ]
 
     def digests(self) -> dict[str, Any]:
-        """Digests of backbone weights, tokenizer, data files and source prompts."""
-        return {**super().digests(), "source_prompts": self.sources_digest}
+        """Digests of backbone weights, tokenizer, data files, source prompts and prompts read."""
+        found = {**super().digests(), "source_prompts": self.sources_digest}
+        if self.init_config.name == "file":
+            found["initial_prompts"] = tensor_digest(self.init)
+        return found
 
     def result_facts(self, run: int) -> dict[str, Any]:
         """What the results say of how a run was trained."""

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from prompt_lab.core.bank import renumber, with_gradient
 from prompt_lab.core.batch import IGNORE, Batch, index_tensor
 from prompt_lab.core.optim import adamw_with_warmup, check_warmup_and_clip
+from prompt_lab.core.pretrained import tensor_digest
 from prompt_lab.core.run import Run
 from prompt_lab.core.subspace import Subspace, reconstruction_loss
 from prompt_lab.data.batches import EvaluationSteps
@@ -494,6 +495,10 @@ class IntrinsicSubspace(PromptMethod):
                 "gradient, moments and best copy",
             ]
         )
+
+    def digests(self) -> dict[str, Any]:
+        """Digests of backbone weights, tokenizer, data files and source prompts."""
+        return {**super().digests(), "source_prompts": tensor_digest(self.source)}
 
     def result_facts(self, run: int) -> dict[str, Any]:
         """What the results say of how a run was trained."""

@@ -28,6 +28,7 @@ from prompt_lab.core.bank import BankObjective, with_gradient
 from prompt_lab.core.batch import Batch
 from prompt_lab.core.meta_gradient import InnerConfig, MetaGradient, maml, multitask, reptile
 from prompt_lab.core.optim import BankOptimizer, OptimConfig
+from prompt_lab.core.pretrained import tensor_digest
 from prompt_lab.core.run import Run
 from prompt_lab.data.batches import EvaluationSteps
 from prompt_lab.data.crossfit import CrossFitDataModule
@@ -838,6 +839,13 @@ class MetaPrompt(PromptMethod):
             )
             for i, run in enumerate(self.runs)
         ]
+
+    def digests(self) -> dict[str, Any]:
+        """Digests of backbone weights, tokenizer, data files and a prompt that was read."""
+        found = super().digests()
+        if self.init_config.name == "file":
+            found["initial_prompts"] = tensor_digest(self.init)
+        return found
 
     def result_facts(self, run: int) -> dict[str, Any]:
         """What the results say of how a run was trained."""

@@ -498,8 +498,8 @@ class PromptMethod(LightningModule):
 
     def evaluation_steps(self, split: SplitName, live: Callable[[], list[int]]) -> EvaluationSteps:
         """Evaluation batches on one split."""
-        self._tell_of_rows(split)
         rows = self.datamodule.rows_of(self.runs, split)
+        self._tell_of_rows(split)
         self.check_lengths(rows.values(), self.num_virtual_tokens)
         return self.datamodule.evaluation_steps(
             self.runs,
