@@ -252,3 +252,10 @@ def test_settings_that_make_no_sense_are_refused(fit, settings, reason):
 def test_more_dimensions_than_prompts_are_warned_of(fit):
     with pytest.warns(UserWarning, match="intrinsic_dim 7 is larger than the number of prompts"):
         fit(intrinsic_dim=7)
+
+
+def test_a_fit_on_other_source_prompts_has_another_name(fit: Callable[..., Any]) -> None:
+    method = fit()
+    name = method.identity()[0]
+    method.source[0, 0, 0] += 1
+    assert method.identity()[0] != name

@@ -257,3 +257,16 @@ def test_out_is_no_file(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match="name a folder"):
         report_command([str(DATA / "gains" / "plain")], out=str(tmp_path / "file"))
+
+
+def test_sums_at_several_k_stay_apart(tmp_path):
+    results = DATA / "vectors" / "expressions" / "results.csv"
+    again = pd.read_csv(results, dtype=str, keep_default_na=False)
+    again["test"] = [str(float(x) / 2) if x else x for x in again["test"]]
+    (tmp_path / "few").mkdir()
+    (tmp_path / "few" / "results.csv").write_bytes(results.read_bytes())
+    (tmp_path / "many").mkdir()
+    again.assign(shots="999").to_csv(tmp_path / "many" / "results.csv", index=False)
+    found = {x.name: x.table for x in make_report(read_lines({"k": tmp_path}), [], {})}
+    few, many = (own for _, own in found["vectors-expressions"].groupby("line", sort=False))
+    np.testing.assert_allclose(few["tuned"], 2 * many["tuned"])

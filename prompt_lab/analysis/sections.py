@@ -514,7 +514,7 @@ def tests_section(runs: pd.DataFrame, references: Sequence[str]) -> Iterator[Sec
     """t-tests of each task and K: against the reference, or of the two that dev puts first."""
     chosen = chosen_runs(runs[is_method(runs)])
     rows = []
-    for (task, shots), own in chosen.groupby(["task", "shots"], sort=False):
+    for (task, shots, _), own in chosen.groupby(["task", "shots", "metric"], sort=False):
         sides = dict([*own.groupby("name", sort=False)])
         base = own.loc[own["line"].isin(references), "name"].unique()
         dev = own.groupby("name", sort=False)["dev"].mean().dropna()

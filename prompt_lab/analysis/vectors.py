@@ -30,7 +30,11 @@ _SUM = ["line", "expression"]
 
 
 def vector_sections(runs: pd.DataFrame) -> Iterator[Section]:
-    """The sections that the sums of VectorArithmetic give."""
+    """The sections that the sums of VectorArithmetic give; each K of a line is a line here."""
+    counts = runs[runs["variant"] == "vectors"].groupby("line")["shots"].nunique()
+    several = runs["line"].isin(counts.index[counts > 1])
+    named = runs["line"] + ", K " + runs["shots"].astype(str)
+    runs = runs.assign(line=runs["line"].where(~several, named))
     sums = _beside(runs[runs["variant"] == "vectors"], runs)
     alone = {text for text in {*sums["expression"]} if [*parse_expression(text).values()] == [1.0]}
     elsewhere = (sums["start_seed"] != sums["init_seed"]).groupby([sums[x] for x in _SUM])
