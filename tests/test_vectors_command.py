@@ -419,7 +419,7 @@ def test_the_group_lists_its_commands(words, capsys, monkeypatch):
     assert main() == 0
     out = capsys.readouterr().out
     assert out.startswith("usage: prompt-lab vectors COMMAND EXPRESSION or STORE...")
-    assert "  vectors apply  add" in out
+    assert "  vectors apply    add" in out
     assert "tasks" not in out
 
 
