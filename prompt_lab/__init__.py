@@ -14,7 +14,7 @@ _PUBLIC = {
     "AdapterSubspace": "prompt_lab.methods.adapter_subspace",
     "AdapterTuning": "prompt_lab.methods.adapter_subspace",
     "Backbone": "prompt_lab.core.backbone",
-    "CrossFitDataModule": "prompt_lab.data.crossfit",
+    "CrossFitDataModule": "prompt_lab.data.datamodule",
     "FineTuning": "prompt_lab.methods.fine_tuning",
     "IntrinsicSubspace": "prompt_lab.methods.intrinsic_subspace",
     "PromptTuning": "prompt_lab.methods.prompt_tuning",
@@ -24,7 +24,7 @@ _PUBLIC = {
     "PromptStore": "prompt_lab.files.prompts",
     "load_prompt": "prompt_lab.files.prompts",
     "save_prompt": "prompt_lab.files.prompts",
-    "vocabulary_prompt": "prompt_lab.methods.initial_prompts",
+    "vocabulary_prompt": "prompt_lab.methods.starts",
 }
 __all__ = ["__version__", *_PUBLIC]
 

@@ -32,9 +32,9 @@ from prompt_lab.methods.adapter_subspace import AdapterSubspace, AdapterTuning
 from prompt_lab.methods.fine_tuning import FineTuning
 from prompt_lab.methods.intrinsic_subspace import IntrinsicSubspace
 from prompt_lab.methods.meta_prompt import AdaptationConfig, MetaPrompt
-from prompt_lab.methods.prompt_method import PromptMethod
+from prompt_lab.methods.method import PromptMethod
 from prompt_lab.methods.prompt_tuning import PromptTuning
-from prompt_lab.methods.subspace_tuning import SubspaceConfig
+from prompt_lab.methods.starts import SubspaceConfig
 from prompt_lab.methods.vector_arithmetic import VectorArithmetic
 
 STEPS, EVERY, DIES_AT = 6, 2, 5

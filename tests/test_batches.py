@@ -16,8 +16,8 @@ from conftest import TASKS as FEWSHOT_TASKS
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.batch import IGNORE, Batch
 from prompt_lab.core.run import Run
-from prompt_lab.data.batches import EvaluationSteps, Layout, Rows, TrainSteps, step_rows
-from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.data.sampling import EvaluationSteps, Layout, Rows, TrainSteps, step_rows
+from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.data.tasks import Task
 
 Factory = Callable[..., Backbone]

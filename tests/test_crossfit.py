@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 
 from prompt_lab.core.backbone import Backbone
-from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.data.files import DataError, read_split
 from prompt_lab.data.tasks import Task
 from prompt_lab.files.results import read_csv

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from prompt_lab.core.batch import IGNORE, Batch
-from prompt_lab.data.batches import Layout, Rows
-from prompt_lab.data.episodes import EpisodeRows, Episodes, EpisodeSteps, episode_rows
-from prompt_lab.data.mixtures import Key
+from prompt_lab.data.sampling import Layout, Rows
+from prompt_lab.data.sampling import EpisodeRows, Episodes, EpisodeSteps, episode_rows
+from prompt_lab.data.sampling import Key
 from prompt_lab.data.tasks import Task
 
 LEFT, RIGHT = Layout(0, True), Layout(0, False)

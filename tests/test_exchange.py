@@ -24,12 +24,12 @@ from safetensors.torch import load_file, save_file
 from prompt_lab.commands.prompts import export_prompts, import_prompts
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.run import Run
-from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.files.peft import load_checkpoint, load_peft, save_peft
 from prompt_lab.files.prompts import Prompt, PromptStore, check_prompt, load_prompt, save_prompt
 from prompt_lab.files.results import read_csv
-from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts
-from prompt_lab.methods.prompt_method import BackboneConfig
+from prompt_lab.methods.starts import InitConfig, initial_prompts
+from prompt_lab.methods.method import BackboneConfig
 from prompt_lab.methods.prompt_tuning import PromptTuning
 
 Factory = Callable[..., Backbone]

@@ -33,7 +33,7 @@ from prompt_lab.files.prompts import (
     save_prompt,
 )
 from prompt_lab.files.results import choose_by_dev
-from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts
+from prompt_lab.methods.starts import InitConfig, initial_prompts
 from prompt_lab.methods.source_prompts import best_prompts, source_prompts
 from prompt_lab.methods.task_vectors import find_vectors, load_source
 

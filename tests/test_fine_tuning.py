@@ -23,10 +23,10 @@ from prompt_lab.commands import cli
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.batch import IGNORE
 from prompt_lab.core.optim import OptimConfig
-from prompt_lab.data.batches import step_rows
+from prompt_lab.data.sampling import step_rows
 from prompt_lab.files.results import read_csv
 from prompt_lab.methods.fine_tuning import FineTuning, weights_gradient
-from prompt_lab.methods.prompt_method import BackboneConfig
+from prompt_lab.methods.method import BackboneConfig
 from prompt_lab.methods.prompt_tuning import FAILED, FINISHED, STATUS, STOPPED
 
 TEXTS = ["the dog ran", "a small red house", "the cat and the dog ran over the hill"]

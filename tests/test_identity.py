@@ -18,12 +18,12 @@ from test_prompt_tuning import make_method, make_trainer
 
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.subspace import Subspace
-from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.files.networks import save_network
 from prompt_lab.files.prompts import find_prompts
 from prompt_lab.files.results import read_csv
 from prompt_lab.methods.prompt_tuning import PromptTuning
-from prompt_lab.methods.subspace_tuning import SubspaceConfig
+from prompt_lab.methods.starts import SubspaceConfig
 
 MODEL = {"num_virtual_tokens": 3, "learning_rate": 0.03, "batch_size": 4}
 TASK = "glue-sst2"

@@ -21,7 +21,7 @@ from prompt_lab.files.results import read_csv
 from prompt_lab.methods.intrinsic_subspace import IntrinsicSubspace
 from prompt_lab.methods.prompt_tuning import PromptTuning
 from prompt_lab.methods.source_prompts import source_prompts
-from prompt_lab.methods.subspace_tuning import SubspaceConfig
+from prompt_lab.methods.starts import SubspaceConfig
 
 TOKENS = 5
 TASKS = ["glue-sst2", "glue-cola", "e2e_nlg_cleaned", "emotion"]

@@ -27,14 +27,14 @@ from prompt_lab.core.meta_gradient import InnerConfig
 from prompt_lab.core.optim import OptimConfig
 from prompt_lab.core.pretrained import weights_digest
 from prompt_lab.core.training_forward import twice_differentiable
-from prompt_lab.data.crossfit import CrossFitDataModule
-from prompt_lab.data.episodes import Episodes
+from prompt_lab.data.datamodule import CrossFitDataModule
+from prompt_lab.data.sampling import Episodes
 from prompt_lab.files.prompts import load_prompt
 from prompt_lab.files.results import read_csv
 from prompt_lab.methods.evaluation import Evaluation
-from prompt_lab.methods.initial_prompts import InitConfig
+from prompt_lab.methods.starts import InitConfig
 from prompt_lab.methods.meta_prompt import AdaptationConfig, MetaPrompt
-from prompt_lab.methods.prompt_method import BackboneConfig
+from prompt_lab.methods.method import BackboneConfig
 from prompt_lab.methods.prompt_tuning import PromptTuning
 
 TOKENS = 5

@@ -16,7 +16,7 @@ from test_prompt_tuning import make_data, make_method, make_trainer
 from prompt_lab.commands import offline
 from prompt_lab.commands.mix_command import mix_prompts
 from prompt_lab.files.prompts import PromptStore, load_prompt
-from prompt_lab.methods.initial_prompts import InitConfig
+from prompt_lab.methods.starts import InitConfig
 
 TARGET, *SOURCES = TASKS
 

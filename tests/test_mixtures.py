@@ -13,8 +13,8 @@ import torch
 from scipy.stats import chisquare
 
 from prompt_lab.core.batch import IGNORE, Batch
-from prompt_lab.data.batches import Layout, Rows, epoch_order
-from prompt_lab.data.mixtures import Key, Mixing, MixtureSteps, mixture_rows, task_weights
+from prompt_lab.data.sampling import Layout, Rows, epoch_order
+from prompt_lab.data.sampling import Key, Mixing, MixtureSteps, mixture_rows, task_weights
 from prompt_lab.data.tasks import Task
 
 LEFT, RIGHT = Layout(0, True), Layout(0, False)

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import FLOAT16_SCALE, bank_gradient, with_gradient
-from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.methods.fine_tuning import FineTuning
 from prompt_lab.methods.meta_prompt import MetaPrompt
-from prompt_lab.methods.prompt_method import BackboneConfig
+from prompt_lab.methods.method import BackboneConfig
 from prompt_lab.methods.prompt_tuning import FAILED, PromptTuning
 
 KINDS = ("t5", "bart", "gpt2", "bloom", "llama")

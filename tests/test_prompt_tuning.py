@@ -20,11 +20,11 @@ from lightning.pytorch import Callback, Trainer
 
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.optim import OptimConfig
-from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.files.prompts import PromptStore
 from prompt_lab.files.results import STARTS, Start, read_csv
-from prompt_lab.methods.initial_prompts import InitConfig
-from prompt_lab.methods.prompt_method import BackboneConfig
+from prompt_lab.methods.starts import InitConfig
+from prompt_lab.methods.method import BackboneConfig
 from prompt_lab.methods.prompt_tuning import FAILED, FINISHED, STOPPED, PromptTuning
 
 Factory = Callable[..., Backbone]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from prompt_lab.data.files import DataError
-from prompt_lab.data.sampling import draw_all, draw_few_shot, draw_stratified, take_part
+from prompt_lab.data.few_shot import draw_all, draw_few_shot, draw_stratified, take_part
 
 LABELS = ["a"] * 50 + ["b"] * 30 + ["c"] * 3
 

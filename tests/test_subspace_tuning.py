@@ -15,7 +15,7 @@ from prompt_lab.files.peft import load_checkpoint
 from prompt_lab.files.prompts import PromptStore
 from prompt_lab.files.results import read_csv
 from prompt_lab.methods.prompt_tuning import PromptTuning
-from prompt_lab.methods.subspace_tuning import SubspaceConfig
+from prompt_lab.methods.starts import SubspaceConfig
 
 TOKENS, DIM = 5, 3
 

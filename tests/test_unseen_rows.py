@@ -19,7 +19,7 @@ from test_prompt_tuning import make_method, make_trainer
 
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.prediction import predict
-from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.files.results import read_csv
 
 Rows = list[tuple[str, str]]

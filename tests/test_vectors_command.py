@@ -24,7 +24,7 @@ from prompt_lab.commands.vectors_command import apply_vectors, show_vectors
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.run import Run
 from prompt_lab.files.prompts import Prompt, PromptStore, load_prompt
-from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts
+from prompt_lab.methods.starts import InitConfig, initial_prompts
 from prompt_lab.methods.task_vectors import find_vectors
 
 N = 4

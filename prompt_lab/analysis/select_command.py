@@ -26,7 +26,7 @@ from prompt_lab.files.tensors import write_atomically
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prompt_lab.data.mixtures import Key
+    from prompt_lab.data.sampling import Key
     from prompt_lab.files.prompts import FoundPrompt
 
 Choice = Literal["highest", "lowest", "random"]

@@ -18,7 +18,7 @@ from prompt_lab.analysis.transfer_table import Spread, Table, relative_transfer,
 from prompt_lab.files.tensors import write_csv
 
 if TYPE_CHECKING:
-    from prompt_lab.data.mixtures import Key
+    from prompt_lab.data.sampling import Key
     from prompt_lab.files.prompts import FoundPrompt
 
 Ratings = dict[str, dict[str, dict[str, float]]]

@@ -28,7 +28,7 @@ from prompt_lab.files.prompts import FoundPrompt, find_prompts
 from prompt_lab.files.results import PLAIN_STARTS
 
 if TYPE_CHECKING:
-    from prompt_lab.data.mixtures import Key
+    from prompt_lab.data.sampling import Key
 
 OWN = (
     "their sample and both seeds",

@@ -6,7 +6,6 @@ None of them changes what is trained.
 from __future__ import annotations
 
 import math
-import resource
 import sys
 import time
 from pathlib import Path
@@ -18,12 +17,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
-from prompt_lab.data.episodes import Episodes
+from prompt_lab.data.sampling import Episodes
 from prompt_lab.files.results import CURVE_COLUMNS, read_csv
 from prompt_lab.files.tensors import write_atomically
-from prompt_lab.methods.prompt_method import PromptMethod, flag_names
+from prompt_lab.methods.method import PromptMethod, flag_names
 
-NOT_SAVED = ("ckpt_path", "dry_run", "run_dir", "weights_only")
+NOT_SAVED = ("ckpt_path", "dry_run", "overwrite", "resume", "run_dir", "weights_only")
 
 
 class EvaluationLines(Callback):
@@ -220,6 +219,10 @@ def _peak_memory(device: torch.device) -> int:
     """Most bytes that were taken at a time: of tensors on a GPU, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

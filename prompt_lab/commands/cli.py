@@ -1,9 +1,9 @@
 """``fit``, ``validate`` and ``test``: LightningCLI with the traps taken out.
 
 Flags and files are LightningCLI's; what is different: everything of a run lands in ``--run_dir``;
-earlier work there is moved aside, not overwritten; one process at a time has it; checkpoints are
-written whole or not at all; a checkpoint never overrides flags and is never unpickled; the saved
-config never aborts a second run; ``--dry_run`` shows the grid; errors are sentences.
+a used folder is refused without ``--resume`` or ``--overwrite``; one process at a time has it;
+checkpoints are written whole or not at all; a checkpoint never overrides flags and is never
+unpickled; the saved config never aborts a second run; ``--dry_run`` shows the grid; errors are sentences.
 
 ``model.class_path`` is one of the methods here or another subclass of ``PromptMethod``; ``data`` is
 always the package's. Callbacks, loggers, plugins and what else Lightning lets a config name may be
@@ -17,6 +17,7 @@ import difflib
 import logging
 import os
 import re
+import shutil
 import sys
 import time
 import warnings
@@ -31,7 +32,7 @@ from jsonargparse import Namespace, get_loader, set_parsing_settings
 from jsonargparse.typing import register_type, timedelta_deserializer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
@@ -43,7 +44,7 @@ from prompt_lab.commands.callbacks import (
     WandbCurves,
 )
 from prompt_lab.commands.offline import null_refused, plain_warnings, refuse_null
-from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.files.peft import read_pickle
 from prompt_lab.files.tensors import held, write_atomically
 from prompt_lab.methods.adapter_subspace import AdapterSubspace, AdapterTuning
@@ -51,7 +52,13 @@ from prompt_lab.methods.attempt import Attempt
 from prompt_lab.methods.fine_tuning import FineTuning
 from prompt_lab.methods.intrinsic_subspace import IntrinsicSubspace
 from prompt_lab.methods.meta_prompt import MetaPrompt
-from prompt_lab.methods.prompt_method import PromptMethod, flag_names, refuse_strategy
+from prompt_lab.methods.method import (
+    FIT_RECORD,
+    TRAINER_SETTINGS,
+    PromptMethod,
+    flag_names,
+    refuse_strategy,
+)
 from prompt_lab.methods.prompt_tuning import PromptTuning
 from prompt_lab.methods.vector_arithmetic import SCALES, VectorArithmetic
 
@@ -104,24 +111,6 @@ class AtomicCheckpoints(TorchCheckpointIO):
         return super().load_checkpoint(path, map_location, weights_only=True)
 
 
-class WriteWhatIsTrained(Callback):
-    """Lets a fit that was killed after its last step write what it was trained for.
-
-    Methods write at the end of training, and a resumed fit that has no step left never comes there.
-    """
-
-    trained = False
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that there is a step left."""
-        self.trained = True
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the method write, where it has not."""
-        if not self.trained:
-            pl_module.on_train_end()
-
-
 class PromptLabParser(LightningArgumentParser):
     """Says what is wrong in one sentence instead of the whole usage."""
 
@@ -138,6 +127,8 @@ class PromptLabParser(LightningArgumentParser):
 
 class PromptLabCLI(LightningCLI):
     """LightningCLI for the methods of this package."""
+
+    is_finished = False
 
     def __init__(self, args: list[str] | None = None) -> None:
         super().__init__(
@@ -178,26 +169,22 @@ class PromptLabCLI(LightningCLI):
             default=None,
             help="Folder for everything of this run (default: a new one below runs/).",
         )
-        parser.add_argument(
-            "--test_after_fit",
-            type=bool,
-            default=False,
-            help="After fit, score each run's best prompt on test, as the command test does.",
-        )
-        parser.add_argument(
-            "--dry_run",
-            type=bool,
-            default=False,
-            help="Print the grid of runs, its cost and memory, and train nothing.",
-        )
+        switches = {
+            "test_after_fit": "After fit, score each run's best prompt on test, as the command "
+            "test does.",
+            "dry_run": "Print the grid of runs, its cost and memory, and train nothing.",
+            "resume": "Go on with the fit in run_dir from its last checkpoint; start anew where "
+            "there is none, and do nothing where it is finished.",
+            "overwrite": "Delete what an earlier fit left in run_dir.",
+        }
+        for name, text in switches.items():
+            parser.add_argument(
+                f"--{name}", type=bool, nargs="?", const=True, default=False, help=text
+            )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; ``--dry_run`` alone means true. Tell what a replaced class took along."""
+        """Parse; tell what a replaced class took along."""
         given = sys.argv[1:] if args is None else list(args)
-        given = [
-            f"{word}=true" if word in ("--dry_run", "--test_after_fit") else word for word in given
-        ]
-        given = _join_booleans(given)
         self.config = parser.parse_args(given)
         if rank_zero_only.rank == 0 and self.config.get("subcommand"):
             dumped = yaml.safe_load(parser.dump(self.config, skip_unset=False))
@@ -207,29 +194,74 @@ class PromptLabCLI(LightningCLI):
                 print(f"prompt-lab: {line}", file=sys.stderr)
 
     def _parse_ckpt_path(self) -> None:
-        """Keep the flags where a checkpoint holds other settings, and tell the differences.
+        """Find the checkpoint; keep the flags where it holds other settings, and tell them.
 
         LightningCLI would silently take the checkpoint's.
 
         Raises:
-            ValueError: a checkpoint that is not there, damaged, or not one of a fit.
+            ValueError: a checkpoint that is not there, damaged, or not one of a fit; or settings
+                other than those of the fit to resume.
         """
         config = self._settings
-        self._resolve_checkpoint(config)
+        if self.config.subcommand == "fit" and config.resume:
+            self._resume(config)
         path = config.get("ckpt_path")
         if not path:
             return
+        if not Path(path).is_file():
+            raise ValueError(f"no checkpoint {path}: leave --ckpt_path out to start anew")
+        if config.run_dir is None and Path(path).parent.name == "checkpoints":
+            config.run_dir = str(Path(path).parent.parent)
         saved = read_pickle(path)
         needed = ("state_dict", "hyper_parameters", "pytorch-lightning_version")
         if not isinstance(saved, dict) or any(name not in saved for name in needed):
             raise ValueError(f"{path} is not the checkpoint of a fit: leave --ckpt_path out")
         settings = saved["hyper_parameters"].items()
         old = flag_names({k: v for k, v in settings if not k.startswith("_")})
-        dumped = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
-        new = flag_names(dumped[self.config.subcommand]["model"]["init_args"])
+        new = flag_names(self._dumped()["model"]["init_args"])
         changed = [f"{k} {old[k]!r} -> {new[k]!r}" for k in old if k in new and old[k] != new[k]]
         if changed and rank_zero_only.rank == 0:
             print(f"the checkpoint had other settings: {', '.join(changed)}", file=sys.stderr)
+
+    def _dumped(self) -> dict[str, Any]:
+        """The settings of the command as plain values."""
+        return yaml.safe_load(self.parser.dump(self.config, skip_none=False))[
+            self.config.subcommand
+        ]
+
+    def _resume(self, config: Any) -> None:
+        """Go on from the last checkpoint of ``run_dir``, if there is one and it is of this fit.
+
+        Raises:
+            ValueError: no folder, a checkpoint besides, or settings that differ in more than a
+                larger ``trainer.max_steps``.
+        """
+        if config.run_dir is None or config.get("ckpt_path") or config.overwrite:
+            raise ValueError(
+                "--resume goes on with the fit in --run_dir: give that, and neither --ckpt_path "
+                "nor --overwrite"
+            )
+        run_dir = Path(config.run_dir)
+        last, known = run_dir / "checkpoints" / "last.ckpt", run_dir / "config-fit.yaml"
+        if not last.is_file():
+            return
+        config.ckpt_path = str(last)
+        if not known.is_file():
+            return
+        old, new = (_of_fit(x) for x in (yaml.safe_load(known.read_text()), self._dumped()))
+        more = (old["trainer.max_steps"] or -1) < (new["trainer.max_steps"] or -1)
+        differ = [
+            f"{name} {old.get(name)!r} there, {new.get(name)!r} here"
+            for name in dict.fromkeys([*old, *new])
+            if old.get(name) != new.get(name) and not (name == "trainer.max_steps" and more)
+        ]
+        if differ:
+            raise ValueError(
+                f"--resume: the fit in {run_dir} has other settings: {'; '.join(differ)}; give "
+                "those of the fit (a larger trainer.max_steps is allowed), or another --run_dir"
+            )
+        record = run_dir / FIT_RECORD
+        self.is_finished = record.is_file() and not more
 
     @property
     def _starts_anew(self) -> bool:
@@ -242,26 +274,6 @@ class PromptLabCLI(LightningCLI):
     def _settings(self) -> Any:
         """The settings of the command."""
         return self.config[self.config.subcommand]
-
-    def _resolve_checkpoint(self, config: Any) -> None:
-        """Turn ``--ckpt_path last`` into a file, and a file into its run folder.
-
-        Raises:
-            ValueError: there is no such checkpoint.
-        """
-        path = config.get("ckpt_path")
-        if not path:
-            return
-        if path == "last":
-            if config.run_dir is None:
-                raise ValueError("--ckpt_path last needs --run_dir, the folder of the fit")
-            path = Path(config.run_dir) / "checkpoints" / "last.ckpt"
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"no checkpoint {path}: leave --ckpt_path out to start anew")
-        config.ckpt_path = str(path)
-        if config.run_dir is None and path.parent.name == "checkpoints":
-            config.run_dir = str(path.parent.parent)
 
     def before_instantiate_classes(self) -> None:
         """Put the run folder where trainer and logger look for it."""
@@ -294,9 +306,10 @@ class PromptLabCLI(LightningCLI):
             )
             kwargs["callbacks"] = [
                 *(self.config_init[self.config.subcommand].trainer.callbacks or []),
-                *(checkpoint, WriteWhatIsTrained()),
+                checkpoint,
             ]
         made = super().instantiate_trainer(**kwargs)
+        self.model.run_dir = trainer.default_root_dir
         if type(made.strategy.checkpoint_io) is TorchCheckpointIO:  # not one that the config names
             made.strategy.checkpoint_io = AtomicCheckpoints()
         return made
@@ -308,6 +321,9 @@ class PromptLabCLI(LightningCLI):
             ValueError: another process holds it.
         """
         config = self._settings
+        if self.is_finished:
+            print(f"the fit in {config.run_dir} is finished: nothing is left to do")
+            return
         if rank_zero_only.rank != 0 or (subcommand == "fit" and config.dry_run):
             super()._run_subcommand(subcommand)
             return
@@ -316,15 +332,15 @@ class PromptLabCLI(LightningCLI):
             for folder in ("checkpoints", "prompts"):
                 for draft in (run_dir / folder).glob(".*.part"):  # of a process that was killed
                     draft.unlink()
-            is_new_fit = subcommand == "fit" and not config.get("ckpt_path")
-            if is_new_fit or (subcommand == "test" and (run_dir / SCALES).is_file()):
-                _set_aside(run_dir)
+            if subcommand == "fit" and not config.get("ckpt_path"):
+                _clear(run_dir, config.overwrite or config.resume)
             super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
         """With ``--dry_run``, print the grid and leave."""
         if self._settings.dry_run:
             self.datamodule.setup("fit")
+            self.trainer.datamodule = self.datamodule
             print(self.model.describe_fit(self.datamodule, self.trainer))
             print(*self.model.look_at_rows(self.datamodule, "train", "dev", "test"), sep="\n")
             sys.exit(0)
@@ -332,7 +348,7 @@ class PromptLabCLI(LightningCLI):
     def after_fit(self) -> None:
         """With ``--test_after_fit``, test what was trained."""
         if self._settings.test_after_fit:
-            self.trainer.test(self.model, datamodule=self.datamodule)
+            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
 
 
 def run(args: list[str] | None = None) -> int:
@@ -394,42 +410,34 @@ def _new_run_dir() -> str:
     return f"runs/{job or time.strftime('%Y%m%d-%H%M%S') + f'-{os.getpid()}'}"
 
 
-def _set_aside(run_dir: Path) -> None:
-    """Move the outputs of an earlier run in the same folder to ``previous-N`` within it."""
-    found = [path for name in OUTPUTS for path in sorted(run_dir.glob(name))]
-    if not found:
-        return
-    number = 1
-    while (run_dir / f"previous-{number}").exists():
-        number += 1
-    target = run_dir / f"previous-{number}"
-    target.mkdir()
-    for path in [*found, *run_dir.glob("config-*.yaml"), *run_dir.glob("digests.json")]:
-        path.rename(target / path.name)
-    is_fit = (target / "checkpoints").is_dir()
-    hint = " (to resume it instead: --ckpt_path last)" if is_fit else ""
-    print(f"{run_dir} held an earlier run, now in {target}{hint}", file=sys.stderr)
+def _of_fit(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a fit must be resumed with, by flag."""
+    trainer = {name: settings["trainer"].get(name) for name in TRAINER_SETTINGS}
+    kept = {"model": settings["model"], "data": settings["data"], "trainer": trainer}
+    return flag_names({**kept, "seed_everything": settings.get("seed_everything")})
+
+
+def _clear(run_dir: Path, allowed: bool) -> None:
+    """Delete the outputs of an earlier fit.
+
+    Raises:
+        ValueError: there are some, and nothing allows it.
+    """
+    names = (*OUTPUTS, "config-*.yaml", "digests.json", FIT_RECORD)
+    found = [path for name in names for path in sorted(run_dir.glob(name))]
+    if found and not allowed:
+        raise ValueError(
+            f"{run_dir} holds an earlier fit: --resume to go on with it, --overwrite to delete it, "
+            "or give another --run_dir"
+        )
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _csv_logger(run_dir: Path) -> Any:
     """The default logger, as a config."""
     arguments = Namespace(save_dir=str(run_dir), name="logs", version=None)
     return Namespace(class_path="lightning.pytorch.loggers.CSVLogger", init_args=arguments)
-
-
-def _join_booleans(words: list[str]) -> list[str]:
-    """``--flag=true false`` (from ``--flag false``) back to ``--flag=false``."""
-    joined: list[str] = []
-    for word in words:
-        if (
-            word in ("true", "false")
-            and joined
-            and joined[-1] in ("--dry_run=true", "--test_after_fit=true")
-        ):
-            joined[-1] = joined[-1].replace("true", word)
-        else:
-            joined.append(word)
-    return joined
 
 
 def _given(words: list[str], subcommand: str) -> list[tuple[str, Any]]:

@@ -31,7 +31,7 @@ from prompt_lab.analysis.transfer_table import Table, read_table
 
 if TYPE_CHECKING:
     from prompt_lab.analysis.selection_report import ByStep
-    from prompt_lab.data.mixtures import Key
+    from prompt_lab.data.sampling import Key
     from prompt_lab.files.prompts import FoundPrompt
 
 _MOST_STEPS = 10

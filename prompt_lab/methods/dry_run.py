@@ -16,21 +16,16 @@ from prompt_lab.core.batch import Batch, micro_batches
 
 if TYPE_CHECKING:
     from prompt_lab.core.backbone import Backbone
-    from prompt_lab.data.crossfit import CrossFitDataModule
+    from prompt_lab.data.datamodule import PromptDataModule
     from prompt_lab.methods.prompt_tuning import PromptTuning
 
 
-def describe_grid(method: PromptTuning, data: CrossFitDataModule, trainer: Trainer) -> str:
+def describe_grid(method: PromptTuning, data: PromptDataModule, trainer: Trainer) -> str:
     """The text of ``fit --dry_run``."""
-    processes = trainer.num_devices * trainer.num_nodes
-    method.prepare(data, 0, processes)
-    method.to(trainer.strategy.root_device)
+    processes = trainer.world_size
+    method.look(data, trainer)
     assert method.backbone is not None
-    parts_of_rows = 1 if method.shares.divided else processes
-    steps = data.train_steps(
-        method.runs, trainer.max_steps, lambda: 0, method.live, 0, parts_of_rows
-    )
-    batch = steps.batch(0, method.live())
+    batch = method.draw(data).batch(0, method.progress.live)
     extra = method.num_virtual_tokens if method.backbone.is_encoder_decoder else 0
     parts = micro_batches(batch, method.tokens_per_forward, extra)
     prompt_tokens = 0 if extra else len(method.runs) * method.num_virtual_tokens

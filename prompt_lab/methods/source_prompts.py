@@ -14,7 +14,7 @@ from prompt_lab.files.prompts import FoundPrompt, best_found, find_prompts
 
 if TYPE_CHECKING:
     from prompt_lab.core.backbone import Backbone
-    from prompt_lab.data.mixtures import Key
+    from prompt_lab.data.sampling import Key
     from prompt_lab.files.prompts import Prompt
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
@@ -29,14 +29,13 @@ from prompt_lab.core.arithmetic import parse_expression
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import Prefixes
 from prompt_lab.core.run import Run
-from prompt_lab.data.batches import EvaluationBatch
-from prompt_lab.data.crossfit import CrossFitDataModule
-from prompt_lab.data.files import SplitName
+from prompt_lab.data.datamodule import PromptDataModule
+from prompt_lab.data.sampling import EvaluationBatch
 from prompt_lab.files.prompts import FoundPrompt, Prompt, check_prompt
 from prompt_lab.files.results import STARTS, Start, text_table
 from prompt_lab.files.tensors import write_csv
-from prompt_lab.methods.evaluation import Evaluation
-from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod, some
+from prompt_lab.methods.evaluation import Report
+from prompt_lab.methods.method import PromptMethod, as_list, some
 from prompt_lab.methods.task_vectors import (
     Group,
     Source,
@@ -174,56 +173,31 @@ class MadePrefixes(Prefixes):
 
     Args:
         backbone: the frozen model.
-        size: prompts of a block; block b holds the prompts from b * size on.
-        make: returns the prompts of a block, (at most size, N, D).
-    """
-
-    def __init__(self, backbone: Backbone, size: int, make: Callable[[int], Tensor]) -> None:
-        super().__init__(backbone, torch.empty(0))
-        self.size, self.make = size, make
-        self.block = -1
-
-    def of(self, used: list[int]) -> tuple[Tensor, ...]:
-        """The prefix of some prompts of one block, in the order of ``used``."""
-        block = used[0] // self.size
-        if block != self.block:
-            self.used, self.prefix, self.prompts = [], (), torch.empty(0)  # let go, then make
-            self.prompts, self.block = self.make(block), block
-        return super().of([index - block * self.size for index in used])
-
-
-class Blocks:
-    """Evaluation batches of a bank, the rows of some runs after those of others.
-
-    Args:
-        runs: number of runs.
-        size: runs of a block.
-        steps: returns the batches of some runs, by their indices.
+        places: places in the bank, in the order of the blocks.
+        size: prompts of a block.
+        make: returns the prompts of some places, (at most size, N, D).
     """
 
     def __init__(
-        self, runs: int, size: int, steps: Callable[[list[int]], Iterable[EvaluationBatch]]
+        self,
+        backbone: Backbone,
+        places: Sequence[int],
+        size: int,
+        make: Callable[[Sequence[int]], Tensor],
     ) -> None:
-        self.blocks = [range(at, min(at + size, runs)) for at in range(0, runs, size)]
-        self.steps = steps
+        super().__init__(backbone, torch.empty(0))
+        self.at = {place: at for at, place in enumerate(places)}
+        self.places, self.size, self.make, self.block = places, size, make, -1
 
-    def __iter__(self) -> Iterator[EvaluationBatch]:
-        for block in self.blocks:
-            yield from self.steps(list(block))
-
-
-class BesideNoPrompt(Evaluation):
-    """An evaluation that also scores the tasks without any prompt, where the method says so."""
-
-    def _baseline_rows(self) -> list[dict[str, Any]]:
-        """A line for each task and sample."""
-        first = {key: runs[0] for key, runs in self.members.items()}
-        scores = self._score_variant("no_prompt", list(first.values()))
-        absent = dict.fromkeys(("expression", "init_seed", *STARTS, "scale"))
-        return [
-            self._common(key, "test") | absent | {"variant": "no_prompt", "test": scores[i].item()}
-            for key, i in first.items()
-        ]
+    def of(self, used: list[int]) -> tuple[Tensor, ...]:
+        """The prefix of some prompts of one block, in the order of ``used``."""
+        block = self.at[used[0]] // self.size
+        first = block * self.size
+        if block != self.block:
+            self.used, self.prefix, self.prompts = [], (), torch.empty(0)  # let go, then make
+            self.prompts = self.make(self.places[first : first + self.size])
+            self.block = block
+        return super().of([self.at[place] - first for place in used])
 
 
 class VectorArithmetic(PromptMethod):
@@ -251,21 +225,14 @@ class VectorArithmetic(PromptMethod):
             ``prompt-lab interpret --transfer``.
         scales: values of lambda, 0 to 1; null for 0.05, 0.1, ... 1 where sums are of several
             vectors or given as expressions, and for 1 in ``singles`` and ``cross``.
-        backbone: which frozen model.
-        tokens_per_forward: most padded tokens of one forward pass; bounds memory, not results; null
-            for 2048 on a CPU and 16384 on a GPU.
-        decoding: ``score`` chooses among the labels of tasks that have them by log-likelihood, and
-            generates other answers; ``generate`` generates all answers.
-        num_beams: beams of generated answers; 1 is greedy.
-        max_new_tokens: longest generated answer; null for the longest answer in train and dev.
-        metric_variant: ``crossfit`` computes metrics as CrossFit does, ``corrected`` without traps.
+        kwargs: the arguments of :class:`PromptMethod`.
 
-    Attributes:
-        prompts_at_once: most prompts that are held at a time.
     """
 
-    prompts_at_once: int = 128
+    prompts_at_once = 128
     trains = False
+    prompt_baselines = ("no_prompt",)
+    guess_baselines = False
 
     def __init__(
         self,
@@ -274,19 +241,10 @@ class VectorArithmetic(PromptMethod):
         expressions: list[str] = [],  # noqa: B006 - read only
         evaluate_on: Literal["named", "all"] = "named",
         scales: list[float] | None = None,
-        backbone: BackboneConfig = BackboneConfig(),  # noqa: B008
-        tokens_per_forward: int | None = None,
-        decoding: Literal["score", "generate"] = "score",
-        num_beams: int = 1,
-        max_new_tokens: int | None = None,
-        metric_variant: Literal["crossfit", "corrected"] = "crossfit",
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            backbone, tokens_per_forward, decoding, num_beams, max_new_tokens, metric_variant
-        )
-        self.save_hyperparameters(logger=False)
-        self.simplify_settings()
-        self.folders = prompts if isinstance(prompts, list) else [prompts]
+        super().__init__(**kwargs)
+        self.folders = as_list(prompts)
         self.study, self.evaluate_on = study, evaluate_on
         self.test_baselines = evaluate_on == "all"
         self.expressions = _expressions(study, expressions)
@@ -294,56 +252,69 @@ class VectorArithmetic(PromptMethod):
             raise ValueError(f"model.evaluate_on all goes with study expressions, not {study}")
         self.scales = _scales(study, scales)
         self.trials: list[Trial] = []
-        self.dev: list[float] = []
+        self.dev: dict[int, float] = {}
         self._sources: dict[FoundPrompt, Source] = {}
 
     # ---- set-up ---------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Load the backbone, the data and the prompts, once.
+        """As every method's.
 
         Raises:
             ValueError: ``fit``, or a run folder that holds the tuned prompts.
         """
         if stage == "fit":
             raise ValueError(NO_FIT)
-        self.check_trainer()
-        own = self.run_dir.resolve()
+        super().setup(stage)
+        own = self.run_dir and self.run_dir.resolve()
         if own in [place for name in self.folders for place in _places(Path(name))]:
             raise ValueError(
                 f"--run_dir {self.run_dir} holds the tuned prompts, whose results would be "
                 "overwritten: give another folder"
             )
-        self.prepare(self.datamodule)
 
-    def prepare(self, data: CrossFitDataModule) -> None:
-        """As :meth:`setup`, without a trainer.
+    def make_runs(self, data: PromptDataModule) -> list[Run]:
+        """Every sum at every scale on every task; rows of a task come together.
 
         Raises:
             FileNotFoundError: a store that is not there.
             ValueError: prompts that are missing, do not combine or belong to another backbone; or
                 expressions and tasks that do not go together.
         """
-        self.load_backbone(data)
-        if self.trials:
-            return
         found = self._found(data)
         sums = list(self._sums(data, found))
         sums = [*self._baselines(sums, found), *_beside_single(sums)]
-        places = [(task, sample) for task in data.tasks for sample in data.samples]
         self.trials = [
             Trial(*place, made.seed, math.nan, 0, made, scale)
-            for place in places  # rows of a task come together
+            for place in data.keys
             for made in sums
             if made.sample == place[1] and place[0] in made.tasks
             for scale in made.scales
         ]
-        self.runs = list(self.trials)
         _check_names(sums)
         self._warn_of_settings(data)
         self._warn_of_classes(data, dict.fromkeys((t.task, t.sample) for t in self.trials))
+        return list(self.trials)
 
-    def _found(self, data: CrossFitDataModule) -> Found:
+    def build(self, backbone: Backbone, runs: Sequence[Run]) -> None:
+        """Make nothing: prompts are made when their turn comes."""
+
+    def take(self, data: PromptDataModule, fitting: bool = True, anew: bool | None = None) -> None:
+        """As every method's; other data bring other sums."""
+        self.is_built = False
+        super().take(data, fitting=False, anew=False)
+
+    def draw(self, data: PromptDataModule) -> None:
+        """Nothing is trained."""
+
+    def kept(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def restore_best(self) -> None:
+        """Nothing: the prompts are those of the files."""
+
+    def _found(self, data: PromptDataModule) -> Found:
         """The files of the samples of the data."""
         found = find_vectors(self.folders)
         own = {group: files for group, files in found.items() if group[0] in data.samples}
@@ -371,7 +342,7 @@ class VectorArithmetic(PromptMethod):
 
     # ---- the sums of a study --------------------------------------------------------------------
 
-    def _sums(self, data: CrossFitDataModule, found: Found) -> Iterator[VectorSum]:
+    def _sums(self, data: PromptDataModule, found: Found) -> Iterator[VectorSum]:
         """The sums of the study, without what they are compared with."""
         if self.study == "cross":
             for task in data.tasks:
@@ -395,7 +366,7 @@ class VectorArithmetic(PromptMethod):
                     )
                 yield made
 
-    def _asked(self, data: CrossFitDataModule) -> dict[str, dict[str, float]]:
+    def _asked(self, data: PromptDataModule) -> dict[str, dict[str, float]]:
         """The coefficients of every expression of the study."""
         if self.study == "expressions":
             return self.expressions
@@ -405,7 +376,7 @@ class VectorArithmetic(PromptMethod):
         return {" + ".join(map(_written, tasks)): dict.fromkeys(tasks, 1.0) for tasks in sets}
 
     def _evaluated(
-        self, expression: str, coefficients: Mapping[str, float], data: CrossFitDataModule
+        self, expression: str, coefficients: Mapping[str, float], data: PromptDataModule
     ) -> tuple[str, ...]:
         """The tasks that an expression is evaluated on."""
         if self.evaluate_on == "all":
@@ -425,7 +396,7 @@ class VectorArithmetic(PromptMethod):
         return tuple(added)
 
     def _groups(
-        self, names: list[str], data: CrossFitDataModule, found: Found
+        self, names: list[str], data: PromptDataModule, found: Found
     ) -> Iterator[tuple[tuple[int, int], dict[str, FoundPrompt]]]:
         """Sample, seed and files of some tasks, wherever all of them have a prompt."""
         groups, left_out = complete(found, names, self.folders)
@@ -442,7 +413,7 @@ class VectorArithmetic(PromptMethod):
             assert seed is not None
             yield (sample, seed), files
 
-    def _crossed(self, task: str, data: CrossFitDataModule, found: Found) -> Iterator[VectorSum]:
+    def _crossed(self, task: str, data: PromptDataModule, found: Found) -> Iterator[VectorSum]:
         """A task's vectors on every initial prompt of their sample, and alone."""
         own: dict[int, dict[int, Source]] = {sample: {} for sample in data.samples}
         for (sample, seed), files in self._groups([task], data, found):
@@ -482,7 +453,7 @@ class VectorArithmetic(PromptMethod):
 
     # ---- warnings -------------------------------------------------------------------------------
 
-    def _warn_of_settings(self, data: CrossFitDataModule) -> None:
+    def _warn_of_settings(self, data: PromptDataModule) -> None:
         """Warn of prompts that were tuned on rows of another form."""
         for name in ("task_prefix", "max_input_length"):
             own, seen = getattr(data, name), [s.prompt for s in self._sources.values()]
@@ -494,7 +465,7 @@ class VectorArithmetic(PromptMethod):
                     f"{some([prompt.name for prompt in other])} were tuned",
                 )
 
-    def _warn_of_classes(self, data: CrossFitDataModule, keys: Iterable[tuple[str, int]]) -> None:
+    def _warn_of_classes(self, data: PromptDataModule, keys: Iterable[tuple[str, int]]) -> None:
         """Warn of dev sets without rows of every class, on which scores say little of lambda."""
         for task, sample in keys:
             given = {answers[0] for answers in data.splits[task, sample]["dev"].references}
@@ -515,21 +486,10 @@ class VectorArithmetic(PromptMethod):
     def configure_optimizers(self) -> None:
         """No optimizer."""
 
-    def _steps(self, split: SplitName) -> Blocks:
-        """Rows of a split under all runs, a block of runs after the other."""
-        return Blocks(
-            len(self.runs),
-            self.prompts_at_once,
-            lambda runs: self.evaluation_steps(split, lambda: runs),
-        )
-
-    def _evaluation(self, split: SplitName) -> Evaluation:
-        """An evaluation of all runs, whose prompts are made block by block."""
+    def prefixes(self, current: bool) -> MadePrefixes:
+        """The prompts of the runs to evaluate, made block by block."""
         assert self.backbone is not None
-        size = self.prompts_at_once
-        return BesideNoPrompt(
-            self, split, MadePrefixes(self.backbone, size, lambda block: self._made(block, size))
-        )
+        return MadePrefixes(self.backbone, self.evaluated, self.prompts_at_once, self._made)
 
     @property
     def init(self) -> Tensor:
@@ -537,80 +497,53 @@ class VectorArithmetic(PromptMethod):
         assert self.backbone is not None
         return torch.empty(len(self.runs), 0, self.backbone.hidden_size, device=self.device)
 
-    def _made(self, block: int, size: int) -> Tensor:
-        """The prompts of a block of runs, (at most size, N, D)."""
-        trials = self._current[block * size : (block + 1) * size]
+    def _made(self, places: Sequence[int]) -> Tensor:
+        """The prompts of some runs, (R, N, D)."""
+        trials = [self.trials[place] for place in places]
         return torch.stack([trial.of.prompt(trial.scale) for trial in trials]).to(self.device)
 
-    @property
-    def _current(self) -> list[Trial]:
-        """The runs, which are trials."""
-        return cast("list[Trial]", self.runs)
-
-    def dev_steps(self) -> Blocks:
-        """Dev rows under every sum at every scale."""
-        self.runs = list(self.trials)
-        return self._steps("dev")
-
-    def test_steps(self) -> Blocks:
-        """Choose the scales on dev; then test rows under the chosen ones."""
-        self._search()
-        return self._steps("test")
-
-    @torch.no_grad()
-    def _search(self) -> None:
-        """Answer dev under every sum at every scale, and choose; in the precision of the test."""
-        steps = self.dev_steps()
-        self.evaluation = self._evaluation("dev")
-        blocks, quiet = len(steps.blocks), not self.trainer.is_global_zero
-        for number, block in enumerate(steps.blocks):
-            if not quiet and number * 10 // blocks != (number - 1) * 10 // blocks:
-                print(f"dev: {block.start} of {len(self.runs)} prompts", flush=True)
-            with self.trainer.precision_plugin.forward_context():
-                for step in steps.steps(list(block)):
-                    self._answer_dev(step.to(self.device))
-        self._choose(self.evaluation.scores())
-
-    def _answer_dev(self, step: EvaluationBatch) -> None:
-        """Answer dev rows; the scores stay, the answers of all scales would be too many to keep."""
-        self.evaluation.add(step)
-        self.evaluation.predictions.clear()
-
     def on_validation_start(self) -> None:
-        """Begin the evaluation on dev."""
-        self.evaluation = self._evaluation("dev")
+        """Begin the evaluation on dev, of every sum at every scale."""
+        self.evaluated = list(range(len(self.trials)))
+        super().on_validation_start()
 
     def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
-        """Answer a batch of dev rows."""
-        self._answer_dev(batch)
+        """Answer dev rows; the scores stay, the answers of all scales would be too many to keep."""
+        self.evaluation.add(batch, self.answer(self._prefixes, batch), keep=False)
 
     def on_validation_epoch_end(self) -> None:
         """Choose the scales and show their dev scores."""
-        self._choose(self.evaluation.scores())
-        self.evaluation.report(torch.tensor(self.dev, dtype=torch.float64), "validate")
+        scores = self.evaluation.scores()
+        self._choose(scores)
+        Report(self, self.evaluation, "validate").write(scores)
 
     def on_test_start(self) -> None:
-        """Begin the evaluation on test."""
-        self.evaluation = self._evaluation("test")
+        """Choose the scales on dev, in the precision of the test; then begin the test."""
+        everything = list(range(len(self.trials)))
+        self.evaluated = everything
+        made = self.answer_all("dev", everything, self.prefixes(current=False), keep=False)
+        self._choose(made.scores())
+        super().on_test_start()
 
     def _choose(self, scores: Tensor) -> None:
-        """Keep the trials of each sum's best scale, and write the scores of all."""
-        dev = dict(zip(self.trials, scores.tolist(), strict=True))
+        """Evaluate the best scale of each sum from here on, and write the scores of all."""
+        dev = dict(enumerate(scores.tolist()))
         by_sum: dict[VectorSum, dict[float, dict[str, float]]] = {}
-        for trial, score in dev.items():
-            of_scale = by_sum.setdefault(trial.of, {}).setdefault(trial.scale, {})
-            of_scale[trial.task] = score
+        for place, score in dev.items():
+            trial = self.trials[place]
+            by_sum.setdefault(trial.of, {}).setdefault(trial.scale, {})[trial.task] = score
         best = {
             made: best_scale({scale: _mean(made, found) for scale, found in by_scale.items()})
             for made, by_scale in by_sum.items()
         }
-        chosen = [trial for trial in self.trials if trial.scale == best[trial.of]]
-        self.runs, self.dev = list(chosen), [dev[trial] for trial in chosen]
-        if self.trainer.is_global_zero:
+        chosen = [i for i, trial in enumerate(self.trials) if trial.scale == best[trial.of]]
+        self.evaluated, self.dev = chosen, {i: dev[i] for i in chosen}
+        if self.trainer.is_global_zero and self.run_dir:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
             rows = (
-                {**_place(t), "task": t.task, "sample": t.sample, "dev": score}
+                {**_place(t), "task": t.task, "sample": t.sample, "dev": dev[i]}
                 | {"chosen": t.scale == best[t.of]}
-                for t, score in dev.items()
+                for i, t in enumerate(self.trials)
             )
             write_csv(self.run_dir / SCALES, SCALE_COLUMNS, rows)
 
@@ -620,7 +553,8 @@ class VectorArithmetic(PromptMethod):
         """The chosen prompts, one for each sum and task, made one after another."""
         from prompt_lab import __version__
 
-        for i, trial in enumerate(self._current):
+        for i in self.evaluated:
+            trial = self.trials[i]
             made, some_source = trial.of, next(iter(trial.of.vectors.values())).prompt
             base = made.base and {"tensor": "init", **made.base.provenance()}
             expression = made.expression or f"0 * {_written(some_source.task)}"
@@ -649,7 +583,7 @@ class VectorArithmetic(PromptMethod):
     def result_facts(self, run: int) -> dict[str, Any]:
         """What the results say of a chosen sum; how its vectors were tuned is in their files."""
         absent = dict.fromkeys(("learning_rate", "batch_size", "order_seed"))
-        return absent | _place(self._current[run])
+        return absent | _place(self.trials[run]) | {"run": self.evaluated.index(run)}
 
     def digests(self) -> dict[str, Any]:
         """Digests of backbone weights, tokenizer, data files and prompt files."""
@@ -661,9 +595,9 @@ class VectorArithmetic(PromptMethod):
         sums = len({trial.of for trial in self.trials})
         return f"{sums} prompts of {self.num_virtual_tokens} virtual tokens"
 
-    def describe_fit(self, data: CrossFitDataModule, trainer: Trainer) -> str:
+    def describe_fit(self, data: PromptDataModule, trainer: Trainer) -> str:
         """What ``test`` would evaluate."""
-        self.prepare(data)
+        self.look(data, trainer)
         lines = ["nothing is trained; prompt-lab test evaluates:"]
         for variant in dict.fromkeys(trial.of.variant for trial in self.trials):
             own = [trial for trial in self.trials if trial.of.variant == variant]
@@ -682,12 +616,12 @@ class VectorArithmetic(PromptMethod):
         ``of single`` is the mean score over that of the task's tuned prompts of the same samples
         and seeds (single-task performance kept).
         """
-        place = {row["expression"]: -at for at, row in enumerate(reversed(rows))}  # the first
+        place = {row.get("expression"): -at for at, row in enumerate(reversed(rows))}  # the first
         groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
         for row in sorted(
-            rows, key=lambda row: (VARIANTS.index(row["variant"]), place[row["expression"]])
+            rows, key=lambda row: (VARIANTS.index(row["variant"]), place[row.get("expression")])
         ):
-            key = (row["expression"] or "-", row["variant"], row["task"])
+            key = (row.get("expression") or "-", row["variant"], row["task"])
             groups.setdefault(key, []).append(row)
         single = {
             (row["task"], row["sample"], row["init_seed"]): row["test"]
@@ -697,7 +631,7 @@ class VectorArithmetic(PromptMethod):
         head = ("expression", "variant", "task", "metric", "score", "of single", "scale", "prompts")
         lines: list[tuple[str, ...]] = []
         for (expression, variant, task), own in groups.items():
-            paired = [single.get((task, row["sample"], row["init_seed"])) for row in own]
+            paired = [single.get((task, row["sample"], row.get("init_seed"))) for row in own]
             scores = [row["test"] for row in own]
             lines.append(
                 (
@@ -761,7 +695,7 @@ def _kept(scores: Sequence[float], single: Sequence[float | None]) -> str:
 
 def _mean_scale(rows: Sequence[Mapping[str, Any]]) -> str:
     """Mean scale of some lines; ``-`` for no prompt."""
-    scales = [row["scale"] for row in rows if row["scale"] is not None]
+    scales = [row["scale"] for row in rows if row.get("scale") is not None]
     return f"{statistics.fmean(scales):.3g}" if scales else "-"
 
 

@@ -17,7 +17,7 @@ from pairs import Settings
 from steps import Result
 
 from prompt_lab.core.batch import Batch, make_batch, micro_batches
-from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.methods.prompt_tuning import PromptTuning
 
 MEDIANS = (12, 18, 25, 35, 50, 70, 90, 110)  # tokens of an input, by task

@@ -26,8 +26,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from prompt_lab.core.backbone import Backbone
-from prompt_lab.data.batches import Rows
-from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.data.sampling import Rows
+from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.data.files import SPLITS
 
 TASKS, SAMPLES = 120, [100, 13, 21, 42, 87]

@@ -23,7 +23,7 @@ from steps import Result, virtual_tokens
 
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import bank_gradient, with_gradient
-from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.methods.prompt_tuning import PromptTuning
 
 T5_SMALL = Size(6, 512, 8, feed_forward=2048)

@@ -42,8 +42,8 @@ from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import Prefixes, renumber
 from prompt_lab.core.batch import default_tokens_per_forward
 from prompt_lab.core.run import Run
-from prompt_lab.data.batches import EvaluationBatch, EvaluationSteps, Layout, Rows
-from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.data.sampling import EvaluationBatch, EvaluationSteps, Layout, Rows
+from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.data.tasks import Task
 
 TOKENS = 20  # N, but on CUDA as in the papers

@@ -1,4 +1,4 @@
-"""The initial prompts of a bank of runs, by whichever way the config names.
+"""Where the runs of a bank start: initial prompts, and codes in a subspace.
 
 A vocabulary, text or noise prompt depends on (seed, backbone, N) alone; class labels add the task.
 A prompt from a prompt file or a PEFT folder serves every run; from a store, a fit or a checkpoint
@@ -21,8 +21,10 @@ from torch import Tensor
 from prompt_lab.core import prompts
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.run import Run
+from prompt_lab.core.subspace import Subspace
 from prompt_lab.data.partitions import expand_sets
 from prompt_lab.data.tasks import Task
+from prompt_lab.files.networks import load_network
 from prompt_lab.files.prompts import PLACES, FoundPrompt, best_found, find_prompts, is_single
 from prompt_lab.files.results import Start, start_from
 
@@ -275,3 +277,86 @@ def _made_for(row: Mapping[str, object]) -> str:
     made_from = row.get("made_from")
     expression = made_from.get("expression") if isinstance(made_from, Mapping) else None
     return str(row.get("task") or expression or "")
+
+
+# ---- codes in a subspace -------------------------------------------------------------------------
+
+RANDOM = "random"
+"""The path that stands for a random subspace."""
+
+
+@dataclass
+class SubspaceConfig:
+    """The subspace that prompts are tuned in.
+
+    Args:
+        path: subspace file that IntrinsicSubspace wrote; or ``random`` for a random subspace.
+        intrinsic_dim: I of a random subspace; a file has its own.
+        seed: of the weights of a random subspace.
+        std: standard deviation of the initial codes, 0.02 in the authors' code.
+    """
+
+    path: str
+    intrinsic_dim: int | None = None
+    seed: int = 0
+    std: float = 0.02
+
+    def check(self) -> None:
+        """Check that a random subspace has a dimension, and a file none beside its own.
+
+        Raises:
+            ValueError: naming the setting and what is allowed.
+        """
+        if (self.path == RANDOM) != (self.intrinsic_dim is not None):
+            raise ValueError(
+                f"model.subspace.path is {self.path!r} and model.subspace.intrinsic_dim is "
+                f"{self.intrinsic_dim}: give a dimension for a {RANDOM} subspace, and none for a "
+                "file"
+            )
+        if self.intrinsic_dim is not None and self.intrinsic_dim < 1:
+            raise ValueError(
+                f"model.subspace.intrinsic_dim is {self.intrinsic_dim}: give 1 or more"
+            )
+        if self.std < 0:
+            raise ValueError(f"model.subspace.std is {self.std}: give 0 or more")
+
+    def load(self, backbone: Backbone, num_virtual_tokens: int) -> Subspace:
+        """The map, frozen.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: as :func:`prompt_lab.files.networks.load_network`, or another N.
+        """
+        if self.intrinsic_dim is None:
+            found = load_network(self.path, Subspace, backbone)
+            if found.num_virtual_tokens != num_virtual_tokens:
+                raise ValueError(
+                    f"{self.path}: a subspace of prompts of {found.num_virtual_tokens} virtual "
+                    f"tokens, but num_virtual_tokens is {num_virtual_tokens}"
+                )
+            return found
+        size = (num_virtual_tokens, backbone.hidden_size, self.intrinsic_dim)
+        return Subspace(*size, seed=self.seed).requires_grad_(False)
+
+    @property
+    def variant(self) -> str:
+        """Its name in the results."""
+        return "random_subspace" if self.path == RANDOM else "subspace"
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the map can be made or read."""
+        return self.path == RANDOM or Path(self.path).is_file()
+
+    def start(self, seed: int) -> Start:
+        """Where codes start that are drawn under a seed."""
+        return Start("codes", "", seed, "" if self.path == RANDOM else self.path)
+
+
+def initial_codes(runs: Sequence[Run], intrinsic_dim: int, std: float) -> Tensor:
+    """Normal codes (R, I); those of a run are a function of its initialisation seed."""
+    codes = []
+    for run in runs:
+        generator = torch.Generator().manual_seed(run.init_seed)
+        codes.append(torch.randn(intrinsic_dim, generator=generator) * std)
+    return torch.stack(codes)

@@ -1,0 +1,1470 @@
+"""``PromptMethod``: the life cycle that all methods share.
+
+A method says what is trained (``make_runs``, ``build``, ``start``, ``bank``, ``draw``,
+``training_step``), what the best evaluation keeps (``kept``) and what a checkpoint must agree in
+(``identity``). Here stand, once: loading the backbone, making what is trained when data or a
+checkpoint bring the runs, the clock, keeping the best, patience, curves, logging, files, answers,
+results, checkpoints without the backbone, and what a Trainer must not do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar
+
+import torch
+from lightning.pytorch import LightningModule, Trainer, callbacks
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from prompt_lab.core.backbone import Backbone, Prefix
+from prompt_lab.core.bank import Prefixes, bank_gradient, is_out_of_memory, renumber
+from prompt_lab.core.batch import Batch, default_tokens_per_forward, micro_batches
+from prompt_lab.core.run import Run
+from prompt_lab.data.datamodule import PromptDataModule
+from prompt_lab.data.files import SplitName
+from prompt_lab.data.sampling import Draw, EvaluationBatch, Progress, Rows, bank_draw
+from prompt_lab.data.tasks import Task
+from prompt_lab.files.prompts import Prompt, PromptStore
+from prompt_lab.files.results import Start, append_curves, start_curves, summary_table
+from prompt_lab.files.tensors import write_atomically
+from prompt_lab.methods.evaluation import Evaluation, Report, Way, answers
+from prompt_lab.methods.keeper import Keeper
+from prompt_lab.methods.sharing import RunShares, share_runs
+from prompt_lab.sandbox import SANDBOX
+
+Made = TypeVar("Made")
+
+TRAINING, STOPPED, FAILED, FINISHED = range(4)
+STATUS = ("training", "stopped early", "failed: loss not finite", "finished")
+
+FIT_RECORD = "fit.json"
+"""The file of a run's folder that keeps what a test cannot know of its fit."""
+
+TRAINER_SETTINGS = (
+    *("max_steps", "max_epochs", "val_check_interval", "check_val_every_n_epoch"),
+    *("limit_train_batches", "limit_val_batches", "precision"),
+    *("accumulate_grad_batches", "gradient_clip_val"),
+)
+DATA_SETTINGS = ("samples", "max_input_length", "truncation_side", "task_prefix", "order_seed")
+
+NO_NUMBER = (
+    *("model.backbone.name", "model.init.path", "model.subspace.path"),
+    *("model.prompts", "model.source_prompts", "model.adapters", "model.attention"),
+    *("model.tokens_per_forward", "model.test_baselines", "model.save_steps", "model.dev_loss"),
+    *("model.backbone.compile", "model.backbone.gradient_checkpointing"),
+)
+"""Settings that name files, whose digests count instead, or that change nothing but rounding."""
+
+REFUSED_CALLBACKS = {
+    "WeightAveraging": "prompts are kept by dev score, not averaged",
+    "StochasticWeightAveraging": "prompts are kept by dev score, not averaged",
+    "BaseFinetuning": "the backbone stays frozen",
+    "ModelPruning": "the backbone stays as it is, and prompts have nothing to prune",
+    "LearningRateFinder": "rates belong to runs: give several as model.learning_rate",
+    "BatchSizeFinder": "model.tokens_per_forward bounds memory; a batch size changes the result",
+}
+"""Callbacks of Lightning that would do nothing, or change what is recorded, and why."""
+
+
+@dataclass
+class BackboneConfig:
+    """Which frozen model, and how it runs.
+
+    Args:
+        name: hub id, folder, or ``sandbox`` for the tiny model that ships with the package.
+        dtype: dtype of the frozen weights; prompts, optimizer and losses stay float32. bfloat16 is
+            the fast one. float16 is for GPUs without it: T5 and mT5 are refused, since they
+            overflow, and a run of another model that overflows stops and says so.
+        attention: attention implementation of transformers.
+        gradient_checkpointing: keep the activations of one layer at a time; exact but slower, for
+            backbones whose activations do not fit.
+        compile: run training steps through ``torch.compile``; exact up to rounding, and the first
+            steps take minutes.
+    """
+
+    name: str = SANDBOX
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+
+    def load(self) -> Backbone:
+        """The backbone, frozen.
+
+        Raises:
+            ValueError: as :meth:`Backbone.load`; or both checkpointing and compiling.
+        """
+        if self.gradient_checkpointing and self.compile:
+            raise ValueError(
+                "model.backbone.gradient_checkpointing and model.backbone.compile do not go "
+                "together: use checkpointing where memory is short, compile where it is not"
+            )
+        backbone = Backbone.load(self.name, self.dtype, self.attention)
+        if self.gradient_checkpointing:
+            backbone.recompute_layers()
+        if self.compile:
+            backbone.compile_training()
+        return backbone
+
+
+class PromptMethod(LightningModule):
+    """Parent of the methods; trains R runs on a frozen backbone, and answers under the best.
+
+    ``trainer.max_steps`` is the budget and ``trainer.val_check_interval`` the number of steps
+    between evaluations on dev; the last step is always evaluated.
+
+    Args:
+        backbone: which frozen model.
+        tokens_per_forward: most padded tokens of one forward pass; bounds memory, not results; null
+            for 2048 on a CPU and 16384 on a GPU.
+        decoding: ``score`` chooses among the labels of tasks that have them by log-likelihood, and
+            generates other answers; ``generate`` generates all answers.
+        num_beams: beams of generated answers; 1 is greedy.
+        max_new_tokens: longest generated answer; null for the longest answer in train and dev.
+        metric_variant: ``crossfit`` computes metrics as CrossFit does, ``corrected`` without traps.
+        dev_loss: also log the mean loss on dev at each evaluation, as ``dev/loss``.
+
+    Attributes:
+        runs: what each prompt of the bank is for; empty before data or a checkpoint bring them.
+            Where processes share whole runs, those of this process; ``all_runs`` are everyone's.
+        evaluated: places of the runs that an evaluation answers for.
+        init: (R, N, D) the prompts that the runs start from.
+        starts: where each run starts from.
+        num_virtual_tokens: N.
+        keeper: the best of each run, or of all together where ``joint``.
+        status: (R,) how each run stands, an index of `STATUS`.
+        active: (R,) runs that may move; the optimizer reads it.
+        joint: whether runs train something together, so that one score chooses for all.
+        shares_runs: whether processes may divide whole runs among them.
+        test_baselines: whether ``test`` also scores no prompt and other baselines.
+        trains_a_bank: whether several runs train side by side, each with its own clip.
+        stores_prompts: whether there are prompts to keep as files.
+        trains: whether there is a fit.
+        frozen: beginnings of the names of weights that do not change, and no checkpoint holds.
+        prompts_at_once: most prompts that an evaluation holds side by side; None for all.
+        fixed: arguments of its parents that a class sets itself.
+    """
+
+    init: Tensor
+    status: Tensor
+    active: Tensor
+    loss_sum: Tensor
+    loss_steps: Tensor
+    keeper: Keeper
+    anchor: torch.nn.Parameter
+    num_virtual_tokens: int
+    joint: bool = False
+    shares_runs: bool = False
+    test_baselines: bool = False
+    prompt_baselines: tuple[str, ...] = ("no_prompt", "initial_prompt")
+    guess_baselines: bool = True
+    trains_a_bank: bool = True
+    stores_prompts: bool = True
+    trains: bool = True
+    frozen: tuple[str, ...] = ("backbone.", "subspace.")
+    fixed: tuple[str, ...] = ()
+    patience: int | None = None
+    prompts_at_once: int | None = None
+
+    def __init__(
+        self,
+        backbone: BackboneConfig = BackboneConfig(),  # noqa: B008
+        tokens_per_forward: int | None = None,
+        decoding: Literal["score", "generate"] = "score",
+        num_beams: int = 1,
+        max_new_tokens: int | None = None,
+        metric_variant: Literal["crossfit", "corrected"] = "crossfit",
+        dev_loss: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        for name in [*self.hparams]:
+            if name in self.fixed:
+                del self.hparams[name]
+            else:  # plain values, which checkpoints can hold
+                self.hparams[name] = plain(self.hparams[name])
+        given = {"tokens_per_forward": tokens_per_forward, "num_beams": num_beams}
+        for name, value in {**given, "max_new_tokens": max_new_tokens}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"model.{name} is {value}: give at least 1")
+        self.backbone_config = as_config(BackboneConfig, backbone)
+        self._tokens_per_forward = tokens_per_forward
+        self.decoding, self.num_beams = decoding, num_beams
+        self.max_new_tokens, self.metric_variant = max_new_tokens, metric_variant
+        self.dev_loss = dev_loss
+        self.backbone: Backbone | None = None
+        self.runs: list[Run] = []
+        self.all_runs: list[Run] = []
+        self.starts: list[Start] = []
+        self.evaluated: list[int] = []
+        self.shares = RunShares([[]])
+        self.progress = Progress()
+        self.seconds = 0.0
+        self.is_built = False
+        self._run_dir: Path | None = None
+        self._named_run_dir: Path | None = None
+        self._fit_record: dict[str, Any] = {}
+        self._warned: set[str] = set()
+        self._seen_splits: set[SplitName] = set()
+        self._start_scores: list[float] = []
+        self._evaluated_at = -1
+
+    @property
+    def best_score(self) -> Tensor:
+        """The best dev score of each unit, (U,)."""
+        return self.keeper.score
+
+    @property
+    def best_step(self) -> Tensor:
+        """Its step, (U,)."""
+        return self.keeper.step
+
+    @property
+    def best(self) -> Tensor:
+        """The best prompts, (R, N, D)."""
+        return self.keeper["bank"]
+
+    # ---- what a method says ---------------------------------------------------------------------
+
+    def make_runs(self, data: PromptDataModule) -> list[Run]:
+        """The runs that settings and data ask for."""
+        raise NotImplementedError
+
+    def build(self, backbone: Backbone, runs: Sequence[Run]) -> None:
+        """Make parameters and buffers, from runs and shapes alone, on the CPU."""
+        raise NotImplementedError
+
+    def start(self, data: PromptDataModule) -> None:
+        """Put what is trained where a new fit starts, with ``init`` and ``starts``."""
+
+    def bank(self) -> Tensor:
+        """The prompts (R, N, D) that are scored now, with gradient to what is trained."""
+        raise NotImplementedError
+
+    def kept(self) -> dict[str, Tensor]:
+        """What the best evaluation keeps; ``bank`` is what answers later."""
+        return {"bank": self.bank()}
+
+    def draw(self, data: PromptDataModule) -> Draw | None:
+        """What a training batch holds; None where nothing is trained."""
+        raise NotImplementedError
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree in, beside the backbone's weights and the runs."""
+        return {}
+
+    def curve(self) -> dict[str, list[Any]]:
+        """Further columns of ``curves.csv``, a value for each run."""
+        return {}
+
+    def logged(self, scores: Tensor) -> dict[str, float]:
+        """Further numbers that an evaluation logs."""
+        return {}
+
+    def write(self) -> None:
+        """Write the best prompts, and what else the fit leaves, into ``run_dir``."""
+        assert self.run_dir is not None
+        self.save_prompts(PromptStore(self.run_dir / "prompts"), self.best_prompts())
+
+    def restore(self) -> None:
+        """Read the best from ``run_dir``, where neither a fit nor a checkpoint has filled it."""
+        raise NotImplementedError
+
+    def best_prompts(self, test_scores: Tensor | None = None) -> Iterable[Prompt]:
+        """The prompt of every run in ``evaluated`` that ``test`` scores, ready to be stored."""
+        raise NotImplementedError
+
+    def result_facts(self, run: int) -> dict[str, Any]:
+        """What the results say of how a run was trained, beside or instead of its prompt's word."""
+        raise NotImplementedError
+
+    def summary(self) -> str:
+        """What is trained, in a few words."""
+        return f"{len(self.all_runs)} runs of {self.num_virtual_tokens} virtual tokens"
+
+    def score_table(self, rows: list[dict[str, Any]]) -> str:
+        """The table that an evaluation prints, from its lines of results."""
+        return summary_table(rows)
+
+    def describe_fit(self, data: PromptDataModule, trainer: Trainer) -> str:
+        """The text of ``fit --dry_run``; what is trained is made, and nothing is trained."""
+        return self.summary()
+
+    # ---- the Trainer's set-up -------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Check the trainer, load the backbone, and let the data be tokenised by its rules."""
+        self.check_trainer()
+        self._run_dir = self._find_run_dir()
+        self.backbone = self.load_backbone()
+        self.datamodule.connect(self.backbone)
+
+    def configure_model(self) -> None:
+        """Make what is trained, where a trainer brings data; a checkpoint brings its own runs."""
+        if self._trainer is None or self.backbone is None:
+            return
+        with torch.device("cpu"):  # not on the GPU that Lightning makes tensors on here
+            self.take(self.datamodule, self.trainer.state.fn == "fit")
+        self._feed(self.datamodule)
+
+    def take(self, data: PromptDataModule, fitting: bool = True, anew: bool | None = None) -> None:
+        """Take the runs that settings and data ask for, and make what they train, once.
+
+        Args:
+            data: the data, connected to the backbone.
+            fitting: whether a fit begins; other data then brings fresh runs. Otherwise those runs
+                are evaluated that the data have rows of.
+            anew: whether runs start now, and not from a checkpoint.
+
+        Raises:
+            ValueError: an evaluation of tasks that no run was trained for.
+        """
+        assert self.backbone is not None
+        asked = self.make_runs(data)
+        if anew is None:
+            anew = fitting and not self.trainer.ckpt_path
+        if fitting and self.is_built and asked != self.all_runs:
+            rank_zero_info(f"other data than before: {len(asked)} fresh runs")
+            self.is_built = False
+        if not self.is_built:
+            self._build(asked, data)
+            if anew:
+                self.start(data)
+                self.keeper.keep(torch.ones_like(self.status, dtype=torch.bool), self.kept())
+        self.evaluated = list(range(len(self.runs)))
+        if not fitting:
+            known = {(run.task, run.sample) for run in self.all_runs}
+            strange = [key for run in asked if (key := (run.task, run.sample)) not in known]
+            if strange:
+                raise ValueError(
+                    f"no run was trained for {some(_told(strange))}; there are runs for "
+                    f"{some(_told(known))}: test the tasks of the fit, or fit these"
+                )
+            own = {(run.task, run.sample) for run in asked}
+            self.evaluated = [i for i, r in enumerate(self.runs) if (r.task, r.sample) in own]
+
+    def _build(self, runs: list[Run], data: PromptDataModule | None) -> None:
+        """Make parameters, buffers and keeper for these runs, of which this process has a share."""
+        assert self.backbone is not None
+        trainer = self._trainer
+        self.all_runs = list(runs)
+        world = 1 if trainer is None else trainer.world_size
+        self.shares = RunShares([list(range(len(runs)))])
+        if data is not None and self.shares_runs and 1 < world <= len(runs):
+            length = {}  # a step of a run costs about what its rows are long
+            for key, splits in data.splits.items():
+                inputs = splits["train"].inputs
+                length[key] = 1 + sum(map(len, inputs)) / max(1, len(inputs))
+            costs = [run.batch_size * length[run.task, run.sample] for run in runs]
+            self.shares = RunShares(share_runs(costs, world), trainer.global_rank)
+        self.runs = [runs[place] for place in self.shares.own]
+        self.starts = [Start("")] * len(self.runs)
+        self.build(self.backbone, self.runs)
+        units = len(self.kept_units())
+        for name, value in {
+            "status": torch.full((units,), TRAINING, dtype=torch.long),
+            "active": torch.ones(units, dtype=torch.bool),
+            "loss_sum": torch.zeros(len(self.line_names())),
+            "loss_steps": torch.zeros((), dtype=torch.long),
+        }.items():
+            self.register_buffer(name, value)
+        self.keeper = Keeper(units, len(self.runs), self.kept())
+        self.is_built = True
+        self.progress.live = self.evaluated_in_fit()
+        self._leave_to_ddp()
+
+    def evaluated_in_fit(self) -> list[int]:
+        """Places of the runs that a fit evaluates at first."""
+        return list(range(len(self.runs)))
+
+    def line_names(self) -> list[str]:
+        """What has a line of its own in ``curves.csv``, and a loss of its own."""
+        return [run.name for run in self.runs]
+
+    def kept_units(self) -> list[str]:
+        """Names of what is chosen by one score: the runs, or all of them together."""
+        return ["all"] if self.joint else [run.name for run in self.runs]
+
+    def _leave_to_ddp(self) -> None:
+        """Keep out of DDP what is frozen, and own runs, whose gradients no other process has.
+
+        Buffers are not broadcast either: each process has its own sums, and the others are equal.
+        Where whole runs are divided DDP is left with a number that nothing depends on, since it
+        refuses to have nothing; it broadcasts by the first name and reduces by the second.
+        """
+        names = [name for name, _ in self.named_parameters(remove_duplicate=False)]  # tied ones too
+        kept_out = [name for name in names if name.startswith(self.frozen)]
+        buffers = [name for name, _ in self.named_buffers()]
+        if self.shares.divided:
+            own = [name for name in names if not name.startswith(self.frozen)]
+            kept_out += [*own, *(f".{name}" for name in own)]
+            self.anchor = torch.nn.Parameter(torch.zeros(()))
+            self.frozen = (*self.frozen, "anchor")
+        self._ddp_params_and_buffers_to_ignore = kept_out + buffers
+
+    def _feed(self, data: PromptDataModule) -> None:
+        """Let the data make its loaders."""
+        fitting = self.trainer.state.fn == "fit"
+        draw = None
+        if fitting:
+            self.look_at_lengths(data, "train", "dev")
+            draw = self.draw(data)
+        data.feed(
+            self.runs,
+            self.progress,
+            draw,
+            lambda: self.progress.live if fitting else self.evaluated,
+            self.tokens_per_forward,
+            lambda task, longest: self.tokens_beside_input(self.num_virtual_tokens, task, longest),
+            self.row_share,
+            self.prompts_at_once,
+        )
+
+    def look(self, data: PromptDataModule, trainer: Trainer) -> None:
+        """Make what a fit would train, for a look at it before training."""
+        self.trainer = trainer
+        self.backbone = self.load_backbone()
+        data.connect(self.backbone)
+        self.take(data, fitting=True, anew=True)
+        self.to(trainer.strategy.root_device)
+
+    def load_backbone(self) -> Backbone:
+        """The backbone, loaded once."""
+        return self.backbone or self.backbone_config.load()
+
+    @property
+    def datamodule(self) -> PromptDataModule:
+        """The trainer's data.
+
+        Raises:
+            ValueError: the trainer was not given one of this package's kinds.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, PromptDataModule):
+            raise ValueError(
+                f"{type(self).__name__} draws the rows of each run itself: pass datamodule= a "
+                "CrossFitDataModule, a RowsDataModule or another PromptDataModule to the trainer"
+            )
+        return data
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move, but leave float64 where it is if the device has none, as Apple's."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            if tensor.dtype != torch.float64:
+                return fn(tensor)
+            there = fn(torch.empty(0, dtype=torch.float32, device=tensor.device))
+            return tensor if there.device.type == "mps" else fn(tensor)
+
+        return super()._apply(moved, recurse)
+
+    @property
+    def tokens_per_forward(self) -> int:
+        """Most padded tokens of one forward pass."""
+        trainer = self._trainer
+        device = self.device if trainer is None else trainer.strategy.root_device
+        return self._tokens_per_forward or default_tokens_per_forward(device)
+
+    @property
+    def run_dir(self) -> Path | None:
+        """Where the outputs go; None where nothing is written (``fast_dev_run``).
+
+        By default the folder of a CSV or TensorBoard logger, else
+        ``<default_root_dir>/prompt_lab_runs/<time>``. Set it to name another.
+        """
+        return self._run_dir or self._named_run_dir
+
+    @run_dir.setter
+    def run_dir(self, folder: str | Path) -> None:
+        self._named_run_dir = Path(folder)
+
+    def _find_run_dir(self) -> Path | None:
+        trainer = self.trainer
+        if getattr(trainer, "fast_dev_run", False):
+            return None
+        if self._named_run_dir is not None:
+            return self._named_run_dir
+        for logger in trainer.loggers:
+            if isinstance(logger, (CSVLogger, TensorBoardLogger)):
+                return Path(trainer.strategy.broadcast(str(logger.log_dir)))
+        name = time.strftime("%Y%m%d-%H%M%S")
+        folder = Path(trainer.default_root_dir) / "prompt_lab_runs" / name
+        folder = Path(trainer.strategy.broadcast(str(folder)))
+        rank_zero_info(f"outputs go to {folder}")
+        return folder
+
+    def check_trainer(self) -> None:
+        """Refuse trainer settings that would quietly change the result.
+
+        Raises:
+            ValueError: the setting, and what to use instead.
+        """
+        trainer = self.trainer
+        strategy, whole = trainer.strategy, (SingleDeviceStrategy, DDPStrategy)
+        if not isinstance(strategy, whole) or isinstance(strategy, DeepSpeedStrategy):
+            refuse_strategy(type(strategy).__name__)
+        if trainer.precision in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"trainer.precision {trainer.precision} would round the prompts and their "
+                "optimizer: use trainer.precision 32-true with model.backbone.dtype bfloat16"
+            )
+        if trainer.precision == "16-mixed":
+            raise ValueError(
+                "trainer.precision 16-mixed: a step makes its gradient before the trainer scales "
+                "the loss, so small gradients are below what float16 holds: use bf16-mixed or "
+                "32-true"
+            )
+        if trainer.gradient_clip_val and self.trains_a_bank:
+            raise ValueError(
+                "trainer.gradient_clip_val clips over all runs of the bank together and so couples "
+                "them: use model.optim.clip (some methods have model.clip), which clips each alone"
+            )
+        if trainer.accumulate_grad_batches != 1 and self.trains_a_bank:
+            raise ValueError(
+                "trainer.accumulate_grad_batches is not needed: a step is cut into micro-batches "
+                "of model.tokens_per_forward tokens; set model.batch_size instead"
+            )
+        refused = dict(REFUSED_CALLBACKS)
+        if self.trains_a_bank:
+            refused["GradientAccumulationScheduler"] = "a step is cut into micro-batches anyway"
+        for given in trainer.callbacks:
+            for kind in type(given).__mro__:
+                own = kind is getattr(callbacks, kind.__name__, None)
+                idle = isinstance(given, callbacks.GradientAccumulationScheduler) and (
+                    given.scheduling == {0: 1}  # Lightning puts one into every trainer
+                )
+                if own and kind.__name__ in refused and not idle:
+                    raise ValueError(
+                        f"the callback {type(given).__name__} does not go with "
+                        f"{type(self).__name__}: {refused[kind.__name__]}; leave it out"
+                    )
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the fit, at which schedules end.
+
+        Raises:
+            ValueError: a fit without an end.
+        """
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise ValueError("the fit has no end: give trainer.max_steps or trainer.max_epochs")
+        return int(steps)
+
+    # ---- processes ------------------------------------------------------------------------------
+
+    @property
+    def row_share(self) -> tuple[int, int]:
+        """Which share of the rows is this process's, and how many there are."""
+        if self.shares.divided:
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size
+
+    def over_ranks(self, values: Tensor) -> Tensor:
+        """Sum over the processes that share rows."""
+        if self.row_share[1] == 1:
+            return values
+        return self.trainer.strategy.reduce(values.clone(), reduce_op="sum")
+
+    def save_prompts(self, store: PromptStore, prompts: Iterable[Prompt | None]) -> None:
+        """Write the prompts of all processes, by the first one; None leaves a run out."""
+        joined = (prompt for prompt in self.shares.stream(prompts) if prompt is not None)
+        if self.trainer.is_global_zero:
+            store.save(joined)
+        elif self.shares.divided:
+            list(joined)  # empty: sends them
+
+    # ---- answers --------------------------------------------------------------------------------
+
+    def scored(self, task: Task) -> bool:
+        """Whether answers of a task are chosen by score (else generated)."""
+        return self.decoding == "score" and task.labels is not None
+
+    def describe_decoding(self, task: Task) -> str:
+        """The way of answering, for the results."""
+        if self.scored(task):
+            return "score"
+        length = self.max_new_tokens or "longest"
+        return f"generate beams={self.num_beams} tokens={length}"
+
+    def way(self, task: Task) -> Way:
+        """How answers to a task are made."""
+        labels = list(task.labels or ()) if self.scored(task) else None
+        return Way(labels, self.max_new_tokens, self.num_beams)
+
+    def way_of_answering(self, task: str, sample: int) -> dict[str, Any]:
+        """How answers to a task are made, as prompt files keep it for ``prompt-lab predict``."""
+        data = self.datamodule
+        way = self.way(data.tasks[task])
+        return {
+            "decoding": "generate" if way.labels is None else "score",
+            "labels": way.labels,
+            "max_new_tokens": way.max_new_tokens or data.longest_answer(task, sample),
+            "truncation_side": data.truncation_side,
+            "num_beams": self.num_beams,
+            "max_input_length": data.max_input_length,
+            "task_prefix": data.task_prefix,
+        }
+
+    def prefix_of(self, prefixes: Prefixes, batch: Batch) -> tuple[Prefix, Batch]:
+        """What the rows of a batch need of their prompts, and the rows numbered by its order."""
+        used = sorted(set(batch.prompts))
+        return prefixes.of(used), renumber(batch, used)
+
+    def answer(self, prefixes: Prefixes, step: EvaluationBatch) -> list[str]:
+        """One answer per row of an evaluation batch."""
+        assert self.backbone is not None
+        way = self.way(self.datamodule.tasks[step.task])
+        return answers(self.backbone, lambda batch: self.prefix_of(prefixes, batch), step, way)
+
+    def answer_all(
+        self, split: SplitName, chosen: list[int], prefixes: Prefixes, keep: bool = True
+    ) -> Evaluation:
+        """An evaluation of some runs outside Lightning's loop, in the trainer's precision."""
+        data, made = self.datamodule, self.new_evaluation(split)
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            for step in data.evaluation_steps(split, lambda: chosen):
+                step = step.to(self.device)
+                made.add(step, self.answer(prefixes, step), keep)
+        return made
+
+    def tokens_beside_input(self, num_virtual_tokens: int, task: Task, longest: int) -> int:
+        """Tokens that an evaluated row costs besides its input, for cutting batches."""
+        assert self.backbone is not None
+        prompt = num_virtual_tokens if self.backbone.is_encoder_decoder else 0
+        if self.scored(task):
+            return prompt + longest
+        return prompt + self.num_beams * (self.max_new_tokens or longest)
+
+    # ---- a look at the rows ---------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Look at all rows that the fit and its test will run, and tell loggers the settings."""
+        self._is_written = False
+        self._tell_of_rows("train", "dev", "test")
+        found = {k: v for k, v in self.settings().items() if k.startswith(("model.", "data."))}
+        for logger in self.trainer.loggers if self.trainer.is_global_zero else []:
+            if isinstance(logger, WandbLogger):  # a sweep's own settings are locked
+                known = logger.experiment.config
+                new = {k: v for k, v in found.items() if k not in known}
+                known.update(new, allow_val_change=True)
+            else:
+                logger.log_hyperparams(found)
+
+    def _tell_of_rows(self, *splits: SplitName) -> None:
+        """Warn of what :meth:`look_at_rows` finds, once for a split; all processes call it."""
+        if self._seen_splits.issuperset(splits):
+            return
+        self._seen_splits.update(splits)
+        for said in self.shares.gather(self.look_at_rows(self.datamodule, *splits)):
+            self.warn_once(said, said)
+
+    def look_at_lengths(self, data: PromptDataModule, *splits: SplitName) -> None:
+        """Refuse rows of this process's runs that do not fit the backbone's positions."""
+        keys = data.keys
+        if self.shares.divided:
+            keys = list(dict.fromkeys((run.task, run.sample) for run in self.runs))
+        rows = [data.tokens(*key, split) for key in keys for split in splits]
+        self.check_lengths(rows, self.num_virtual_tokens)
+
+    def look_at_rows(self, data: PromptDataModule, *splits: SplitName) -> list[str]:
+        """What the model will not see, or cannot tell apart, of the rows of this process's runs.
+
+        A sentence each for inputs that are cut, labels of equal tokens, references longer than the
+        answers that are generated, and test rows that will be refused. Test rows are only measured.
+
+        Raises:
+            ValueError: rows of train or dev that do not fit the backbone's positions, inputs
+                without tokens, or a task all of whose labels have the same tokens.
+        """
+        told: list[str] = []
+        keys = [(task, sample) for task in data.tasks for sample in data.samples]
+        if self.shares.divided:
+            keys = list(dict.fromkeys((run.task, run.sample) for run in self.runs))
+        for task in dict.fromkeys(task for task, _ in keys):
+            told += self._look_alikes(data.tasks[task])
+        cut: dict[str, tuple[int, int]] = {}
+        too_long: dict[tuple[str, int], dict[str, str]] = {}
+        for task, sample in keys:
+            longest = self.longest_generated(data, task, sample)
+            for split in splits:
+                rows = data.tokens(task, sample, split, keep=split != "test")
+                name = f"{task} {split}"
+                known = cut.get(name, (0, 0))
+                cut[name] = known[0] + rows.cut, known[1] + len(rows)
+                try:
+                    self.check_lengths([rows], self.num_virtual_tokens)
+                except ValueError as error:
+                    if split != "test":
+                        raise
+                    told.append(f"test rows will be refused: {error}")
+                lost = 0 if longest is None else sum(n > longest for n in rows.shortest_targets)
+                if lost:
+                    known_lost = too_long.setdefault((task, longest or 0), {})
+                    known_lost[split] = f"{split} {lost} of {len(rows)}"
+        why = "" if self.max_new_tokens else ", the longest answer of train and dev"
+        told += [
+            f"task {task}: rows all of whose references are longer than the {longest} tokens that "
+            f"are generated (model.max_new_tokens{why}), so that no answer can match in full: "
+            f"{', '.join(lost.values())}"
+            for (task, longest), lost in too_long.items()
+        ]
+        found = [f"{name} {some_} of {of}" for name, (some_, of) in cut.items() if some_]
+        if found:
+            end = "end" if data.truncation_side == "right" else "beginning"
+            told.append(
+                f"inputs of over {data.max_input_length} tokens lose their {end} "
+                f"(data.max_input_length, data.truncation_side): {'; '.join(found)}"
+            )
+        return list(dict.fromkeys(told))
+
+    def _look_alikes(self, task: Task) -> list[str]:
+        """A sentence about labels that have the same tokens; refuses a task of no other labels."""
+        assert self.backbone is not None
+        told, labels = [], task.labels or ()
+        if len({label.lower() for label in labels}) < len(labels):
+            told = [f"task {task.name}: some labels differ by case alone: {', '.join(labels)}"]
+        alike = self.backbone.look_alikes(labels)
+        if not alike:
+            return told
+        groups = "; ".join(", ".join(map(repr, group)) for group in alike)
+        if len(alike[0]) == len(labels):
+            raise ValueError(
+                f"task {task.name}: all labels have the same tokens for backbone "
+                f"{self.backbone.name!r} ({groups}), so that nothing can be learned: take a "
+                "backbone whose tokenizer knows them, or other words for the labels"
+            )
+        return [
+            *told,
+            f"task {task.name}: labels with the same tokens for backbone {self.backbone.name!r}, "
+            f"of which the first is always answered: {groups}",
+        ]
+
+    def longest_generated(self, data: PromptDataModule, task: str, sample: int) -> int | None:
+        """Most tokens of a generated answer; None where answers are chosen by score."""
+        if self.scored(data.tasks[task]):
+            return None
+        return self.max_new_tokens or data.longest_answer(task, sample)
+
+    def check_lengths(self, rows: Iterable[Rows], num_virtual_tokens: int) -> None:
+        """Refuse rows that do not fit the backbone's positions, before anything is computed.
+
+        Raises:
+            ValueError: naming the task, the lengths and what to lower.
+        """
+        assert self.backbone is not None
+        positions = self.backbone.max_positions
+        if positions is None:
+            return
+        for part in rows:
+            made = 0 if self.scored(part.task) else self.max_new_tokens or 0
+            answer = max(part.longest_target, made)
+            longest = max(map(len, part.inputs))
+            after = 0 if self.backbone.is_encoder_decoder else answer
+            if max(num_virtual_tokens + longest + after, answer) > positions:
+                raise ValueError(
+                    f"task {part.task.name}: {num_virtual_tokens} virtual tokens, inputs of up to "
+                    f"{longest} tokens and answers of up to {answer} do not fit the {positions} "
+                    f"positions of backbone {self.backbone.name!r}: lower data.max_input_length, "
+                    "model.num_virtual_tokens or model.max_new_tokens"
+                )
+
+    # ---- training -------------------------------------------------------------------------------
+
+    def bank_gradient(
+        self, bank: Tensor, batch: Batch, label_smoothing: float
+    ) -> tuple[Tensor, Tensor]:
+        """Losses (R,) and gradient (R, N, D); micro-batches are halved when memory runs out."""
+        backbone = self.backbone
+        assert backbone is not None
+        return self.within_memory(
+            batch,
+            lambda tokens: bank_gradient(backbone, bank, batch, tokens, label_smoothing),
+        )
+
+    def within_memory(self, batch: Batch, step: Callable[[int], Made]) -> Made:
+        """What ``step`` makes, given the tokens of a forward pass; fewer when memory runs out."""
+        while True:
+            try:
+                return step(self.tokens_per_forward)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            self._halve_tokens_per_forward(batch)  # here the failed step's tensors are gone
+
+    def _halve_tokens_per_forward(self, batch: Batch) -> None:
+        """Let micro-batches be smaller from here on.
+
+        Raises:
+            ValueError: they hold one row each already.
+        """
+        lengths = zip(batch.input_lengths, batch.target_lengths, strict=True)
+        if self.tokens_per_forward <= max(map(sum, lengths)):
+            raise ValueError(
+                "memory runs out with a single row in a forward pass: use a smaller "
+                "data.max_input_length or model.num_virtual_tokens, model.backbone.dtype bfloat16 "
+                "or model.backbone.gradient_checkpointing true"
+            )
+        self._tokens_per_forward = self.tokens_per_forward // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        rank_zero_warn(
+            f"memory ran out: model.tokens_per_forward is {self.tokens_per_forward} from step "
+            f"{self.trainer.global_step} on; give that to start with it"
+        )
+
+    def on_train_start(self) -> None:
+        """Take up the clock, the progress and the curves; a larger budget revives finished runs."""
+        trainer, step = self.trainer, self.trainer.global_step
+        if step == 0 and not trainer.ckpt_path:
+            self.keeper.reset()
+            self.status.fill_(TRAINING)
+            self.active.fill_(True)
+            self.seconds = 0.0
+        if step < self.total_steps:
+            finished = self.status == FINISHED
+            self.status.masked_fill_(finished, TRAINING)
+            self.active |= finished
+        self.progress.batches = step * trainer.accumulate_grad_batches
+        if not self.joint:
+            self.progress.live = [i for i, s in enumerate(self.status.tolist()) if s == TRAINING]
+        if not self._count_live():
+            trainer.should_stop = True
+        self._clock, self._evaluated_at = time.monotonic(), step
+        scores = self.shares.join(self._start_scores) if self._start_scores else []
+        self._start_scores = []
+        if trainer.is_global_zero and self.run_dir:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            curves = self.run_dir / "curves.csv"
+            start_curves(curves, step)
+            names = [run.name for run in self.all_runs]
+            scored = zip(names, scores, strict=False)  # none, or one for each run
+            append_curves(curves, ({"step": 0, "run": n, "dev": dev} for n, dev in scored))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Count the batch, and log its loss."""
+        self.progress.batches += 1
+        runs = 1 if self.joint else max(1, len(self.progress.live))
+        batches = self.trainer.accumulate_grad_batches
+        self.log("train/loss", outputs["loss"].detach() * (batches / runs), rank_zero_only=False)
+
+    def finite_everywhere(self, finite: Tensor) -> Tensor:
+        """Which units are finite in all processes that share rows."""
+        if self.row_share[1] == 1:
+            return finite
+        return self.trainer.strategy.reduce((~finite).float(), reduce_op="sum") == 0
+
+    def _count_live(self) -> int:
+        """How many runs of all processes still train."""
+        return sum(self.shares.gather([int((self.status == TRAINING).sum())]))
+
+    # ---- evaluation -----------------------------------------------------------------------------
+
+    @property
+    def _fitting(self) -> bool:
+        return self.trainer.state.fn == "fit"
+
+    def new_evaluation(self, split: SplitName) -> Evaluation:
+        """An evaluation of the runs."""
+        shared = self.row_share[1] > 1
+        variant = self.metric_variant
+        return Evaluation(self.datamodule, self.runs, split, variant, self.device, shared)
+
+    def prefixes(self, current: bool) -> Prefixes:
+        """What answers: the current prompts, or the best."""
+        assert self.backbone is not None
+        bank = self.bank().detach() if current else self.keeper["bank"]
+        return Prefixes(self.backbone, bank)
+
+    def _begin(self, split: SplitName) -> None:
+        if not self._fitting:
+            self.restore_best()
+            self._tell_of_rows(split)
+            self.look_at_lengths(self.datamodule, split)
+        self.evaluation = self.new_evaluation(split)
+        self._prefixes = self.prefixes(self._fitting)
+
+    def restore_best(self) -> None:
+        """Read the best from files, unless a fit or checkpoint has filled it."""
+        if not self.keeper.is_filled:
+            self.restore()
+
+    def on_validation_start(self) -> None:
+        """Begin an evaluation: of what is trained in a fit, else of the best."""
+        self._begin("dev")
+
+    def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+        """Answer a batch of dev rows."""
+        self.evaluation.add(batch, self.answer(self._prefixes, batch))
+
+    def on_validation_epoch_end(self) -> None:
+        """Score dev; in a fit, keep what is better and stop runs that are done."""
+        scores = self.evaluation.scores()
+        if not self._fitting:
+            Report(self, self.evaluation, "validate").write(scores)
+            return
+        if self.trainer.sanity_checking:
+            whole = self.trainer.num_sanity_val_steps == float("inf")
+            self._start_scores = scores.tolist() if whole and not self.joint else []
+            return
+        self._evaluated_at = self.trainer.global_step
+        alive = self.status == TRAINING
+        better = self.keeper.update(
+            self.unit_scores(scores),
+            scores,
+            self.trainer.global_step,
+            alive & self.active,
+            always=not self.runs,
+        )
+        if not self.joint:
+            self.keeper.bad.copy_(
+                torch.where(alive & ~self.active, self.keeper.bad + 1, self.keeper.bad)
+            )
+        self.keep(better)
+        lines = list(self.progress.live)
+        self._stop_runs()
+        self._log_evaluation(scores, lines)
+        self.after_evaluation(scores, lines)
+        self.loss_sum.zero_()
+        self.loss_steps.zero_()
+        if not self._count_live():
+            self.trainer.should_stop = True
+
+    def unit_scores(self, scores: Tensor) -> Tensor:
+        """What chooses the best: the score of each run, or their mean where they are joint."""
+        if not self.joint:
+            return scores
+        return scores.nan_to_num(nan=-torch.inf).mean().reshape(1)
+
+    def keep(self, better: Tensor) -> None:
+        """Keep what belongs to the better units."""
+        self.keeper.keep(better, self.kept())
+
+    def after_evaluation(self, scores: Tensor, lines: list[int]) -> None:
+        """What a method does besides, after an evaluation in a fit."""
+
+    def _stop_runs(self) -> None:
+        """End runs that failed, lost patience or reached the budget."""
+        training = self.status == TRAINING
+        self.status.masked_fill_(training & ~self.active, FAILED)
+        if self.patience is not None:
+            stopped = training & self.active & (self.keeper.bad >= self.patience)
+            self.status.masked_fill_(stopped, STOPPED)
+        if self.trainer.global_step >= self.total_steps:
+            self.status.masked_fill_(self.status == TRAINING, FINISHED)
+        self.active &= self.status == TRAINING
+        status = self.status.tolist()
+        if self.joint:
+            own = [name for name, s in zip(self.kept_units(), status, strict=True) if s == FAILED]
+        else:
+            own = [self.runs[i].name for i in self.progress.live if status[i] == FAILED]
+        if failed := self.shares.gather(own):
+            rank_zero_warn(
+                f"loss or gradient not finite by step {self.trainer.global_step}: "
+                f"{', '.join(failed)}; these runs stop, with their best prompt so far. A lower "
+                "learning_rate or optim.clip may help"
+            )
+        if not self.joint:
+            self.progress.live = [i for i in self.progress.live if status[i] == TRAINING]
+
+    def mean_losses(self) -> Tensor:
+        """Mean loss of each run since the last evaluation."""
+        return self.over_ranks(self.loss_sum) / self.loss_steps.clamp(min=1)
+
+    def _log_evaluation(self, scores: Tensor, lines: list[int]) -> None:
+        """Log the spread over runs, and each run's own line in ``curves.csv``."""
+        now = time.monotonic()
+        self.seconds += now - self._clock
+        self._clock = now
+        losses = self.mean_losses().tolist()
+        rows = self.shares.join(self._whole(self.curve_lines(losses, scores, lines)))
+        rows = [row for row in rows if row is not None]
+        best = (
+            self.shares.join(self.keeper.score.tolist())
+            if not self.joint
+            else [*self.keeper.score.tolist()]
+        )
+        finite = [value for value in best if value > -torch.inf]
+        logged = {"best/val_score": sum(finite) / len(finite) if finite else float("nan")}
+        known = [row["train_loss"] for row in rows if row.get("train_loss") is not None]
+        logged["train/loss"] = sum(known) / max(1, len(known))
+        if self.trains_a_bank and not self.joint:
+            logged["runs_alive"] = float(self._count_live())
+        self.log_dict(logged, prog_bar=True, rank_zero_only=False)
+        own = dict(zip(lines, (scores[i].item() for i in lines), strict=True))
+        found = [(self.runs[i].task, value) for i, value in own.items() if value == value]
+        spread: dict[str, list[float]] = {}
+        for task, value in self.shares.gather(found):
+            spread.setdefault(task, []).append(value)
+        more = self.logged(scores)
+        for task, values in spread.items():
+            more |= {f"dev/{task}/min": min(values), f"dev/{task}/max": max(values)}
+            more[f"dev/{task}/mean"] = sum(values) / len(values)
+        if self.joint and self.runs:
+            more["dev/mean"] = scores.nanmean().item()
+        if self.dev_loss:
+            more["dev/loss"] = self._dev_loss(lines)
+        self.log_dict(more, rank_zero_only=False)
+        if self.trainer.is_global_zero and self.run_dir:
+            append_curves(self.run_dir / "curves.csv", rows)
+
+    def _whole(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | None]:
+        """Lines of curves at the places of their runs."""
+        if len(rows) == len(self.runs) or self.joint:
+            return list(rows)
+        whole: list[dict[str, Any] | None] = [None] * len(self.runs)
+        places = {run.name: i for i, run in enumerate(self.runs)}
+        for row in rows:
+            whole[places[row["run"]]] = row
+        return whole
+
+    def curve_lines(
+        self, losses: list[float], scores: Tensor, lines: list[int]
+    ) -> list[dict[str, Any]]:
+        """A line of ``curves.csv`` for each run that was evaluated."""
+        dev, further = scores.tolist(), self.curve()
+        kept = self.keeper.dev.tolist()
+        if not self.joint:
+            kept = [x if x > -torch.inf else None for x in self.keeper.score.tolist()]
+        each = len(self.runs) // max(1, len(self.status))
+        steps, status = self.keeper.step.tolist(), self.status.tolist()
+        return [
+            {
+                "step": self.trainer.global_step,
+                "run": self.runs[i].name,
+                "train_loss": losses[i],
+                "dev": dev[i],
+                "best_dev": kept[i],
+                "best_step": steps[i // each],
+                "status": STATUS[status[i // each]],
+                **{name: values[i] for name, values in further.items()},
+            }
+            for i in lines
+        ]
+
+    def moved(self) -> list[float]:
+        """Distance of each prompt from its start, relative to the start's norm: R numbers."""
+        change = (self.bank().detach() - self.init).flatten(1).norm(dim=1)
+        return (change / self.init.flatten(1).norm(dim=1).clamp(min=1e-12)).tolist()
+
+    @torch.no_grad()
+    def _dev_loss(self, lines: list[int]) -> float:
+        """Mean over runs of the mean loss of their dev rows."""
+        assert self.backbone is not None
+        data, total = self.datamodule, 0.0
+        prefixes, share = self._prefixes, self.row_share
+        for i in lines:
+            run = self.runs[i]
+            rows = data.tokens(run.task, run.sample, "dev")
+            whole = Run(run.task, run.sample, 0, 1.0, len(rows))  # one step reads every row once
+            drawn = bank_draw([whole], {(run.task, run.sample): rows}, 0, data.layout, share)
+            batch = drawn.batch(0, [0]).to(self.device)
+            batch = Batch(**{**vars(batch), "prompts": [i] * len(batch)})
+            batch = renumber(batch, list(range(len(self.runs))))
+            for part in micro_batches(batch, self.tokens_per_forward, self.num_virtual_tokens):
+                prefix, part = self.prefix_of(prefixes, part)
+                total += (self.backbone.row_losses(prefix, part) * part.weight).sum().item()
+        summed = self.over_ranks(torch.tensor([total], device=self.device)).item()
+        found = self.shares.gather([(summed, len(lines))])
+        return sum(x for x, _ in found) / max(1, sum(n for _, n in found))
+
+    def on_train_end(self) -> None:
+        """Evaluate the last step if it was not, and write the best."""
+        trainer = self.trainer
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        if self._evaluated_at != trainer.global_step and trainer.enable_validation:
+            trainer.validating = True
+            loop.run()
+            trainer.training = True
+        self.status.masked_fill_(self.status == TRAINING, FINISHED)
+        if not self.keeper.is_filled:  # a fit without any evaluation: what it ends with
+            self.keeper.step.fill_(trainer.global_step)
+            self.keep(torch.ones_like(self.keeper.step, dtype=torch.bool))
+        self._write_all()
+
+    def _write_all(self) -> None:
+        if self.run_dir:
+            self.write()
+        self._is_written = True
+        self.trainer.strategy.barrier("best prompts written")
+
+    # ---- test and predict -----------------------------------------------------------------------
+
+    def on_test_start(self) -> None:
+        """Begin the evaluation of the best of this fit, of the checkpoint, or of the files."""
+        self._begin("test")
+
+    def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+        """Answer a batch of test rows."""
+        self.evaluation.add(batch, self.answer(self._prefixes, batch))
+
+    def on_test_epoch_end(self) -> None:
+        """Score test, and write results, predictions and, where there are any, prompts."""
+        scores = self.evaluation.scores()
+        self.log("test/mean", scores[self.evaluated].nanmean().float(), rank_zero_only=False)
+        self.report_test(scores)
+
+    def report_test(self, scores: Tensor) -> None:
+        """Write what the test leaves."""
+        Report(self, self.evaluation, "test").write(scores)
+
+    def on_predict_start(self) -> None:
+        """Take the best of this fit, of the checkpoint, or of the files."""
+        self.restore_best()
+        self._prefixes = self.prefixes(current=False)
+
+    def predict_step(self, batch: EvaluationBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Answers to test rows under each run's best prompt: run, task, sample, row, answer."""
+        texts = self.answer(self._prefixes, batch)
+        return [
+            {
+                "run": self.runs[i].name,
+                "task": self.runs[i].task,
+                "sample": self.runs[i].sample,
+                "row": row,
+                "answer": text,
+            }
+            for i, row, text in zip(batch.batch.prompts, batch.batch.rows, texts, strict=True)
+        ]
+
+    # ---- identity, warnings ---------------------------------------------------------------------
+
+    def digests(self) -> dict[str, Any]:
+        """Digests of what a fit reads: backbone weights, tokenizer, data files; no path is in it.
+
+        All processes call it.
+        """
+        assert self.backbone is not None
+        files = {
+            f"{task}/{sample}/{name}": split.digest
+            for (task, sample), splits in self.datamodule.splits.items()
+            for name, split in splits.items()
+        }
+        return {
+            "backbone": self.backbone.digest,
+            "tokenizer": self.backbone.tokenizer_digest,
+            "data": files,
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """What can change a number, by the names of the flags; instead of paths see `digests`.
+
+        Of the trainer those of the fit, also in a later test by another trainer.
+        """
+        data = self.datamodule
+        given = {k: v for k, v in self.hparams.items() if not k.startswith("_")}
+        for name in given:  # a dict that leaves out fields stands for their defaults
+            own = getattr(self, f"{name}_config", getattr(self, name, None))
+            given[name] = plain(own) if is_dataclass(own) else given[name]
+        found = {f"model.{k}": v for k, v in flag_names(given).items()}
+        found |= {f"data.{name}": getattr(data, name) for name in DATA_SETTINGS}
+        found["data.tasks"] = list(data.tasks)
+        found["data.shots"] = [task.shots for task in data.tasks.values()]
+        own = self._trainer_settings()
+        if not self._fitting and self.trains:
+            own = self.fit_record().get("trainer", own)
+        found |= {f"trainer.{k}": v for k, v in own.items() if self.trains}
+        found["test.precision"] = self.trainer.precision
+        found["test.limit_test_batches"] = self.trainer.limit_test_batches
+        return {name: found[name] for name in sorted(found) if name not in NO_NUMBER}
+
+    def unusual(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Those of the settings that are not at their defaults, and the trainer's."""
+        usual = {}
+        for group, kind in {"model": type(self), "data": type(self.datamodule)}.items():
+            known: dict[str, Any] = {}
+            for parent in reversed(kind.__mro__):
+                if "__init__" in vars(parent) and parent is not object:
+                    known |= inspect.signature(parent.__init__).parameters
+            defaults = {name: plain(parameter.default) for name, parameter in known.items()}
+            usual |= {f"{group}.{k}": v for k, v in flag_names(defaults).items()}
+        usual["test.limit_test_batches"] = 1.0
+        return {k: v for k, v in settings.items() if k not in usual or plain(v) != usual[k]}
+
+    def _trainer_settings(self) -> dict[str, Any]:
+        """The trainer's settings that can change what is trained."""
+        return {name: getattr(self.trainer, name) for name in TRAINER_SETTINGS}
+
+    def fit_record(self) -> dict[str, Any]:
+        """What the fit kept for tests to come; empty where there is none."""
+        file = self.run_dir and self.run_dir / FIT_RECORD
+        if not self._fit_record and file and file.is_file():
+            self._fit_record = json.loads(file.read_text())
+        return self._fit_record
+
+    def on_fit_end(self) -> None:
+        """Record the trainer's settings, and what the fit read, for tests to come."""
+        if not self._is_written:  # a fit that was killed after its last step had none left
+            self._write_all()
+        self._fit_record = {"trainer": self._trainer_settings(), "digests": self.digests()}
+        if self.trainer.is_global_zero and self.run_dir:
+            text = json.dumps(self._fit_record, indent=1)
+            write_atomically(self.run_dir / FIT_RECORD, text.encode())
+
+    def fit_id(self) -> tuple[str, dict[str, Any], dict[str, Any]]:
+        """A name for this fit, its settings and the digests of what it read.
+
+        Equal settings, weights and data give equal names, whoever runs it and wherever its files
+        lie. All processes call it.
+        """
+        settings, digests = self.settings(), self.digests()
+        identity = {"method": type(self).__name__, "settings": settings, "digests": digests}
+        identity["runs"] = [run.name for run in self.all_runs]
+        text = json.dumps(identity, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:12], settings, digests
+
+    def warn_once(self, key: str, message: str) -> None:
+        """Warn about one thing once per fit."""
+        if key not in self._warned:
+            self._warned.add(key)
+            rank_zero_warn(message)
+
+    def warn_of_constant_answers(self, lines: list[int], still: bool = True) -> None:
+        """Warn of runs that answer every dev row alike, and of prompts that do not move."""
+        step = self.trainer.global_step
+        constant = self.shares.gather([self.runs[i].name for i in self.evaluation.constant_runs()])
+        if constant and step > self.total_steps // 4:
+            self.warn_once(
+                "constant",
+                f"step {step}: the same answer to every dev row from {some(constant)}; the score "
+                "is that of a constant. Try another learning_rate",
+            )
+        moved = self.moved()
+        idle = self.shares.gather([self.runs[i].name for i in lines if moved[i] < 1e-3])
+        if idle:
+            self.warn_once(
+                "still",
+                f"step {step}: prompts within 0.1 % of their start: {some(idle)}. Soft prompts "
+                "need large learning rates (0.3 is usual for T5)",
+            )
+
+    def stored_prompt(
+        self, run: Run, prompt: Tensor, init: Tensor, dev: float, test: float | None, **facts: Any
+    ) -> Prompt:
+        """A run's prompt with all that its file says.
+
+        Args:
+            run: what the prompt is of.
+            prompt: (N, D).
+            init: (N, D) what it was trained from.
+            dev: dev score that chose it; NaN or infinite where there is none.
+            test: test score.
+            facts: further fields of :class:`Prompt`, and those that differ from the run's.
+        """
+        from prompt_lab import __version__
+
+        assert self.backbone is not None
+        fields = {
+            "name": run.name,
+            "backbone": self.backbone.name,
+            "backbone_digest": self.backbone.digest,
+            "tokenizer_digest": self.backbone.tokenizer_digest,
+            "task": run.task,
+            "sample": run.sample,
+            "init_seed": run.init_seed,
+            "learning_rate": run.learning_rate,
+            "batch_size": run.batch_size,
+            "dev_score": dev if math.isfinite(dev) else None,
+            "test_score": test,
+            "metric": self.datamodule.tasks[run.task].metric,
+            "status": "finished",
+            "seconds": round(self.seconds, 3),
+            "run": self.all_runs.index(run),
+            "version": __version__,
+            **self.way_of_answering(run.task, run.sample),
+        }
+        kept = {"prompt": prompt.detach().cpu(), "init": init.detach().cpu()}
+        return Prompt(**kept, **(fields | facts))
+
+    # ---- checkpoints ----------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Join the runs of all processes, and note what they are, and what must agree."""
+        assert self.backbone is not None
+        self._convert_runs(checkpoint, self.shares.join_tensor)
+        kind = type(self)
+        checkpoint["method"] = f"{kind.__module__}.{kind.__qualname__}"
+        checkpoint["runs"] = [asdict(run) for run in self.all_runs]
+        checkpoint["starts"] = [asdict(start) for start in self.shares.join(self.starts)]
+        checkpoint["identity"] = self._whole_identity()
+        checkpoint["seconds"] = self.seconds
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take this process's runs; refuse other data, seeds or weights, which may look like these.
+
+        Without a trainer, as in ``load_from_checkpoint``, the runs are those of the checkpoint.
+
+        Raises:
+            ValueError: naming both sides.
+        """
+        lacking = [x for x in ("runs", "starts", "identity", "seconds") if x not in checkpoint]
+        if lacking:
+            raise ValueError("the checkpoint is not of a method of prompt_lab")
+        if not self.is_built:
+            self.backbone = self.load_backbone()
+            self._build([Run(**run) for run in checkpoint["runs"]], None)
+        saved, own = checkpoint["identity"], self._whole_identity()
+        for name in own:
+            if saved.get(name) != own.get(name):
+                raise ValueError(
+                    f"the checkpoint is of {name.replace('_', ' ')} {_shown(saved.get(name))}, the "
+                    f"settings give {_shown(own.get(name))}: resume with those of the fit"
+                )
+        self.starts = [Start(**checkpoint["starts"][place]) for place in self.shares.own]
+        self.seconds = checkpoint["seconds"]
+        self._convert_runs(checkpoint, self.shares.take)
+
+    def _whole_identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree in."""
+        assert self.backbone is not None
+        names = [
+            f"{run.task} {run.sample} seed {run.init_seed}" + (run.source and f" from {run.source}")
+            for run in self.all_runs
+        ]
+        common = {"method": type(self).__name__, "backbone": self.backbone.digest, "runs": names}
+        return common | self.identity()
+
+    def _convert_runs(
+        self, checkpoint: dict[str, Any], convert: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Put what ``convert`` makes of it in the place of what a checkpoint holds of each run."""
+        if not self.shares.divided:
+            return
+        state = checkpoint["state_dict"]
+        found = {name: convert(value) for name, value in state.items() if value.dim()}
+        checkpoint["state_dict"] = {**state, **found}
+        for of_optimizer in checkpoint.get("optimizer_states", []):
+            of_optimizer["state"] = {
+                parameter: {name: convert(value) for name, value in values.items()}
+                for parameter, values in of_optimizer["state"].items()
+            }
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """The method of a checkpoint, of the class that was saved, with what it has trained.
+
+        Raises:
+            ValueError: a checkpoint of another class.
+        """
+        kwargs.setdefault("weights_only", True)
+        if cls is not PromptMethod:
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        saved = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+        if "method" not in saved:
+            raise ValueError(f"{checkpoint_path} is not the checkpoint of a method of prompt_lab")
+        module, _, name = saved["method"].rpartition(".")
+        kind = getattr(importlib.import_module(module), name)
+        return kind.load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The state without the frozen backbone."""
+        state = super().state_dict(*args, **kwargs)
+        for name in [name for name in state if name.startswith(self.frozen)]:
+            del state[name]
+        return state
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load everything but the backbone, which must not be there.
+
+        Raises:
+            ValueError: anything else is missing or left over, or has another shape.
+        """
+        for name, own in self.state_dict().items():
+            given = state_dict.get(name, own)
+            if given.shape != own.shape:
+                raise ValueError(
+                    f"the checkpoint does not fit: {name} has shape {tuple(given.shape)} there and "
+                    f"{tuple(own.shape)} here; resume with the settings and the data of the fit"
+                )
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        missing = [name for name in result.missing_keys if not name.startswith(self.frozen)]
+        if strict and (missing or result.unexpected_keys):
+            raise ValueError(
+                f"the checkpoint does not fit: missing {missing}, unexpected "
+                f"{result.unexpected_keys}; was it made with other settings or by another method?"
+            )
+        return type(result)(missing, result.unexpected_keys)
+
+
+def _told(keys: Iterable[tuple[str, int]]) -> list[str]:
+    return list(dict.fromkeys(f"{task} (sample {sample})" for task, sample in keys))
+
+
+def _shown(value: Any) -> str:
+    """A side of a disagreement, short: lists by their first members, digests by their beginning."""
+    if isinstance(value, list):
+        return f"{len(value)} ({some([str(item) for item in value])})"
+    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
+
+
+def refuse_strategy(name: str) -> NoReturn:
+    """Refuse a strategy that splits the backbone over devices (FSDP, DeepSpeed, tensor parallel).
+
+    Each of its layers would wait for all processes, but those run different rows in different
+    numbers of forward passes; some have none.
+
+    Raises:
+        ValueError: what to use instead.
+    """
+    raise ValueError(
+        f"trainer.strategy {name} splits the backbone over devices, whose layers then wait for "
+        "each other, while here every process runs rows or runs of its own: use ddp. For a "
+        "backbone that is too large for a device use model.backbone.dtype bfloat16, "
+        "model.backbone.gradient_checkpointing true and a smaller model.tokens_per_forward"
+    )
+
+
+def flag_names(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under the names of their flags: ``{"model.optim.name": "adamw", ...}``.
+
+    A class becomes its short name under the key itself, its arguments ``key.argument``.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and "class_path" in value:
+            flat[name] = value["class_path"].rsplit(".", 1)[-1]
+            flat |= flag_names(value.get("init_args") or {}, f"{name}.")
+        elif isinstance(value, dict):
+            flat |= flag_names(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
+
+
+def as_config(kind: Any, value: Any) -> Any:
+    """A dataclass from itself or from the dict that a checkpoint keeps of it."""
+    return kind(**value) if isinstance(value, dict) else value
+
+
+def as_list(value: Any) -> list[Any]:
+    """One value or several, as a list."""
+    return list(value) if isinstance(value, list) else [value]
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses and namespaces as dicts and lists of simple values, fit for a checkpoint."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
+def some(names: list[str], most: int = 3) -> str:
+    """The first few names and how many more there are."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
