@@ -25,7 +25,8 @@ from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.methods.fine_tuning import FineTuning
 from prompt_lab.methods.meta_prompt import MetaPrompt
 from prompt_lab.methods.method import BackboneConfig
-from prompt_lab.methods.prompt_tuning import FAILED, PromptTuning
+from prompt_lab.methods.method import FAILED
+from prompt_lab.methods.prompt_tuning import PromptTuning
 
 KINDS = ("t5", "bart", "gpt2", "bloom", "llama")
 WAYS = {

@@ -524,7 +524,7 @@ class EvaluationSteps:
         self.longest_answer, self.share, self.block = longest_answer, share, block
 
     def __len__(self) -> int:
-        return sum(1 for _ in self._parts())
+        return max(1, sum(1 for _ in self._parts()))  # Lightning skips what has none
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
         for key, part in self._parts():

@@ -43,7 +43,7 @@ _MULTITASK = "MULTITASK_PROMPT_TUNING"
 _TYPES = ("PROMPT_TUNING", _MULTITASK)
 _TASK_TYPES = ("SEQ_2_SEQ_LM", "CAUSAL_LM")
 _PICKLES = (".pt", ".pth", ".bin")
-_BANK = ("init", "best", "best_score", "best_step")
+_BANK = ("init", "keeper.kept_bank", "keeper.score", "keeper.step")
 _DAMAGE = (UnpicklingError, OSError, RuntimeError, EOFError)
 _DAMAGE += (ValueError, LookupError, TypeError, AttributeError)
 

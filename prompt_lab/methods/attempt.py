@@ -293,7 +293,7 @@ class Attempt(PromptMethod):
 
     def prefixes(self, current: bool) -> Prefixes:
         """The target prompts, which each row mixes with the sources by the attention of now."""
-        self._asked = self.attention if current else self.best_attention
+        self._current = current
         return super().prefixes(current)
 
     def prefix_of(self, prefixes: Prefixes, batch: Batch) -> tuple[Prefix, Batch]:
@@ -305,7 +305,8 @@ class Attempt(PromptMethod):
         targets = prefixes.prompts
         if targets.shape[1] == 0:
             return super().prefix_of(prefixes, batch)
-        attention = self.initial_attention if targets is self.init else self._asked
+        trained = self.attention if self._current else self.best_attention
+        attention = self.initial_attention if targets is self.init else trained
         with torch.no_grad():
             return self.backbone.prefix(self.mixed(batch, attention, targets)), _one_each(batch)
 
@@ -441,6 +442,7 @@ class Attempt(PromptMethod):
         prompts = self.target_store.load([run.name for run in self.runs], self.backbone)
         for i, prompt in enumerate(prompts):
             self.best[i], self.init[i] = prompt.prompt, prompt.init
+            self.starts[i] = prompt.start_fields
             self.keeper.dev[i] = torch.nan if prompt.dev_score is None else prompt.dev_score
         self.keeper.step.fill_(known["steps"])
         self.keeper.score.fill_(known["dev_score"])

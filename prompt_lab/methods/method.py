@@ -988,8 +988,12 @@ class PromptMethod(LightningModule):
         self.seconds += now - self._clock
         self._clock = now
         losses = self.mean_losses().tolist()
-        rows = self.shares.join(self._whole(self.curve_lines(losses, scores, lines)))
-        rows = [row for row in rows if row is not None]
+        rows = self.curve_lines(losses, scores, lines)
+        if not self.joint:  # those of all processes, in the order of the grid
+            whole: list[dict[str, Any] | None] = [None] * len(self.runs)
+            for i, row in zip(lines, rows, strict=True):
+                whole[i] = row
+            rows = [row for row in self.shares.join(whole) if row is not None]
         best = (
             self.shares.join(self.keeper.score.tolist())
             if not self.joint
@@ -1018,16 +1022,6 @@ class PromptMethod(LightningModule):
         self.log_dict(more, rank_zero_only=False)
         if self.trainer.is_global_zero and self.run_dir:
             append_curves(self.run_dir / "curves.csv", rows)
-
-    def _whole(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | None]:
-        """Lines of curves at the places of their runs."""
-        if len(rows) == len(self.runs) or self.joint:
-            return list(rows)
-        whole: list[dict[str, Any] | None] = [None] * len(self.runs)
-        places = {run.name: i for i, run in enumerate(self.runs)}
-        for row in rows:
-            whole[places[row["run"]]] = row
-        return whole
 
     def curve_lines(
         self, losses: list[float], scores: Tensor, lines: list[int]
@@ -1299,6 +1293,8 @@ class PromptMethod(LightningModule):
         checkpoint["starts"] = [asdict(start) for start in self.shares.join(self.starts)]
         checkpoint["identity"] = self._whole_identity()
         checkpoint["seconds"] = self.seconds
+        checkpoint["backbone_digest"] = self.backbone.digest
+        checkpoint["tokenizer_digest"] = self.backbone.tokenizer_digest
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take this process's runs; refuse other data, seeds or weights, which may look like these.

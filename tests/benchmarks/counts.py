@@ -122,6 +122,7 @@ def _fit(folder: Path, runs: int, count: int) -> PromptTuning:
     grid: dict[str, Any] = {"init_seed": list(range(runs // min(runs, 4)))}
     grid["learning_rate"] = [0.3, 0.1, 0.03, 0.01][:runs]
     method = PromptTuning(num_virtual_tokens=count, batch_size=2, **grid)
+    method.run_dir = folder
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=-1,

@@ -150,7 +150,8 @@ class AtFirstStep(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: Any, batch: Any, *_: int
     ) -> None:
-        self.look(pl_module, lambda: pl_module.answers(pl_module.evaluation.prefixes, batch))
+        prefixes = pl_module.prefixes(current=False)
+        self.look(pl_module, lambda: pl_module.answer(prefixes, batch))
         raise Measured
 
 
