@@ -106,12 +106,9 @@ def test_a_later_test_by_another_trainer_has_the_name_of_the_fit(
     before = tested("run")
     (tmp_path / "run").rename(tmp_path / "moved")
     method = make_method(backbone("gpt2"), **MODEL)
+    method.run_dir = tmp_path / "moved"
     plain = Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        default_root_dir=tmp_path / "moved",
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
     data = CrossFitDataModule([TASK], str(fewshot_root), [13])
     plain.test(method, datamodule=data, verbose=False)

@@ -134,7 +134,7 @@ def naive_score(method: VectorArithmetic, prompt: torch.Tensor, task: str, split
     model, data = method.backbone, method.datamodule
     assert model is not None
     labels = list(data.tasks[task].labels or [])
-    rows = data.rows(task, 13, split)
+    rows = data.tokens(task, 13, split)
     told = [
         labels[int(np.argmax([log_likelihood(model, prompt, ids, label) for label in labels]))]
         for ids in rows.inputs
@@ -275,9 +275,9 @@ def test_the_scale_is_chosen_in_the_precision_of_the_test(run, monkeypatch, prec
     """Dev and test alike, and as ``validate`` answers dev."""
     seen, plain = [], Evaluation.add
 
-    def watch(self, step):
+    def watch(self, step, texts, keep=True):
         seen.append((self.split, torch.is_autocast_enabled("cpu")))
-        return plain(self, step)
+        return plain(self, step, texts, keep)
 
     monkeypatch.setattr(Evaluation, "add", watch)
     tested = run(scales=[0.5, 1.0], precision=precision)

@@ -3,7 +3,8 @@
 Flags and files are LightningCLI's; what is different: everything of a run lands in ``--run_dir``;
 a used folder is refused without ``--resume`` or ``--overwrite``; one process at a time has it;
 checkpoints are written whole or not at all; a checkpoint never overrides flags and is never
-unpickled; the saved config never aborts a second run; ``--dry_run`` shows the grid; errors are sentences.
+unpickled; the saved config never aborts a second run; ``--dry_run`` shows the grid; errors are
+sentences.
 
 ``model.class_path`` is one of the methods here or another subclass of ``PromptMethod``; ``data`` is
 always the package's. Callbacks, loggers, plugins and what else Lightning lets a config name may be
@@ -82,8 +83,12 @@ METHODS = {
     )
 }
 RUN_DIR_VARIABLE = "PROMPT_LAB_RUN_DIR"
-OUTPUTS = ("prompts", "checkpoints", "logs", "results.csv", "curves.csv", "predictions.jsonl")
-OUTPUTS += ("*.safetensors", "target_prompts", "attention.csv", "steps", SCALES)
+OF_TEST = ("results.csv", "predictions.jsonl", "digests.json")
+OUTPUTS = ("prompts", "target_prompts", "steps", "checkpoints", "logs", "config-*.yaml")
+OUTPUTS += ("curves.csv", "attention.csv", SCALES, FIT_RECORD, *OF_TEST)
+OUTPUTS += tuple(
+    f"{name}.safetensors" for name in ("prompt", "best", "attention", "subspace_*", "adapters_*")
+)
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -174,7 +179,7 @@ class PromptLabCLI(LightningCLI):
             "test does.",
             "dry_run": "Print the grid of runs, its cost and memory, and train nothing.",
             "resume": "Go on with the fit in run_dir from its last checkpoint; start anew where "
-            "there is none, and do nothing where it is finished.",
+            "there is none, and train nothing where it is finished.",
             "overwrite": "Delete what an earlier fit left in run_dir.",
         }
         for name, text in switches.items():
@@ -243,10 +248,10 @@ class PromptLabCLI(LightningCLI):
             )
         run_dir = Path(config.run_dir)
         last, known = run_dir / "checkpoints" / "last.ckpt", run_dir / "config-fit.yaml"
-        if not last.is_file():
-            return
-        config.ckpt_path = str(last)
-        if not known.is_file():
+        record = run_dir / FIT_RECORD
+        if last.is_file():
+            config.ckpt_path = str(last)
+        if not known.is_file() or not (last.is_file() or record.is_file()):
             return
         old, new = (_of_fit(x) for x in (yaml.safe_load(known.read_text()), self._dumped()))
         more = (old["trainer.max_steps"] or -1) < (new["trainer.max_steps"] or -1)
@@ -260,7 +265,6 @@ class PromptLabCLI(LightningCLI):
                 f"--resume: the fit in {run_dir} has other settings: {'; '.join(differ)}; give "
                 "those of the fit (a larger trainer.max_steps is allowed), or another --run_dir"
             )
-        record = run_dir / FIT_RECORD
         self.is_finished = record.is_file() and not more
 
     @property
@@ -318,23 +322,30 @@ class PromptLabCLI(LightningCLI):
         """Run the command while the first process of the job holds the run folder.
 
         Raises:
-            ValueError: another process holds it.
+            ValueError: another process holds it, or an earlier fit is in it.
         """
         config = self._settings
-        if self.is_finished:
-            print(f"the fit in {config.run_dir} is finished: nothing is left to do")
-            return
         if rank_zero_only.rank != 0 or (subcommand == "fit" and config.dry_run):
-            super()._run_subcommand(subcommand)
+            self._train_or_test(subcommand)
             return
         run_dir = Path(config.trainer.default_root_dir)
         with held(run_dir, "another prompt-lab fit, validate or test"):
             for folder in ("checkpoints", "prompts"):
                 for draft in (run_dir / folder).glob(".*.part"):  # of a process that was killed
                     draft.unlink()
-            if subcommand == "fit" and not config.get("ckpt_path"):
-                _clear(run_dir, config.overwrite or config.resume)
+            if self.is_finished:
+                print(f"the fit in {run_dir} is finished: nothing is left to train")
+            elif subcommand == "fit":
+                _clear(run_dir, config.get("ckpt_path"), config.overwrite or config.resume)
+            self._train_or_test(subcommand)
+
+    def _train_or_test(self, subcommand: str) -> None:
+        """Run the command; of a finished fit what is left, its test."""
+        config = self._settings
+        if not self.is_finished or config.dry_run:
             super()._run_subcommand(subcommand)
+        elif not Path(config.trainer.default_root_dir, OF_TEST[-1]).is_file():
+            self.after_fit()
 
     def before_fit(self) -> None:
         """With ``--dry_run``, print the grid and leave."""
@@ -348,7 +359,8 @@ class PromptLabCLI(LightningCLI):
     def after_fit(self) -> None:
         """With ``--test_after_fit``, test what was trained."""
         if self._settings.test_after_fit:
-            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+            saved = self._settings.ckpt_path if self.is_finished else None
+            self.trainer.test(self.model, self.datamodule, ckpt_path=saved, verbose=False)
 
 
 def run(args: list[str] | None = None) -> int:
@@ -366,8 +378,8 @@ def run(args: list[str] | None = None) -> int:
             raise
         print(
             "prompt-lab: another process of this job is gone or cannot be reached (what it said "
-            "may tell why). A fit can go on from its last evaluation: --ckpt_path last and the "
-            f"same --run_dir. {' '.join(str(error).split())}",
+            "may tell why). A fit can go on from its last evaluation: --resume and the same "
+            f"--run_dir. {' '.join(str(error).split())}",
             file=sys.stderr,
         )
         return 1
@@ -417,15 +429,16 @@ def _of_fit(settings: dict[str, Any]) -> dict[str, Any]:
     return flag_names({**kept, "seed_everything": settings.get("seed_everything")})
 
 
-def _clear(run_dir: Path, allowed: bool) -> None:
-    """Delete the outputs of an earlier fit.
+def _clear(run_dir: Path, checkpoint: str | None, allowed: bool) -> None:
+    """Delete the outputs of an earlier fit; of one that goes on, what it left at its end.
 
     Raises:
         ValueError: there are some, and nothing allows it.
     """
-    names = (*OUTPUTS, "config-*.yaml", "digests.json", FIT_RECORD)
+    goes_on = checkpoint and Path(checkpoint).resolve().is_relative_to(run_dir.resolve())
+    names = (FIT_RECORD, *OF_TEST) if goes_on else OUTPUTS
     found = [path for name in names for path in sorted(run_dir.glob(name))]
-    if found and not allowed:
+    if found and not goes_on and not allowed:
         raise ValueError(
             f"{run_dir} holds an earlier fit: --resume to go on with it, --overwrite to delete it, "
             "or give another --run_dir"

@@ -38,7 +38,7 @@ from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.partitions import expand_sets
 from prompt_lab.data.sampling import Draw, Key, Mixing, mixture_draw
 from prompt_lab.files.networks import load_network, save_network
-from prompt_lab.files.prompts import Prompt
+from prompt_lab.files.prompts import Prompt, PromptStore
 from prompt_lab.methods.method import STATUS, PromptMethod, as_list
 from prompt_lab.methods.source_prompts import source_prompts
 
@@ -370,6 +370,19 @@ class IntrinsicSubspace(PromptMethod):
             self.best_subspaces[at].load_state_dict(saved.state_dict())
             self.keeper.step[at] = saved.metadata["steps"]
             self.keeper.score[at] = saved.metadata["dev_score"]
+        assert self.run_dir is not None
+        store = PromptStore(self.run_dir / "prompts")
+        made = {row["name"]: row for row in store.index()}
+        for i in range(len(self.runs)):
+            known = made.get(self._name(i), {})
+            dev = known.get("dev_score")
+            self.keeper.dev[i] = torch.nan if dev is None else dev
+            self.seconds = known.get("seconds") or self.seconds
+
+    def _name(self, i: int) -> str:
+        """Name of a reconstructed prompt."""
+        run, each = self.runs[i], len(self.keys) + len(self.unseen)
+        return f"{run.task}_{run.sample}_dim{self.dims[i // each]}"
 
     def best_prompts(self, test_scores: Tensor | None = None) -> list[Prompt]:
         """The reconstructed prompt of every task under every map, ready to be stored."""
@@ -385,7 +398,7 @@ class IntrinsicSubspace(PromptMethod):
                 dev[i],
                 None if test_scores is None else test_scores[i].item(),
                 code=codes[i // each][i % each],
-                name=f"{self.runs[i].task}_{self.runs[i].sample}_dim{self.dims[i // each]}",
+                name=self._name(i),
                 start="codes",
                 start_of=self.runs[i].task,
                 start_file=self.source_names[i % each],

@@ -30,6 +30,7 @@ from torch import Tensor
 from prompt_lab.core.backbone import Backbone, Prefix
 from prompt_lab.core.bank import Prefixes, bank_gradient, is_out_of_memory, renumber
 from prompt_lab.core.batch import Batch, default_tokens_per_forward, micro_batches
+from prompt_lab.core.optim import BankOptimizer
 from prompt_lab.core.run import Run
 from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.files import SplitName
@@ -314,6 +315,7 @@ class PromptMethod(LightningModule):
         """Make what is trained, where a trainer brings data; a checkpoint brings its own runs."""
         if self._trainer is None or self.backbone is None:
             return
+        self.check_trainer()  # some callbacks call this before setup
         with torch.device("cpu"):  # not on the GPU that Lightning makes tensors on here
             self.take(self.datamodule, self.trainer.state.fn == "fit")
         self._feed(self.datamodule)
@@ -828,6 +830,7 @@ class PromptMethod(LightningModule):
         """Take up the clock, the progress and the curves; a larger budget revives finished runs."""
         trainer, step = self.trainer, self.trainer.global_step
         if step == 0 and not trainer.ckpt_path:
+            self._evaluated_at = 0
             self.keeper.reset()
             self.status.fill_(TRAINING)
             self.active.fill_(True)
@@ -841,7 +844,7 @@ class PromptMethod(LightningModule):
             self.progress.live = [i for i, s in enumerate(self.status.tolist()) if s == TRAINING]
         if not self._count_live():
             trainer.should_stop = True
-        self._clock, self._evaluated_at = time.monotonic(), step
+        self._clock = time.monotonic()
         scores = self.shares.join(self._start_scores) if self._start_scores else []
         self._start_scores = []
         if trainer.is_global_zero and self.run_dir:
@@ -851,6 +854,16 @@ class PromptMethod(LightningModule):
             names = [run.name for run in self.all_runs]
             scored = zip(names, scores, strict=False)  # none, or one for each run
             append_curves(curves, ({"step": 0, "run": n, "dev": dev} for n, dev in scored))
+        every = trainer.val_check_interval
+        if step and self._evaluated_at < step and isinstance(every, int) and step % every == 0:
+            self._evaluate()  # the checkpoint was written between the step and its evaluation
+
+    def _evaluate(self) -> None:
+        """Run Lightning's loop of validation."""
+        trainer = self.trainer
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count the batch, and log its loss."""
@@ -858,6 +871,18 @@ class PromptMethod(LightningModule):
         runs = 1 if self.joint else max(1, len(self.progress.live))
         batches = self.trainer.accumulate_grad_batches
         self.log("train/loss", outputs["loss"].detach() * (batches / runs), rank_zero_only=False)
+        if self.progress.batches % self.trainer.log_every_n_steps == 0 and self.progress.live:
+            self._log_rates()
+
+    def _log_rates(self) -> None:
+        """Log the mean, lowest and highest learning rate of the live runs."""
+        (optimizer,) = self.trainer.optimizers
+        rates = [group["lr"] for group in optimizer.param_groups]
+        if isinstance(optimizer, BankOptimizer) and not self.joint:
+            factor = optimizer.param_groups[0]["lr"] / max(optimizer.learning_rates)
+            rates = [self.runs[i].learning_rate * factor for i in self.progress.live]
+        logged = {"lr": sum(rates) / len(rates), "lr/min": min(rates), "lr/max": max(rates)}
+        self.log_dict(logged, rank_zero_only=False)
 
     def finite_everywhere(self, finite: Tensor) -> Tensor:
         """Which units are finite in all processes that share rows."""
@@ -897,7 +922,7 @@ class PromptMethod(LightningModule):
 
     def restore_best(self) -> None:
         """Read the best from files, unless a fit or checkpoint has filled it."""
-        if not self.keeper.is_filled:
+        if not self.keeper.is_filled and bool((self.status == TRAINING).all()):
             self.restore()
 
     def on_validation_start(self) -> None:
@@ -1076,15 +1101,14 @@ class PromptMethod(LightningModule):
     def on_train_end(self) -> None:
         """Evaluate the last step if it was not, and write the best."""
         trainer = self.trainer
-        loop = trainer.fit_loop.epoch_loop.val_loop
         if self._evaluated_at != trainer.global_step and trainer.enable_validation:
-            trainer.validating = True
-            loop.run()
-            trainer.training = True
+            self._evaluate()
+        self.status.masked_fill_((self.status == TRAINING) & ~self.active, FAILED)
         self.status.masked_fill_(self.status == TRAINING, FINISHED)
-        if not self.keeper.is_filled:  # a fit without any evaluation: what it ends with
-            self.keeper.step.fill_(trainer.global_step)
-            self.keep(torch.ones_like(self.keeper.step, dtype=torch.bool))
+        unseen = (self.status == FINISHED) & (self.keeper.step < 0)
+        if unseen.any():  # a fit without any evaluation: what it ends with
+            self.keeper.step.masked_fill_(unseen, trainer.global_step)
+            self.keep(unseen)
         self._write_all()
 
     def _write_all(self) -> None:
@@ -1292,7 +1316,7 @@ class PromptMethod(LightningModule):
         checkpoint["runs"] = [asdict(run) for run in self.all_runs]
         checkpoint["starts"] = [asdict(start) for start in self.shares.join(self.starts)]
         checkpoint["identity"] = self._whole_identity()
-        checkpoint["seconds"] = self.seconds
+        checkpoint["seconds"], checkpoint["evaluated_at"] = self.seconds, self._evaluated_at
         checkpoint["backbone_digest"] = self.backbone.digest
         checkpoint["tokenizer_digest"] = self.backbone.tokenizer_digest
 
@@ -1318,7 +1342,7 @@ class PromptMethod(LightningModule):
                     f"settings give {_shown(own.get(name))}: resume with those of the fit"
                 )
         self.starts = [Start(**checkpoint["starts"][place]) for place in self.shares.own]
-        self.seconds = checkpoint["seconds"]
+        self.seconds, self._evaluated_at = checkpoint["seconds"], checkpoint["evaluated_at"]
         self._convert_runs(checkpoint, self.shares.take)
 
     def _whole_identity(self) -> dict[str, Any]:

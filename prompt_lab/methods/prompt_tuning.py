@@ -164,13 +164,21 @@ class PromptTuning(PromptMethod):
             init, self.starts = initial_prompts(
                 self.init_config, backbone, self.runs, data.tasks, self.num_virtual_tokens
             )
-            self.trained.copy_(init)
+            self.begin(init)
             self._warn_of_starts(data, init)
         self.init.copy_(self.bank())
 
+    def begin(self, init: Tensor) -> None:
+        """Put what is trained where it makes the initial prompts (R, N, D)."""
+        self.trained.copy_(init)
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """What the optimizer changes, each (R, ...)."""
+        return [self.trained]
+
     @property
     def trained(self) -> nn.Parameter:
-        """What the optimizer changes: the prompts (R, N, D), or their codes (R, I)."""
+        """The prompts (R, N, D), or their codes (R, I)."""
         trained = self.prompt if self.subspace is None else self.code
         assert trained is not None
         return trained
@@ -186,7 +194,8 @@ class PromptTuning(PromptMethod):
     def configure_optimizers(self) -> Any:
         """The bank's optimizer; it holds the prompts, or their codes, and nothing else."""
         rates = [run.learning_rate for run in self.runs]
-        return self.optim_config.build([self.trained], rates, self.active, self.total_steps)
+        own = self.own_parameters()
+        return self.optim_config.build(own, rates, self.active, self.total_steps)
 
     def draw(self, data: PromptDataModule) -> Draw:
         """Each run reads its own rows."""
