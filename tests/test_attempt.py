@@ -303,7 +303,9 @@ def test_two_processes_sum_to_the_gradient_of_one(fit):
     """Also where the second has no rows; the mean that DDP takes is undone in the step."""
     method = fit(batch_size=1)
     data, trained = method.datamodule, [method.prompt, *method.attention.parameters()]
-    rows = {(run.task, run.sample): data.tokens(run.task, run.sample, "train") for run in method.runs}
+    rows = {
+        (run.task, run.sample): data.tokens(run.task, run.sample, "train") for run in method.runs
+    }
 
     def gradients(size: int, rank: int, world: int) -> Any:
         """Gradients of one process's rows."""

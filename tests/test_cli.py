@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import Timer
 
 from prompt_lab.commands import cli
 from prompt_lab.commands.sweep_command import Trial, make_trials, read_sweep
@@ -467,6 +468,20 @@ def test_a_larger_budget_that_is_interrupted_is_not_taken_for_finished(
     assert read_csv(Path("r/curves.csv"))[-1]["step"] == "4"
 
 
+def test_a_fit_that_its_time_limit_ended_is_resumed(fit, two_steps, capsys, monkeypatch):
+    """Reference: the fit without a limit."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Timer, "time_elapsed", lambda *_: 99 * Path("r/curves.csv").is_file())
+        assert fit("--run_dir=r", "--trainer.max_time=00:00:00:09") == 0
+    assert Path("r/fit.json").is_file()
+    assert read_csv(Path("r/curves.csv"))[-1]["step"] == "1"
+    assert fit("--run_dir=r", "--resume") == 0
+    assert "is finished" not in capsys.readouterr().out
+    assert only_prompt(Path("r")).equal(only_prompt(two_steps))
+    steps = [row["step"] for row in read_csv(Path("r/curves.csv"))]
+    assert steps == ["1", "2"]
+
+
 def test_resume_of_a_finished_fit_says_so_and_changes_nothing(fit, two_steps, capsys):
     for name in ("r", "bare"):
         shutil.copytree(two_steps, name)
@@ -542,7 +557,7 @@ def test_resume_refuses_other_settings_and_names_them(fit, two_steps, capsys, wo
 
 def test_resume_does_not_ask_for_settings_that_change_no_number(fit, two_steps):
     shutil.copytree(two_steps, "r")
-    words = ("--trainer.logger=CSVLogger", "--trainer.log_every_n_steps=1")
+    words = ("--trainer.logger=true", "--trainer.log_every_n_steps=1")
     assert fit("--run_dir=r", "--resume", "--trainer.max_steps=3", *words) == 0
 
 

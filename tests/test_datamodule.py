@@ -364,3 +364,20 @@ def test_evaluation_loaders_have_the_length_of_what_they_give(
             pair for p in parts for pair in zip(p.batch.prompts, p.batch.rows, strict=True)
         )
         assert pairs == Counter((place, row) for place in live for row in range(12))
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [("x", []), ("x", ""), ("x", 3), (3, "yes"), ("x", "yes", "no"), "xy", ("x", ["a", " "])],
+)
+def test_rows_that_are_no_pairs_are_refused_in_a_sentence(pair):
+    rows = {split: [("a", "b"), pair] for split in ("train", "dev", "test")}
+    with pytest.raises(ValueError, match=r"mine 0 train, row 2: .* is no pair of a text") as told:
+        RowsDataModule({"mine": rows}).setup()
+    assert "\n" not in str(told.value)
+
+
+def test_labels_are_a_list():
+    rows = {split: [("a", "yes")] for split in ("train", "dev", "test")}
+    with pytest.raises(ValueError, match="labels of mine are 'yes': give a list"):
+        RowsDataModule({"mine": rows}, labels={"mine": "yes"})

@@ -26,8 +26,7 @@ from prompt_lab.core.optim import OptimConfig
 from prompt_lab.data.sampling import step_rows
 from prompt_lab.files.results import read_csv
 from prompt_lab.methods.fine_tuning import FineTuning, weights_gradient
-from prompt_lab.methods.method import BackboneConfig
-from prompt_lab.methods.method import FAILED, FINISHED, STATUS, STOPPED
+from prompt_lab.methods.method import FAILED, FINISHED, STATUS, STOPPED, BackboneConfig
 
 TEXTS = ["the dog ran", "a small red house", "the cat and the dog ran over the hill"]
 ANSWERS = ["yes", "maybe no", "positive"]
@@ -519,7 +518,10 @@ def test_a_checkpoint_of_something_else_is_refused(fit, fewshot_root, tmp_path):
     [
         ({"learning_rate": [1e-5, 2e-5]}, r"model.learning_rate has 2 values: give one of each"),
         ({"batch_size": [2, 4, 8]}, "model.batch_size has 3 values: .* with prompt-lab sweep"),
-        ({"trainer": {"precision": "bf16-true"}}, "precision bf16-true .* use trainer.precision 32-true"),
+        (
+            {"trainer": {"precision": "bf16-true"}},
+            "precision bf16-true .* use trainer.precision 32-true",
+        ),
         ({"trainer": {"gradient_clip_val": 1.0}}, "model.optim.clip"),
         ({"patience": 0}, "model.patience is 0: give at least 1, or null"),
         ({"intrinsic_dim": 0}, "model.intrinsic_dim is 0: give at least 1, or null"),

@@ -237,6 +237,10 @@ def test_another_fit_on_other_data_takes_fresh_runs(files, fewshot_root, tmp_pat
     trainer(tmp_path).fit(method, datamodule=make_data(fewshot_root, ["emotion"], [13]))
     assert {run.task for run in first} == {"glue-cola"}
     assert {run.task for run in method.runs} == {"emotion"}
+    before = method.prompt.detach().clone()
+    trainer(tmp_path).fit(method, datamodule=make_data(fewshot_root, ["emotion"], [13]))
+    assert not method.prompt.equal(before)  # the same runs go on
+    assert method.keeper.is_filled
 
 
 def test_tests_with_another_data_module_match_runs_by_task_and_sample(

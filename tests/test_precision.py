@@ -24,8 +24,7 @@ from prompt_lab.core.bank import FLOAT16_SCALE, bank_gradient, with_gradient
 from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.methods.fine_tuning import FineTuning
 from prompt_lab.methods.meta_prompt import MetaPrompt
-from prompt_lab.methods.method import BackboneConfig
-from prompt_lab.methods.method import FAILED
+from prompt_lab.methods.method import FAILED, BackboneConfig
 from prompt_lab.methods.prompt_tuning import PromptTuning
 
 KINDS = ("t5", "bart", "gpt2", "bloom", "llama")
@@ -75,7 +74,10 @@ def fit(fewshot_root: Path, tmp_path: Path) -> Fit:
     ) -> tuple[PromptTuning, Watch]:
         name: Any = str(dtype).removeprefix("torch.")
         method = PromptTuning(
-            BackboneConfig(dtype=name), num_virtual_tokens=5, batch_size=4, init_seed=[0, 1]
+            backbone=BackboneConfig(dtype=name),
+            num_virtual_tokens=5,
+            batch_size=4,
+            init_seed=[0, 1],
         )
         loaded = (model or mild_model(kind)).to(dtype)
         method.backbone = Backbone(loaded, make_tokenizer(kind), f"tiny-{kind}")

@@ -23,10 +23,9 @@ from prompt_lab.core.optim import OptimConfig
 from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.files.prompts import PromptStore
 from prompt_lab.files.results import STARTS, Start, read_csv
-from prompt_lab.methods.starts import InitConfig
-from prompt_lab.methods.method import BackboneConfig
-from prompt_lab.methods.method import FAILED, FINISHED, STOPPED
+from prompt_lab.methods.method import FAILED, FINISHED, STOPPED, BackboneConfig
 from prompt_lab.methods.prompt_tuning import PromptTuning
+from prompt_lab.methods.starts import InitConfig
 
 Factory = Callable[..., Backbone]
 Folders = Callable[[str], Path]
@@ -37,7 +36,7 @@ MIXED = ["glue-cola", "e2e_nlg_cleaned"]  # scored and generated
 GRIDS = {
     "t5": ([0.003, 0.001], 5),
     "bart": ([0.03, 0.01], 0),
-    "gpt2": ([0.1, 0.03], 2),
+    "gpt2": ([0.03, 0.01], 0),
     "bloom": ([0.03, 0.01], 0),
     "llama": ([0.03, 0.01], 0),
 }
@@ -218,6 +217,13 @@ def test_a_run_that_diverges_stops_alone_and_says_so(fit, rate):
     (stored,) = PromptStore(bank.run_dir / "prompts").load([bank.runs[1].name])
     assert stored.status == "failed: loss not finite"
     assert stored.dev_score is None
+    with pytest.warns(UserWarning, match="not finite by step 3"):
+        alone = fit(kind="gpt2", learning_rate=rate, trainer=trainer)
+    assert alone.best_step.tolist() == [-1]
+    assert alone.best.equal(alone.init)
+    alone.trainer.test(alone, datamodule=alone.datamodule, verbose=False)
+    (row,) = read_csv(alone.run_dir / "results.csv")
+    assert (row["status"], row["dev"]) == ("failed: loss not finite", "")
 
 
 @pytest.fixture
@@ -249,6 +255,17 @@ def test_a_fit_of_failed_runs_alone_ends_early(fit, poisoned_store):
 
 
 # ---- what is kept --------------------------------------------------------------------------------
+
+
+def test_fast_dev_run_writes_nothing_though_a_folder_is_named(fit, tmp_path):
+    method = fit(trainer={"fast_dev_run": 2})
+    data = method.datamodule
+    method.trainer.test(method, datamodule=data, verbose=False)
+    assert method.run_dir is None
+    assert not list(tmp_path.iterdir())
+    again = make_method(method.backbone)
+    with pytest.raises(ValueError, match=r"trainer\.fast_dev_run has no run folder to read"):
+        method.trainer.test(again, datamodule=data, verbose=False)
 
 
 @pytest.fixture

@@ -198,11 +198,6 @@ def test_settings_that_mix_nothing_are_refused(changes: dict[str, Any], message:
         mixture(**changes)
 
 
-def test_a_weight_that_is_less_than_a_draw_in_an_epoch_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"gives its task 4\.2e-05 draws in an epoch of 168"):
-        mixture_rows(0, 0, 8, SIZES, [1, 1, 1e-6, 1, 1])
-
-
 @pytest.mark.parametrize("batch_size", [1, 8, 64, 400])
 def test_by_size_every_epoch_of_a_mixture_holds_every_row_once(batch_size: int) -> None:
     """Also where steps straddle epochs, or are larger than one."""

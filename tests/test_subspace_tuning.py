@@ -123,7 +123,7 @@ def test_a_resumed_fit_equals_the_uninterrupted_one_and_needs_its_subspace(fit, 
     assert not any(name.startswith("subspace.") for name in saved["state_dict"])
     (prompt,) = load_checkpoint(tmp_path / "a.ckpt")
     assert prompt.prompt.shape == (TOKENS, files[0].hidden_size)
-    with pytest.raises(ValueError, match="is of subspace [0-9a-f]{12}, the settings give"):
+    with pytest.raises(ValueError, match=r"is of subspace [0-9a-f]{12}, the settings give"):
         fit(
             "none",
             ckpt=str(tmp_path / "a.ckpt"),

@@ -253,7 +253,8 @@ class PromptLabCLI(LightningCLI):
             config.ckpt_path = str(last)
         if not known.is_file() or not (last.is_file() or record.is_file()):
             return
-        old, new = (_of_fit(x) for x in (yaml.safe_load(known.read_text()), self._dumped()))
+        settings = yaml.safe_load(known.read_text())
+        old, new = (_of_fit(x) for x in (settings, self._dumped()))
         more = (old["trainer.max_steps"] or -1) < (new["trainer.max_steps"] or -1)
         differ = [
             f"{name} {old.get(name)!r} there, {new.get(name)!r} here"
@@ -265,7 +266,8 @@ class PromptLabCLI(LightningCLI):
                 f"--resume: the fit in {run_dir} has other settings: {'; '.join(differ)}; give "
                 "those of the fit (a larger trainer.max_steps is allowed), or another --run_dir"
             )
-        self.is_finished = record.is_file() and not more
+        timed = settings["trainer"].get("max_time")  # which may have ended it before its end
+        self.is_finished = record.is_file() and not more and not timed
 
     @property
     def _starts_anew(self) -> bool:

@@ -92,6 +92,8 @@ class PromptDataModule(LightningDataModule):
                 f"data.truncation_side is {truncation_side!r}; allowed: {', '.join(get_args(Side))}"
             )
         self.tasks: dict[str, Task] = {task.name: task for task in tasks}
+        if len(self.tasks) < len(tasks):
+            raise ValueError(f"data.tasks names a task twice: {[task.name for task in tasks]}")
         self.given_tasks = list(self.tasks)
         self.samples, self.order_seed = list(samples), order_seed
         self.truncation_side: Side = truncation_side
@@ -253,6 +255,9 @@ class RowsDataModule(PromptDataModule):
         labels, metrics = labels or {}, metrics or {}
         if strange := [name for name in (*labels, *metrics) if name not in tasks]:
             raise ValueError(f"{', '.join(strange)} is none of the tasks {', '.join(tasks)}")
+        for name, own in labels.items():
+            if isinstance(own, str) or len(own) < 2:
+                raise ValueError(f"labels of {name} are {own!r}: give a list of two or more")
         for name, of_task in tasks.items():
             if lacking := [split for split in SPLITS if split not in of_task]:
                 raise ValueError(f"task {name} has no {', '.join(lacking)}: give train, dev, test")
@@ -347,12 +352,25 @@ class CrossFitDataModule(PromptDataModule):
 
 
 def as_split(pairs: Pairs, where: Path) -> Split:
-    """Pairs of texts as the rows of a split; spaces around them are dropped, as in files."""
-    inputs = [text.strip() for text, _ in pairs]
-    answers = [[answer] if isinstance(answer, str) else [*answer] for _, answer in pairs]
-    references = [[text.strip() for text in row] for row in answers]
+    """Pairs of texts as the rows of a split; spaces around them are dropped, as in files.
+
+    Raises:
+        DataError: a row that is no text with an answer or several, or has an empty one.
+    """
+    inputs, references = [], []
+    for number, pair in enumerate(pairs, 1):
+        text, answers = pair if isinstance(pair, (tuple, list)) and len(pair) == 2 else (None, None)
+        row = [answers] if isinstance(answers, str) else [*(answers or [])]
+        if not all(isinstance(x, str) and x.strip() for x in (text, *row)) or not row:
+            raise DataError(
+                f"{where}, row {number}: {pair!r} is no pair of a text and an answer, or a list of "
+                "accepted answers, none of them empty"
+            )
+        inputs.append(str(text).strip())
+        references.append([answer.strip() for answer in row])
     told = "".join(
-        "\t".join([text, *row]) + "\n" for text, row in zip(inputs, references, strict=True)
+        "\t".join(x.replace("\t", "\\t").replace("\n", "\\n") for x in (text, *row)) + "\n"
+        for text, row in zip(inputs, references, strict=True)
     )
     return Split(inputs, references, where, hashlib.sha256(told.encode()).hexdigest())
 

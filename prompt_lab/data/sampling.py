@@ -248,7 +248,6 @@ def mixture_draw(
     sizes = {key: len(own) for key, own in rows.items()}
     weights = task_weights(list(sizes.values()), mixing, temperature)
     places = {key: place for place, key in enumerate(rows)}
-    mixture_rows(seed, 0, 1, sizes, weights)  # refuses weights now
 
     def batch(step: int, live: Sequence[int]) -> Batch:
         drawn = mixture_rows(seed, step, batch_size, sizes, weights)
@@ -277,17 +276,8 @@ def mixture_rows(
 
     Returns:
         B times (task and sample, row, a number that picks among the row's references).
-
-    Raises:
-        ValueError: a weight so small that its task has less than one draw an epoch.
     """
     keys, length, shares = list(sizes), sum(sizes.values()), tuple(weights)
-    least = min(shares) / sum(shares) * length
-    if least < 1 - 1e-9:
-        raise ValueError(
-            f"the smallest weight, {min(shares)}, gives its task {least:.2g} draws in an epoch of "
-            f"{length}: give weights that make it at least 1"
-        )
     drawn = []
     for position in range(step * batch_size, (step + 1) * batch_size):
         epoch, at = divmod(position, length)
@@ -522,9 +512,10 @@ class EvaluationSteps:
         self.runs, self.rows, self.layout, self.live = runs, rows, layout, live
         self.tokens_per_forward, self.extra_per_row = tokens_per_forward, extra_per_row
         self.longest_answer, self.share, self.block = longest_answer, share, block
+        self._made: tuple[list[int], list[tuple[Key, list[tuple[int, int]]]]] = ([], [])
 
     def __len__(self) -> int:
-        return max(1, sum(1 for _ in self._parts()))  # Lightning skips what has none
+        return max(1, len(self._parts()))  # Lightning skips what has none
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
         for key, part in self._parts():
@@ -539,13 +530,16 @@ class EvaluationSteps:
             )
             yield EvaluationBatch(rows.task.name, batch, self.longest_answer[key])
 
-    def _parts(self) -> Iterator[tuple[Key, list[tuple[int, int]]]]:
+    def _parts(self) -> list[tuple[Key, list[tuple[int, int]]]]:
         """Places of runs and rows of each batch: rows by length, in decoders by prompt first.
 
         Every second prompt has its shortest row first, so that a batch that holds rows of two
         prompts joins rows of about one length.
         """
         live = list(self.live())
+        if self._made[0] == live:
+            return self._made[1]
+        parts = []
         for start in range(0, len(live), self.block or len(live) or 1):
             members: dict[Key, list[int]] = {}
             for place in live[start : start + (self.block or len(live))]:
@@ -564,4 +558,6 @@ class EvaluationSteps:
                 lengths = [len(rows.inputs[row]) for _, row in pairs]
                 extra = self.extra_per_row(rows.task, longest)
                 for a, b in spans(lengths, [0] * len(pairs), self.tokens_per_forward, extra):
-                    yield key, pairs[a:b]
+                    parts.append((key, pairs[a:b]))
+        self._made = live, parts
+        return parts

@@ -50,6 +50,7 @@ from prompt_lab.methods.method import PromptMethod, as_config, as_list, some
 from prompt_lab.methods.source_prompts import source_prompts
 from prompt_lab.methods.starts import InitConfig, initial_prompts
 
+ATTENTION_FILE, TARGET_FOLDER = "attention.safetensors", "target_prompts"
 ATTENTION_COLUMNS = ("task", "sample", "source", "weight", "std")
 TARGET = "target prompt"
 
@@ -374,13 +375,13 @@ class Attempt(PromptMethod):
     def attention_path(self) -> Path:
         """The file of G."""
         assert self.run_dir is not None
-        return self.run_dir / "attention.safetensors"
+        return self.run_dir / ATTENTION_FILE
 
     @property
     def target_store(self) -> PromptStore:
         """The store of the target prompts."""
         assert self.run_dir is not None
-        return PromptStore(self.run_dir / "target_prompts")
+        return PromptStore(self.run_dir / TARGET_FOLDER)
 
     # ---- test -----------------------------------------------------------------------------------
 
@@ -462,7 +463,7 @@ class Attempt(PromptMethod):
                 order_seed=self.datamodule.order_seed,
                 steps=int(self.keeper.step),
                 source_tasks=self.source_tasks,
-                made_from={TARGET_OF: self.attention_path.name, "sources": self.source_names},
+                made_from={TARGET_OF: ATTENTION_FILE, "sources": self.source_names},
             )
             for i in self.evaluated
         ]
@@ -492,7 +493,7 @@ class Attempt(PromptMethod):
         return {
             "variant": "attempt",
             "optimizer": "adamw",
-            "prompt_file": f"{self.target_store.folder.name}/{self.runs[run].name}.safetensors",
+            "prompt_file": f"{TARGET_FOLDER}/{self.runs[run].name}.safetensors",
         }
 
     def summary(self) -> str:

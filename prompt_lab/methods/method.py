@@ -345,7 +345,9 @@ class PromptMethod(LightningModule):
                 self.start(data)
                 self.keeper.keep(torch.ones_like(self.status, dtype=torch.bool), self.kept())
         self.evaluated = list(range(len(self.runs)))
-        if not fitting:
+        if fitting:
+            self.progress.live = self.evaluated_in_fit()
+        else:
             known = {(run.task, run.sample) for run in self.all_runs}
             strange = [key for run in asked if (key := (run.task, run.sample)) not in known]
             if strange:
@@ -485,6 +487,8 @@ class PromptMethod(LightningModule):
         By default the folder of a CSV or TensorBoard logger, else
         ``<default_root_dir>/prompt_lab_runs/<time>``. Set it to name another.
         """
+        if getattr(self._trainer, "fast_dev_run", False):
+            return None
         return self._run_dir or self._named_run_dir
 
     @run_dir.setter
@@ -921,9 +925,19 @@ class PromptMethod(LightningModule):
         self._prefixes = self.prefixes(self._fitting)
 
     def restore_best(self) -> None:
-        """Read the best from files, unless a fit or checkpoint has filled it."""
-        if not self.keeper.is_filled and bool((self.status == TRAINING).all()):
-            self.restore()
+        """Read the best from files, unless a fit or checkpoint has filled it.
+
+        Raises:
+            ValueError: there is no folder to read from.
+        """
+        if self.keeper.is_filled or bool((self.status != TRAINING).any()):
+            return
+        if self.run_dir is None:
+            raise ValueError(
+                "trainer.fast_dev_run has no run folder to read prompts from: give "
+                "trainer.limit_test_batches instead, or a checkpoint"
+            )
+        self.restore()
 
     def on_validation_start(self) -> None:
         """Begin an evaluation: of what is trained in a fit, else of the best."""

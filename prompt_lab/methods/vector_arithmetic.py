@@ -33,7 +33,7 @@ from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.sampling import EvaluationBatch
 from prompt_lab.files.prompts import FoundPrompt, Prompt, check_prompt
 from prompt_lab.files.results import STARTS, Start, text_table
-from prompt_lab.files.tensors import write_csv
+from prompt_lab.files.tensors import read_metadata, write_csv
 from prompt_lab.methods.evaluation import Report
 from prompt_lab.methods.method import PromptMethod, as_list, some
 from prompt_lab.methods.task_vectors import (
@@ -548,6 +548,14 @@ class VectorArithmetic(PromptMethod):
             write_csv(self.run_dir / SCALES, SCALE_COLUMNS, rows)
 
     # ---- results --------------------------------------------------------------------------------
+
+    def report_test(self, scores: Tensor) -> None:
+        """As every method's; the prompts of an earlier study in the folder go."""
+        if self.trainer.is_global_zero and self.run_dir:
+            for path in (self.run_dir / "prompts").glob("*.safetensors"):
+                if read_metadata(path, "prompt").get("role") == "sum":
+                    path.unlink()
+        super().report_test(scores)
 
     def best_prompts(self, test_scores: Tensor | None = None) -> Iterator[Prompt]:
         """The chosen prompts, one for each sum and task, made one after another."""
