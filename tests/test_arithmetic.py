@@ -10,9 +10,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-
 from prompt_lab.core.arithmetic import apply_vector, combine, parse_expression, task_vector
+from torch import Tensor
 
 N, D = 5, 8
 

@@ -24,9 +24,15 @@ from prompt_lab import __version__
 from prompt_lab.core.attention_mixture import PromptAttention
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.subspace import AdapterMap, Subspace
-from prompt_lab.files.networks import load_network, save_network
 from prompt_lab.files.prompts import Prompt, load_prompt, save_prompt
-from prompt_lab.files.tensors import KINDS, load_tensors, read_metadata, save_tensors
+from prompt_lab.files.tensors import (
+    KINDS,
+    load_network,
+    load_tensors,
+    read_metadata,
+    save_network,
+    save_tensors,
+)
 
 Factory = Callable[..., Backbone]
 MADE_FOR = {"backbone": "someone/some-model", "backbone_digest": "0123456789abcdef"}

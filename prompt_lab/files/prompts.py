@@ -3,8 +3,8 @@
 A prompt file is a tensor file with ``prompt`` (N, D) and the ``init`` (N, D) it was trained from,
 both float32, and metadata that says which backbone, task, seeds and scores it belongs to. A prompt
 store is a folder of prompt files; its ``index.csv`` only repeats their metadata and is rebuilt from
-them whenever it does not match. :func:`find_prompts` reads what a place holds, whichever kind of
-place it is. Nothing that is missing is silently replaced.
+them. :func:`find_prompts` reads what a place holds, whichever kind of place it is. Nothing that is
+missing is silently replaced.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from prompt_lab.core.backbone import Backbone
 
 Key = TypeVar("Key", bound=Hashable)
+TaskSample = tuple[str, int]
+"""Task and few-shot sample, -1 for none."""
 
 PLACES = "a prompt file, a prompt store, the folder of a fit, a PEFT folder or a checkpoint (.ckpt)"
 
@@ -197,23 +200,6 @@ def check_prompt(prompt: Prompt, backbone: Backbone, where: str | Path) -> None:
     check_backbone({**prompt.metadata(), **sizes}, backbone, where)
 
 
-def check_answers_alone(where: str | Path, made_from: Mapping[str, Any] | None) -> None:
-    """Refuse a target prompt of ``Attempt``, which is only a part of what answers.
-
-    Args:
-        where: its place, for the error.
-        made_from: what its metadata says that it was made from.
-
-    Raises:
-        ValueError: such a prompt.
-    """
-    if TARGET_OF in (made_from or {}):
-        raise ValueError(
-            f"{where}: target prompts of Attempt answer only in mixtures with source prompts, by "
-            "the attention of their fit: use prompt-lab test with the config of that fit"
-        )
-
-
 # ---- the look-up ---------------------------------------------------------------------------------
 
 
@@ -263,12 +249,58 @@ class FoundPrompt:
             check_prompt(self.read, backbone, self.where)
         return self.read
 
+    @cached_property
+    def prompt(self) -> Prompt:
+        """The prompt, read once, whose numbers are all finite.
+
+        Raises:
+            ValueError: a damaged file, or numbers that are not finite.
+        """
+        found = self.load()
+        if not (found.prompt.isfinite().all() and found.init.isfinite().all()):
+            raise ValueError(f"{self.where}: the prompt holds numbers that are not finite")
+        return found
+
+    @property
+    def vector(self) -> Tensor:
+        """Its task prompt vector (N, D), float64."""
+        from prompt_lab.core.vectors import task_vector
+
+        return task_vector(self.prompt.prompt, self.prompt.init)
+
+    @property
+    def is_start(self) -> bool:
+        """Whether it was made to start from, as by meta-learning or ``vectors apply``."""
+        return self.metadata.get("role", "prompt") != "prompt"
+
+    @property
+    def start(self) -> Tensor:
+        """The initial prompt (N, D) that it stands for: its init, or itself where it is a start."""
+        return self.prompt.prompt if self.is_start else self.prompt.init
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of its file."""
         from prompt_lab.files.peft import WEIGHTS
 
         file = self.path / WEIGHTS if self.path.is_dir() else self.path
         return hashlib.sha256(file.read_bytes()).hexdigest()
+
+    def provenance(self) -> dict[str, str]:
+        """Name, path and SHA-256 of its file."""
+        return {"name": self.metadata["name"], "path": str(self.path), "sha256": self.digest}
+
+    def check_answers_alone(self) -> None:
+        """Refuse a target prompt of ``Attempt``, which is only a part of what answers.
+
+        Raises:
+            ValueError: such a prompt.
+        """
+        if TARGET_OF in (self.metadata.get("made_from") or {}):
+            raise ValueError(
+                f"{self.where}: target prompts of Attempt answer only in mixtures with source "
+                "prompts, by the attention of their fit: use prompt-lab test with its config"
+            )
 
 
 def find_prompts(*places: str | Path) -> list[FoundPrompt]:
@@ -332,6 +364,47 @@ def best_found(
     )
     chosen = [known[at] for at in choose_by_dev(frame, ["key"]).index]
     return dict(sorted(chosen, key=lambda pair: place[pair[0]]))
+
+
+def best_prompts(places: Sequence[str]) -> dict[TaskSample, FoundPrompt]:
+    """The best prompt of each (task, sample) that some places hold, as :func:`find_prompts` reads.
+
+    Returns:
+        Prompts by task and sample, in the order in which they are found. Prompts without a task
+        are left out; -1 stands for no sample.
+    """
+
+    def key_of(known: dict[str, Any]) -> TaskSample | None:
+        task, sample = known.get("task"), known.get("sample")
+        return (task, -1 if sample is None else sample) if task else None
+
+    return best_found(find_prompts(*places), key_of)
+
+
+def source_prompts(
+    places: Sequence[str], keys: Sequence[TaskSample], backbone: Backbone, num_virtual_tokens: int
+) -> list[Prompt]:
+    """The best prompt of each of some (task, sample), as other methods start from them.
+
+    Raises:
+        FileNotFoundError: a place without prompts, or prompts that no place has, all named.
+        ValueError: a damaged file, or prompts of another backbone or another N; both sides named.
+    """
+    best = best_prompts(places)
+    missing = [f"{task} {sample}" for task, sample in keys if (task, sample) not in best]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(keys)} source prompts are not in {', '.join(places)}: "
+            f"{', '.join(missing)}; tune them first, or leave their tasks out"
+        )
+    found = [best[key].load(backbone) for key in keys]
+    for key, prompt in zip(keys, found, strict=True):
+        if len(prompt.prompt) != num_virtual_tokens:
+            raise ValueError(
+                f"{best[key].where} has {len(prompt.prompt)} virtual tokens, but "
+                f"model.num_virtual_tokens is {num_virtual_tokens}"
+            )
+    return found
 
 
 # ---- the store -----------------------------------------------------------------------------------

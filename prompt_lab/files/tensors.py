@@ -18,12 +18,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from prompt_lab.core.attention_mixture import PromptAttention
     from prompt_lab.core.backbone import Backbone
+    from prompt_lab.core.subspace import AdapterMap, Subspace
+
+Network = TypeVar("Network", "Subspace", "AdapterMap", "PromptAttention")
 
 FORMAT, FORMAT_VERSION = "prompt_lab", 1
 
@@ -126,14 +130,13 @@ def read_metadata(path: str | Path, kind: str) -> dict[str, Any]:
         metadata = {name: json.loads(value) for name, value in raw.items()}
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged, its metadata is not JSON ({error})") from None
-    fields = KINDS[kind]
-    lacking = [name for name in fields if name not in metadata]
-    if lacking:
-        raise ValueError(f"{path}: the {kind} file's metadata lacks {', '.join(lacking)}")
-    wrong = [name for name, what in fields.items() if not isinstance(metadata[name], what)]
+    wrong = [
+        f"{name} is {metadata[name]!r}" if name in metadata else f"no {name}"
+        for name, what in KINDS[kind].items()
+        if name not in metadata or not isinstance(metadata[name], what)
+    ]
     if wrong:
-        values = ", ".join(f"{name} is {metadata[name]!r}" for name in wrong)
-        raise ValueError(f"{path}: damaged, in its metadata {values}")
+        raise ValueError(f"{path}: damaged, in its metadata {', '.join(wrong)}")
     return metadata
 
 
@@ -160,6 +163,58 @@ def check_backbone(metadata: Mapping[str, Any], backbone: Backbone, where: str |
             f"{where}: made for backbone {name!r} with weights {digest[:12]}, but "
             f"{backbone.name!r} has weights {backbone.digest[:12]}"
         )
+
+
+# ---- networks -----------------------------------------------------------------------------------
+
+
+def save_network(path: str | Path, network: Network, metadata: Mapping[str, Any]) -> None:
+    """Write a subspace, a map to adapters or an attention, its weights as float32.
+
+    Args:
+        path: the file.
+        network: its class names the kind; its sizes go into the metadata.
+        metadata: the other fields of the kind and more: source tasks, seeds, steps.
+    """
+    from prompt_lab import __version__
+
+    tensors = {name: tensor.float() for name, tensor in network.state_dict().items()}
+    sizes = {name: getattr(network, name) for name in network.SIZES}
+    save_tensors(path, network.KIND, tensors, {"version": __version__, **metadata, **sizes})
+
+
+def load_network(
+    path: str | Path, kind: type[Network], backbone: Backbone | None = None
+) -> Network:
+    """Read what :func:`save_network` wrote, on the CPU; no weight requires a gradient.
+
+    Args:
+        path: the file.
+        kind: ``Subspace``, ``AdapterMap`` or ``PromptAttention``.
+        backbone: the model it is meant for; its weights and width are compared with the file's.
+
+    Returns:
+        The network; its ``metadata`` are those of the file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: as :func:`load_tensors`, or tensors that are not as the metadata says.
+    """
+    tensors, metadata = load_tensors(path, kind.KIND, backbone)
+    try:
+        network = kind(**{name: metadata[name] for name in kind.SIZES}, seed=None)
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged, {error}") from None
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    if found != expected:
+        raise ValueError(
+            f"{path}: damaged: tensors {found}, but the metadata's sizes mean {expected}"
+        )
+    floats = {name: tensor.float() for name, tensor in tensors.items()}
+    network.load_state_dict(floats, assign=True)
+    network.metadata = metadata
+    return network.requires_grad_(False)
 
 
 # ---- how files are written -----------------------------------------------------------------------
