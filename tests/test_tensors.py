@@ -226,7 +226,7 @@ def test_another_kind_is_refused(kind: Kind, tmp_path: Path) -> None:
         ({"backbone": "{"}, "damaged, its metadata is not JSON"),
         ({"more": "[" * 100_000}, "damaged, its metadata is not JSON"),
         ({"backbone": "3"}, "damaged, in its metadata backbone is 3"),
-        ({"backbone": None, "backbone_digest": None}, "metadata lacks backbone, backbone_digest"),
+        ({"backbone": None, "backbone_digest": None}, "metadata no backbone, no backbone_digest"),
     ],
     ids=str,
 )
@@ -240,7 +240,7 @@ def test_damaged_metadata_is_told(
 def test_every_field_of_a_kind_is_needed(kind: Kind, written: Path) -> None:
     for name in KINDS[kind.name]:
         rewrite(kind.write(written), **{name: None})
-        refused(kind, written, f"the {kind.name} file's metadata lacks {name}")
+        refused(kind, written, f"damaged, in its metadata no {name}")
 
 
 @pytest.mark.parametrize("name", ["prompt", *NETWORKS])

@@ -233,8 +233,8 @@ def show_vectors(prompts: list[str]) -> None:
     names = ["task", "sample", "seed", "vector", "init", "ratio", "cosine to others"]
     table = pd.DataFrame(rows, columns=names).astype({"sample": "Int64", "seed": "Int64"})
     table["ratio"] = table["vector"] / table["init"].where(table["init"] > 0)
-    table = table.sort_values("task", kind="stable")
-    print(table.to_string(index=False, na_rep="-", float_format="{:.4g}".format))
+    table = table.sort_values("task", kind="stable").astype(object).where(table.notna(), "-")
+    print(table.to_string(index=False, float_format="{:.4g}".format))
 
 
 def apply_vectors(
