@@ -1,14 +1,11 @@
 """Prompts in the files of others: PEFT folders (without PEFT), plain tensors, checkpoints.
 
-A PEFT folder holds ``adapter_config.json`` and ``adapter_model.safetensors``. Written are prompts
-of type PROMPT_TUNING with one submodule, whose one tensor is the (N, D) prompt; PEFT puts it where
-this package does, in front of the input embeddings (of the encoder, where there is one). Read are
-PROMPT_TUNING and MULTITASK_PROMPT_TUNING with S = 1 or 2 submodules: of their (N * S, D) rows the
-first N are the prompt. The other rows are never used by PROMPT_TUNING; MULTITASK_PROMPT_TUNING
-puts them in front of the decoder's input, which this package does not do and warns of.
-
-PEFT keeps neither the prompt's start nor digests of the model, so a prompt that is read has
-itself as ``init`` and empty digests. LoRA, prefixes and other types are refused.
+Written are PEFT prompts of type PROMPT_TUNING with one submodule, whose one tensor is the (N, D)
+prompt. Read are PROMPT_TUNING and MULTITASK_PROMPT_TUNING with S = 1 or 2 submodules: of their
+(N * S, D) rows the first N are the prompt. The other rows are never used by PROMPT_TUNING;
+MULTITASK_PROMPT_TUNING puts them in front of the decoder's input, which this package does not do
+and warns of. PEFT keeps neither the prompt's start nor digests of the model, so a prompt that is
+read has itself as ``init`` and empty digests.
 
 A plain tensor is a file with one (N, D). A checkpoint of ``PromptTuning`` holds the bank of a fit,
 its runs, and the digests of backbone and tokenizer. Nothing is unpickled but tensors and plain
@@ -61,14 +58,7 @@ def save_peft(
     """Write a prompt as a PEFT folder, which ``PeftModel.from_pretrained`` loads.
 
     Three files, each whole or not at all, the config last: without it there is no PEFT folder.
-    The prompt's ``init`` and digests are lost.
-
-    Args:
-        folder: made where it is not there.
-        prompt: (N, D); its ``backbone`` becomes the base model.
-        task_type: ``SEQ_2_SEQ_LM`` for encoder-decoder models, else ``CAUSAL_LM``.
-        num_layers: layers of the model.
-        num_attention_heads: attention heads of its layers.
+    The prompt's ``backbone`` becomes the base model; its ``init`` and digests are lost.
     """
     from safetensors.torch import save
 
@@ -101,9 +91,6 @@ def save_peft(
 
 def load_peft(folder: str | Path, task: int | None = None) -> Prompt:
     """Read the prompt of a PEFT folder; (N, D) float32 whatever it is stored in.
-
-    The prompt names the base model that the config names, and no digests: whether it was made for
-    the weights at hand cannot be told from the files.
 
     Args:
         folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -209,10 +196,7 @@ def _read_rows(
 
 
 def _model_card(prompt: Prompt, task_type: TaskType) -> str:
-    """A short README for the folder."""
-    auto = (
-        "AutoPeftModelForSeq2SeqLM" if task_type == "SEQ_2_SEQ_LM" else "AutoPeftModelForCausalLM"
-    )
+    auto = f"AutoPeftModelFor{'Seq2SeqLM' if task_type == 'SEQ_2_SEQ_LM' else 'CausalLM'}"
     count, width = prompt.prompt.shape
     trained = "".join(
         f"- {label}: {value}\n"

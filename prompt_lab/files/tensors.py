@@ -50,13 +50,10 @@ KINDS: dict[str, dict[str, Any]] = {
 def save_tensors(
     path: str | Path, kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
 ) -> None:
-    """Write a tensor file, whole or not at all.
+    """Write a tensor file of one of :data:`KINDS`, whole or not at all; folders are made.
 
-    Args:
-        path: the file; folders on the way are made.
-        kind: one of :data:`KINDS`.
-        tensors: by name; no two share memory.
-        metadata: values that JSON can hold, the fields of the kind among them.
+    No two tensors may share memory; metadata are values that JSON can hold, the fields of the kind
+    among them.
 
     Raises:
         OSError: naming the file: a full disk, a folder that cannot be written to.
@@ -72,12 +69,9 @@ def save_tensors(
 def load_tensors(
     path: str | Path, kind: str, backbone: Backbone | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a tensor file: its tensors, on the CPU, and its metadata.
+    """Read a tensor file of a kind: its tensors, on the CPU, and its metadata.
 
-    Args:
-        path: the file.
-        kind: what it must be, one of :data:`KINDS`.
-        backbone: the model it is meant for; its weights and width are compared with the file's.
+    A backbone that it is meant for is compared with the file's, by weights and width.
 
     Raises:
         FileNotFoundError: no such file.
@@ -143,10 +137,7 @@ def read_metadata(path: str | Path, kind: str) -> dict[str, Any]:
 def check_backbone(metadata: Mapping[str, Any], backbone: Backbone, where: str | Path) -> None:
     """Refuse what was made for another backbone, as far as its metadata tells.
 
-    Args:
-        metadata: ``backbone``, ``backbone_digest`` (may be empty) and ``hidden_size`` (may lack).
-        backbone: the model it is meant for.
-        where: its file, for the error.
+    They hold ``backbone``, ``backbone_digest`` (may be empty) and ``hidden_size`` (may lack).
 
     Raises:
         ValueError: another width, or other weights; naming both sides.
@@ -171,10 +162,8 @@ def check_backbone(metadata: Mapping[str, Any], backbone: Backbone, where: str |
 def save_network(path: str | Path, network: Network, metadata: Mapping[str, Any]) -> None:
     """Write a subspace, a map to adapters or an attention, its weights as float32.
 
-    Args:
-        path: the file.
-        network: its class names the kind; its sizes go into the metadata.
-        metadata: the other fields of the kind and more: source tasks, seeds, steps.
+    Its sizes go into the metadata, beside those that are given: the other fields of its kind, and
+    more, such as source tasks, seeds and steps.
     """
     from prompt_lab import __version__
 
@@ -186,15 +175,7 @@ def save_network(path: str | Path, network: Network, metadata: Mapping[str, Any]
 def load_network(
     path: str | Path, kind: type[Network], backbone: Backbone | None = None
 ) -> Network:
-    """Read what :func:`save_network` wrote, on the CPU; no weight requires a gradient.
-
-    Args:
-        path: the file.
-        kind: ``Subspace``, ``AdapterMap`` or ``PromptAttention``.
-        backbone: the model it is meant for; its weights and width are compared with the file's.
-
-    Returns:
-        The network; its ``metadata`` are those of the file.
+    """Read a network that :func:`save_network` wrote, on the CPU, frozen, with its ``metadata``.
 
     Raises:
         FileNotFoundError: no such file.
@@ -252,11 +233,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let the error of a write say which file it was and what to do.
-
-    Raises:
-        OSError: in place of the one that was raised, of the same number.
-    """
+    """Let the ``OSError`` of a write say which file it was and what to do."""
     try:
         yield
     except OSError as error:
