@@ -236,14 +236,15 @@ def _ways(
 
     tasks, ways, unknown = load_tasks(), [], set()
     for row in (one.metadata for one in found):
-        name, known = str(row.get("task") or ""), tasks.get(str(row.get("task")))
+        task = str(row.get("task") or "")
+        known = tasks.get(task)
         own = {name: row.get(name) or default for name, default in DEFAULTS.items()}
         scored = (decoding or row.get("decoding") or "score") == "score"
         choice = labels or ((row.get("labels") or (known and known.labels)) if scored else None)
-        prefix = f" [{name}] " if row.get("task_prefix") else ""
+        prefix = f" [{task}] " if row.get("task_prefix") else ""
         ways.append(Way(tuple(choice) if choice else None, prefix, **{**own, **given}))
-        if name and known is None and not row.get("decoding"):
-            unknown.add(name)
+        if task and known is None and not row.get("decoding"):
+            unknown.add(task)
     if unknown and labels is None and decoding is None:
         print(
             f"task {', '.join(sorted(unknown))} is not in the package's table, so answers are "
