@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from prompt_lab.methods.source_prompts import source_prompts
 from test_prompt_tuning import make_data, make_trainer
 
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import renumber
 from prompt_lab.core.pretrained import weights_digest
 from prompt_lab.core.subspace import Subspace
-from prompt_lab.files.prompts import Prompt, PromptStore
+from prompt_lab.files.prompts import Prompt, PromptStore, source_prompts
 from prompt_lab.files.results import read_csv
 from prompt_lab.files.tensors import load_network
 from prompt_lab.methods.intrinsic_subspace import IntrinsicSubspace
