@@ -17,7 +17,6 @@ from prompt_lab.commands import offline
 from prompt_lab.commands.compare_command import compare_prompts, compare_vectors
 from prompt_lab.files.prompts import FoundPrompt, Prompt, PromptStore
 from prompt_lab.files.results import read_csv
-from prompt_lab.methods.task_vectors import Source
 
 N, D = 4, 6
 TASKS = ("mnli", "qnli", "trec")
@@ -51,10 +50,10 @@ def everything(seeds: int = 3) -> list[Prompt]:
     return [tuned(task, seed) for seed in range(seeds) for task in TASKS]
 
 
-def sources(*prompts: Prompt) -> list[Source]:
+def sources(*prompts: Prompt) -> list[FoundPrompt]:
     """Prompts as they come from files."""
     return [
-        Source(FoundPrompt(Path(f"{prompt.name}.safetensors"), prompt.metadata()), prompt)
+        FoundPrompt(Path(f"{prompt.name}.safetensors"), prompt.metadata(), prompt)
         for prompt in prompts
     ]
 

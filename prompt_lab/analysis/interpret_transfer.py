@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prompt_lab.core.arithmetic import parse_expression
+from prompt_lab.core.vectors import parse_expression
 
 if TYPE_CHECKING:
     from torch import Tensor

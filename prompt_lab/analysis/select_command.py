@@ -146,7 +146,7 @@ def select_command(
         IsADirectoryError: ``out`` is a folder.
     """
     from prompt_lab.data.partitions import expand_sets
-    from prompt_lab.methods.source_prompts import best_prompts
+    from prompt_lab.files.prompts import best_prompts
 
     if out is not None and Path(out).is_dir():
         raise IsADirectoryError(f"--out {out} is a folder: name a file")

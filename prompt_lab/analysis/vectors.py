@@ -20,7 +20,7 @@ from prompt_lab.analysis.curves import tensors
 from prompt_lab.analysis.sections import Section, number, p_values, pages, plus_minus, span
 from prompt_lab.analysis.statistics import LEVEL, holm, t_test
 from prompt_lab.analysis.tables import count_out
-from prompt_lab.core.arithmetic import parse_expression
+from prompt_lab.core.vectors import parse_expression
 
 KEPT = 0.5
 """Share of a tuned prompt's score from which a sum keeps a task (arXiv 2408.01119, section 4.3)."""

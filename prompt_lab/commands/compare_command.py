@@ -25,14 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from prompt_lab.analysis.old_results import Summary, extent, spread, summarise
 from prompt_lab.files.tensors import write_csv
-from prompt_lab.methods.task_vectors import (
-    Group,
-    Source,
-    check_compatible,
-    find_vectors,
-    listed,
-    load_source,
-)
+from prompt_lab.files.vectors import Group, check_compatible, find_vectors, listed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,13 +113,13 @@ def compare_vectors(prompts: list[str], *, out: str) -> list[Path]:
 
 def _load(
     found: Mapping[Group, Mapping[str, FoundPrompt]],
-) -> dict[int | None, list[Source]]:
+) -> dict[int | None, list[FoundPrompt]]:
     """The prompts of each sample."""
-    groups: dict[int | None, list[Source]] = {}
+    groups: dict[int | None, list[FoundPrompt]] = {}
     first = None
     for (sample, _), paths in found.items():
         for path in paths.values():
-            source = load_source(path)
+            source = path
             first = first or source
             check_compatible(first, source)
             groups.setdefault(sample, []).append(source)
@@ -136,7 +129,7 @@ def _load(
 # ---- what is compared ----------------------------------------------------------------------------
 
 
-def compare_prompts(groups: Mapping[int | None, Sequence[Source]]) -> Comparison:
+def compare_prompts(groups: Mapping[int | None, Sequence[FoundPrompt]]) -> Comparison:
     """Cosines and norms of the prompts of each few-shot sample.
 
     Args:
@@ -176,7 +169,7 @@ def compare_prompts(groups: Mapping[int | None, Sequence[Source]]) -> Comparison
     return Comparison(tasks, cosines_of, summarise(initial), norms)
 
 
-def _starts(sources: Sequence[Source]) -> list[int]:
+def _starts(sources: Sequence[FoundPrompt]) -> list[int]:
     """The initial prompt of each source, as the place of the first that has the same numbers."""
     first: dict[bytes, int] = {}
     return [first.setdefault(s.prompt.init.numpy().tobytes(), i) for i, s in enumerate(sources)]
@@ -196,14 +189,16 @@ def _cosines(bank: Tensor) -> list[list[float]]:
     return found.tolist()
 
 
-def _tell_zero(what: What, sources: Sequence[Source], cosines: Sequence[Sequence[float]]) -> None:
+def _tell_zero(
+    what: What, sources: Sequence[FoundPrompt], cosines: Sequence[Sequence[float]]
+) -> None:
     """Name what is left out for having no direction."""
-    zero = [s.found.where for at, s in enumerate(sources) if math.isnan(cosines[at][at])]
+    zero = [s.where for at, s in enumerate(sources) if math.isnan(cosines[at][at])]
     if zero:
         print(f"prompt-lab: {what} left out, as they are zero: {listed(zero)}", file=sys.stderr)
 
 
-def _norms(sources: Sequence[Source]) -> tuple[Summary, Summary, Summary]:
+def _norms(sources: Sequence[FoundPrompt]) -> tuple[Summary, Summary, Summary]:
     """Frobenius norms of the vectors and of the initial prompts of a task, and their ratios."""
     vectors = [source.vector.norm().item() for source in sources]
     inits = [source.prompt.init.double().norm().item() for source in sources]

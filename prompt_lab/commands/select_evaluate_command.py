@@ -145,7 +145,7 @@ def _tuned(
     table: Table, stores: Sequence[str], has_steps: bool
 ) -> tuple[dict[Key, FoundPrompt], list[str]]:
     """The best prompts by task and sample, and the targets without one, which steps allow."""
-    from prompt_lab.methods.source_prompts import best_prompts
+    from prompt_lab.files.prompts import best_prompts
 
     files = best_prompts(stores)
     tuned = {task for task, _ in files}

@@ -30,8 +30,8 @@ from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.optim import OptimConfig, adamw_with_warmup, check_warmup_and_clip
 from prompt_lab.core.subspace import AdapterMap, Subspace
 from prompt_lab.data.crossfit import CrossFitDataModule
-from prompt_lab.files.networks import load_network, save_network
 from prompt_lab.files.results import Start
+from prompt_lab.files.tensors import load_network, save_network
 from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod
 from prompt_lab.methods.prompt_tuning import PromptTuning
 from prompt_lab.methods.subspace_tuning import initial_codes

@@ -45,14 +45,12 @@ from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.data.mixtures import Key, Mixing, MixtureSteps
 from prompt_lab.data.partitions import expand_sets
 from prompt_lab.data.tasks import Task
-from prompt_lab.files.networks import load_network, save_network
-from prompt_lab.files.prompts import TARGET_OF, Prompt, PromptStore
+from prompt_lab.files.prompts import TARGET_OF, Prompt, PromptStore, source_prompts
 from prompt_lab.files.results import append_curves, start_curves
-from prompt_lab.files.tensors import write_csv
+from prompt_lab.files.tensors import load_network, save_network, write_csv
 from prompt_lab.methods.evaluation import Evaluation
 from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts
 from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod, as_config, some
-from prompt_lab.methods.source_prompts import source_prompts
 
 ATTENTION_COLUMNS = ("task", "sample", "source", "weight", "std")
 TARGET = "target prompt"

@@ -38,12 +38,11 @@ from prompt_lab.data.batches import EvaluationSteps
 from prompt_lab.data.crossfit import CrossFitDataModule
 from prompt_lab.data.mixtures import Key, Mixing, MixtureSteps
 from prompt_lab.data.partitions import expand_sets
-from prompt_lab.files.networks import load_network, save_network
-from prompt_lab.files.prompts import Prompt, PromptStore
+from prompt_lab.files.prompts import Prompt, PromptStore, source_prompts
 from prompt_lab.files.results import append_curves, start_curves
+from prompt_lab.files.tensors import load_network, save_network
 from prompt_lab.methods.evaluation import Evaluation
 from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod, some
-from prompt_lab.methods.source_prompts import source_prompts
 
 
 class IntrinsicSubspace(PromptMethod):

@@ -17,8 +17,8 @@ from torch import Tensor
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.run import Run
 from prompt_lab.core.subspace import Subspace
-from prompt_lab.files.networks import load_network
 from prompt_lab.files.results import Start
+from prompt_lab.files.tensors import load_network
 
 RANDOM = "random"
 """The path that stands for a random subspace."""
@@ -64,7 +64,7 @@ class SubspaceConfig:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: as :func:`prompt_lab.files.networks.load_network`, or another N.
+            ValueError: as :func:`prompt_lab.files.tensors.load_network`, or another N.
         """
         if self.intrinsic_dim is None:
             found = load_network(self.path, Subspace, backbone)
