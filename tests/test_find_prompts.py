@@ -15,10 +15,11 @@ from conftest import HIDDEN
 from torch import Tensor
 
 from prompt_lab.analysis.interpret_prompts import find_tuned
-from prompt_lab.analysis.select_command import check_prompts, load_banks
+from prompt_lab.analysis.selection import load_prompts
 from prompt_lab.commands import offline
 from prompt_lab.commands.mix_command import mix_prompts
 from prompt_lab.commands.prompts import export_prompts
+from prompt_lab.commands.select import check_prompts
 from prompt_lab.commands.vectors_command import apply_vectors
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.run import Run
@@ -103,7 +104,7 @@ def vectors(place: str, _: Backbone) -> Tensor:
 def selected(place: str, _: Backbone) -> Tensor:
     files = best_prompts([place])
     check_prompts("feature", [TASK], [TASK], files, [place])
-    return load_banks(files, [TASK], [TASK]).targets[0]
+    return load_prompts(files)[TASK, 13]
 
 
 def mixed(place: str, _: Backbone) -> Tensor:

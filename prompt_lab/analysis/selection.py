@@ -25,23 +25,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from prompt_lab.analysis import plots
-from prompt_lab.analysis.sections import (
-    Section,
-    bold_best,
-    file_name,
-    intervals,
-    number,
-    plus_minus,
-)
-from prompt_lab.analysis.statistics import tsne
 from prompt_lab.analysis.tables import find_results, read_results
 from prompt_lab.files.prompts import FoundPrompt, find_prompts
 from prompt_lab.files.results import PLAIN_STARTS, choose_by_dev
@@ -240,13 +230,17 @@ def read_transfer(places: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
     if files:
         found, notes = _from_results(pd.concat([*map(read_results, files)], ignore_index=True))
         tables.append(found)
-    table = pd.concat(tables, ignore_index=True)
+    every = pd.concat(tables, ignore_index=True)
+    sizes = every.dropna(subset="size").groupby("source")["size"]
+    if len(several := sizes.nunique().loc[lambda count: count > 1]):
+        raise ValueError(f"several sizes of {some(several.index)}: give one number for each source")
+    table = every.dropna(subset="score")
     twice = table[table.duplicated(["source", "target", "sample", "seed"])]
     if len(twice):
         source, target = twice.iloc[0][["source", "target"]]
         raise ValueError(
-            f"{len(twice)} scores stand more than once, such as that of {source} for {target}: keep "
-            "one, or tell them apart in a column seed"
+            f"{len(twice)} scores stand more than once, such as that of {source} for {target}: "
+            "keep one, or tell them apart in a column seed"
         )
     if len(wrong := table.loc[table["score"].abs() > 100, "score"]):
         raise ValueError(f"scores such as {wrong.iloc[0]:g}: give percent, at most 100")
@@ -254,18 +248,15 @@ def read_transfer(places: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
         raise ValueError("all scores are at most 1: give percent, which the gains of nDCG need")
     is_base, is_own = table["source"] == NO_TRANSFER, table["source"] == table["target"]
     transfer = table[~is_base & ~is_own].reset_index(drop=True)
-    if lacking := [x for x in table["target"].unique() if x not in {*transfer["target"]}]:
-        raise ValueError(f"no source has a score for {some(lacking)}: add one, or leave it out")
-    sizes = table.dropna(subset="size").groupby("source")["size"]
-    if len(several := sizes.nunique().loc[lambda count: count > 1]):
-        raise ValueError(f"several sizes of {some(several.index)}: give one number for each source")
+    lacking = [x for x in every["target"].unique() if x not in {*transfer["target"]}]
+    if lacking or transfer.empty:
+        names = some(lacking) or "any target"
+        raise ValueError(f"no source has a score for {names}: add one, or leave the target out")
     transfer["size"] = transfer["source"].map(sizes.first())
     baselines = table[is_base].groupby("target")["score"].mean()
     transfer["baseline"] = transfer["target"].map(baselines).astype(float)
-    if is_own.any():
-        notes.append(
-            f"left out, a task as its own source: {some(sorted({*table[is_own]['source']}))}"
-        )
+    if own := sorted({*table[is_own]["source"]}):
+        notes.append(f"left out, a task as its own source: {some(own)}")
     counts = transfer.groupby(["target", "source"]).size()
     grid = itertools.product(transfer["target"].unique(), transfer["source"].unique())
     missing = [f"{s} for {t}" for t, s in grid if s != t and (t, s) not in counts.index]
@@ -291,43 +282,39 @@ def read_table(path: str | Path) -> pd.DataFrame:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}: give a CSV table")
     try:
-        cells = pd.read_csv(path, header=None, dtype=str, comment="#", encoding="utf-8-sig")
+        given = {"header": None, "dtype": str, "comment": "#", "keep_default_na": False}
+        cells = pd.read_csv(path, encoding="utf-8-sig", **given)
     except ValueError as error:  # also pandas' own, and text that is not UTF-8
         raise ValueError(f"{path} is no CSV table: {' '.join(str(error).split())}") from None
-    cells = cells.fillna("").apply(lambda column: column.str.strip())
-    header, table = [*cells.iloc[0]], cells.iloc[1:]
-    is_long = {"source", "target", "score"} <= {*header}
-    optional = ("sample", "seed", "size") if is_long else ("size",)
-    targets = [x for x in header[1:] if x not in optional]
-    unknown = [x for x in targets if x not in ("source", "target", "score")] if is_long else []
-    if len({*header}) < len(header) or "" in header[1:] or not targets or unknown:
+    cells = cells.fillna("").map(str.strip)
+    header, is_long = [*cells.iloc[0]], {"source", "target", "score"} <= {*cells.iloc[0]}
+    optional = ("target", "score", "sample", "seed", "size") if is_long else ("size",)
+    others = [x for x in header if x not in optional][1:]  # the first is the source
+    if len({*header}) < len(header) or "" in header[1:] or bool(others) == is_long:
         raise ValueError(
             f"{path} has the columns {', '.join(header)}: give source, target, score and perhaps "
             "sample, seed and size; or a row for each source, a column for each target and perhaps "
             "size, each name once"
         )
-    table = table.set_axis(header if is_long else ["source", *header[1:]], axis=1)
+    table = cells.iloc[1:].set_axis(header if is_long else ["source", *header[1:]], axis=1)
     if not is_long:
-        table = table.melt(
-            [x for x in ("source", "size") if x in table], targets, "target", "score"
-        )
-    found = table.reindex(columns=["source", "target", "sample", "seed", "score", "size"]).fillna(
-        ""
-    )
-    for name in ("score", "size"):
-        numbers = pd.to_numeric(found[name], errors="coerce").replace(
-            [math.inf, -math.inf], math.nan
-        )
-        if len(wrong := found[numbers.isna() & (found[name] != "")]):
-            first = wrong.iloc[0]
-            raise ValueError(
-                f"{path}: {name} of {first['source']} for {first['target']} is {first[name]!r}, not "
-                "a finite number; leave missing ones empty"
-            )
-        found[name] = numbers
-    if (found[["source", "target"]] == "").any(axis=None):
+        known = ["source", "size"] if "size" in table else ["source"]
+        table = table.melt(known, others, "target", "score")
+    names = ["source", "target", "sample", "seed", "score", "size"]
+    table = table.reindex(columns=names).fillna("")
+    if (table[["source", "target"]] == "").any(axis=None):
         raise ValueError(f"{path}: a row without source or target; {NO_TRANSFER} stands for none")
-    return found[found["score"].notna() | found["size"].notna()]
+    for name in ("score", "size"):
+        numbers = pd.to_numeric(table[name], errors="coerce")
+        numbers = numbers.astype(float).where(np.isfinite(numbers))
+        if (wrong := numbers.isna() & (table[name] != "")).any():
+            source, target, cell = table.loc[wrong, ["source", "target", name]].iloc[0]
+            raise ValueError(
+                f"{path}: {name} of {source} for {target} is {cell!r}, not a finite number; leave "
+                "missing ones empty"
+            )
+        table[name] = numbers
+    return table
 
 
 def _from_results(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -343,15 +330,15 @@ def _from_results(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
             "transfer to compare with"
         )
     used = tuned[tuned["task"].isin(targets) & (tuned["source"] != "")]
-    alone = used[used["source"] == NO_TRANSFER]
     for name in ("method", "backbone", "num_virtual_tokens", "metric_variant", "shots", "start"):
-        own = alone if name == "start" else used
-        by = own["task"] if name in ("start", "shots") else pd.Series("all", own.index)
+        own = used[used["source"] == NO_TRANSFER] if name == "start" else used
+        by = own["task"] if name in ("start", "shots") else pd.Series("all tasks", own.index)
         for task, kinds in own[name].groupby(by):
             if kinds.nunique() > 1:
+                known = ", ".join(sorted(map(str, kinds.unique())))
                 raise ValueError(
-                    f"the runs {'without transfer ' * (name == 'start')}of {task} differ in {name}: "
-                    f"{', '.join(sorted(map(str, kinds.unique())))}; give the result files of one"
+                    f"the transfer runs of {task} differ in {name} ({known}): give the result "
+                    "files of one"
                 )
     chosen = choose_by_dev(used, ["source", *_RUN, "start_seed"])
     scored = chosen[chosen["test"].notna()]
@@ -363,6 +350,12 @@ def _from_results(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     table = scored[["source", "task", "sample"]].rename(columns={"task": "target"})
     table = table.assign(seed=seed, score=100 * scored["test"], size=math.nan)
     return table, [f"left out, {count} {what}" for what, count in left.items() if count]
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first names as text, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
 
 
 # ---- rankings by prompts -------------------------------------------------------------------------
@@ -425,24 +418,18 @@ def rank_by_prompts(
     for bank, groups in ((targets, ours), (sources, theirs)):
         for key, prompt in bank.items():
             groups[len(prompt)].append(key)
-    if method in _ROW_BY_ROW and len(lengths := {**ours, **theirs}) > 1:
+    if method in _ROW_BY_ROW and len(lengths := ours | theirs) > 1:
         names = [f"{keys[0][0]} {size}" for size, keys in lengths.items()]
         raise ValueError(
             f"{method} compares prompts row by row, and these have several lengths "
             f"({some(names)}): give prompts of one length"
         )
     rows = []
-    for of_target, of_source in itertools.product(ours.values(), theirs.values()):
-        one, other = (
-            torch.stack([bank[key] for key in keys])
-            for bank, keys in ((targets, of_target), (sources, of_source))
-        )
-        matrix = getattr(similarity, name)(one, other, **flags, **subspace).tolist()
-        rows += [
-            (*target, *source, value)
-            for target, line in zip(of_target, matrix, strict=True)
-            for source, value in zip(of_source, line, strict=True)
-        ]
+    for one, other in itertools.product(ours.values(), theirs.values()):
+        banks = torch.stack([targets[x] for x in one]), torch.stack([sources[x] for x in other])
+        matrix = getattr(similarity, name)(*banks, **flags, **subspace)
+        pairs = zip(itertools.product(one, other), matrix.flatten().tolist(), strict=True)
+        rows += [(*target, *source, value) for (target, source), value in pairs]
     columns = ["target", "target_sample", "source", "source_sample", "similarity"]
     pairs = pd.DataFrame(rows, columns=columns)
     if method == "frobenius":
@@ -486,40 +473,39 @@ def find_steps(folders: Sequence[str], targets: Sequence[str]) -> tuple[pd.DataF
         FileNotFoundError: a folder without saved steps, or a step without a prompt of some target.
         ValueError: a damaged prompt file.
     """
-    rows, others, all_steps = [], 0, set()
+    every: list[tuple[int, FoundPrompt]] = []
     for folder in {Path(x).resolve(): Path(x) for x in folders}.values():
-        steps = [x for x in folder.glob("steps/*") if x.name.isdecimal()]
-        if not steps:
+        places = {int(x.name): x for x in folder.glob("steps/*") if x.name.isdecimal()}
+        if not places:
             raise FileNotFoundError(
                 f"no saved steps in {folder}: give folders of fits of the target tasks with "
                 "model.save_steps"
             )
-        for place in sorted(steps, key=lambda x: int(x.name)):
-            all_steps.add(int(place.name))
-            for one in find_prompts(place):
-                facts = one.metadata
-                if facts.get("task") in targets and facts.get("start") in PLAIN_STARTS:
-                    seeds = (facts.get(x) for x in ("sample", "init_seed", "order_seed"))
-                    seeds = (-1 if x is None else x for x in seeds)
-                    of_run = (str(folder), one.path.name, one.dev, facts.get("run"))
-                    rows.append((int(place.name), facts["task"], *seeds, *of_run, one))
-                else:
-                    others += 1
-    columns = ["step", *_RUN, "folder", "file", "dev", "run", "found"]
-    table = pd.DataFrame(rows, columns=columns)
-    runs = table.groupby([*_RUN, "folder", "file"], sort=False).agg(
-        dev=("dev", "max"), run=("run", "first")
-    )
-    chosen = choose_by_dev(runs.reset_index(), _RUN)[["folder", "file"]]
-    table = table.merge(chosen, on=["folder", "file"]).sort_values("step", kind="stable")
+        every += [(step, one) for step in sorted(places) for one in find_prompts(places[step])]
+    facts = [
+        {x: one.metadata.get(x) for x in (*_RUN, "start", "run")}
+        | {"step": step, "fit": one.path.parents[1], "file": one.path.name}
+        | {"dev": one.dev, "found": one}
+        for step, one in every
+    ]
+    table = pd.DataFrame(facts)
+    table = table[table["task"].isin(targets) & table["start"].isin(PLAIN_STARTS)]
+    others = len(every) - len(table)
+    table[_RUN[1:]] = table[_RUN[1:]].fillna(-1).astype(int)
+    runs = table.groupby([*_RUN, "fit", "file"], sort=False)[["dev", "run"]]
+    runs = runs.agg({"dev": "max", "run": "first"}).reset_index()
+    table = table.merge(choose_by_dev(runs, _RUN)[["fit", "file"]], on=["fit", "file"])
+    table = table.sort_values("step", kind="stable")
     held = {step: {*own["task"]} for step, own in table.groupby("step")}
     lacking = {
-        step: [x for x in targets if x not in held.get(step, ())] for step in sorted(all_steps)
+        step: [x for x in targets if x not in held.get(step, ())]
+        for step in sorted({step for step, _ in every})
     }
     if lacks := [f"step {step} lacks {some(names)}" for step, names in lacking.items() if names]:
         raise FileNotFoundError(
-            f"not every saved step has all target tasks: {some(lacks)}; fit all from a start without "
-            "transfer with the same model.save_steps (a run that patience ended has no later ones)"
+            f"not every saved step has all target tasks: {some(lacks)}; fit all from a start "
+            "without transfer with the same model.save_steps (a run that patience ended has no "
+            "later ones)"
         )
     counts = table.groupby("step").size()
     fewer = [f"{count} at step {step}" for step, count in counts.items() if count < counts.max()]
@@ -582,242 +568,3 @@ def evaluate_steps(
         .mean(numeric_only=True)
         .reset_index()
     )
-
-
-# ---- sections ------------------------------------------------------------------------------------
-
-
-def selection_sections(
-    transfer: pd.DataFrame,
-    rankings: pd.DataFrame,
-    found: pd.DataFrame,
-    steps: pd.DataFrame | None = None,
-    prompts: Mapping[Key, FoundPrompt] | None = None,
-) -> Iterator[Section]:
-    """The sections of a report of rankings that were judged by transfer.
-
-    Args:
-        transfer: as in the module.
-        rankings: the same.
-        found: as `evaluate` gives it.
-        steps: as `evaluate_steps` gives it.
-        prompts: tuned prompts by task and sample, of all targets and sources.
-    """
-    looks = plots.looks(_kinds(found["ranking"]))
-    table, shown = mean_measures(found)
-    over = "Percent, mean ± standard deviation (ddof 1) over targets. "
-    legend = (
-        f"{over}nDCG: gains 2^score - 1, all sources. Regret@k: what the best of the first k lacks "
-        "to the best of all, as a share. gain@k: (score of the best of the first k - score without "
-        "transfer) / score without transfer. random, and sources of equal similarity: exact "
-        "expectations."
-    )
-    yield Section("rankings", "Rankings of sources", legend, table, shown)
-    grid = _grid(found, "target", "ranking", "nDCG")
-    shown = grid.apply(
-        lambda row: bold_best([number(x, digits=2) for x in row], row), axis=1, result_type="expand"
-    )
-    shown = shown.set_axis(grid.columns, axis=1).reset_index()
-    legend = "nDCG in percent. Bold: the best of a row."
-    yield Section("targets", "Rankings by target", legend, found, shown)
-    relative = 100 * (transfer["score"] / transfer["baseline"] - 1)
-    gains = transfer.assign(relative=relative.where(transfer["baseline"] > 0))
-    has_gain = gains["relative"].notna().any()
-    yield _transfer_section(gains, "relative" if has_gain else "score")
-    if has_gain:
-        yield _relative_section(gains)
-    yield _top_k_section(found, "gain" if has_gain else "score", looks)
-    if steps is not None:
-        level = found.loc[found["ranking"] == "random", "nDCG"].mean()
-        yield _steps_section(steps, level, looks)
-    pairs = transfer[["target", "source"]].drop_duplicates()
-    known = rankings[["ranking", "target", "source", "similarity"]].merge(pairs)
-    figures = {
-        f"similarity-{file_name(name)}": plots.heatmap(
-            _grid(own, "source", "target", "similarity"), str(name)
-        )
-        for name, own in known.groupby("ranking", sort=False)
-        if name not in ("random", "size")  # the same for all targets
-    }
-    shown = _grid(found, "target", "ranking", "first").reset_index()
-    legend = "The first source of each ranking."
-    yield Section("similarities", "Similarities", legend, known, shown, figures)
-    if prompts:
-        yield from _token_section(transfer, prompts)
-
-
-def mean_measures(
-    found: pd.DataFrame, by: Sequence[str] = ("ranking",)
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Means and standard deviations of measures over targets, as numbers and as text.
-
-    Args:
-        found: as `evaluate` gives it.
-        by: what a row is of.
-    """
-    kinds = ["Regret", "gain"] if found["gain@1"].notna().any() else ["Regret"]
-    names = ["nDCG", *(f"{kind}@{k}" for kind in kinds for k in KS)]
-    groups = found.groupby([*by], sort=False)
-    means, stds, counts = groups[names].mean(), groups[names].std(), groups["nDCG"].count()
-    texts = {name: plus_minus(means[name], stds[name], 2) for name in names}
-    table = means.join(stds.add_suffix(" std")).assign(targets=counts).reset_index()
-    return table, table[[*by]].assign(**texts, targets=counts.to_numpy())
-
-
-def some(names: Sequence[str], most: int = 5) -> str:
-    """The first names as text, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(str, names[:most])) + more
-
-
-def _kinds(rankings: pd.Series) -> pd.DataFrame:
-    names = pd.Series(rankings.unique())
-    lines = names.str.replace(r"-(unit|source)$", "", regex=True)
-    return pd.DataFrame({"line": lines, "label": names})
-
-
-def _grid(table: pd.DataFrame, index: str, columns: str, value: str) -> pd.DataFrame:
-    """A value by two columns, both in the table's order; names of columns as text."""
-    grid = table.pivot(index=index, columns=columns, values=value)
-    grid = grid.loc[table[index].unique(), table[columns].unique()]
-    return grid.rename(columns=str).rename_axis(columns=None)
-
-
-def _spread(values: pd.Series) -> dict[str, float]:
-    from scipy.stats import bootstrap
-
-    known, low, high = values.dropna().to_numpy(), math.nan, math.nan
-    if len(known) > 1:
-        made = bootstrap((known,), np.mean, n_resamples=9999, method="percentile", rng=0)
-        low, high = made.confidence_interval
-    return {"mean": values.mean(), "std": values.std(), "low": float(low), "high": float(high)}
-
-
-_INTERVAL = "Interval: 95 %, seeded bootstrap of the mean (percentiles)."
-
-
-def _transfer_section(gains: pd.DataFrame, value: str) -> Section:
-    rows = []
-    for (target, source), own in gains.groupby(["target", "source"], sort=False):
-        row = {"target": target, "source": source, "seeds": len(own)}
-        for name in ("score", "relative"):
-            row |= {f"{name} {part}": x for part, x in _spread(own[name]).items()}
-        rows.append(row | {"no transfer": own["baseline"].iloc[0]})
-    table = pd.DataFrame(rows)
-    grid = _grid(table, "source", "target", f"{value} mean")
-    sign, centre = ("+", 0.0) if value == "relative" else ("", None)
-    shown = grid.map(lambda x: number(x, sign, 2)).reset_index()
-    what = "relative transfer (%)" if value == "relative" else "score (%)"
-    legend = (
-        f"{what}, a row for each source and a column for each target, means over seeds. Relative: "
-        "(score - mean score without transfer) / mean score without transfer. The file has the "
-        f"spread of each pair over seeds. {_INTERVAL}"
-    )
-    figures = {"transfer": plots.heatmap(grid, what, centre)}
-    return Section("transfer", "Transfer", legend, table, shown, figures)
-
-
-def _relative_section(gains: pd.DataFrame) -> Section:
-    gains, rows, figures = gains[gains["relative"].notna()], [], {}
-    means = gains.groupby(["target", "source"], sort=False)["relative"].mean().reset_index()
-    note = "relative transfer (%)"
-    for by, other in (("source", "target"), ("target", "source")):
-        for task, own in means.groupby(by, sort=False)["relative"]:
-            rows.append({"by": by, "task": task, "pairs": len(own)} | _spread(own))
-        looks = plots.looks(pd.DataFrame({"line": by, "label": gains[by].unique()}))
-        figures[f"transfer-by-{by}"] = plots.violins(gains, "relative", by, looks, note, 0.0)
-        own = pd.DataFrame([row for row in rows if row["by"] == by]).assign(label="mean")
-        figures[f"transfer-means-by-{by}"] = plots.dots(
-            own,
-            "mean",
-            "task",
-            "label",
-            plots.looks(own.assign(line="mean")),
-            f"{note}, mean over {other}s and its 95 % interval",
-            ("low", "high"),
-            0.0,
-        )
-    table = pd.DataFrame(rows)
-    shown = table[["by", "task", "pairs"]].assign(
-        **{
-            "relative transfer": plus_minus(table["mean"], table["std"], 2, "+"),
-            "95 % interval": intervals(table["low"], table["high"], "+"),
-        }
-    )
-    legend = (
-        "Relative transfer in percent, mean ± standard deviation (ddof 1) over the other tasks, the "
-        f"seeds of a pair averaged. {_INTERVAL} Violins: a dot for each other task and seed."
-    )
-    title = "Relative transfer by source and by target"
-    return Section("relative_transfer", title, legend, table, shown, figures)
-
-
-def _top_k_section(found: pd.DataFrame, value: str, looks: plots.Looks) -> Section:
-    rows = []
-    for ranking, own in found.groupby("ranking", sort=False):
-        # Of a target with fewer sources than k, the best of all.
-        best = {x: own.filter(regex=f"^{x}@").ffill(axis=1) for x in ("score", "gain")}
-        for k in range(1, own["sources"].max() + 1):
-            row = {"ranking": ranking, "k": k, "targets": best["score"][f"score@{k}"].count()}
-            for name, of_k in best.items():
-                row |= {name: of_k[f"{name}@{k}"].mean(), f"{name} std": of_k[f"{name}@{k}"].std()}
-            rows.append(row)
-    table = pd.DataFrame(rows)
-    what = "relative transfer" if value == "gain" else "score"
-    shown = table.assign(text=plus_minus(table[value], table[f"{value} std"], 2))
-    shown = _grid(shown, "ranking", "k", "text").reset_index()
-    note = f"{what} of the best of the first k (%)"
-    figure = plots.lines(table, "k", value, "ranking", looks, "sources tried, k", note)
-    legend = f"{note.capitalize()}, mean ± standard deviation (ddof 1) over targets."
-    return Section("top_k", "The best of the first k", legend, table, shown, {"top-k": figure})
-
-
-def _steps_section(steps: pd.DataFrame, level: float, looks: plots.Looks) -> Section:
-    table, _ = mean_measures(steps, ("step", "ranking"))
-    shown = _grid(table, "ranking", "step", "nDCG").map(lambda x: number(x, digits=2))
-    words = ("step of the target prompts", "nDCG (%)")
-    figure = plots.lines(table, "step", "nDCG", "ranking", looks, *words, level=level, steps=True)
-    legend = (
-        "nDCG in percent of the rankings by the target prompts of each step, mean over targets; "
-        f"dashed: random, {level:.2f}. The file has a row for each target."
-    )
-    shown = shown.reset_index()
-    title = "Rankings over the steps of the target prompts"
-    return Section("steps", title, legend, steps, shown, {"steps-ndcg": figure})
-
-
-def _token_section(transfer: pd.DataFrame, prompts: Mapping[Key, FoundPrompt]) -> Iterator[Section]:
-    samples: dict[str, list[int]] = {}
-    for task, sample in sorted(prompts):
-        samples.setdefault(task, []).append(sample)
-    tables, rows, figures = [], [], {}
-    for target, own in transfer.groupby("target", sort=False):
-        means = own.groupby("source")["score"].mean().sort_values(ascending=False, kind="stable")
-        places = (
-            {"best": 0, "second": 1, "worst": -1} if len(means) > 2 else {"best": 0, "worst": -1}
-        )
-        chosen = {role: means.index[at] for role, at in places.items()} if len(means) > 1 else {}
-        labels = {f"{role}: {x} ({means[x]:.2f})": x for role, x in chosen.items()}
-        parts = []
-        for label, task in {f"{target}, no transfer": target, **labels}.items():
-            sample = samples[target][0] if samples[target][0] in samples[task] else samples[task][0]
-            parts += [(label, row) for row in prompts[task, sample].load().prompt.numpy()]
-        if len(parts) < 4:  # too few for t-SNE
-            continue
-        points, perplexity = tsne(np.stack([row for _, row in parts]))
-        table = pd.DataFrame(points, columns=["x", "y"])
-        tables.append(table.assign(target=target, prompt=[label for label, _ in parts]))
-        words = [f"{name} coordinate of t-SNE" for name in ("first", "second")]
-        figure = plots.scatter(tables[-1], "x", "y", "prompt", *words)
-        figures[f"tokens-{file_name(target)}"] = figure
-        texts = {role: f"{x} ({means[x]:.2f})" for role, x in chosen.items()}
-        rows.append({"target": target, **texts, "perplexity": f"{perplexity:.3g}"})
-    if tables:
-        legend = (
-            "Rows of a target's prompt with those of its best, second and worst source (of the same "
-            "sample where there is one), by t-SNE; in brackets the target's score in percent from "
-            "that source."
-        )
-        title = "Rows of prompts"
-        table, shown = pd.concat(tables), pd.DataFrame(rows).fillna("–")
-        yield Section("tokens", title, legend, table, shown, figures)

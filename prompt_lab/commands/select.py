@@ -7,7 +7,7 @@ SEMB's sentence encoder. How well rankings predict transfer is in `prompt_lab.an
 """
 
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportReturnType=false
-# pyright: reportCallIssue=false, reportIndexIssue=false
+# pyright: reportCallIssue=false, reportIndexIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from prompt_lab.data.mixtures import Key
 
 Method = Literal[
-    *("subspace", "feature", "feature-unit", "unigram", "unigram-unit", "max", "max-source"),
-    *("cosine", "frobenius", "size", "semb", "random"),
-]
+    "subspace", "feature", "feature-unit", "unigram", "unigram-unit", "max", "max-source", "cosine",
+    "frobenius", "size", "semb", "random",
+]  # fmt: skip
 Choice = Literal["highest", "lowest", "random"]
 
 CHUNK = 1024
@@ -220,7 +220,7 @@ def evaluate_command(
     """
     import pandas as pd
 
-    from prompt_lab.analysis import selection
+    from prompt_lab.analysis import selection, selection_sections
     from prompt_lab.files.results import text_table
     from prompt_lab.methods.source_prompts import best_prompts
 
@@ -269,7 +269,7 @@ def evaluate_command(
         "over targets"
     )
     print("".join(f"  {note}\n" for note in notes))
-    shown = selection.mean_measures(judged)[1].astype(str)
+    shown = selection_sections.mean_measures(judged)[1].astype(str)
     print(text_table([*shown], shown.to_numpy().tolist()))
     nothing = judged.loc[(judged["ranking"] == "random") & judged["nDCG"].isna(), "target"]
     if len(nothing):
@@ -277,13 +277,13 @@ def evaluate_command(
     if untuned:
         print(f"without a final prompt, so judged at saved steps alone: {', '.join(untuned)}")
     if by_step is not None:
-        _tell_steps(selection.mean_measures(by_step, ("step", "ranking"))[0], more)
+        _tell_steps(selection_sections.mean_measures(by_step, ("step", "ranking"))[0], more)
     if out is None:
         return []
     from prompt_lab.analysis.report import write_report
 
     shown = files if prompts and not untuned else None
-    sections = selection.selection_sections(table, rankings, judged, by_step, shown)
+    sections = selection_sections.selection_sections(table, rankings, judged, by_step, shown)
     return write_report([*sections], Path(out))[:2]
 
 
@@ -333,9 +333,9 @@ def _without_prompts(
         return pairs["source"].map(lambda x: random.Random(f"{seed} {x}").random()), legend
     import numpy as np
 
-    texts = training_inputs(root, list(dict.fromkeys([*pairs["target"], *pairs["source"]])))
     if encoder is None:
         raise ValueError("semb needs a sentence encoder: give its id or folder with --encoder")
+    texts = training_inputs(root, list(dict.fromkeys([*pairs["target"], *pairs["source"]])))
     try:
         from sentence_transformers import (  # pyright: ignore[reportMissingImports]
             SentenceTransformer,
@@ -444,7 +444,7 @@ def _tell_steps(table: pd.DataFrame, notes: Sequence[str]) -> None:
     part = f" ({len(shown)} of {len(steps)})" if len(shown) < len(steps) else ""
     print(f"\nby step of the target prompts{part}; percent, mean over targets")
     print("".join(f"  {note}\n" for note in notes), end="")
-    for name in [x for x in table if x == "nDCG" or x.startswith("Regret") and "std" not in x]:
+    for name in [x for x in table if x in ("nDCG", "Regret@1", "Regret@3")]:
         grid = table.pivot(index="ranking", columns="step", values=name)
         grid = grid.loc[table["ranking"].unique(), shown]
         rows = [[str(x), *(number(y, digits=2) for y in row)] for x, row in grid.iterrows()]

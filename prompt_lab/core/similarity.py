@@ -1,7 +1,9 @@
 """How alike the prompts of two tasks are: their subspaces, their rows, their numbers.
 
 A tuned prompt (N, D) stands for its task, and each function compares all prompts of one bank with
-all of another, (R, N, D) x (S, N, D) -> (R, S) float64. What differs is what of a prompt counts:
+all of another: targets (R, N, D) x sources (S, N, D) -> (R, S) float64. Both are of one width D,
+and where row is compared with row (UNIGRAM, cosine, Frobenius) of one length N. Other sizes, and
+rows or prompts without a direction where one is needed, are a ValueError. What of a prompt counts:
 
 - subspace: which directions its rows span;
 - FEATURE: the mean of its rows; UNIGRAM: the mean of each row's numbers;
@@ -75,15 +77,14 @@ def subspaces(bank: Tensor, *, energy: float = ENERGY, rank: int | None = None) 
     # As NumPy's matrix_rank; prompts come in float32, also where the tensor is of another type.
     rounding = min(torch.finfo(bank.dtype).eps, torch.finfo(torch.float32).eps)
     spans = values > values[:, :1] * max(bank.shape[1:]) * rounding
-    if rank is None:
-        kept = (values * spans).square().cumsum(dim=1)
-        ranks = ((kept < energy * kept[:, -1:]).sum(dim=1) + 1).tolist()
-    elif 1 <= rank <= (least := int(spans.sum(dim=1).min())):
-        ranks = [rank] * len(bank)
-    else:
+    kept, least = (values * spans).square().cumsum(dim=1), int(spans.sum(dim=1).min())
+    if rank is not None and not 1 <= rank <= least:
         raise ValueError(
             f"rank is {rank}, but a prompt spans {least} dimensions: give 1 to {least}"
         )
+    ranks = ((kept < energy * kept[:, -1:]).sum(dim=1) + 1).tolist()
+    if rank is not None:
+        ranks = [rank] * len(bank)
     return [own[:k].T for own, k in zip(rows, ranks, strict=True)]
 
 
@@ -96,19 +97,7 @@ def subspace_similarities(
     orthogonal. It is the root mean square of the cosines of the min(k, l) principal angles.
 
     Lin et al. 2022 project a gradient on a subspace and compare norms; Qin, Li, Zhao and Joty 2023
-    project a subspace, without saying in which norm and scale.
-
-    Args:
-        targets: (R, N, D), floating point.
-        sources: (S, N, D); the N may differ from that of the targets.
-        energy: as in :func:`subspaces`.
-        rank: as in :func:`subspaces`.
-
-    Returns:
-        (R, S) float64.
-
-    Raises:
-        ValueError: as :func:`subspaces`, or prompts of two widths.
+    project a subspace, without saying in which norm and scale. Flags and errors: `subspaces`.
     """
     _check_sizes(targets, sources)
     bases = subspaces(sources, energy=energy, rank=rank)
@@ -129,20 +118,8 @@ def feature_similarities(targets: Tensor, sources: Tensor, *, unit_rows: bool = 
     """FEATURE: cosine of the mean rows of every target with those of every source.
 
     Lin et al. 2024, equation 3, after Vu et al. 2022 (SPoT). The order of the rows and the size of
-    a prompt do not matter.
-
-    Args:
-        targets: (R, N, D), floating point.
-        sources: (S, N, D); the N may differ from that of the targets.
-        unit_rows: whether all rows have length 1 before the mean, as in the authors' code; by
-            default they are taken as they are, as in the equation.
-
-    Returns:
-        (R, S) float64, from -1 to 1.
-
-    Raises:
-        ValueError: prompts of two widths, a prompt whose mean row is zero or not finite, or, with
-            ``unit_rows``, such a row.
+    a prompt do not matter. With ``unit_rows`` all rows have length 1 before the mean, as in the
+    authors' code; by default they are taken as they are, as in the equation.
     """
     _check_sizes(targets, sources)
     ours, theirs = (_rows(bank, unit_rows).mean(dim=1) for bank in (targets, sources))
@@ -153,18 +130,7 @@ def unigram_similarities(targets: Tensor, sources: Tensor, *, unit_rows: bool = 
     """UNIGRAM: cosine of the means over width, a number for each row, of targets and sources.
 
     Lin et al. 2024, section 6.1. Row i of one prompt is compared with row i of the other, so a new
-    order of the rows of one of them matters.
-
-    Args:
-        targets: (R, N, D), floating point.
-        sources: (S, N, D).
-        unit_rows: as in :func:`feature_similarities`.
-
-    Returns:
-        (R, S) float64, from -1 to 1.
-
-    Raises:
-        ValueError: as :func:`feature_similarities`, or prompts of two lengths.
+    order of the rows of one of them matters. ``unit_rows`` as in `feature_similarities`.
     """
     _check_sizes(targets, sources, one_length=True)
     ours, theirs = (_rows(bank, unit_rows).mean(dim=2) for bank in (targets, sources))
@@ -181,22 +147,9 @@ def max_similarities(
     the source's rows, which is ``over="source"``. The order of the rows does not matter, and with
     ``unit_rows`` their sizes do not either.
 
+    Without ``unit_rows`` products are inner products instead of cosines, and long rows count more.
     Rows are multiplied in float32 (float64 where a bank has it), one target at a time, so that
     memory stays near that of the banks.
-
-    Args:
-        targets: (R, N, D), floating point.
-        sources: (S, N, D); the N may differ from that of the targets.
-        over: whose rows the mean is over, and look for the most alike one of the other.
-        unit_rows: whether all rows have length 1 first, so that products are cosines; otherwise
-            they are inner products, and long rows count more.
-
-    Returns:
-        (R, S) float64, from -1 to 1 for unit rows.
-
-    Raises:
-        ValueError: prompts of two widths, with ``unit_rows`` a row that is zero or not finite, or
-            another ``over``.
     """
     if over not in get_args(Direction):
         raise ValueError(f"over is {over!r}; allowed: {', '.join(get_args(Direction))}")
@@ -218,16 +171,6 @@ def cosine_similarities(targets: Tensor, sources: Tensor) -> Tensor:
     """Cosine of all N x D numbers of every target with those of every source.
 
     The size of a prompt does not matter; the order of its rows does.
-
-    Args:
-        targets: (R, N, D), floating point.
-        sources: (S, N, D).
-
-    Returns:
-        (R, S) float64, from -1 to 1.
-
-    Raises:
-        ValueError: prompts of two lengths or widths, or one that is zero or not finite.
     """
     _check_sizes(targets, sources, one_length=True)
     return _cosines(targets.double().flatten(1), sources.double().flatten(1), "prompts")
@@ -239,16 +182,6 @@ def frobenius_distances(targets: Tensor, sources: Tensor) -> Tensor:
     Small ones are alike. The same numbers added to all prompts do not matter; sizes and the order
     of the rows do. Differences are taken before they are squared, so that equal prompts have
     distance 0.
-
-    Args:
-        targets: (R, N, D), floating point.
-        sources: (S, N, D).
-
-    Returns:
-        (R, S) float64, at least 0.
-
-    Raises:
-        ValueError: prompts of two lengths or widths.
     """
     _check_sizes(targets, sources, one_length=True)
     ours, theirs = (bank.double().flatten(1) for bank in (targets, sources))
