@@ -154,9 +154,9 @@ def _transfer_section(gains: pd.DataFrame, value: str) -> Section:
     shown = grid.map(lambda x: number(x, sign, 2)).reset_index()
     what = "relative transfer (%)" if value == "relative" else "score (%)"
     legend = (
-        f"{what}, a row for each source and a column for each target, means over seeds. Relative: "
-        "(score - mean score without transfer) / mean score without transfer. The file has the "
-        f"spread of each pair over seeds. {_INTERVAL}"
+        f"{what.capitalize()}, a row for each source and a column for each target, means over "
+        "seeds. Relative: (score - mean score without transfer) / mean score without transfer. The "
+        f"file has the spread of each pair over seeds. {_INTERVAL}"
     )
     figures = {"transfer": plots.heatmap(grid, what, centre)}
     return Section("transfer", "Transfer", legend, table, shown, figures)

@@ -177,21 +177,18 @@ def evaluate_command(
     a column per target, or the columns source, target, score and perhaps sample and seed; scores
     are percent. A source named no-transfer has the scores without transfer, and a column size the
     rows of the sources' training sets; empty cells are missing, and what follows a # is a comment.
-    The name paper stands for the published table of 13 sources and 10 targets. In result files, a
-    run is a transfer if it starts from the prompt of another task (model.init.source_tasks, or a
-    file as model.init.path); the run that dev chose counts, and the others without transfer are
-    those that start from no task.
+    The name paper stands for the published table of 13 sources and 10 targets. In results, a run
+    that starts from the prompt of another task is a transfer; the run that dev chose counts.
 
     It prints, as mean and standard deviation over targets in percent, nDCG, Regret@1, Regret@3, and
     with scores without transfer gain@1 and gain@3: the relative transfer of the best of the first 1
     or 3. random is the exact expectation over all rankings, and sources of equal similarity count
     with their expectation too.
 
-    With out it writes a report (report.md, report.html) of these with a CSV file for each table and
-    figures as PNG and SVG: the transfer itself, as a map, by source and by target with 95 %
-    intervals; the best of the first k for every k; nDCG over steps; each similarity; and with
-    prompts t-SNE maps of the rows of each target's prompt and those of its best, second and worst
-    source.
+    With out it writes a report with 95 % intervals, a CSV file for each table, and figures as PNG
+    and SVG: the transfer itself, by pair, source and target; the best of the first k for every k;
+    nDCG over steps; each similarity; and with prompts t-SNE maps of the rows of each target's
+    prompt and those of its best, second and worst source.
 
     Args:
         transfer: CSV tables, results.csv files, folders with such, or paper.
@@ -296,16 +293,9 @@ def check_prompts(
 ) -> None:
     """Refuse tasks without prompts.
 
-    Args:
-        method: what needs them, for the message.
-        targets: tasks that need a prompt.
-        sources: the same.
-        files: task and sample of what the stores hold.
-        stores: the folders.
-
     Raises:
         ValueError: no store is given.
-        FileNotFoundError: tasks that the stores lack, all named.
+        FileNotFoundError: targets or sources that ``files``, those of the stores, lack; all named.
     """
     if not stores:
         raise ValueError(f"{method} compares tuned prompts: give their stores with --prompts")
