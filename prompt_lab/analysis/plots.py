@@ -262,7 +262,11 @@ def violins(
 
     labels = _in_order(table[label], looks)
     palette = {name: looks[name]["color"] for name in labels}
-    with _figure(min(PAGE, 1.2 + 0.75 * len(labels)), 2.6) as (figure, axes):
+    longest = max(len(line) for name in labels for line in _wrap(name, 14).split("\n"))
+    upright = longest > min(12, 90 // len(labels))
+    names = [_wrap(name, 30 if upright else 14) for name in labels]
+    height = 2.6 + 0.065 * max(map(len, names)) * upright
+    with _figure(min(PAGE, 1.2 + 0.75 * len(labels)), height) as (figure, axes):
         if level is not None:
             axes.axhline(level, color="#444444", linewidth=0.8, dashes=(3, 2), zorder=1)
         given = {"x": label, "y": value, "hue": label, "palette": palette, "legend": False}
@@ -282,7 +286,7 @@ def violins(
             own = table.loc[table[label] == name, value]
             along = at + draw.uniform(-0.08, 0.08, len(own))
             axes.plot(along, own, ".", color=palette[name], markersize=3.5, markeredgewidth=0)
-        axes.set_xticks(range(len(labels)), [_wrap(name, 14) for name in labels])
+        axes.set_xticks(range(len(labels)), names, rotation=90 if upright else 0)
         axes.grid(axis="y")
         axes.set(xlabel="", ylabel=_wrap(ylabel, 40))
     return figure

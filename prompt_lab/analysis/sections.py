@@ -87,10 +87,11 @@ def plus_minus(
     ]
 
 
-def intervals(low: pd.Series, high: pd.Series, sign: str = "") -> list[str]:
+def intervals(low: pd.Series, high: pd.Series, sign: str = "", digits: int = 3) -> list[str]:
     """Both ends of intervals."""
     ends = zip(low, high, strict=True)
-    return ["–" if pd.isna(x) else f"{number(x, sign)} to {number(y, sign)}" for x, y in ends]
+    texts = [[number(x, sign, digits) for x in both] for both in ends]
+    return ["–" if "–" in both else " to ".join(both) for both in texts]
 
 
 def p_values(values: pd.Series) -> list[str]:

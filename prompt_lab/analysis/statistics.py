@@ -136,3 +136,22 @@ def principal_components(vectors: ArrayLike) -> tuple[Floats, tuple[float, float
     variance[:count] = size[:count] ** 2
     total = float((size**2).sum()) or 1.0
     return points, (float(variance[0] / total), float(variance[1] / total))
+
+
+def tsne(vectors: ArrayLike, seed: int = 0) -> tuple[Floats, float]:
+    """A map of vectors (R, I), R from 4, by t-SNE (van der Maaten and Hinton 2008), exact.
+
+    The perplexity is 30, or a third of the other points where there are fewer: it must stay below
+    their number. t-SNE keeps neighbours together; distances and directions on its map say little.
+
+    Returns:
+        Points (R, 2), and the perplexity.
+    """
+    from sklearn.manifold import TSNE
+
+    given = np.asarray(vectors, float)
+    perplexity = min(30.0, (len(given) - 1) / 3)
+    # Distances stay as they are when vectors turn; few coordinates make t-SNE's start cheap.
+    left, size, _ = np.linalg.svd(given - given.mean(0), full_matrices=False)
+    made = TSNE(perplexity=perplexity, init="pca", method="exact", random_state=seed)
+    return made.fit_transform(left * size).astype(float), perplexity

@@ -43,8 +43,8 @@ FUNCTIONS = {
     "vectors mix": ("prompt_lab.commands.prompts", "mix_prompts"),
     "sweep": ("prompt_lab.commands.sweep_command", "sweep_command"),
     "report": ("prompt_lab.commands.report", "report_command"),
-    "select": ("prompt_lab.analysis.select_command", "select_command"),
-    "select evaluate": ("prompt_lab.commands.select_evaluate_command", "evaluate_command"),
+    "select": ("prompt_lab.commands.select", "select_command"),
+    "select evaluate": ("prompt_lab.commands.select", "evaluate_command"),
     "interpret": ("prompt_lab.commands.interpret_command", "interpret_command"),
 }
 
