@@ -101,7 +101,7 @@ def select_command(
     from prompt_lab.analysis.selection import PROMPT_RANKINGS, load_prompts, rank_by_prompts
     from prompt_lab.data.partitions import expand_sets
     from prompt_lab.files.tensors import write_atomically
-    from prompt_lab.methods.source_prompts import best_prompts
+    from prompt_lab.files.prompts import best_prompts
 
     if out is not None and Path(out).is_dir():
         raise IsADirectoryError(f"--out {out} is a folder: name a file")
@@ -219,7 +219,7 @@ def evaluate_command(
 
     from prompt_lab.analysis import selection, selection_sections
     from prompt_lab.files.results import text_table
-    from prompt_lab.methods.source_prompts import best_prompts
+    from prompt_lab.files.prompts import best_prompts
 
     if out is not None and Path(out).is_file():
         raise NotADirectoryError(f"--out {out} is a file: name a folder")
