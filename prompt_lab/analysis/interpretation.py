@@ -1,10 +1,9 @@
 """What tuned prompts say: nearest tokens, drift, spread of repeated runs, distances, transfer.
 
 The questions are those of Dayton, O'Rahilly and Werner, "Interpreting Prompt-Tuning Across
-SuperGLUE Tasks" (sections 5 and 6). The paper leaves open how the norm and the variance of its
-table 1 are defined, how prompts of 12 to 20 rows are subtracted, and how strong the correlation of
-distance and transfer is; here each is a formula, and unequal lengths are refused. Of the model only
-the embeddings and the tokenizer are used. Transfer itself is measured by `VectorArithmetic`.
+SuperGLUE Tasks" (sections 5 and 6), who leave open how norm and variance of their table 1 are
+defined, how prompts of 12 to 20 rows are subtracted, and how strong the correlation of distance and
+transfer is; here each is a formula. Of the model only embeddings and tokenizer are used.
 """
 
 # pandas' own types say of every column that it may be a table, an array or a number.
@@ -46,16 +45,11 @@ MEASURES = {
     "dot": "inner product (higher is nearer)",
 }
 DISTANCES = {"rows": "Frobenius distance", "mean": "distance of mean rows"}
-
 _CHUNK = 8192
-_PAGE = 30
-"""Prompts in one figure of drift."""
-
-_MOST_CELLS = 16
-"""Columns of a heat map with a number in every cell."""
+_SEEDS = ["sample", "init_seed", "order_seed"]
 
 
-# ---- prompts -------------------------------------------------------------------------------------
+# ---- prompts and their tokens --------------------------------------------------------------------
 
 
 def find_tuned(places: Sequence[str]) -> pd.DataFrame:
@@ -69,7 +63,7 @@ def find_tuned(places: Sequence[str]) -> pd.DataFrame:
 
     Returns:
         Columns ``prompt`` (a name that no other has), ``task`` (or what it was learned as),
-        ``sample``, ``init_seed``, ``order_seed``, ``file`` and ``tuned``, the :class:`Prompt`.
+        ``sample``, ``init_seed``, ``order_seed``, ``file`` and ``tuned``, the prompt itself.
 
     Raises:
         FileNotFoundError: a place that is not there or holds no prompts.
@@ -83,43 +77,35 @@ def find_tuned(places: Sequence[str]) -> pd.DataFrame:
         chosen = [one for one in own if one in best or _cell(one.metadata) is None]
         found |= {one.where: one for one in chosen}
         left_out += len(own) - len(chosen)
-    tuned = {where: one.load() for where, one in found.items()}
-    first_place, first = next(iter(tuned.items()))
-    for where, one in tuned.items():
-        if not (one.prompt.isfinite().all() and one.init.isfinite().all()):
-            raise ValueError(
-                f"{where} holds NaN or infinite numbers: tune it again or leave it out"
-            )
-        if one.backbone_digest != first.backbone_digest:
-            names = [f"{x.backbone!r} with weights {x.backbone_digest[:12]}" for x in (first, one)]
-            raise ValueError(
-                f"{first_place} was made for backbone {names[0]}, but {where} for {names[1]}: only "
-                "prompts of one backbone have one vocabulary"
-            )
-    rows = [
-        {
-            "prompt": label,
-            "task": one.task or (one.source_set and f"{one.role} {one.source_set}") or label,
-            **{name: getattr(one, name) for name in ("sample", "init_seed", "order_seed")},
-            "file": where,
-            "tuned": one,
-        }
-        for label, (where, one) in zip(_labels([*found.values()]), tuned.items(), strict=True)
-    ]
-    seeds = dict.fromkeys(("sample", "init_seed", "order_seed"), "Int64")
-    table = pd.DataFrame(rows).astype(seeds)
-    order = table["task"].map([*dict.fromkeys(table["task"])].index)
-    table = table.loc[order.sort_values(kind="stable").index].reset_index(drop=True)
+    rows = []
+    for label, one in zip(_labels([*found.values()]), found.values(), strict=True):
+        tuned = one.load()
+        if not (tuned.prompt.isfinite().all() and tuned.init.isfinite().all()):
+            raise ValueError(f"{one.where} holds NaN or infinite numbers: leave it out")
+        learned = tuned.source_set and f"{tuned.role} {tuned.source_set}"
+        row = {"prompt": label, "task": tuned.task or learned or label}
+        row |= {name: getattr(tuned, name) for name in _SEEDS}
+        rows.append(row | {"file": one.where, "tuned": tuned})
+    table = pd.DataFrame(rows).astype(dict.fromkeys(_SEEDS, "Int64"))
+    digests = table["tuned"].map(lambda one: one.backbone_digest)
+    if digests.nunique() > 1:
+        first, other = (table.loc[at] for at in digests.drop_duplicates().index[:2])
+        raise ValueError(
+            f"{first.file} was made for backbone {first.tuned.backbone!r} with weights "
+            f"{first.tuned.backbone_digest[:12]}, but {other.file} for {other.tuned.backbone!r} "
+            f"with weights {other.tuned.backbone_digest[:12]}: only prompts of one backbone have "
+            "one vocabulary"
+        )
+    table = table.loc[pd.Series(pd.factorize(table["task"])[0]).sort_values(kind="stable").index]
     table.attrs["left_out"] = left_out
-    return table
+    return table.reset_index(drop=True)
 
 
 def _cell(known: dict[str, Any]) -> tuple[Any, ...] | None:
     """What the prompts of a grid have in common; None for one that was not tuned for a task."""
     if not known.get("task") or known.get("made_from"):
         return None
-    names = ("task", "sample", "init_seed", "order_seed", "start", "start_of")
-    return tuple(known.get(name) for name in names)
+    return tuple(known.get(name) for name in ("task", *_SEEDS, "start", "start_of"))
 
 
 def _labels(found: Sequence[FoundPrompt]) -> list[str]:
@@ -132,9 +118,6 @@ def _labels(found: Sequence[FoundPrompt]) -> list[str]:
     return [one.where for one in found]
 
 
-# ---- nearest tokens ------------------------------------------------------------------------------
-
-
 @dataclass
 class Vocabulary:
     """The tokens that may be found.
@@ -142,7 +125,7 @@ class Vocabulary:
     Attributes:
         table: (V, D) embeddings.
         names: the readable token by its row in the table, in rising order.
-        norms: Euclidean norm of each of these rows.
+        norms: (C,) Euclidean norms of these rows.
         median: of the norms, the lower one of two.
         note: how many rows are left out, and why.
     """
@@ -165,23 +148,18 @@ def read_vocabulary(backbone: Backbone, all_rows: bool = False) -> Vocabulary:
     known = {at: token for token, at in tokenizer.get_vocab().items() if at < len(table)}
     special = {*tokenizer.all_special_ids} & {*known}
     # Tokens that spell bytes, as those of GPT-2 do, write a space as Ġ and never as ▁.
-    letters = {letter for token in known.values() for letter in token if letter in "Ġ▁"}
-    is_bytes = letters == {"Ġ"}
+    is_bytes = {x for token in known.values() for x in token if x in "Ġ▁"} == {"Ġ"}
+    names = {at: readable(token, tokenizer if is_bytes else None) for at, token in known.items()}
+    names |= {at: known[at] for at in special}
     ids = [*range(len(table))] if all_rows else sorted({*known} - special)
-    names = [
-        readable(known[at], tokenizer if is_bytes and at not in special else None)
-        if at in known
-        else f"(row {at})"
-        for at in ids
-    ]
     words = f"{len(special)} special tokens and {len(table) - len(known)} rows that no token has"
     note = f"{len(ids):,} tokens are looked at; left out are {words}."
     if all_rows:
         note = f"All {len(table):,} rows of the embedding table are looked at, {words} among them."
     parts = torch.tensor(ids).split(_CHUNK)
-    norms = torch.cat([table[part].double().norm(dim=1) for part in parts])
-    tokens = pd.Series(names, index=ids, dtype=object)
-    return Vocabulary(table, tokens, norms.cpu().numpy(), float(norms.median()), note)
+    norms = torch.cat([table[part].double().norm(dim=1) for part in parts]).cpu()
+    tokens = pd.Series([names.get(at, f"(row {at})") for at in ids], ids, object)
+    return Vocabulary(table, tokens, norms.numpy(), float(norms.median()), note)
 
 
 def readable(token: str, tokenizer: Any = None) -> str:
@@ -192,15 +170,16 @@ def readable(token: str, tokenizer: Any = None) -> str:
         tokenizer: decodes it where it spells bytes; bytes that are no whole character keep their
             name.
     """
-    text = token.replace("▁", " ")
-    if tokenizer is not None:
-        decoded = tokenizer.convert_tokens_to_string([token])
-        text = token if "\ufffd" in decoded else decoded
-    visible = (
-        "␣" if x == " " else x if x.isprintable() and x not in "\\␣" else repr(x)[1:-1]
-        for x in text
+    text = (
+        token.replace("▁", " ")
+        if tokenizer is None
+        else tokenizer.convert_tokens_to_string([token])
     )
-    return "".join(visible) or "(empty)"
+    seen = [
+        "␣" if x == " " else x if x.isprintable() and x not in "\\␣" else repr(x)[1:-1]
+        for x in (token if "\ufffd" in text else text)
+    ]
+    return "".join(seen) or "(empty)"
 
 
 def closeness(rows: Tensor, table: Tensor, ids: Tensor, measure: str = "cosine") -> Tensor:
@@ -208,10 +187,10 @@ def closeness(rows: Tensor, table: Tensor, ids: Tensor, measure: str = "cosine")
 
     Args:
         rows: (N, D).
-        table: (V, D) embeddings of any precision, of which a chunk at a time becomes float64.
+        table: (V, D) embeddings of any precision; a chunk at a time becomes float64.
         ids: (C,) rows of it.
-        measure: "cosine", 0 for a row of zeros; "dot"; or "l2", then 2 a b - |b|^2, which is
-            |a|^2 less the squared distance.
+        measure: "cosine" (0 for a row of zeros), "dot", or "l2": 2 a b - |b|^2, which is |a|^2 less
+            the squared distance.
 
     Returns:
         (N, C) float64.
@@ -219,28 +198,20 @@ def closeness(rows: Tensor, table: Tensor, ids: Tensor, measure: str = "cosine")
     import torch
 
     rows = rows.double()
-    lengths = rows.norm(dim=1, keepdim=True)
     near = rows.new_empty(len(rows), len(ids))
     for part, own in zip(ids.split(_CHUNK), near.split(_CHUNK, dim=1), strict=True):
         tokens = table[part].double()
         own.copy_(rows @ tokens.T)
         if measure == "cosine":
-            own.div_((lengths * tokens.norm(dim=1)).clamp(min=torch.finfo(torch.float64).tiny))
+            lengths = rows.norm(dim=1, keepdim=True) * tokens.norm(dim=1)
+            own.div_(lengths.clamp(min=torch.finfo(torch.float64).tiny))
         elif measure == "l2":
             own.mul_(2).sub_(tokens.square_().sum(dim=1))
     return near
 
 
 def initial_tokens(init: Tensor, table: Tensor, ids: Tensor) -> Tensor:
-    """The token whose embedding each row of an initial prompt is.
-
-    A row is a token's where it equals its embedding, up to a rounding to bfloat16: backbones in
-    half precision make initial prompts of rounded rows.
-
-    Args:
-        init: (N, D).
-        table: (V, D) embeddings.
-        ids: (C,) rows of it.
+    """The token whose embedding each row of an initial prompt (N, D) is, rounded to bfloat16 or not.
 
     Returns:
         (N,) places in ``ids``, -1 where there is none, as for a prompt that starts from noise.
@@ -265,11 +236,11 @@ def token_table(
         measure: what near means, as of `closeness`; scores of "l2" are distances.
 
     Returns:
-        Columns ``prompt``, ``task``, ``row`` (from 1), ``initial_id``, ``initial_token``,
-        ``initial_rank`` (1 is the nearest) and ``survived`` (whether it is), all four empty for a
-        row that started as no token; ``drift`` (Euclidean distance from the initial row),
-        ``cosine`` (with it), ``norm``, ``initial_norm``, ``relative_norm`` (over the vocabulary's
-        median); and ``id_1``, ``token_1``, ``score_1`` and so on, the nearest first.
+        Columns ``prompt``, ``task``, ``row`` (from 1); ``initial_id``, ``initial_token``,
+        ``initial_rank`` (1 is the nearest) and ``survived`` (whether it is), empty for a row that
+        started as no token; ``drift`` (Euclidean distance from the initial row), ``cosine`` (with
+        it), ``norm``, ``initial_norm``, ``relative_norm`` (over the vocabulary's median); and
+        ``id_1``, ``token_1``, ``score_1`` and so on, the nearest first.
 
     Raises:
         ValueError: more tokens than there are.
@@ -283,115 +254,68 @@ def token_table(
     starts: dict[bytes, Tensor] = {}
     frames = []
     for one in prompts.itertuples():
-        key = one.tuned.init.numpy().tobytes()
-        if key not in starts:
-            starts[key] = initial_tokens(one.tuned.init.to(table.device), table, ids)
-        start = starts[key]
         prompt, init = (x.double().to(table.device) for x in (one.tuned.prompt, one.tuned.init))
+        if (key := one.tuned.init.numpy().tobytes()) not in starts:
+            starts[key] = initial_tokens(init, table, ids)
+        start = starts[key]
         near = closeness(prompt, table, ids, measure)
         scores, places = near.topk(top)
         if measure == "l2":
             scores = (table[ids[places]].double() - prompt[:, None]).norm(dim=2)
         own = near.gather(1, start.clamp(min=0)[:, None])
-        ranks = 1 + (near > own + 1e-12 * own.abs()).sum(dim=1)  # equal ones may differ in rounding
-        norms, initial_norms = prompt.norm(dim=1), init.norm(dim=1)
-        cosine = (prompt * init).sum(dim=1) / (norms * initial_norms)
-        is_token = (start >= 0).cpu().numpy()
-        frame = pd.DataFrame(
-            {"prompt": one.prompt, "task": one.task, "row": range(1, len(init) + 1)}
-        )
-        frame["initial_id"] = pd.Series(ids[start].cpu()).astype("Int64").where(is_token)
-        frame["initial_token"] = frame["initial_id"].map(names)
-        frame["initial_rank"] = pd.Series(ranks.cpu()).astype("Int64").where(is_token)
-        frame["survived"] = (frame["initial_rank"] == 1).astype("Int64")
-        frame["drift"] = (prompt - init).norm(dim=1).cpu()
-        frame["cosine"] = cosine.clamp(-1, 1).cpu()
-        frame["norm"], frame["initial_norm"] = norms.cpu(), initial_norms.cpu()
-        frame["relative_norm"] = frame["norm"] / vocabulary.median
+        ranks = 1 + (near > own + 1e-12 * own.abs()).sum(dim=1)  # equal ones differ in rounding
+        norms = prompt.norm(dim=1), init.norm(dim=1)
+        frame = {"prompt": one.prompt, "task": one.task, "row": range(1, len(init) + 1)}
+        frame |= {"initial_id": ids[start].cpu(), "initial_token": "", "initial_rank": ranks.cpu()}
+        frame |= {"survived": (ranks == 1).cpu(), "drift": (prompt - init).norm(dim=1).cpu()}
+        frame["cosine"] = ((prompt * init).sum(dim=1) / (norms[0] * norms[1])).clamp(-1, 1).cpu()
+        frame |= {"norm": norms[0].cpu(), "initial_norm": norms[1].cpu()}
+        frame["relative_norm"] = norms[0].cpu() / vocabulary.median
         for at in range(top):
-            frame[f"id_{at + 1}"] = ids[places[:, at]].cpu()
-            frame[f"token_{at + 1}"] = frame[f"id_{at + 1}"].map(names)
+            nearest = ids[places[:, at]].tolist()
+            frame |= {f"id_{at + 1}": nearest, f"token_{at + 1}": names[nearest].to_numpy()}
             frame[f"score_{at + 1}"] = scores[:, at].cpu()
-        frames.append(frame)
+        whole = pd.DataFrame(frame)
+        for name in ("initial_id", "initial_rank", "survived"):
+            whole[name] = whole[name].astype("Int64").where((start >= 0).cpu().numpy())
+        frames.append(whole.assign(initial_token=whole["initial_id"].map(names)))
     return pd.concat(frames, ignore_index=True)
-
-
-def prompt_table(
-    prompts: pd.DataFrame, tokens: pd.DataFrame, vocabulary: Vocabulary
-) -> pd.DataFrame:
-    """A row for each prompt: its norm, and means over its rows.
-
-    Args:
-        prompts: as `find_tuned` gives them.
-        tokens: as `token_table` gives them.
-        vocabulary: the tokens of their backbone.
-
-    Returns:
-        Columns of ``prompts`` but the tensors; ``rows``, ``norm`` (Frobenius), ``row_norm`` and its
-        ``relative_norm`` over the vocabulary's median; ``drift``, ``most_drift`` and ``cosine`` of
-        rows with their initial rows; ``initial_tokens``, rows that started as a token, and
-        ``survived``, those that still are nearest to it.
-    """
-    rows = tokens.groupby("prompt", sort=False).agg(
-        rows=("row", "size"),
-        row_norm=("norm", "mean"),
-        drift=("drift", "mean"),
-        most_drift=("drift", "max"),
-        cosine=("cosine", "mean"),
-        initial_tokens=("initial_id", "count"),
-        survived=("survived", "sum"),
-    )
-    table = prompts.drop(columns="tuned").join(rows, on="prompt")
-    table.insert(table.columns.get_loc("row_norm"), "norm", _norms(prompts))
-    relative = table["row_norm"] / vocabulary.median
-    table.insert(table.columns.get_loc("drift"), "relative_norm", relative)
-    return table
-
-
-def _norms(prompts: pd.DataFrame) -> pd.Series:
-    return prompts["tuned"].map(lambda one: float(one.prompt.double().norm()))
 
 
 # ---- distances and spread ------------------------------------------------------------------------
 
 
 def prompt_points(prompts: pd.DataFrame, compare: str = "rows") -> Floats:
-    """Each prompt as a point: all its rows (R, N D), or their mean (R, D).
-
-    Args:
-        prompts: as `find_tuned` gives them.
-        compare: "rows" or "mean".
+    """Each prompt as a point: all its rows (R, N D), or with ``compare`` "mean" their mean (R, D).
 
     Raises:
         ValueError: all rows of prompts of several lengths.
     """
+    tensors = [one.prompt.double() for one in prompts["tuned"]]
     if compare == "mean":
-        return np.stack([one.prompt.double().mean(dim=0).numpy() for one in prompts["tuned"]])
-    by_length = prompts.groupby(prompts["tuned"].map(lambda one: len(one.prompt)))["prompt"].first()
-    if len(by_length) > 1:
-        which = ", ".join(f"{label} has {length}" for length, label in by_length.items())
+        return np.stack([tensor.mean(dim=0).numpy() for tensor in tensors])
+    first = {len(x): label for x, label in zip(tensors[::-1], prompts["prompt"][::-1], strict=True)}
+    if len(first) > 1:
+        which = ", ".join(f"{label} has {length}" for length, label in sorted(first.items()))
         raise ValueError(
             f"prompts of several lengths ({which} rows) have no Frobenius distance: give prompts "
-            "of one length at a time, tune them again with one num_virtual_tokens, or give "
-            "--compare mean, which compares their mean rows"
+            "of one length at a time, or --compare mean, which compares their mean rows"
         )
-    return np.stack([one.prompt.double().flatten().numpy() for one in prompts["tuned"]])
+    return np.stack([tensor.flatten().numpy() for tensor in tensors])
 
 
 def distance_table(prompts: pd.DataFrame, points: Floats) -> pd.DataFrame:
-    """A row for every two prompts: ``prompt``, ``other``, their tasks, Euclidean ``distance``.
+    """Euclidean distances of prompts at points (R, P): section 5.3 of the paper.
 
-    Args:
-        prompts: as `find_tuned` gives them.
-        points: (R, P) as of `prompt_points` (the paper, section 5.3).
+    Returns:
+        A row for every two: ``prompt``, ``other``, ``task``, ``other_task``, ``distance``.
     """
     from scipy.spatial.distance import pdist
 
     one, other = np.triu_indices(len(prompts), 1)
     label, task = prompts["prompt"].to_numpy(), prompts["task"].to_numpy()
-    columns = {"prompt": label[one], "other": label[other]}
-    columns |= {"task": task[one], "other_task": task[other], "distance": pdist(points)}
-    return pd.DataFrame(columns)
+    pairs = {"prompt": label[one], "other": label[other], "task": task[one]}
+    return pd.DataFrame(pairs | {"other_task": task[other], "distance": pdist(points)})
 
 
 def spread_table(prompts: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
@@ -408,18 +332,16 @@ def spread_table(prompts: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
     """
     both = _both_ways(pairs)
     is_own = both["task"] == both["other_task"]
-    norms = _norms(prompts).groupby(prompts["task"], sort=False)
-    parts = {"norm": norms.agg(["size", "mean", "var"])}
-    for name, own in (
-        ("within", pairs[pairs["task"] == pairs["other_task"]]),
-        ("between", both[~is_own]),
-    ):
-        parts[name] = own.groupby("task")["distance"].agg(["size", "mean", "var"])
-    table = pd.DataFrame({"runs": parts["norm"]["size"]})
-    for name, part in parts.items():
-        table[f"{name}_mean"], table[f"{name}_variance"] = part["mean"], part["var"]
+    values = {
+        "norm": _norms(prompts).groupby(prompts["task"], sort=False),
+        "within": both[is_own].iloc[: is_own.sum() // 2].groupby("task")["distance"],
+        "between": both[~is_own].groupby("task")["distance"],
+    }
+    table = pd.DataFrame({"runs": values["norm"].size()})
+    for name, of_task in values.items():
+        table[f"{name}_mean"], table[f"{name}_variance"] = of_task.mean(), of_task.var()
         if name != "norm":
-            table[f"{name}_pairs"] = part["size"].reindex(table.index).fillna(0).astype(int)
+            table[f"{name}_pairs"] = of_task.size().reindex(table.index, fill_value=0)
     return table.rename_axis("group").reset_index()
 
 
@@ -429,13 +351,17 @@ def task_distances(prompts: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
     On the diagonal it is the mean over two different prompts of a task; NaN where it has one.
     """
     means = _both_ways(pairs).groupby(["task", "other_task"])["distance"].mean().unstack()
-    tasks = [*dict.fromkeys(prompts["task"])]
+    tasks = prompts["task"].unique()
     return means.reindex(index=tasks, columns=tasks)
 
 
 def _both_ways(pairs: pd.DataFrame) -> pd.DataFrame:
-    names = {"prompt": "other", "other": "prompt", "task": "other_task", "other_task": "task"}
+    names = {"task": "other_task", "other_task": "task"}
     return pd.concat([pairs, pairs.rename(columns=names)], ignore_index=True)
+
+
+def _norms(prompts: pd.DataFrame) -> pd.Series:
+    return prompts["tuned"].map(lambda one: float(one.prompt.double().norm()))
 
 
 # ---- transfer ------------------------------------------------------------------------------------
@@ -465,66 +391,59 @@ def read_transfer(places: Sequence[str], prompts: pd.DataFrame) -> pd.DataFrame:
     paths = [Path(place) for place in dict.fromkeys(places)]
     if missing := [str(path) for path in paths if not path.exists()]:
         raise FileNotFoundError(f"no table of transfer {', '.join(missing)}: name a CSV file")
-    named, files = [], []
+    tables, files = [], []
     for path in paths:
         if path.is_dir() or "fit_id" in path.read_text(encoding="utf-8").partition("\n")[0]:
             files += find_results(path)
         else:
-            named.append(_named_transfer(path))
+            tables.append(_table_lines(path))
     if files:
-        named.append(_tested_transfer(files, prompts["tuned"].iloc[0].backbone_digest))
-    lines = pd.concat(named, ignore_index=True)
-    task_of = dict(zip(prompts["tuned"].map(lambda one: one.name), prompts["task"], strict=True))
-    task_of |= dict(zip(prompts["prompt"], prompts["task"], strict=True))
-    task_of |= {task: task for task in prompts["task"]}
+        tables.append(_result_lines(files, prompts["tuned"].iloc[0].backbone_digest))
+    lines = pd.concat(tables, ignore_index=True)
+    names = prompts["tuned"].map(lambda one: one.name)
+    task_of = {
+        x: y
+        for by in (names, prompts["prompt"], prompts["task"])
+        for x, y in zip(by, prompts["task"], strict=True)
+    }
     lines["source"] = lines["source"].map(task_of)
     lines = lines[lines["source"].notna() & lines["target"].isin(prompts["task"])]
     if not len(lines):
-        tasks = ", ".join(sorted({*prompts["task"]}))
         raise ValueError(
             f"{', '.join(places)}: no line whose source and target are tasks of these prompts "
-            f"({tasks})"
+            f"({', '.join(sorted({*prompts['task']}))})"
         )
     for name in TRANSFER[2:]:
         numbers = pd.to_numeric(lines[name], errors="coerce").astype(float)
-        for at in lines.index[~np.isfinite(numbers)]:
-            where, cell = lines.loc[at, ["where", name]]
-            cell = "" if pd.isna(cell) else cell
+        for where, cell in lines.loc[~np.isfinite(numbers), ["where", name]].to_numpy()[:1]:
             raise ValueError(f"{where}, {name} is {cell!r}: give a finite number")
         lines[name] = numbers
-    table = lines.groupby(TRANSFER[:2], sort=False).agg(
-        score=("score", "mean"), no_prompt=("no_prompt", "mean"), lines=("score", "size")
-    )
-    table.insert(2, "gain", table["score"] - table["no_prompt"])
+    pairs = lines.groupby(TRANSFER[:2], sort=False)
+    table = pairs[TRANSFER[2:]].mean()
+    table["gain"], table["lines"] = table["score"] - table["no_prompt"], pairs.size()
     return table.reset_index()
 
 
-def _named_transfer(path: Path) -> pd.DataFrame:
-    """The lines of a table of anyone's own."""
+def _table_lines(path: Path) -> pd.DataFrame:
     try:
         lines = pd.read_csv(path, dtype=str, keep_default_na=False)
     except ValueError as error:  # also pandas' parser errors
-        raise ValueError(
-            f"{path} is no table of transfer: {' '.join(str(error).split())}"
-        ) from None
+        why = " ".join(str(error).split())
+        raise ValueError(f"{path} is no table of transfer: {why}") from None
     lacking = [name for name in TRANSFER if name not in lines]
     if lacking or not len(lines):
         raise ValueError(
             f"{path} lacks the columns {', '.join(lacking or TRANSFER)}, or has no lines: give a "
             f"CSV file with {', '.join(TRANSFER)}, or a results.csv of VectorArithmetic"
         )
-    where = [f"{path}, line {at + 2}" for at in lines.index]
-    return lines[TRANSFER].assign(where=where)
+    return lines[TRANSFER].assign(where=[f"{path}, line {at + 2}" for at in lines.index])
 
 
-def _tested_transfer(files: Sequence[Path], digest: str) -> pd.DataFrame:
-    """The lines of results that are of a tuned prompt on a task."""
+def _result_lines(files: Sequence[Path], digest: str) -> pd.DataFrame:
     for file in files:
         digests = file.parent / "digests.json"
-        tested = digest
-        if digests.is_file():
-            tested = json.loads(digests.read_text()).get("backbone", digest)
-        if tested != digest:
+        known = json.loads(digests.read_text()) if digests.is_file() else {}
+        if (tested := known.get("backbone", digest)) != digest:
             raise ValueError(
                 f"{file} is of a backbone with weights {tested[:12]}, the prompts are of one with "
                 f"{digest[:12]}: give the results of these prompts"
@@ -532,29 +451,28 @@ def _tested_transfer(files: Sequence[Path], digest: str) -> pd.DataFrame:
     where = ", ".join(map(str, files))
     runs = pd.concat([read_results(file) for file in files], ignore_index=True)
     answered = ["task", "sample", "decoding", "metric_variant"]
-    bare = runs[runs["variant"] == "no_prompt"].drop_duplicates(answered)
-    bare = bare[[*answered, "test"]].rename(columns={"test": "no_prompt"})
-    is_sum = (runs["method"] == "VectorArithmetic") & runs["variant"].isin(["single", "vectors"])
-    sums = runs[is_sum & (runs["scale"] == 1)]
-    factors = {text: parse_expression(text) for text in sums["expression"].unique()}
-    alone = {text: next(iter(of)) for text, of in factors.items() if [*of.values()] == [1.0]}
+    bare = runs[runs["variant"] == "no_prompt"].drop_duplicates(answered)[[*answered, "test"]]
+    runs = runs[(runs["method"] == "VectorArithmetic") & (runs["scale"] == 1)]
     # On its own task a tuned prompt is "single"; "vectors" there has another initial prompt.
-    sums = sums.assign(source=sums["expression"].map(alone))
-    is_own = sums["source"] == sums["task"]
-    sums = sums[sums["source"].notna() & (is_own == (sums["variant"] == "single"))]
-    if not len(sums):
+    runs = runs[runs["variant"].isin(["single", "vectors"])]
+    factors = {text: parse_expression(text) for text in runs["expression"].unique()}
+    alone = {text: next(iter(x)) for text, x in factors.items() if [*x.values()] == [1.0]}
+    runs = runs.assign(source=runs["expression"].map(alone))
+    is_own = runs["source"] == runs["task"]
+    runs = runs[runs["source"].notna() & (is_own == (runs["variant"] == "single"))]
+    if not len(runs):
         raise ValueError(
             f"{where}: no line of VectorArithmetic with the vector of one task at scale 1: test "
             "the tasks as model.expressions with model.evaluate_on all"
         )
-    lines = sums.merge(bare, on=answered, how="left", indicator=True)
-    if len(lacking := lines.loc[lines["_merge"] == "left_only", "task"]):
+    lines = runs.merge(bare, on=answered, how="left", indicator="beside", suffixes=("", "_bare"))
+    if lacking := sorted({*lines.loc[lines["beside"] == "left_only", "task"]}):
         raise ValueError(
-            f"{where}: no score without prompt (variant no_prompt) of "
-            f"{', '.join(sorted({*lacking}))}, answered in the same way: test with "
-            "model.evaluate_on all, or give the results of a fit with model.test_baselines, too"
+            f"{where}: no score without prompt (variant no_prompt) of {', '.join(lacking)}, "
+            "answered in the same way: test with model.evaluate_on all, or give the results of a "
+            "fit with model.test_baselines, too"
         )
-    lines = lines.rename(columns={"task": "target", "test": "score"})
+    lines = lines.rename(columns={"task": "target", "test": "score", "test_bare": "no_prompt"})
     return lines[TRANSFER].assign(where=lines["folder"] + " " + lines["prompt_file"])
 
 
@@ -570,7 +488,7 @@ def interpret_prompts(
     transfer: pd.DataFrame | None = None,
     all_rows: bool = False,
 ) -> list[Section]:
-    """All sections of a report on prompts.
+    """All sections of a report on prompts; the tokens, which are many, come last.
 
     Args:
         prompts: as `find_tuned` gives them.
@@ -607,11 +525,17 @@ def _digits(values: pd.Series) -> list[str]:
 def _prompts_section(
     prompts: pd.DataFrame, tokens: pd.DataFrame, vocabulary: Vocabulary, backbone: str
 ) -> Section:
-    table = prompt_table(prompts, tokens, vocabulary)
-    names = ["norm", "row_norm", "relative_norm", "drift", "most_drift", "cosine"]
-    heads = ["norm", "row norm", "x median", "drift, mean", "largest", "cosine"]
-    shown = pd.DataFrame({"prompt": table["prompt"]})
-    shown[heads] = table[names].apply(_digits)
+    rows = tokens.groupby("prompt", sort=False)
+    facts = {"rows": rows.size(), "norm": _norms(prompts).set_axis(prompts["prompt"])}
+    facts |= {"row_norm": rows["norm"].mean(), "relative_norm": rows["relative_norm"].mean()}
+    facts |= {"drift": rows["drift"].mean(), "most_drift": rows["drift"].max()}
+    facts |= {"cosine": rows["cosine"].mean(), "initial_tokens": rows["initial_id"].count()}
+    facts |= {"survived": rows["survived"].sum()}
+    table = prompts.drop(columns="tuned").join(pd.DataFrame(facts), on="prompt")
+    heads = {"norm": "norm", "row_norm": "row norm", "relative_norm": "x median"}
+    heads |= {"drift": "drift, mean", "most_drift": "largest", "cosine": "cosine"}
+    shown = table[["prompt", *heads]].rename(columns=heads)
+    shown[[*heads.values()]] = shown[[*heads.values()]].apply(_digits)
     kept = zip(table["survived"], table["initial_tokens"], strict=True)
     shown["survived"] = [f"{x} of {y}" if y else "–" for x, y in kept]
     left_out = prompts.attrs["left_out"]
@@ -619,32 +543,27 @@ def _prompts_section(
         f"{len(prompts)} prompts of {prompts['task'].nunique()} tasks, for backbone {backbone}. "
         + (f"Of grids, {left_out} prompts with a lower dev score are left out. " * bool(left_out))
         + "Norm: Frobenius norm of the prompt. Row norm: mean over rows, and as a multiple of the "
-        f"vocabulary's median, {vocabulary.median:.4g}. Drift: Euclidean distance of a "
-        "row from its initial row. Cosine: between the two. Survived: rows whose nearest token is "
-        "still the one that they started as, of those that started as a token. In the figure of "
-        "drift a dot marks a row whose nearest token is no longer the initial one."
+        f"vocabulary's median, {vocabulary.median:.4g}. Drift: Euclidean distance of a row from "
+        "its initial row. Cosine: between the two. Survived: rows whose nearest token is still the "
+        "one that they started as, of those that started as a token; a dot in the figure of drift "
+        "marks one that is not."
     )
     figures = {**_drift_figures(tokens), "norms": _norms_figure(tokens, prompts, vocabulary)}
     return Section("prompts", "Prompts", legend, table, shown, figures)
 
 
 def _drift_figures(tokens: pd.DataFrame) -> dict[str, Figure]:
-    """Drift of each row, some prompts a page."""
-    drift = tokens.pivot_table(index="prompt", columns="row", values="drift", sort=False)
-    lost = (tokens["survived"] == 0).fillna(False).map({True: "•", False: ""})
-    marks = tokens.assign(mark=lost).pivot(index="prompt", columns="row", values="mark")
-    drift = drift.reindex(columns=sorted(drift.columns))
-    marks = marks.reindex_like(drift).fillna("")
-    drift.index = _short_names([*drift.index])
+    """Drift of each row, thirty prompts a page."""
+    marks = np.where((tokens["survived"] == 0).fillna(False), "•", "")
+    order = tokens["prompt"].unique()
+    whole = tokens.assign(mark=marks).pivot(index="prompt", columns="row", values=["drift", "mark"])
+    whole = whole.loc[order].set_axis(_short_names(order))
     figures = {}
-    for at in range(0, len(drift), _PAGE):
-        stem = "drift" if len(drift) <= _PAGE else f"drift-{at // _PAGE + 1}"
-        figures[stem] = plots.heatmap(
-            drift.iloc[at : at + _PAGE],
-            "distance from initial row",
-            texts=marks.iloc[at : at + _PAGE],
-            xlabel="row of the prompt",
-        )
+    for at in range(0, len(whole), 30):
+        page = whole.iloc[at : at + 30]
+        stem = "drift" if len(whole) <= 30 else f"drift-{at // 30 + 1}"
+        texts, label = page["mark"].fillna(""), "distance from initial row"
+        figures[stem] = plots.heatmap(page["drift"], label, texts=texts, xlabel="row of the prompt")
     return figures
 
 
@@ -658,21 +577,13 @@ def _short_names(labels: Sequence[str]) -> list[str]:
 
 def _norms_figure(tokens: pd.DataFrame, prompts: pd.DataFrame, vocabulary: Vocabulary) -> Figure:
     """Norms of rows: of the vocabulary, the initial prompts, and the prompts of each task."""
-    inits = prompts["tuned"].map(lambda one: one.init.numpy().tobytes())
-    starts = tokens[tokens["prompt"].isin(prompts["prompt"][~inits.duplicated()])]
+    again = prompts["tuned"].map(lambda one: one.init.numpy().tobytes()).duplicated()
+    inits = tokens.loc[~tokens["prompt"].isin(prompts.loc[again, "prompt"]), "initial_norm"]
     quantiles = np.quantile(vocabulary.norms, np.linspace(0, 1, 201))  # for any vocabulary
-    count = tokens["task"].map(prompts["task"].value_counts())
-    parts = [
-        pd.DataFrame({"label": "vocabulary", "norm": quantiles}),
-        pd.DataFrame({"label": "initial prompts", "norm": starts["initial_norm"]}),
-        pd.DataFrame(
-            {
-                "label": [f"{x} ({n})" for x, n in zip(tokens["task"], count, strict=True)],
-                "norm": tokens["norm"],
-            }
-        ),
-    ]
-    table = pd.concat(parts, ignore_index=True)
+    counts = " (" + tokens["task"].map(prompts["task"].value_counts()).astype(str) + ")"
+    parts = {"vocabulary": pd.Series(quantiles), "initial prompts": inits}
+    parts |= dict([*tokens["norm"].groupby(tokens["task"] + counts, sort=False)])
+    table = pd.concat([pd.DataFrame({"label": x, "norm": own}) for x, own in parts.items()])
     drawn = plots.looks(table.assign(line=table["label"]))
     return plots.violins(table, "norm", "label", drawn, "norm of a row")
 
@@ -697,51 +608,49 @@ def _distances_section(
     from scipy.spatial.distance import squareform
 
     means = task_distances(prompts, pairs)
-    shown = means.apply(_digits).rename_axis("task").reset_index()
-    legend = (
-        f"{distance[0].upper()}{distance[1:]}: means over two prompts of either task; on the "
-        "diagonal, of different runs of one."
-    )
     starts = prompts["tuned"].map(lambda one: one.init.numpy().tobytes()).nunique()
+    rates = prompts["tuned"].map(lambda one: one.learning_rate).nunique(dropna=False)
+    legend = f"Mean {distance} of two prompts; on the diagonal, of different runs of one task."
     if starts > 1:
         legend += (
             f" The prompts start from {starts} different initial prompts, so distances between "
             "them hold what lay between these, too."
         )
-    if prompts["tuned"].map(lambda one: one.learning_rate).nunique(dropna=False) > 1:
+    if rates > 1:
         legend += " The prompts differ in learning rate, which spread holds, too."
     figures = {}
     if len(prompts) <= 24 or len(means) in (1, len(prompts)):
-        names = _short_names([*prompts["prompt"]])
+        names = _short_names(prompts["prompt"])
         square = pd.DataFrame(squareform(pairs["distance"]), names, names)
         square = square.mask(np.eye(len(square), dtype=bool))
         figures["distances"] = plots.heatmap(square, distance, texts=_cells(square, ".3g"))
     if 1 < len(means) < len(prompts):
-        label = f"mean {distance}"
-        figures["task-distances"] = plots.heatmap(means, label, texts=_cells(means, ".3g"))
+        texts = _cells(means, ".3g")
+        figures["task-distances"] = plots.heatmap(means, f"mean {distance}", texts=texts)
     if len(prompts) >= 4 and pairs["distance"].any():
-        legend += " The maps show each prompt as a point: on its principal components, and by t-SNE"
-        at, shares = principal_components(points)
-        axes = [f"first component ({shares[0]:.0%} of the variance)"]
-        axes.append(f"second component ({shares[1]:.0%})")
-        figures["map-pca"] = _map(prompts, at, axes)
-        at, perplexity = tsne(points)
-        axes = ["first coordinate of t-SNE", "second coordinate"]
-        figures["map-tsne"] = _map(prompts, at, axes)
-        legend += f" (perplexity {perplexity:.3g}, seed 0), where only what is near says something."
+        near, shares = principal_components(points)
+        axes = (f"first component ({shares[0]:.0%} of the variance)", f"second ({shares[1]:.0%})")
+        figures["map-pca"] = _map(prompts, near, *axes)
+        near, perplexity = tsne(points)
+        axes = ("first coordinate of t-SNE", "second coordinate")
+        figures["map-tsne"] = _map(prompts, near, *axes)
+        legend += (
+            " The maps show each prompt as a point: on its principal components, and by t-SNE "
+            f"(perplexity {perplexity:.3g}, seed 0), where only what is near says something."
+        )
+    shown = means.apply(_digits).rename_axis("task").reset_index()
     return Section("distances", "Distances", legend, pairs, shown, figures)
 
 
 def _cells(table: pd.DataFrame, form: str) -> pd.DataFrame:
-    """The numbers of a heat map as text; none where the cells are small."""
-    if table.shape[1] > _MOST_CELLS:
-        return table.map(lambda _: "")
-    return table.map(lambda x: "" if pd.isna(x) else f"{x:{form}}")
+    """The numbers of a heat map as text, where there is room for them."""
+    small = table.shape[1] > 16
+    return table.map(lambda x: "" if small or pd.isna(x) else f"{x:{form}}")
 
 
-def _map(prompts: pd.DataFrame, points: Floats, axes: Sequence[str]) -> Figure:
+def _map(prompts: pd.DataFrame, points: Floats, xlabel: str, ylabel: str) -> Figure:
     table = pd.DataFrame({"x": points[:, 0], "y": points[:, 1], "task": prompts["task"]})
-    return plots.scatter(table, "x", "y", "task", *axes)
+    return plots.scatter(table, "x", "y", "task", xlabel, ylabel)
 
 
 def _transfer_section(transfer: pd.DataFrame, distances: pd.DataFrame) -> Section:
@@ -751,63 +660,50 @@ def _transfer_section(transfer: pd.DataFrame, distances: pd.DataFrame) -> Sectio
     gains = transfer.pivot(index="source", columns="target", values="gain")
     gains = gains.reindex(index=tasks, columns=tasks)
     far = distances.stack(future_stack=True).rename("distance").rename_axis(TRANSFER[:2])
-    order = ["source", "target", "distance", "score", "no_prompt", "gain", "lines"]
-    table = transfer.join(far, on=TRANSFER[:2])[order]
+    table = transfer.join(far, on=TRANSFER[:2])[
+        [*TRANSFER[:2], "distance", *TRANSFER[2:], "gain", "lines"]
+    ]
     table = table.sort_values(TRANSFER[:2], key=lambda x: x.map(tasks.index), ignore_index=True)
-    shown = table[["source", "target"]].copy()
+    shown = table.rename(columns={"no_prompt": "no prompt"})
     shown["distance"] = _digits(table["distance"])
-    shown["score"] = [f"{x:.3f}" for x in table["score"]]
-    shown["no prompt"] = [f"{x:.3f}" for x in table["no_prompt"]]
-    shown["gain"] = [f"{x:+.3f}" for x in table["gain"]]
-    shown["lines"] = table["lines"]
-    legend = (
-        "Score on the target under prompts of the source, less the score without any prompt. If "
-        "near prompts serve each other's tasks, gain falls with distance: a negative correlation. "
-        f"Means over lines of results, such as runs. {_correlation(distances, gains)}"
-    )
-    figure = plots.heatmap(
-        gains,
-        "gain over no prompt",
-        0.0,
-        texts=_cells(gains, "+.3f"),
-        xlabel="target",
-        ylabel="source of the prompt",
-    )
-    return Section("transfer", "Transfer", legend, table, shown, {"transfer": figure})
-
-
-def _correlation(distances: pd.DataFrame, gains: pd.DataFrame) -> str:
-    """How gains go with distances, in a sentence."""
-    found = mantel(distances, gains)
-    if math.isnan(found["rho"]):
-        return (
-            "No rank correlation with distance: it needs three tasks, three pairs of different "
-            "tasks, and distances and gains that are not all equal."
-        )
-    orders = math.factorial(len(gains))
+    for name, form in (("score", ".3f"), ("no prompt", ".3f"), ("gain", "+.3f")):
+        shown[name] = shown[name].map(lambda x, form=form: f"{x:{form}}")
+    found, orders = mantel(distances, gains), math.factorial(len(tasks))
     is_all = found["permutations"] == orders - 1
     how = f"all others; p cannot be below 1/{orders}" if is_all else "random, seed 0"
-    return (
+    words = (
         f"Spearman's rho {found['rho']:+.3f}, p = {found['p']:.3g} (two-sided, Mantel's test; "
         f"{found['cells']:g} pairs of different tasks, {found['permutations']:g} permutations of "
         f"the tasks, {how})."
     )
+    if math.isnan(found["rho"]):
+        words = (
+            "No rank correlation with distance: it needs three tasks, three pairs of different "
+            "tasks, and distances and gains that are not all equal."
+        )
+    legend = (
+        "Score on the target under prompts of the source, less the score without any prompt. If "
+        "near prompts serve each other's tasks, gain falls with distance: a negative correlation. "
+        f"Means over lines of results, such as runs. {words}"
+    )
+    labels = {"xlabel": "target", "ylabel": "source of the prompt"}
+    texts = _cells(gains, "+.3f")
+    figures = {"transfer": plots.heatmap(gains, "gain over no prompt", 0.0, texts, **labels)}
+    return Section("transfer", "Transfer", legend, table, shown, figures)
 
 
 def _tokens_section(tokens: pd.DataFrame, top: int, measure: str, note: str) -> Section:
     shown = pd.DataFrame({"prompt": tokens["prompt"].mask(tokens["prompt"].duplicated(), "")})
     shown["row"] = tokens["row"]
-    started = tokens["initial_token"]
-    shown["started as"] = ["–" if pd.isna(x) else literal(x) for x in started]
+    shown["started as"] = tokens["initial_token"].map(literal, na_action="ignore").fillna("–")
     shown["place now"] = tokens["initial_rank"].astype(object).fillna("–")
     shown["drift"] = _digits(tokens["drift"])
     for at in range(1, top + 1):
+        names = tokens[f"token_{at}"].map(literal)
         is_initial = (tokens[f"id_{at}"] == tokens["initial_id"]).fillna(False)
-        scores = _digits(tokens[f"score_{at}"])
-        cells = zip(tokens[f"token_{at}"].map(literal), scores, is_initial, strict=True)
-        shown[str(at)] = [
-            f"**{x}** {score}" if bold else f"{x} {score}" for x, score, bold in cells
-        ]
+        shown[str(at)] = (
+            names.mask(is_initial, "**" + names + "**") + " " + _digits(tokens[f"score_{at}"])
+        )
     legend = (
         f"{note} For each row the token it started as, the place of that token now, and the "
         f"nearest tokens with their scores, the nearest first, by {MEASURES[measure]}; the initial "
