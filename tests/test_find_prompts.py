@@ -14,7 +14,7 @@ import torch
 from conftest import HIDDEN
 from torch import Tensor
 
-from prompt_lab.analysis.interpret_prompts import find_tuned
+from prompt_lab.analysis.interpretation import find_tuned
 from prompt_lab.analysis.select_command import check_prompts, load_banks
 from prompt_lab.commands import offline
 from prompt_lab.commands.mix_command import mix_prompts
@@ -114,8 +114,8 @@ def mixed(place: str, _: Backbone) -> Tensor:
 
 
 def interpreted(place: str, _: Backbone) -> Tensor:
-    ((one,), _) = find_tuned([place])
-    return one.prompt.prompt
+    (one,) = find_tuned([place])["tuned"]
+    return one.prompt
 
 
 CALLERS: list[Callable[[str, Backbone], Tensor]] = [exported, init_path, interpreted]

@@ -211,7 +211,7 @@ def closeness(rows: Tensor, table: Tensor, ids: Tensor, measure: str = "cosine")
 
 
 def initial_tokens(init: Tensor, table: Tensor, ids: Tensor) -> Tensor:
-    """The token whose embedding each row of an initial prompt (N, D) is, rounded to bfloat16 or not.
+    """The token whose embedding each row of an initial prompt (N, D) is, also rounded ones.
 
     Returns:
         (N,) places in ``ids``, -1 where there is none, as for a prompt that starts from noise.
@@ -426,7 +426,7 @@ def read_transfer(places: Sequence[str], prompts: pd.DataFrame) -> pd.DataFrame:
 
 def _table_lines(path: Path) -> pd.DataFrame:
     try:
-        lines = pd.read_csv(path, dtype=str, keep_default_na=False)
+        lines = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
     except ValueError as error:  # also pandas' parser errors
         why = " ".join(str(error).split())
         raise ValueError(f"{path} is no table of transfer: {why}") from None
@@ -695,8 +695,9 @@ def _transfer_section(transfer: pd.DataFrame, distances: pd.DataFrame) -> Sectio
 def _tokens_section(tokens: pd.DataFrame, top: int, measure: str, note: str) -> Section:
     shown = pd.DataFrame({"prompt": tokens["prompt"].mask(tokens["prompt"].duplicated(), "")})
     shown["row"] = tokens["row"]
-    shown["started as"] = tokens["initial_token"].map(literal, na_action="ignore").fillna("–")
-    shown["place now"] = tokens["initial_rank"].astype(object).fillna("–")
+    started = zip(tokens["initial_token"], tokens["initial_rank"], strict=True)
+    started = [("–", "–") if pd.isna(place) else (literal(x), place) for x, place in started]
+    shown[["started as", "place now"]] = started
     shown["drift"] = _digits(tokens["drift"])
     for at in range(1, top + 1):
         names = tokens[f"token_{at}"].map(literal)
