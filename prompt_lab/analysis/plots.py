@@ -271,14 +271,11 @@ def violins(
 
     labels = _in_order(table[label], looks)
     palette = {name: looks[name]["color"] for name in labels}
-    names = [_wrap(name, 14) for name in labels]
-    width = min(PAGE, 1.2 + 0.75 * len(labels))
-    longest = max(len(line) for name in names for line in name.split("\n"))
-    upright = 0.065 * longest > (width - 0.6) / len(labels)
-    if upright:
-        names = [_wrap(name, 30) for name in labels]
-        longest = max(len(line) for name in names for line in name.split("\n"))
-    with _figure(width, 2.6 + 0.05 * longest * upright) as (figure, axes):
+    longest = max(len(line) for name in labels for line in _wrap(name, 14).split("\n"))
+    upright = longest > min(12, 90 // len(labels))
+    names = [_wrap(name, 30 if upright else 14) for name in labels]
+    height = 2.6 + 0.065 * max(map(len, names)) * upright
+    with _figure(min(PAGE, 1.2 + 0.75 * len(labels)), height) as (figure, axes):
         if level is not None:
             axes.axhline(level, color="#444444", linewidth=0.8, dashes=(3, 2), zorder=1)
         given = {"x": label, "y": value, "hue": label, "palette": palette, "legend": False}

@@ -124,41 +124,6 @@ def _means(draw: np.random.Generator, values: Floats, resamples: int) -> Floats:
         return values[places].mean(axis=1)
 
 
-def principal_components(vectors: ArrayLike) -> tuple[Floats, tuple[float, float]]:
-    """First two principal components of vectors (R, I): points (R, 2), and shares of the variance.
-
-    Each component points to where its largest weight is positive, which fixes the sign. With I = 1
-    the second is zero.
-    """
-    given = np.asarray(vectors, float)
-    left, size, right = np.linalg.svd(given - given.mean(0), full_matrices=False)
-    signs = np.sign(right[np.arange(len(right)), np.abs(right).argmax(1)])
-    count = min(2, len(size))
-    points, variance = np.zeros((len(given), 2)), np.zeros(2)
-    points[:, :count] = (left * size * np.where(signs == 0, 1, signs))[:, :count]
-    variance[:count] = size[:count] ** 2
-    total = float((size**2).sum()) or 1.0
-    return points, (float(variance[0] / total), float(variance[1] / total))
-
-
-def tsne(vectors: ArrayLike, seed: int = 0) -> tuple[Floats, float]:
-    """A map of vectors (R, P), R at least 4, by t-SNE (van der Maaten and Hinton 2008): exact.
-
-    It keeps neighbours together; distances and directions on it say little.
-
-    Returns:
-        Points (R, 2), and the perplexity: 30, or a third of the other points where they are fewer.
-    """
-    from sklearn.manifold import TSNE
-
-    given = np.asarray(vectors, float)
-    perplexity = min(30.0, (len(given) - 1) / 3)
-    # Distances stay as they are when vectors turn; few coordinates make t-SNE's start cheap.
-    left, size, _ = np.linalg.svd(given - given.mean(0), full_matrices=False)
-    made = TSNE(perplexity=perplexity, init="pca", method="exact", random_state=seed)
-    return made.fit_transform(left * size).astype(float), perplexity
-
-
 def mantel(
     distances: ArrayLike, values: ArrayLike, permutations: int = 999, seed: int = 0
 ) -> dict[str, float]:
@@ -206,3 +171,39 @@ def mantel(
     beyond = (np.abs(np.nan_to_num(made)) >= abs(own) - ROUNDING).sum()
     p = float(beyond + 1) / (len(made) + 1)
     return found | {"rho": own, "p": p, "permutations": len(made)}
+
+
+def principal_components(vectors: ArrayLike) -> tuple[Floats, tuple[float, float]]:
+    """First two principal components of vectors (R, I): points (R, 2), and shares of the variance.
+
+    Each component points to where its largest weight is positive, which fixes the sign. With I = 1
+    the second is zero.
+    """
+    given = np.asarray(vectors, float)
+    left, size, right = np.linalg.svd(given - given.mean(0), full_matrices=False)
+    signs = np.sign(right[np.arange(len(right)), np.abs(right).argmax(1)])
+    count = min(2, len(size))
+    points, variance = np.zeros((len(given), 2)), np.zeros(2)
+    points[:, :count] = (left * size * np.where(signs == 0, 1, signs))[:, :count]
+    variance[:count] = size[:count] ** 2
+    total = float((size**2).sum()) or 1.0
+    return points, (float(variance[0] / total), float(variance[1] / total))
+
+
+def tsne(vectors: ArrayLike, seed: int = 0) -> tuple[Floats, float]:
+    """A map of vectors (R, I), R from 4, by t-SNE (van der Maaten and Hinton 2008), exact.
+
+    The perplexity is 30, or a third of the other points where there are fewer: it must stay below
+    their number. t-SNE keeps neighbours together; distances and directions on its map say little.
+
+    Returns:
+        Points (R, 2), and the perplexity.
+    """
+    from sklearn.manifold import TSNE
+
+    given = np.asarray(vectors, float)
+    perplexity = min(30.0, (len(given) - 1) / 3)
+    # Distances stay as they are when vectors turn; few coordinates make t-SNE's start cheap.
+    left, size, _ = np.linalg.svd(given - given.mean(0), full_matrices=False)
+    made = TSNE(perplexity=perplexity, init="pca", method="exact", random_state=seed)
+    return made.fit_transform(left * size).astype(float), perplexity
