@@ -52,12 +52,8 @@ def interpret_command(
             be read.
         NotADirectoryError: ``out`` is a file.
     """
-    from prompt_lab.analysis.interpretation import (
-        find_tuned,
-        interpret_prompts,
-        prompt_points,
-        read_transfer,
-    )
+    from prompt_lab.analysis.interpretation import find_tuned, prompt_points, read_transfer
+    from prompt_lab.analysis.interpretation_sections import interpret_prompts
     from prompt_lab.analysis.report import markdown, write_report
     from prompt_lab.core.backbone import Backbone
 
