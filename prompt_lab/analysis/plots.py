@@ -181,8 +181,15 @@ def lines(
     return figure
 
 
-def heatmap(table: pd.DataFrame, label: str, centre: float | None = None) -> Figure:
-    """A table of numbers as colours, with the numbers in it; NaN stays empty.
+def heatmap(
+    table: pd.DataFrame,
+    label: str,
+    centre: float | None = None,
+    texts: pd.DataFrame | None = None,
+    xlabel: str = "",
+    ylabel: str = "",
+) -> Figure:
+    """A table of numbers as colours, with the numbers or other ``texts`` in it; NaN stays empty.
 
     With a ``centre``, colours go from blue to red around it.
     """
@@ -191,20 +198,22 @@ def heatmap(table: pd.DataFrame, label: str, centre: float | None = None) -> Fig
     rows, columns = ([_wrap(str(x), 30) for x in names] for names in (table.index, table.columns))
     longest = max(len(line) for name in columns for line in name.split("\n"))
     upright = longest > 9 or len(columns) > 8
-    height = 0.6 + 0.24 * len(rows) + 0.065 * longest * upright
+    lines = 1 if texts is None else 1 + texts.map(lambda text: text.count("\n")).max(axis=None)
+    inside = len(rows) * max(0.24, 0.08 + 0.12 * lines)
+    height = 0.6 + inside + 0.065 * longest * upright + 0.15 * bool(xlabel)
     with _figure(min(PAGE, 1.9 + 0.52 * len(columns)), height) as (figure, axes):
         seaborn.heatmap(
             table.set_axis(rows).set_axis(columns, axis=1).astype(float),
             ax=axes,
             cmap="cividis" if centre is None else "vlag",
             center=centre,
-            annot=True,
-            fmt=".2f",
+            annot=True if texts is None else texts.to_numpy(),
+            fmt=".2f" if texts is None else "",
             annot_kws={"size": 7},
             linewidths=0.5,
-            cbar_kws={"label": label},
+            cbar_kws={"label": _wrap(label, max(int(inside / 0.07), 16))},
         )
-        axes.set(xlabel="", ylabel="")
+        axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.tick_params(axis="both", length=0)
         axes.tick_params(axis="y", rotation=0)
         axes.tick_params(axis="x", rotation=90 if upright else 0)

@@ -1,4 +1,4 @@
-"""Statistics of tables: t-tests, Holm's correction, bootstrap intervals, principal components.
+"""Statistics of tables: t-tests, Holm's correction, bootstrap, Mantel's test, PCA and t-SNE.
 
 Numbers in, numbers out: what cannot be said is NaN. SciPy makes the tests. Left out: tests that do
 not assume normal scores.
@@ -6,6 +6,9 @@ not assume normal scores.
 
 from __future__ import annotations
 
+import itertools
+import math
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -119,6 +122,55 @@ def _means(draw: np.random.Generator, values: Floats, resamples: int) -> Floats:
     places = draw.integers(len(values), size=(resamples, len(values)))
     with np.errstate(divide="ignore", invalid="ignore"):
         return values[places].mean(axis=1)
+
+
+def mantel(
+    distances: ArrayLike, values: ArrayLike, permutations: int = 999, seed: int = 0
+) -> dict[str, float]:
+    """Spearman's correlation of two matrices off their diagonals, with Mantel's permutation test.
+
+    The cells of a matrix are not independent, as each task stands in many of them, so an ordinary
+    p-value would be too small. Mantel (1967) permutes the tasks of one matrix, rows and columns
+    together: p = (b + 1) / (m + 1), where b of m permutations have a coefficient at least as far
+    from zero. Where the tasks have no more than m + 1 orders, each of the others is taken once,
+    and p cannot be below 1 / T!.
+
+    Args:
+        distances: (T, T), complete off its diagonal.
+        values: (T, T), such as the transfer from task to task; need not be symmetric, and cells
+            that are NaN are left out.
+        permutations: m, how many at most.
+        seed: of random permutations.
+
+    Returns:
+        ``rho`` and the two-sided ``p``, NaN with fewer than three tasks or three known cells and
+        where one side is constant; ``cells`` that are known, ``permutations`` that were made.
+    """
+    from scipy.stats import spearmanr
+
+    far, given = np.asarray(distances, float), np.asarray(values, float)
+    size = len(far)
+    known = ~np.eye(size, dtype=bool) & np.isfinite(given)
+
+    def rho(order: Sequence[int] | NDArray[np.int64]) -> float:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # constant ones have none
+            return float(spearmanr(far[np.ix_(order, order)][known], given[known]).statistic)  # pyright: ignore
+
+    cells = int(known.sum())
+    found = {"rho": np.nan, "p": np.nan, "cells": cells, "permutations": 0}
+    if size < 3 or cells < 3 or np.isnan(own := rho(range(size))):
+        return found
+    if math.factorial(size) - 1 <= permutations:
+        made = [
+            rho(order) for order in itertools.islice(itertools.permutations(range(size)), 1, None)
+        ]
+    else:
+        draw = np.random.default_rng(seed)
+        made = [rho(draw.permutation(size)) for _ in range(permutations)]
+    beyond = (np.abs(np.nan_to_num(made)) >= abs(own) - ROUNDING).sum()
+    p = float(beyond + 1) / (len(made) + 1)
+    return found | {"rho": own, "p": p, "permutations": len(made)}
 
 
 def principal_components(vectors: ArrayLike) -> tuple[Floats, tuple[float, float]]:

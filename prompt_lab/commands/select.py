@@ -100,8 +100,8 @@ def select_command(
 
     from prompt_lab.analysis.selection import PROMPT_RANKINGS, load_prompts, rank_by_prompts
     from prompt_lab.data.partitions import expand_sets
-    from prompt_lab.files.tensors import write_atomically
     from prompt_lab.files.prompts import best_prompts
+    from prompt_lab.files.tensors import write_atomically
 
     if out is not None and Path(out).is_dir():
         raise IsADirectoryError(f"--out {out} is a folder: name a file")
@@ -218,8 +218,8 @@ def evaluate_command(
     import pandas as pd
 
     from prompt_lab.analysis import selection, selection_sections
-    from prompt_lab.files.results import text_table
     from prompt_lab.files.prompts import best_prompts
+    from prompt_lab.files.results import text_table
 
     if out is not None and Path(out).is_file():
         raise NotADirectoryError(f"--out {out} is a file: name a folder")
