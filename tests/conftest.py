@@ -21,8 +21,6 @@ from lightning.pytorch import Callback
 from torch import nn
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from prompt_lab.core.backbone import Backbone
 
 HIDDEN = 32
@@ -235,22 +233,6 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def pictures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
-    """The figures by name, which are kept here instead of being written."""
-    from prompt_lab.analysis import old_plots as plots
-
-    kept: dict[str, Figure] = {}
-
-    def keep(figure: Figure, stem: Path) -> list[Path]:
-        """Stands in for `save_figure`."""
-        kept[stem.name] = figure
-        return []
-
-    monkeypatch.setattr(plots, "save_figure", keep)
-    return kept
 
 
 def result_line(**given: Any) -> dict[str, Any]:

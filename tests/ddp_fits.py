@@ -27,7 +27,7 @@ from prompt_lab.core.adapters import AdaptedBackbone
 from prompt_lab.core.meta_gradient import InnerConfig
 from prompt_lab.core.optim import OptimConfig
 from prompt_lab.core.subspace import AdapterMap, Subspace
-from prompt_lab.files.networks import save_network
+from prompt_lab.files.tensors import save_network
 from prompt_lab.methods.adapter_subspace import AdapterSubspace, AdapterTuning
 from prompt_lab.methods.fine_tuning import FineTuning
 from prompt_lab.methods.intrinsic_subspace import IntrinsicSubspace

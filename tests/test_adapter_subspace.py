@@ -15,9 +15,9 @@ from prompt_lab.core.adapters import AdaptedBackbone
 from prompt_lab.core.bank import renumber
 from prompt_lab.core.pretrained import weights_digest
 from prompt_lab.core.subspace import AdapterMap
-from prompt_lab.files.networks import load_network, save_network
 from prompt_lab.files.prompts import PromptStore
 from prompt_lab.files.results import read_csv
+from prompt_lab.files.tensors import load_network, save_network
 from prompt_lab.methods.adapter_subspace import (
     AdapterSubspace,
     AdapterTuning,

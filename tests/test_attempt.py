@@ -21,9 +21,9 @@ from prompt_lab.core.bank import Prefixes
 from prompt_lab.core.batch import Batch
 from prompt_lab.core.pretrained import weights_digest
 from prompt_lab.data.sampling import mixture_draw
-from prompt_lab.files.networks import load_network
 from prompt_lab.files.prompts import PromptStore
 from prompt_lab.files.results import read_csv
+from prompt_lab.files.tensors import load_network
 from prompt_lab.methods.attempt import Attempt
 from prompt_lab.methods.starts import InitConfig
 

@@ -173,7 +173,7 @@ def test_a_mixture_is_the_weighted_sum():
         (lambda: row_prompts(drawn(2, 6), drawn(5, 3, 4), drawn(2, 2, 4)), r"targets \(2, 2, 4\)"),
         (lambda: mix(drawn(4), drawn(5, 3, 4)), r"weights \(4,\)"),
         (lambda: similarity_weights(drawn(3, 4), drawn(2, 3, 5)), "width 4 and sources"),
-        (lambda: similarity_weights(drawn(3, 4), torch.zeros(2, 3, 4)), "2 of 2 mean rows"),
+        (lambda: similarity_weights(drawn(3, 4), torch.zeros(2, 3, 4)), "2 mean rows"),
         (lambda: similarity_weights(drawn(3, 4), -drawn(3, 4)[None]), "none of 1 source prompts"),
     ],
 )

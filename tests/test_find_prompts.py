@@ -1,12 +1,13 @@
-"""One look-up of prompts: whoever asks, the same places give the same prompts."""
+"""One look-up of prompts: whichever command asks, the same places give the same prompts."""
 
 from __future__ import annotations
 
 import math
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -14,33 +15,54 @@ import torch
 from conftest import HIDDEN
 from torch import Tensor
 
-from prompt_lab.analysis.interpret_prompts import find_tuned
-from prompt_lab.analysis.select_command import check_prompts, load_banks
-from prompt_lab.commands import offline
-from prompt_lab.commands.mix_command import mix_prompts
-from prompt_lab.commands.prompts import export_prompts
-from prompt_lab.commands.vectors_command import apply_vectors
+from prompt_lab.__main__ import main
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.run import Run
-from prompt_lab.files.peft import read_prompt, save_peft
+from prompt_lab.files.peft import read_safetensors, save_peft
 from prompt_lab.files.prompts import (
     FoundPrompt,
     Prompt,
     PromptStore,
     best_found,
     find_prompts,
-    load_prompt,
     save_prompt,
+    source_prompts,
 )
 from prompt_lab.files.results import choose_by_dev
 from prompt_lab.methods.starts import InitConfig, initial_prompts
-from prompt_lab.methods.source_prompts import best_prompts, source_prompts
-from prompt_lab.methods.task_vectors import find_vectors, load_source
 
 TASK, N = "emotion", 4
 RUN = Run(TASK, 13, 0, 0.3, 8)
-PLACES = ("p.safetensors", "store", "fit", "peft", "last.ckpt")
+NAME = RUN.name
+PLACES = {
+    "file": f"files/{NAME}.safetensors",
+    "store": "store",
+    "fit": "fit",
+    "checkpoint": "last.ckpt",
+    "peft": f"peft/{NAME}",
+}
 """One prompt in every kind of place."""
+
+COMMANDS = {
+    "export": "export PLACE --out out --format tensor",
+    "predict": "predict PLACE --input in.txt --labels joy fear --format jsonl",
+    "interpret": "interpret PLACE --out out",
+    "show": "vectors show PLACE",
+    "apply": "vectors apply emotion --prompts PLACE --out out",
+    "apply on": "vectors apply 0*emotion --prompts store --init PLACE --out out",
+    "mix": "vectors mix trec.safetensors --prompts PLACE --out out",
+    "mix for": "vectors mix PLACE --prompts trec.safetensors --out out",
+    "select": "select trec --prompts trec.safetensors PLACE --sources emotion --number 1",
+}
+REFUSALS = {
+    "show": "no tuned prompt of a task in PLACE: give stores of fits",
+    "apply": "no tuned prompt of a task in PLACE: give stores of fits",
+    "apply on": "do not combine: backbone",
+    "mix": "no source prompt of sample 13 in PLACE for any task",
+    "mix for": "no source prompt of sample none in trec.safetensors for any task",
+    "select": "1 of 1 source tasks have no prompt in trec.safetensors, PLACE: emotion",
+}
+"""What is said of a PEFT folder, which names no task, sample and weights."""
 
 
 @pytest.fixture
@@ -54,12 +76,12 @@ def prompt(model: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     tensors = torch.randn(2, N, HIDDEN, generator=torch.Generator().manual_seed(0))
     digests = (model.name, model.digest, model.tokenizer_digest)
-    made = Prompt(*tensors, RUN.name, *digests, task=TASK, sample=13, init_seed=0, dev_score=0.5)
-    save_prompt("p.safetensors", made)
+    made = Prompt(*tensors, NAME, *digests, task=TASK, sample=13, init_seed=0, dev_score=0.5)
+    save_prompt(PLACES["file"], made)
     PromptStore("store").save([made])
     PromptStore("fit/prompts").save([made])
     Path("fit/results.csv").write_text("not a place of prompts")
-    save_peft("peft", made, "SEQ_2_SEQ_LM", 2, 4)
+    save_peft(PLACES["peft"], made, "SEQ_2_SEQ_LM", 2, 4)
     saved = {
         "state_dict": {
             "best": made.prompt[None],
@@ -73,106 +95,82 @@ def prompt(model: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "backbone_digest": model.digest,
         "tokenizer_digest": model.tokenizer_digest,
     }
-    torch.save(saved, "last.ckpt")
+    torch.save(saved, PLACES["checkpoint"])
+    save_prompt("trec.safetensors", replace(made, task="trec", name="trec"))
+    Path("in.txt").write_text("first text\nsecond text\n")
     return made
 
 
-def exported(place: str, _: Backbone) -> Tensor:
-    (path,) = export_prompts(place, "out", format="tensor")
-    return read_prompt(path).prompt
+Done = tuple[int, str, str, list[dict[str, Tensor]]]
 
 
-def init_path(place: str, model: Backbone) -> Tensor:
-    return initial_prompts(InitConfig("file", path=place), model, [RUN], {}, N)[0][0]
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[str, str], Done]:
+    """Run a command on a place: status, output and errors, and the tensors that it wrote."""
+
+    def run(words: str, place: str) -> Done:
+        shutil.rmtree("out", ignore_errors=True)
+        given = words.replace("PLACE", place).split()
+        monkeypatch.setattr(sys, "argv", ["prompt-lab", *given])
+        status, said = main(), capsys.readouterr()
+        files = sorted(Path("out").glob("*.safetensors"))
+        out, err = (text.replace(place, "PLACE") for text in (said.out, said.err))
+        return status, out, err, [read_safetensors(file)[0] for file in files]
+
+    return run
 
 
-def transfer(place: str, model: Backbone) -> Tensor:
-    config = InitConfig("file", path=place, source_tasks=[TASK])
-    run = Run("glue-sst2", 13, 0, 0.3, 8, source=TASK)
-    return initial_prompts(config, model, [run], {}, N)[0][0]
-
-
-def of_attempt(place: str, model: Backbone) -> Tensor:
-    return source_prompts([place], [(TASK, 13)], model, N)[0].prompt
-
-
-def vectors(place: str, _: Backbone) -> Tensor:
-    return load_source(find_vectors([place])[13, 0][TASK]).prompt.prompt
-
-
-def selected(place: str, _: Backbone) -> Tensor:
-    files = best_prompts([place])
-    check_prompts("feature", [TASK], [TASK], files, [place])
-    return load_banks(files, [TASK], [TASK]).targets[0]
-
-
-def mixed(place: str, _: Backbone) -> Tensor:
-    other = replace(load_prompt("p.safetensors"), task="trec", name="trec")
-    save_prompt("trec.safetensors", other)
-    (path,) = mix_prompts("trec.safetensors", prompts=[place], out="out")
-    return load_prompt(path).prompt
-
-
-def interpreted(place: str, _: Backbone) -> Tensor:
-    ((one,), _) = find_tuned([place])
-    return one.prompt.prompt
-
-
-CALLERS: list[Callable[[str, Backbone], Tensor]] = [exported, init_path, interpreted]
-BY_TASK = [transfer, of_attempt, vectors, selected, mixed]
-
-
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("caller", [*CALLERS, *BY_TASK], ids=lambda caller: caller.__name__)
-def test_every_caller_takes_every_place(
-    prompt: Prompt, model: Backbone, caller: Callable[[str, Backbone], Tensor], place: str
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_takes_every_place(
+    prompt: Prompt, command: Callable[[str, str], Done], name: str
 ) -> None:
-    if place == "peft" and caller in BY_TASK:
-        with pytest.raises((ValueError, FileNotFoundError), match=r"no.* peft|peft has no"):
-            caller(place, model)
-        return
-    torch.testing.assert_close(caller(place, model), prompt.prompt, rtol=0, atol=1e-6)
+    """Reference: what it says and writes of the prompt file."""
+    status, expected, err, tensors = command(COMMANDS[name], PLACES["file"])
+    assert (status, bool(expected)) == (0, True), err
+    for place in ("store", "fit", "checkpoint"):
+        status, out, err, found = command(COMMANDS[name], PLACES[place])
+        assert (status, out) == (0, expected), err
+        for own, other in zip(found, tensors, strict=True):
+            assert own.keys() == other.keys()
+            assert all(own[key].equal(other[key]) for key in own)
+    status, out, err, found = command(COMMANDS[name], PLACES["peft"])
+    assert status == (name in REFUSALS), err
+    assert REFUSALS.get(name, "") in err
+    assert err.count("\n") <= 1
 
 
-@pytest.mark.parametrize("place", [place for place in PLACES if place != "peft"])
-def test_vectors_are_applied_to_the_initial_prompt_of_every_place(
-    prompt: Prompt, place: str
-) -> None:
-    """But PEFT's, which keeps none, nor the weights that a prompt is for."""
-    (path,) = apply_vectors("0 * emotion", prompts=["store"], out="out", init=place)
-    assert load_prompt(path).prompt.equal(prompt.init)
-    with pytest.raises(ValueError, match="do not combine: backbone"):
-        apply_vectors("0 * emotion", prompts=["store"], out="other", init="peft")
-
-
-@pytest.mark.parametrize("place", PLACES)
-def test_predict_answers_from_every_place_as_from_the_file(
-    prompt: Prompt, place: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    Path("in.txt").write_text("first text\nsecond text\n")
-    more = ["--input=in.txt", "--labels", "joy", "fear", "--format=jsonl"]
-    said = []
-    for given in ("p.safetensors", place):
-        assert offline.run(["predict", given, *more]) == 0
-        said.append(capsys.readouterr().out.replace('"peft"', f'"{RUN.name}"'))
-    assert said[0] == said[1]
-    assert said[0].count("\n") == 2
-
-
-@pytest.mark.parametrize("caller", [*CALLERS, *BY_TASK], ids=lambda caller: caller.__name__)
-@pytest.mark.parametrize(
-    ("place", "reason"),
-    [
-        ("nowhere", "^no prompt file or folder nowhere: give a prompt file, a prompt store, the"),
-        ("empty", "^empty holds no prompts: give a prompt file, a prompt store, the folder of a"),
-    ],
-)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_place_without_prompts_is_one_sentence(
-    prompt: Prompt, model: Backbone, caller: Callable[..., Any], place: str, reason: str
+    prompt: Prompt, command: Callable[[str, str], Done], name: str
 ) -> None:
     Path("empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=reason):
-        caller(place, model)
+    more = "give a prompt file, a prompt store, the folder of a fit, a PEFT folder or a checkpoint"
+    for place, reason in (
+        ("nowhere", "no prompt file or folder PLACE"),
+        ("empty", "PLACE holds no prompts"),
+    ):
+        status, out, err, _ = command(COMMANDS[name], place)
+        assert (status, out) == (1, "")
+        assert err == f"prompt-lab: {reason}: {more} (.ckpt)\n"
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_prompts_are_tuned_from_every_place(prompt: Prompt, model: Backbone, place: str) -> None:
+    """``init.path``: of the run's task, of its source, and as sources of other methods."""
+    where, other = PLACES[place], Run("glue-sst2", 13, 0, 0.3, 8, source=TASK)
+    made, _ = initial_prompts(InitConfig("file", path=where), model, [RUN], {}, N)
+    assert made[0].equal(prompt.prompt)
+    config = InitConfig("file", path=where, source_tasks=[TASK])
+    if place == "peft":
+        with pytest.raises(ValueError, match=r"peft/.* has no prompt for 1 runs"):
+            initial_prompts(config, model, [other], {}, N)
+        with pytest.raises(FileNotFoundError, match=r"source prompts are not in peft"):
+            source_prompts([where], [(TASK, 13)], model, N)
+        return
+    assert initial_prompts(config, model, [other], {}, N)[0][0].equal(prompt.prompt)
+    assert source_prompts([where], [(TASK, 13)], model, N)[0].prompt.equal(prompt.prompt)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -180,15 +178,12 @@ def test_a_place_gives_metadata_and_checks_the_backbone(
     prompt: Prompt, model: Backbone, backbone: Callable[[str], Backbone], place: str
 ) -> None:
     """PEFT does not say for which weights a prompt was made."""
-    (found,) = find_prompts(place)
+    (found,) = find_prompts(PLACES[place])
     assert found.load(model).prompt.equal(prompt.prompt)
     if place == "peft":
         assert found.load(backbone("gpt2")).backbone_digest == ""
         return
-    assert (found.metadata["task"], found.dev, found.stem) == (
-        *(TASK, 0.5),
-        "p" if place == "p.safetensors" else RUN.name,
-    )
+    assert (found.metadata["task"], found.dev, found.stem) == (TASK, 0.5, NAME)
     with pytest.raises(ValueError, match=rf"^{found.where}: made for backbone .* 'tiny-gpt2' has"):
         found.load(backbone("gpt2"))
 

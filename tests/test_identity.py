@@ -19,9 +19,9 @@ from test_prompt_tuning import make_method, make_trainer
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.subspace import Subspace
 from prompt_lab.data.datamodule import CrossFitDataModule
-from prompt_lab.files.networks import save_network
 from prompt_lab.files.prompts import find_prompts
 from prompt_lab.files.results import read_csv
+from prompt_lab.files.tensors import save_network
 from prompt_lab.methods.prompt_tuning import PromptTuning
 from prompt_lab.methods.starts import SubspaceConfig
 

@@ -9,8 +9,8 @@ import pytest
 from prompt_lab.commands import cli
 from prompt_lab.commands.report import report_command
 from prompt_lab.core.subspace import Subspace
-from prompt_lab.files.networks import load_network
 from prompt_lab.files.results import read_csv
+from prompt_lab.files.tensors import load_network
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "intrinsic"
 QUICK = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.accelerator=cpu"]

@@ -15,12 +15,11 @@ from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import renumber
 from prompt_lab.core.pretrained import weights_digest
 from prompt_lab.core.subspace import Subspace
-from prompt_lab.files.networks import load_network
-from prompt_lab.files.prompts import Prompt, PromptStore
+from prompt_lab.files.prompts import Prompt, PromptStore, source_prompts
 from prompt_lab.files.results import read_csv
+from prompt_lab.files.tensors import load_network
 from prompt_lab.methods.intrinsic_subspace import IntrinsicSubspace
 from prompt_lab.methods.prompt_tuning import PromptTuning
-from prompt_lab.methods.source_prompts import source_prompts
 from prompt_lab.methods.starts import SubspaceConfig
 
 TOKENS = 5

@@ -33,6 +33,10 @@ def draw(kind: str, table: pd.DataFrame) -> Figure:
         return plots.lines(table, "x", "y", "label", looks, "K", "score", "std", steps=True)
     if kind == "heatmap":
         return plots.heatmap(table.pivot_table(index="label", columns="task", values="y"), "E_rel")
+    if kind == "texts":
+        grid = table.pivot_table(index="label", columns="task", values="y")
+        texts = grid.map("{:.1f}\n± 0.1".format)
+        return plots.heatmap(grid, "a label of a bar that is long", 0.0, texts, "target", "source")
     if kind == "scatter":
         return plots.scatter(table, "x", "y", "line", "one", "two")
     return plots.violins(table, "y", "label", looks, "gain", 0.0)
@@ -68,7 +72,7 @@ def assert_readable(figure: Figure) -> None:
             )
 
 
-KINDS = ["dots", "lines", "steps", "heatmap", "scatter", "violins"]
+KINDS = ["dots", "lines", "steps", "heatmap", "texts", "scatter", "violins"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,8 +12,9 @@ import torch
 from conftest import HIDDEN, POSITIONS, make_backbone
 
 import prompt_lab
-from prompt_lab.commands import cli, offline, predict_command
-from prompt_lab.commands.predict_command import read_lines
+from prompt_lab.commands import cli, offline
+from prompt_lab.commands import predict as predict_command
+from prompt_lab.commands.predict import read_lines
 from prompt_lab.core.prediction import label_scores, predict
 from prompt_lab.files.prompts import Prompt, save_prompt
 
@@ -304,35 +305,21 @@ def test_labels_and_decoding_decide_how_answers_are_made(store, capsys, monkeypa
         assert (set(row["scores"]) if "scores" in row else None) == expected
 
 
-def test_answers_do_not_depend_on_the_chunks_and_come_before_the_input_ends(store, monkeypatch):
+def test_answers_do_not_depend_on_the_chunks(store, monkeypatch, capsys):
     """Reference: the same lines in one chunk."""
-    lines = [f"{'very ' * (at % 5)}long line {at}\n".encode() for at in range(20)]
-    Path("in.txt").write_bytes(b"".join(lines))
+    Path("in.txt").write_text("".join(f"{'very ' * (at % 5)}long line {at}\n" for at in range(20)))
     words = (store / "glue-sst2.safetensors", "--decoding=generate", "--max_new_tokens=4")
     assert run(*words, "--input=in.txt", "--out=whole.txt") == 0
-
-    out, written = io.StringIO(), []
-
-    def slow():
-        for line in lines:
-            written.append(out.getvalue().count("\n"))
-            yield line
-
-    monkeypatch.setattr("sys.stdout", out)
-    monkeypatch.setattr(predict_command, "FIRST_CHUNK", 2)
-    monkeypatch.setattr(predict_command, "LARGEST_CHUNK", 5)
-    monkeypatch.setattr(
-        predict_command, "_opened", lambda path: predict_command.nullcontext(slow())
-    )
-    assert run(*words, "--input=-") == 0
-    assert out.getvalue() == Path("whole.txt").read_text()
-    assert written[:8] == [0, 0, 2, 2, 2, 2, 6, 6]  # chunks of 2, 4, 5, 5, 4
+    monkeypatch.setattr(predict_command, "CHUNK", 3)
+    assert run(*words, "--input=in.txt") == 0
+    assert run(*words, "--input=in.txt", "--out=deep/chunks.txt") == 0
+    assert capsys.readouterr().out == Path("whole.txt").read_text()
+    assert Path("deep/chunks.txt").read_text() == Path("whole.txt").read_text()
 
 
-def test_out_is_written_whole_or_not_at_all(store, capsys, monkeypatch):
+def test_out_is_written_whole_or_not_at_all(store, capsys):
     Path("out.txt").write_text("old")
     Path("in.txt").write_bytes(b"a\nb\nc\td\n")
-    monkeypatch.setattr(predict_command, "FIRST_CHUNK", 1)
     words = (store / "glue-sst2.safetensors", "--input=in.txt", "--out=out.txt")
     assert run(*words) == 1
     assert "in.txt, line 3: the line holds a tab" in capsys.readouterr().err
@@ -377,11 +364,12 @@ def test_prompts_of_several_backbones_are_refused_unless_they_are_one(
         (("nothing.safetensors",), "no prompt file or folder nothing.safetensors: give"),
         (("empty",), "empty holds no prompts: give a prompt file, a "),
         (("run",), "run holds no prompts: give a prompt file, a "),
-        (("peft",), "peft/adapter_config.json: not a config of PEFT"),
+        (("peft",), "no adapter_model.safetensors in peft: not a PEFT prompt folder"),
         (("x", "--input=none.txt"), "no input file none.txt"),
         (("x", "--input=empty"), "input is the folder empty: give a file"),
         (("x", "--out=empty"), "out is the folder empty: give a file"),
         (("x", "--max_input_length=0"), "max_input_length is 0: give at least 1"),
+        (("x", "--tokens_per_forward=0"), "tokens_per_forward is 0: give at least 1"),
         (("x", "--labels", "a", "b", "--decoding=generate"), "labels are scored and decoding is"),
     ],
 )

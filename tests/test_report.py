@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from prompt_lab.analysis.report import make_report, write_report
-from prompt_lab.analysis.sections import Section, compare_runs
+from prompt_lab.analysis.sections import Section, compare_runs, literal
 from prompt_lab.analysis.statistics import holm
 from prompt_lab.analysis.tables import chosen_runs, read_lines
 from prompt_lab.commands.offline import run
@@ -270,3 +271,55 @@ def test_sums_at_several_k_stay_apart(tmp_path):
     found = {x.name: x.table for x in make_report(read_lines({"k": tmp_path}), [], {})}
     few, many = (own for _, own in found["vectors-expressions"].groupby("line", sort=False))
     np.testing.assert_allclose(few["tuned"], 2 * many["tuned"])
+
+
+# ---- cells ---------------------------------------------------------------------------------------
+
+MARKS = [
+    *("a|b", "*", "**", "**bold** _it_ ~~no~~", "`x`", "<b>&amp;</b>", "[a](http://b.c) @f #1"),
+    *("\\", "\\|", "\\n", "\\**", "|", "_", "تناقض", "准确", "\"'", "$x$", "a__b", "&lt;"),
+]
+
+
+class Cells(HTMLParser):
+    """Texts of the cells of all tables, and of what is bold."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.cells: list[str] = []
+        self.bold: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.open.append(tag)
+        self.cells += [""] * (tag == "td")
+        self.bold += [""] * (tag in ("b", "strong"))
+
+    def handle_endtag(self, tag):
+        while self.open.pop() != tag:
+            pass  # such as <meta> has no end
+
+    def handle_data(self, data):
+        if "td" in self.open:
+            self.cells[-1] += data
+        if {"b", "strong"} & {*self.open}:
+            self.bold[-1] += data
+
+
+@pytest.mark.parametrize("text", MARKS)
+@pytest.mark.parametrize("is_bold", [False, True])
+def test_a_text_of_any_marks_is_one_cell_that_shows_it_as_it_is(tmp_path, text, is_bold):
+    """Reference: a parser of HTML, and one of Markdown."""
+    markdown_it = pytest.importorskip("markdown_it")
+    cell = f"**{literal(text)}** 0.5" if is_bold else f"{literal(text)} 0.5"
+    shown = pd.DataFrame({"a": ["1"], "b": [cell], "c": ["a|b *"]})
+    write_report([Section("x", "X", "", shown, shown)], tmp_path, "Tokens & more")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<title>Tokens &amp; more</title>" in page
+    rules = markdown_it.MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    for found in (page, rules.render((tmp_path / "report.md").read_text(encoding="utf-8"))):
+        made = Cells(found)
+        assert made.cells == ["1", f"{text} 0.5", "a|b *"]
+        assert made.bold == [text] * is_bold

@@ -5,20 +5,26 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
+from conftest import result_line
 from sklearn.metrics import ndcg_score
 
-from prompt_lab.analysis.selection import best_of_top_k, evaluate, ndcg, regret_at_k
-from prompt_lab.analysis.transfer_table import (
-    NO_TRANSFER,
+from prompt_lab.analysis.selection import (
     PAPER_TABLE,
-    Entry,
-    make_table,
+    best_of_top_k,
+    evaluate,
+    judge,
+    ndcg,
     read_table,
+    read_transfer,
 )
 from prompt_lab.data.partitions import partition
+from prompt_lab.files.results import RESULT_COLUMNS
+from prompt_lab.files.tensors import write_csv
 
 
 def orders(similarities: list[float]) -> list[tuple[int, ...]]:
@@ -35,268 +41,326 @@ def paper_dcg(scores: list[float]) -> float:
     return sum((2**score - 1) / math.log2(i + 2) for i, score in enumerate(scores))
 
 
+def regret(scores: list[float], likeness: list[float], k: int) -> float:
+    return judge(scores, likeness)[f"Regret@{k}"] / 100
+
+
 # ---- measures ------------------------------------------------------------------------------------
 
 
-def test_ndcg_of_a_case_by_hand():
+def test_measures_of_cases_by_hand():
     """Gains 7, 3 and 0 at places 2, 1 and 3; the best order has 7 first."""
     found = (3 + 7 / math.log2(3)) / (7 + 3 / math.log2(3))
     assert ndcg([3, 2, 0], [0.1, 0.9, -1]) == pytest.approx(found)
     assert ndcg([3, 2, 0], [9, 5, 1]) == 1
-    assert ndcg([3, 2, 0], [0.1, 0.9, -1], k=1) == pytest.approx(3 / 7)
-
-
-def test_regret_of_a_case_by_hand():
     scores, likeness = [80, 60, 75, 70], [0.1, 0.9, 0.8, 0.2]
-    assert [regret_at_k(scores, likeness, k) for k in (1, 2, 3, 4)] == pytest.approx(
-        [20 / 80, 5 / 80, 5 / 80, 0]
-    )
-    assert [best_of_top_k(scores, likeness, k) for k in (1, 2, 3, 4)] == [60, 75, 75, 80]
+    judged = judge(scores, likeness, 50)
+    assert [judged[f"score@{k}"] for k in (1, 2, 3, 4)] == [60, 75, 75, 80]
+    assert [judged[f"Regret@{k}"] for k in (1, 2, 3, 4)] == pytest.approx([25, 6.25, 6.25, 0])
+    assert [judged[f"gain@{k}"] for k in (1, 2, 3, 4)] == pytest.approx([20, 50, 50, 60])
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")  # its check of the gains
-@pytest.mark.parametrize("k", [None, 1, 3, 8])
 @pytest.mark.parametrize("seed", range(5))
-def test_ndcg_is_that_of_scikit_learn_on_the_papers_gains(k, seed):
+def test_ndcg_is_that_of_scikit_learn_on_the_papers_gains(seed):
     """With and without equal similarities; both share the gain of equal ones."""
     draw = np.random.default_rng(seed)
     scores = draw.uniform(0, 100, 8)
     for likeness in (draw.normal(size=8), draw.integers(0, 3, 8).astype(float), np.zeros(8)):
-        gains = 2**scores - 1
-        wanted = ndcg_score(gains[None], likeness[None], k=k)
-        assert ndcg(scores, likeness, k) == pytest.approx(wanted, rel=1e-12)
+        wanted = ndcg_score((2**scores - 1)[None], likeness[None])
+        assert ndcg(scores, likeness) == pytest.approx(wanted, rel=1e-12)
 
 
 @pytest.mark.parametrize(
     "likeness", [[0] * 6, [2, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 2], [3, 3, 3, 3, 1, 2], range(6)]
 )
-def test_equal_similarities_have_the_exact_mean_over_their_orders(likeness):
-    """Reference: every order, one by one."""
-    scores = [71.5, 70.0, 73.0, 73.0, 64.25, 72.0]
+@pytest.mark.parametrize("low", [64.25, -40.5])
+def test_equal_similarities_have_the_exact_mean_over_their_orders(likeness, low):
+    """Reference: every order, one by one; scores may be negative, as correlations are."""
+    scores = [71.5, 70.0, 73.0, 73.0, low, 72.0]
     found = [[scores[at] for at in order] for order in orders(list(likeness))]
     wanted = np.mean([paper_dcg(own) for own in found]) / paper_dcg(sorted(scores)[::-1])
     assert ndcg(scores, likeness) == pytest.approx(wanted, rel=1e-12)
     for k in range(1, 7):
         best = np.mean([max(own[:k]) for own in found])
         assert best_of_top_k(scores, likeness, k) == pytest.approx(best, rel=1e-12)
-        assert regret_at_k(scores, likeness, k) == pytest.approx((73 - best) / 73, abs=1e-14)
+        assert regret(scores, likeness, k) == pytest.approx((73 - best) / 73, abs=1e-14)
+
+
+def test_extreme_scores_and_a_single_source_have_their_right_values():
+    assert ndcg([100, 99, 0], [1, 2, 3]) == pytest.approx(
+        paper_dcg([0, 99, 100]) / paper_dcg([100, 99, 0])
+    )
+    low = [-3.0, 1.0, -0.5]  # the worst order loses more than all is worth
+    assert ndcg(low, [3, 1, 2]) == pytest.approx(
+        paper_dcg([-3, -0.5, 1]) / paper_dcg([1, -0.5, -3])
+    )
+    assert judge([40], [7], 50) == {"nDCG": 100, "score@1": 40, "Regret@1": 0, "gain@1": -20}
+    for scores in ([0, 0], [-5, 0], [0]):
+        assert math.isnan(ndcg(scores, [1, 2][: len(scores)]))
+        assert math.isnan(regret(scores, [1, 2][: len(scores)], 1))
+    assert math.isnan(judge([70, 60], [1, 2])["gain@1"])
+    with pytest.raises(ValueError, match="k is 3, and there are 2 sources: give 1 to 2"):
+        best_of_top_k([1, 2], [1, 2], 3)
 
 
 def test_only_the_order_of_similarities_counts_and_the_order_of_sources_does_not():
     draw = np.random.default_rng(0)
     scores, likeness = draw.uniform(50, 100, 9), draw.normal(size=9)
-    mixed = draw.permutation(9)
+    mixed, wanted = draw.permutation(9), judge(scores, likeness)
     for other in (np.exp(likeness), 1e-9 * likeness - 4):
-        assert ndcg(scores, other) == ndcg(scores, likeness)
-        assert regret_at_k(scores, other, 2) == regret_at_k(scores, likeness, 2)
-    assert ndcg(scores[mixed], likeness[mixed]) == pytest.approx(ndcg(scores, likeness))
+        assert judge(scores, other) == pytest.approx(wanted, nan_ok=True)
+    assert judge(scores[mixed], likeness[mixed]) == pytest.approx(wanted, nan_ok=True)
     assert ndcg(scores / 100, likeness) != pytest.approx(ndcg(scores, likeness))  # unlike Regret
-    assert regret_at_k(scores / 100, likeness, 2) == pytest.approx(regret_at_k(scores, likeness, 2))
-
-
-def test_scores_of_100_and_below_0_have_finite_gains_and_no_good_source_has_no_value():
-    assert ndcg([100, 99, 0], [1, 2, 3]) == pytest.approx(
-        paper_dcg([0, 99, 100]) / paper_dcg([100, 99, 0])
-    )
-    assert ndcg([50, -20], [1, 0]) == 1
-    for scores in ([0, 0], [-5, 0]):
-        assert math.isnan(ndcg(scores, [1, 2]))
-        assert math.isnan(regret_at_k(scores, [1, 2], 1))
-
-
-@pytest.mark.parametrize(
-    ("scores", "likeness", "k", "reason"),
-    [
-        ([], [], 1, "give one row of finite numbers"),
-        ([1, math.nan], [1, 2], 1, "scores .*: give one row of finite numbers"),
-        ([1, 2], [1, math.inf], 1, "similarities .*: give one row of finite numbers"),
-        ([[1, 2]], [[1, 2]], 1, "give one row of finite numbers"),
-        ([1, 2], [1, 2, 3], 1, "2 scores and 3 similarities: give one each per source"),
-        ([1, 101], [1, 2], 1, "give percent, at most 100"),
-        ([1, 2], [1, 2], 0, "k is 0, and there are 2 sources"),
-        ([1, 2], [1, 2], 3, "k is 3, and there are 2 sources"),
-    ],
-)
-def test_what_is_no_ranking_of_scores_is_refused(scores, likeness, k, reason):
-    for measure in (ndcg, best_of_top_k, regret_at_k):
-        with pytest.raises(ValueError, match=reason):
-            measure(scores, likeness, k)
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
 
 
-def drawn(seeds: int = 3) -> list[Entry]:
-    """Scores of 5 sources for 2 targets, and some without transfer."""
+def drawn(*without: tuple[str, str, str]) -> pd.DataFrame:
+    """Scores of 5 sources for 2 targets and 3 seeds, one of them with a baseline."""
     draw = np.random.default_rng(1)
-    pairs = itertools.product("abcde", "xy", range(seeds))
-    entries = [Entry(s, t, float(draw.uniform(60, 90)), f"{seed}") for s, t, seed in pairs]
-    return [*entries, *(Entry(NO_TRANSFER, "x", value, value_seed) for value, value_seed in BASE)]
+    keys = [*itertools.product("abcde", "xy", "012")]
+    rows = [(*key, draw.uniform(60, 90)) for key in keys]
+    table = pd.DataFrame(rows, columns=["source", "target", "seed", "score"]).assign(sample="")
+    table["baseline"] = table["target"].map({"x": 72.0})
+    return table[[key not in without for key in keys]]
 
 
-BASE = ((70.0, "0"), (74.0, "1"))
-RATING = {"x": {name: at for at, name in enumerate("abcde")}, "y": dict.fromkeys("abcde", 0)}
+RATING = pd.DataFrame(
+    [("mine", "x", name, at) for at, name in enumerate("abcde")]
+    + [("mine", "y", name, 0) for name in "abcde"],
+    columns=["ranking", "target", "source", "similarity"],
+)
 
 
 def test_seeds_are_averaged_before_or_after_the_ranking():
     """Reference: a loop over targets and seeds."""
-    table = make_table(drawn())
-    mean, each = (evaluate(table, RATING, seeds) for seeds in ("mean", "each"))
-    for target in "xy":
-        likeness = list(RATING[target].values())
-        scores = np.array([list(table.scores[target][source].values()) for source in "abcde"])
-        assert mean[target].ndcg == pytest.approx(ndcg(scores.mean(axis=1), likeness))
-        own = [ndcg(scores[:, seed], likeness) for seed in range(3)]
-        assert each[target].ndcg == pytest.approx(np.mean(own))
-        for k in (1, 3):
-            regret = [regret_at_k(scores[:, seed], likeness, k) for seed in range(3)]
-            assert each[target].regret[k] == pytest.approx(np.mean(regret))
-            best = best_of_top_k(scores.mean(axis=1), likeness, k)
-            assert mean[target].score[k] == pytest.approx(best)
-            gain = (best - 72) / 72 if target == "x" else math.nan
-            assert mean[target].gain[k] == pytest.approx(gain, nan_ok=True)
-
-
-def test_fewer_sources_than_k_have_no_regret_at_k():
-    entries = [Entry("a", "x", 70.0), Entry("b", "x", 80.0)]
-    found = evaluate(make_table(entries), {"x": {"a": 1, "b": 0}})["x"]
-    assert (found.sources, found.regret[1]) == (2, 0.125)
-    assert math.isnan(found.regret[3])
-    assert math.isnan(found.score[3])
+    table = drawn()
+    mean, each = (evaluate(table, RATING, x).set_index("target") for x in ("mean", "each"))
+    for target, likeness in (("x", range(5)), ("y", [0] * 5)):
+        own = table[table["target"] == target].set_index(["source", "seed"])["score"]
+        scores = np.array([[own[source, seed] for seed in "012"] for source in "abcde"])
+        base = 72 if target == "x" else math.nan
+        whole = judge(scores.mean(axis=1), likeness, base)
+        apart = pd.DataFrame([judge(scores[:, at], likeness, base) for at in range(3)]).mean()
+        for name in whole:
+            assert mean.loc[target, name] == pytest.approx(whole[name], nan_ok=True)
+            assert each.loc[target, name] == pytest.approx(apart[name], nan_ok=True)
+    assert mean["first"].tolist() == ["e", "5 equal ones"]
 
 
 def test_a_seed_counts_where_all_sources_have_it():
-    entries = [e for e in drawn() if (e.source, e.target, e.seed) != ("b", "x", "1")]
-    table = make_table(entries)
-    assert table.notes == ("measured with fewer than 3 seeds: b for x",)
-    found = evaluate(table, RATING, "each")["x"]
-    whole = [[table.scores["x"][s][seed] for s in "abcde"] for seed in "02"]
-    assert found.ndcg == pytest.approx(np.mean([ndcg(own, range(5)) for own in whole]))
-    apart = [Entry("a", "x", 70.0, "0"), Entry("b", "x", 80.0, "1")]
+    found = evaluate(drawn(("b", "x", "1")), RATING, "each").set_index("target").loc["x"]
+    own = drawn().set_index(["target", "seed", "source"])["score"]["x"]
+    assert found["nDCG"] == pytest.approx(100 * np.mean([ndcg(own[s], range(5)) for s in "02"]))
+    apart = drawn(*(("b", "x", seed) for seed in "12"), *(("a", "x", seed) for seed in "0"))
     with pytest.raises(ValueError, match="x: no seed that all its sources have"):
-        evaluate(make_table(apart), {"x": {"a": 1, "b": 0}}, "each")
+        evaluate(apart, RATING, "each")
+
+
+def test_fewer_sources_than_k_have_no_regret_at_k():
+    table = drawn().query("source in ('a', 'b')")
+    found = evaluate(table, RATING)
+    assert found["sources"].tolist() == [2, 2]
+    assert found["Regret@2"].tolist() == [0, 0]
+    assert found["Regret@3"].isna().all()
 
 
 def test_similarities_that_are_missing_are_named():
-    table = make_table(drawn())
-    lacking = {"x": RATING["x"], "y": {"a": 1.0, "b": math.nan, "c": 0.0, "d": 1.0}}
-    with pytest.raises(ValueError, match=r"no similarity of 2 of 10 pairs .*: b for y, e for y"):
-        evaluate(table, lacking)
-    with pytest.raises(ValueError, match="seeds is 'all'; allowed: mean, each"):
-        evaluate(table, RATING, "all")  # pyright: ignore[reportArgumentType]
+    lacking = RATING.assign(similarity=RATING["similarity"].mask(RATING.index == 6))[:-1]
+    with pytest.raises(
+        ValueError, match=r"mine: no similarity of 2 of 10 pairs .*: b for y, e for y"
+    ):
+        evaluate(drawn(), lacking)
 
 
 # ---- tables --------------------------------------------------------------------------------------
 
 
-def test_long_and_wide_tables_are_the_same(tmp_path):
-    wide, long = tmp_path / "wide.csv", tmp_path / "long.csv"
-    wide.write_text("\ufeff# a comment\nfrom,x,size,y\nA,70,100,80\n\nNo_Transfer,60,,\nB,71.5,,\n")
-    long.write_text(
-        "target,source,score,size\nx,A,70,100\ny,A,80,100\nx,no transfer,60,\nx,B,71.5,\ny,B,,\n"
-    )
-    entries, sizes = read_table(wide)
-    assert entries == [
-        Entry("A", "x", 70.0),
-        Entry("A", "y", 80.0),
-        Entry(NO_TRANSFER, "x", 60.0),
-        Entry("B", "x", 71.5),
-    ]
-    other, other_sizes = read_table(long)
-    assert sorted(other, key=str) == sorted(entries, key=str)
-    assert sizes == other_sizes == {"A": 100.0}
-    long.write_text("source,target,score,seed\nA,x,70,1\nA,x,71,2\nB,x,60,1\nB,x,61,2\n")
-    assert make_table(read_table(long)[0]).scores == {
-        "x": {"A": {"1": 70.0, "2": 71.0}, "B": {"1": 60.0, "2": 61.0}}
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def scores_of(table: pd.DataFrame) -> set[tuple[Any, ...]]:
+    return {
+        *table.dropna(subset="score")[["source", "target", "seed", "score"]].itertuples(False, None)
     }
 
 
-def test_own_tasks_and_missing_pairs_are_told():
-    pairs = ["ab", "ac", "ba", "bc", "aa", "ca", "cb", "da"]
-    table = make_table([Entry(source, target, 50.0) for source, target in pairs])
-    assert sorted(table.pairs()) == [(t, s) for t, s in ("ab", "ac", "ad", "ba", "bc", "ca", "cb")]
-    assert table.notes == (
+def test_long_and_wide_tables_are_the_same(tmp_path):
+    wide = "\ufeff# a comment, 'quoted\nfrom,x,size,y\nA,70,100, 80\n\nno-transfer,60,,\nB,71.5,,\n"
+    long = "target,source,score,size\nx,A,70,100\ny,A,80,100\nx,no-transfer,60,\nx,B,71.5,\ny,B,,\n"
+    tables = [read_table(write(tmp_path / "t.csv", text)) for text in (wide, long)]
+    wanted = {("A", "x", "", 70.0), ("A", "y", "", 80.0), ("B", "x", "", 71.5)}
+    for table in tables:
+        assert scores_of(table) == wanted | {("no-transfer", "x", "", 60.0)}
+        assert {*table.dropna(subset="size")["source"]} == {"A"}
+    seeded = "source,target,score,seed\nA,x,70,1\nA,x,71,2\nB,x,60,1\nB,x,61,2\n"
+    transfer, notes = read_transfer([write(tmp_path / "t.csv", seeded)])
+    assert scores_of(transfer) == {
+        ("A", "x", "1", 70.0),
+        ("A", "x", "2", 71.0),
+        ("B", "x", "1", 60.0),
+        ("B", "x", "2", 61.0),
+    }
+    assert notes == []
+
+
+def test_own_tasks_missing_pairs_and_missing_seeds_are_told(tmp_path):
+    text = "source,a,b,c\na,50,50,50\nb,50,,50\nc,50,50,\nd,50,,\nno-transfer,40,,60\n"
+    transfer, notes = read_transfer([write(tmp_path / "t.csv", text)])
+    assert len(transfer) == 7
+    assert transfer.groupby("target")["baseline"].first().dropna().to_dict() == {"a": 40, "c": 60}
+    assert notes == [
         "left out, a task as its own source: a",
         "not measured, so not ranked for that target: d for b, d for c",
-    )
+    ]
+    seeds = "source,target,score,seed\nA,x,70,1\nA,x,71,2\nB,x,60,1\n"
+    _, notes = read_transfer([write(tmp_path / "t.csv", seeds)])
+    assert notes == ["measured with fewer than 2 seeds: B for x"]
 
 
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "table.csv has no rows"),
-        ("source,x\n", "table.csv has no rows"),
-        ("source,x\nA,good\n", "table.csv, line 2: x is 'good', not a finite number"),
-        ("# c\nsource,x\n\nA,nan\n", "table.csv, line 4: x is 'nan', not a finite number"),
-        ("source,x\nA,1,2\n", "table.csv, line 2: 3 cells for 2 columns"),
-        ("source,x\n,1\n", "table.csv, line 2: no source; no-transfer stands for none"),
-        ("source,x,x\nA,1,2\n", "columns without a name, or twice: x"),
-        ("source,\nA,1\n", r"columns without a name, or twice: \(empty\)"),
-        ("source,size\nA,1\n", "no column of a target"),
-        ("source,x,size\nA,1,-4\n", "line 2: size of A is -4: give one number above 0"),
-        ("source,target,score,std\nA,x,1,2\n", "unknown columns std; a long table has source"),
-        ("source,target,score\nA,,1\n", "line 2: no target"),
-        ("source,target,score,size\nA,x,1,2\nA,y,1,3\n", "line 3: size of A is 3"),
+        ("", "t.csv is no CSV table: No columns to parse from file"),
+        ("source,x\n", "no source has a score for any target"),
+        ("source,x\nA,good\n", "t.csv: score of A for x is 'good', not a finite number"),
+        ("source,x\nA,nan\nB,inf\n", "t.csv: score of A for x is 'nan', not a finite number"),
+        ("source,x\nA,1,2\n", "t.csv is no CSV table: .* Expected 2 fields in line 2, saw 3"),
+        ("source,x\n,1\n", "t.csv: a row without source or target; no-transfer stands for none"),
+        ("source,x,x\nA,1,2\n", "t.csv has the columns source, x, x: give source, target, score"),
+        ("source,\nA,1\n", "has the columns source, : give"),
+        ("source,size\nA,1\n", "has the columns source, size: give"),
+        ("source,target,score,std\nA,x,1,2\n", "has the columns source, target, score, std: give"),
+        ("source,target,score\nA,,1\n", "a row without source or target"),
+        ("source,target,score,size\nA,x,10,2\nA,y,1,3\n", "several sizes of A: give one number"),
+        ("source,x\na,0.7\nb,0.8\n", "all scores are at most 1: give percent"),
+        ("source,x\na,700\nb,8\n", "scores such as 700: give percent, at most 100"),
+        ("source,x,y\na,70,\nno-transfer,60,50\n", "no source has a score for y: add one"),
+        ("source,x\na,70\na,71\n", "1 scores stand more than once, such as that of a for x"),
     ],
 )
-def test_files_that_are_no_tables_are_refused(tmp_path, text, reason):
-    path = tmp_path / "table.csv"
-    path.write_text(text)
+def test_tables_that_are_no_transfer_are_refused(tmp_path, text, reason):
     with pytest.raises(ValueError, match=reason):
-        read_table(path)
+        read_transfer([write(tmp_path / "t.csv", text)])
 
 
 def test_files_that_are_not_there_or_not_text_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file .*nothing.csv: give a CSV table"):
-        read_table(tmp_path / "nothing.csv")
+        read_transfer([str(tmp_path / "nothing.csv")])
     (tmp_path / "binary.csv").write_bytes(b"source,x\n\xff,1\n")
-    with pytest.raises(ValueError, match=r"binary.csv is not UTF-8 text"):
+    with pytest.raises(ValueError, match=r"binary.csv is no CSV table"):
         read_table(tmp_path / "binary.csv")
 
 
+# ---- results of fits -----------------------------------------------------------------------------
+
+
+def results(folder: Path, *lines: dict[str, Any]) -> str:
+    """A results.csv of lines, each with ``of``: the source, or a plain start."""
+    rows = []
+    for line in lines:
+        of = line.pop("of")
+        start = (
+            {"start": of}
+            if of in ("vocab", "text", "meta")
+            else {"start": "prompt", "start_of": of}
+        )
+        rows.append(result_line(fit_id="f", **{"task": "x", **start, **line}))
+    write_csv(folder / "results.csv", RESULT_COLUMNS, rows)
+    return str(folder)
+
+
+def test_runs_that_start_from_the_prompt_of_another_task_are_transfers(tmp_path):
+    lines = [
+        {"of": "a", "test": 0.70, "learning_rate": 0.3, "dev": 0.9},
+        {"of": "a", "test": 0.99, "learning_rate": 0.1, "dev": 0.1},  # dev chose the other
+        {"of": "a", "test": 0.80, "init_seed": 1},
+        {"of": "b", "test": 0.60},
+        {"of": "b", "test": 0.70, "init_seed": 1},
+        {"of": "x", "test": 0.95},  # its own prompt
+        {"of": "vocab", "test": 0.50},
+        {"of": "vocab", "test": 0.70, "init_seed": 1},
+        {"of": "vocab", "test": 0.9, "task": "a"},  # how a source was tuned
+        {"of": "meta", "test": 0.9},
+        {"of": "vocab", "test": 0.4, "variant": "no_prompt"},
+        {"of": "a", "test": None, "init_seed": 2},
+    ]
+    folder = results(tmp_path / "fits", *lines)
+    transfer, notes = read_transfer([folder])
+    assert scores_of(transfer.round(9)) == {
+        ("a", "x", "0/0", 70.0),
+        ("a", "x", "1/0", 80.0),
+        ("b", "x", "0/0", 60.0),
+        ("b", "x", "1/0", 70.0),
+    }
+    assert (transfer["baseline"].round(9).unique(), transfer["sample"].unique()) == ([60], ["100"])
+    assert notes == [
+        "left out, 2 tuned runs of other tasks or other starts",
+        "left out, 1 runs without a test score",
+        "left out, a task as its own source: x",
+    ]
+    again, _ = read_transfer([f"{folder}/results.csv", folder])  # each file once
+    pd.testing.assert_frame_equal(again, transfer)
+    table = write(tmp_path / "t.csv", "source,x\nc,60\n")
+    both, _ = read_transfer([folder, table])
+    assert {*both["source"]} == {"a", "b", "c"}
+
+
+def test_each_target_may_have_a_start_of_its_own_without_transfer(tmp_path):
+    lines = [{"of": of, "test": 0.7} for of in ("a", "b", "text")]
+    lines += [{"of": of, "test": 0.1, "task": "y"} for of in ("a", "b", "vocab")]
+    transfer, _ = read_transfer([results(tmp_path, *lines)])
+    assert transfer.groupby("target")["baseline"].first().to_dict() == {"x": 70, "y": 10}
+
+
 @pytest.mark.parametrize(
-    ("entries", "reason"),
+    ("other", "sentence"),
     [
-        ([Entry("a", "x", 0.7), Entry("b", "x", 0.8)], "all scores are at most 1: give percent"),
-        ([Entry("a", "x", 700.0), Entry("b", "x", 8.0)], "scores such as 700: give percent"),
-        ([Entry("a", "x", 70.0)], "needs two sources or more for a target: x"),
-        ([Entry(NO_TRANSFER, "x", 70.0)], "needs two sources or more for a target: x"),
-        ([], "needs two sources or more"),
-        ([Entry("a", "x", 7.0)] * 2, "such as that of a for x: keep one, or tell them apart"),
-        ([Entry("a", "x", 7.0, "3")] * 2, "such as that of a for x and seed 3"),
+        (
+            {"backbone": "large"},
+            r"all tasks differ in backbone \(large, t5-base\): give the result",
+        ),
+        (
+            {"shots": 64},
+            r"the transfer runs of x differ in shots \(16, 64\): give the result files",
+        ),
+        ({"metric_variant": "corrected"}, "differ in metric_variant"),
+        ({"of": "text"}, r"the transfer runs of x differ in start \(text, vocab\)"),
     ],
 )
-def test_numbers_that_are_no_transfer_are_refused(entries, reason):
-    with pytest.raises(ValueError, match=reason):
-        make_table(entries)
+def test_results_that_cannot_be_compared_are_refused(tmp_path, other, sentence):
+    lines = [{"of": of, "test": 0.7} for of in ("a", "b", "vocab")]
+    lines.append({"of": "b", "test": 0.5, "init_seed": 1} | other)
+    with pytest.raises(ValueError, match=sentence):
+        read_transfer([results(tmp_path, *lines)])
 
 
 # ---- the paper -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def paper():
+def paper() -> pd.DataFrame:
     """Table 7 as it ships with the package."""
-    return make_table(*read_table(PAPER_TABLE))
+    transfer, notes = read_transfer(["paper"])
+    assert notes == []
+    return transfer
 
 
 def test_the_typed_table_has_the_papers_tasks_means_and_best_sources(paper):
     tasks = partition("selection/13_to_10")
-    assert tuple(paper.sources) == tasks.source
-    assert tuple(paper.scores) == tasks.target
-    assert paper.notes == ()
-    assert len(paper.pairs()) == 130
-    values = {pair: paper.scores[pair[0]][pair[1]][""] for pair in paper.pairs()}
-    assert np.mean(list(paper.baseline.values())) == pytest.approx(77.204)  # Table 4: 77.2
-    mnli = [value for (_, source), value in values.items() if source == "selection-mnli"]
-    assert np.mean(mnli) == pytest.approx(77.584)  # Table 4: 77.58
-    assert max(paper.scores["selection-copa"]["selection-cxc"].values()) - 60 == 8  # appendix C
-    best = {}
-    for target, found in paper.scores.items():
-        highest = max(own[""] for own in found.values())
-        best[target] = [source for source, own in found.items() if own[""] == highest]
-    short = {t[10:]: " ".join(s[10:] for s in own) for t, own in best.items()}
-    assert short == {
+    grid = paper.pivot(index="source", columns="target", values="score")
+    grid = grid.loc[[*tasks.source], [*tasks.target]]
+    assert len(paper) == grid.size == 130
+    base = paper.groupby("target")["baseline"].first()
+    assert base.mean() == pytest.approx(77.204)  # Table 4: 77.2
+    assert grid.loc["selection-mnli"].mean() == pytest.approx(77.584)  # Table 4: 77.58
+    assert grid.loc["selection-cxc", "selection-copa"] - 60 == 8  # appendix C
+    best = {x[10:]: " ".join(s[10:] for s in grid.index[grid[x] == grid[x].max()]) for x in grid}
+    assert best == {
         "boolq": "qnli squad",
         "cola": "hellaswag",
         "stsb": "hellaswag",
@@ -308,39 +372,38 @@ def test_the_typed_table_has_the_papers_tasks_means_and_best_sources(paper):
         "copa": "cxc multirc race",
         "cb": "record",
     }
-    order = sorted(paper.sizes, key=lambda name: -paper.sizes[name])
-    assert order == list(tasks.source)  # Table 2 is in order of size
+    sizes = paper.groupby("source", sort=False)["size"].first()
+    assert (*sizes.sort_values(ascending=False, kind="stable").index,) == tasks.source  # Table 2
 
 
 def test_size_and_random_on_the_published_means(paper):
     """Reference: the authors' sum over their fixed order, and the mean over all sources."""
     code = "mnli qqp qnli record squad cxc drop sst2 winogrande hellaswag multirc race cosmosqa"
     ranks = {f"selection-{name}": -place for place, name in enumerate(code.split())}
-    found = evaluate(paper, {target: ranks for target in paper.scores})
-    values, regrets = [], []
-    for target, of_source in paper.scores.items():
-        scores = [of_source[source][""] for source in ranks]
-        values.append(paper_dcg(scores) / paper_dcg(sorted(scores)[::-1]))
-        assert found[target].ndcg == pytest.approx(values[-1], rel=1e-12)
-        regrets.append((max(scores) - np.mean(scores)) / max(scores))
-    assert 100 * np.mean(values) == pytest.approx(84.09, abs=0.005)
-    for k, wanted in ((1, 1.92), (3, 0.61)):
-        regret = 100 * np.mean([own.regret[k] for own in found.values()])
-        assert regret == pytest.approx(wanted, abs=0.005)
-    chance = evaluate(paper, {target: dict.fromkeys(ranks, 0) for target in paper.scores})
-    assert [own.regret[1] for own in chance.values()] == pytest.approx(regrets)
-    assert 100 * np.mean([own.ndcg for own in chance.values()]) == pytest.approx(86.54, abs=0.005)
+    pairs = paper[["target", "source"]].assign(ranking="size")
+    sizes = evaluate(paper, pairs.assign(similarity=pairs["source"].map(ranks)))
+    chance = evaluate(paper, pairs.assign(similarity=0))
+    scores = paper.pivot(index="source", columns="target", values="score").loc[[*ranks]]
+    wanted = {x: paper_dcg([*scores[x]]) / paper_dcg(sorted(scores[x])[::-1]) for x in scores}
+    assert sizes.set_index("target")["nDCG"].to_dict() == pytest.approx(
+        {x: 100 * value for x, value in wanted.items()}, rel=1e-12
+    )
+    means = sizes[["nDCG", "Regret@1", "Regret@3"]].mean().tolist()
+    assert means == pytest.approx([84.09, 1.92, 0.61], abs=0.005)
+    assert chance["nDCG"].mean() == pytest.approx(86.54, abs=0.005)
+    regrets = 100 * (1 - scores.mean() / scores.max())
+    assert chance.set_index("target")["Regret@1"].to_dict() == pytest.approx(regrets.to_dict())
 
 
 def test_the_random_value_is_the_mean_of_many_draws(paper):
     """The mean over 4,000 random rankings lies within five standard errors."""
     draw = np.random.default_rng(0)
-    scores = [own[""] for own in paper.scores["selection-cb"].values()]
+    scores = paper.loc[paper["target"] == "selection-cb", "score"].tolist()
     rows = [draw.permutation(scores) for _ in range(4000)]
     ideal = paper_dcg(sorted(scores)[::-1])
     for values, wanted in (
         ([paper_dcg(row) / ideal for row in rows], ndcg(scores, [0] * 13)),
-        ([1 - max(row[:3]) / max(scores) for row in rows], regret_at_k(scores, [0] * 13, 3)),
+        ([1 - max(row[:3]) / max(scores) for row in rows], regret(scores, [0] * 13, 3)),
     ):
         assert abs(np.mean(values) - wanted) < 5 * np.std(values) / np.sqrt(len(rows))
 

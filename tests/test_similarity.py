@@ -15,10 +15,8 @@ from prompt_lab.core.similarity import (
     feature_similarities,
     frobenius_distances,
     max_similarities,
-    prompt_subspace,
-    subspace_ranks,
     subspace_similarities,
-    subspace_similarity,
+    subspaces,
     unigram_similarities,
 )
 
@@ -39,7 +37,7 @@ def projector(basis: Tensor) -> np.ndarray:
     return basis.numpy() @ basis.numpy().T
 
 
-# ---- one subspace --------------------------------------------------------------------------------
+# ---- subspaces -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("energy", [0.01, 0.5, 0.8, 0.95, 0.999])
@@ -51,36 +49,31 @@ def test_the_rank_is_the_smallest_that_keeps_the_share_of_the_squared_norm(energ
     rank = 1
     while np.sum(values[:rank] ** 2) < energy * np.sum(values**2):
         rank += 1
-    basis = prompt_subspace(prompt, energy=energy)
+    (basis,) = subspaces(prompt[None], energy=energy)
     assert basis.dtype == torch.float64
     assert basis.shape == (D, rank)
     np.testing.assert_allclose(basis.T @ basis, np.eye(rank), atol=1e-12)
     np.testing.assert_allclose(projector(basis), left[:, :rank] @ left[:, :rank].T, atol=1e-10)
-    assert subspace_ranks(prompt[None], energy=energy).tolist() == [rank]
 
 
 def test_a_given_rank_is_taken_and_the_full_one_spans_the_rows():
     prompt = draw(N, D)
     for rank in range(1, N + 1):
-        assert prompt_subspace(prompt, rank=rank, energy=0.5).shape == (D, rank)
-        assert subspace_ranks(prompt[None], rank=rank).tolist() == [rank]
-    basis = prompt_subspace(prompt, energy=1.0)
+        assert subspaces(prompt[None], rank=rank, energy=0.5)[0].shape == (D, rank)
+    (basis,) = subspaces(prompt[None], energy=1.0)
     assert basis.shape == (D, N)
     np.testing.assert_allclose(prompt.double() @ projector(basis), prompt, atol=1e-6)
+    assert subspaces(draw(1, 9, 4), energy=1.0)[0].shape == (4, 4)
 
 
 def test_directions_that_are_only_rounding_do_not_count():
     """A prompt of rank 2 in float32, whose sums are rounded."""
     two = draw(2, D)
-    prompt = torch.cat([two, 0.3 * two[:1] + 0.7 * two[1:], 1.7 * two[:1] - two[1:]])
-    assert torch.linalg.svdvals(prompt.double())[2] > 0
-    assert prompt_subspace(prompt, energy=1.0).shape == (D, 2)
-    with pytest.raises(ValueError, match="rank is 3, but a prompt spans only 2 dimensions"):
-        prompt_subspace(prompt, rank=3)
-
-
-def test_more_rows_than_the_width_span_at_most_the_width():
-    assert prompt_subspace(draw(9, 4), energy=1.0).shape == (4, 4)
+    prompt = torch.cat([two, 0.3 * two[:1] + 0.7 * two[1:], 1.7 * two[:1] - two[1:]])[None]
+    assert torch.linalg.svdvals(prompt.double())[0, 2] > 0
+    assert subspaces(prompt, energy=1.0)[0].shape == (D, 2)
+    with pytest.raises(ValueError, match="rank is 3, but a prompt spans 2 dimensions: give 1 to 2"):
+        subspaces(prompt, rank=3)
 
 
 @pytest.mark.parametrize("settings", [{"energy": 0.9}, {"rank": 3}])
@@ -96,30 +89,33 @@ def test_order_sign_size_and_rotation_of_the_rows_do_not_matter(settings):
     assert subspace_similarities(prompt[None], -prompt.flip(0)[None], **settings).item() > 1 - 1e-9
 
 
-# ---- two subspaces -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("first", "second"), [(1, 1), (3, 3), (2, 5), (6, 1), (6, 6)])
-def test_similarity_is_the_root_mean_square_cosine_of_the_principal_angles(first, second):
-    """Reference: the angles of SciPy."""
-    a, b = (prompt_subspace(draw(N, D, seed=s), rank=r) for s, r in ((0, first), (1, second)))
-    cosines = np.cos(subspace_angles(a.numpy(), b.numpy()))
-    assert len(cosines) == min(first, second)
-    assert subspace_similarity(a, b) == pytest.approx(np.sqrt(np.mean(cosines**2)), abs=1e-10)
-    assert subspace_similarity(a, b) == pytest.approx(subspace_similarity(b, a), abs=1e-12)
+@pytest.mark.parametrize("settings", [{}, {"energy": 0.7}, {"rank": 2}])
+def test_similarities_are_the_root_mean_square_cosines_of_the_principal_angles(settings):
+    """Reference: the angles of SciPy, pair by pair, also of subspaces of different sizes."""
+    targets = torch.stack([skewed(N, D, seed=0), draw(N, D, seed=1), draw(N, D, seed=2)])
+    sources = torch.stack([draw(4, D, seed=3), skewed(4, D, seed=4)])
+    found = subspace_similarities(targets, sources, **settings)
+    assert (found.shape, found.dtype) == ((3, 2), torch.float64)
+    for r, one in enumerate(subspaces(targets, **settings)):
+        for s, other in enumerate(subspaces(sources, **settings)):
+            cosines = np.cos(subspace_angles(one.numpy(), other.numpy()))
+            assert len(cosines) == min(one.shape[1], other.shape[1])
+            assert found[r, s].item() == pytest.approx(np.sqrt(np.mean(cosines**2)), abs=1e-10)
+    turned = subspace_similarities(sources, targets, **settings)
+    torch.testing.assert_close(turned.T, found, rtol=0, atol=1e-12)
 
 
 def test_a_subspace_inside_another_has_similarity_1_and_an_orthogonal_one_0():
     basis, _ = torch.linalg.qr(draw(D, 8).double())
-    assert subspace_similarity(basis[:, :5], basis[:, 1:3]) == pytest.approx(1)
-    assert subspace_similarity(basis, basis) <= 1
-    assert subspace_similarity(basis[:, :5], basis[:, 5:]) == pytest.approx(0, abs=1e-12)
-    half = torch.cat([basis[:, :2], basis[:, 5:7]], dim=1)
-    assert subspace_similarity(basis[:, :4], half) == pytest.approx(np.sqrt(0.5))
+    prompts = [basis[:, :5], basis[:, 1:3], basis[:, 5:], basis[:, [0, 1, 5, 6]]]
+    whole, inside, apart, half = (x.T[None] for x in prompts)
+    found = [subspace_similarities(whole, x, energy=1.0).item() for x in (whole, inside, apart)]
+    assert found == pytest.approx([1, 1, 0], abs=1e-12)
+    assert subspace_similarities(whole, half, energy=1.0).item() == pytest.approx(np.sqrt(0.5))
 
 
 @pytest.mark.parametrize(("small", "large"), [(3, 3), (2, 6)])
-def test_random_subspaces_have_the_mean_square_that_the_docstring_gives(small, large):
+def test_random_subspaces_have_the_mean_square_that_the_module_gives(small, large):
     """The mean over 40 x 40 pairs lies within five standard errors of max(k, l) / D."""
     first, second = draw(40, small, D), draw(40, large, D, seed=1)
     squares = subspace_similarities(first, second, energy=1.0).square()
@@ -128,80 +124,25 @@ def test_random_subspaces_have_the_mean_square_that_the_docstring_gives(small, l
     assert abs(float(squares.mean()) - large / D) < 5 * error
 
 
-@pytest.mark.parametrize("settings", [{}, {"energy": 0.7}, {"rank": 2}])
-def test_a_bank_has_the_similarities_of_a_loop_over_its_prompts(settings):
-    targets = torch.stack([skewed(N, D, seed=0), draw(N, D, seed=1), draw(N, D, seed=2)])
-    sources = torch.stack([draw(4, D, seed=3), skewed(4, D, seed=4)])
-    found = subspace_similarities(targets, sources, **settings)
-    assert found.shape == (3, 2)
-    assert found.dtype == torch.float64
-    if "rank" not in settings:
-        assert len(set(subspace_ranks(targets, **settings).tolist())) > 1
-    for r, target in enumerate(targets):
-        for s, source in enumerate(sources):
-            one, other = (prompt_subspace(prompt, **settings) for prompt in (target, source))
-            assert found[r, s].item() == pytest.approx(subspace_similarity(one, other), abs=1e-10)
-
-
-def test_prompts_stay_as_they_are_and_half_precision_is_taken():
+def test_half_precision_is_taken():
     prompts = draw(2, N, D)
-    before = prompts.clone()
-    found = subspace_similarities(prompts, prompts)
-    assert torch.equal(prompts, before)
-    half = prompts.bfloat16()
+    found, half = subspace_similarities(prompts, prompts), prompts.bfloat16()
     torch.testing.assert_close(subspace_similarities(half, half), found, rtol=0, atol=0.02)
-
-
-# ---- bad input -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("prompt", "settings", "reason"),
     [
-        (torch.ones(3), {}, r"a prompt is \(N, D\), not \(3,\)"),
-        (torch.ones(2, 3, dtype=torch.int64), {}, "floating point.* torch.int64"),
-        (torch.ones(0, 3), {}, r"none of them 0; here \(1, 0, 3\)"),
         (torch.zeros(2, 3), {}, "1 of 1 prompts are all zeros"),
-        (torch.tensor([[1.0, torch.nan]]), {}, "1 of 1 prompts hold NaN or infinite numbers"),
-        (torch.tensor([[1.0, torch.inf]]), {}, "NaN or infinite"),
         (draw(N, D), {"energy": 0.0}, r"energy is 0\.0: give a share above 0 and at most 1"),
-        (draw(N, D), {"energy": 1.1}, r"energy is 1\.1"),
         (draw(N, D), {"energy": float("nan")}, "energy is nan"),
-        (draw(N, D), {"rank": 0}, "rank is 0: prompts of 6 x 20 allow 1 to 6"),
-        (draw(N, D), {"rank": 7}, "rank is 7: prompts of 6 x 20 allow 1 to 6"),
-        (torch.ones(N, D), {"rank": 2}, "spans only 1 dimensions: give at most 1"),
+        (draw(N, D), {"rank": 0}, "rank is 0, but a prompt spans 6 dimensions: give 1 to 6"),
+        (draw(N, D), {"rank": 7}, "rank is 7, but a prompt spans 6 dimensions: give 1 to 6"),
     ],
 )
 def test_a_prompt_without_such_a_subspace_is_refused(prompt, settings, reason):
     with pytest.raises(ValueError, match=reason):
-        prompt_subspace(prompt, **settings)
-
-
-def test_banks_that_cannot_be_compared_are_refused():
-    good = draw(2, N, D)
-    with pytest.raises(ValueError, match="targets of width 20 and sources of width 8"):
-        subspace_similarities(good, draw(2, N, 8))
-    with pytest.raises(ValueError, match=r"prompts are \(R, N, D\)"):
-        subspace_similarities(good[0], good)
-    with pytest.raises(ValueError, match="1 of 3 prompts are all zeros"):
-        subspace_similarities(good, torch.cat([good, torch.zeros(1, N, D)]))
-    with pytest.raises(ValueError, match=r"prompts are \(R, N, D\)"):
-        subspace_ranks(good[0])
-
-
-@pytest.mark.parametrize(
-    ("other", "reason"),
-    [
-        (torch.eye(D)[:, :0], r"give \(D, k\) and \(D, l\)"),
-        (torch.eye(D - 1), r"bases of \(20, 20\) and \(19, 19\)"),
-        (torch.ones(D), r"bases of \(20, 20\) and \(20,\)"),
-        (2 * torch.eye(D), "are not orthonormal: make it with prompt_subspace"),
-        (torch.full((D, 1), torch.nan), "are not orthonormal"),
-    ],
-)
-def test_what_is_no_basis_is_refused(other, reason):
-    with pytest.raises(ValueError, match=reason):
-        subspace_similarity(torch.eye(D), other)
+        subspaces(prompt[None], **settings)
 
 
 # ---- rows and numbers ----------------------------------------------------------------------------
@@ -344,20 +285,17 @@ def test_max_looks_for_rows_where_the_other_has_more():
     assert like("max over source", target, source) < 0.9
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", [*FUNCTIONS, "subspace"])
 def test_banks_without_such_a_similarity_are_refused(name):
-    function, good = FUNCTIONS[name], draw(2, N, D)
+    function, good = {**FUNCTIONS, "subspace": subspace_similarities}[name], draw(2, N, D)
     with pytest.raises(ValueError, match="targets of width 20 and sources of width 8"):
         function(good, draw(2, N, 8))
-    with pytest.raises(ValueError, match=r"prompts are \(R, N, D\)"):
-        function(good[0], good)
-    with pytest.raises(ValueError, match="1 of 1 prompts hold NaN"):
-        function(good, torch.full((1, N, D), torch.nan))
     if name in ONE_LENGTH:
         with pytest.raises(ValueError, match="targets of 6 rows and sources of 4: row is compared"):
             function(good, draw(2, 4, D))
-    if name not in ("frobenius", "inner product"):
-        with pytest.raises(ValueError, match="have no direction: leave the"):
-            function(good, torch.cat([good, torch.zeros(1, N, D)]))
+    for wrong in (torch.zeros(1, N, D), torch.full((1, N, D), torch.nan)):
+        if name not in ("frobenius", "inner product", "subspace"):
+            with pytest.raises(ValueError, match="zero or not finite and have no direction"):
+                function(good, torch.cat([good, wrong]))
     with pytest.raises(ValueError, match="over is 'both'; allowed: target, source"):
         max_similarities(good, good, over="both")  # pyright: ignore[reportArgumentType]

@@ -1,12 +1,23 @@
-"""Tests, correction, bootstrap and components: against SciPy, NumPy and by hand."""
+"""Tests, correction, bootstrap and maps: against SciPy, NumPy and by hand."""
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.spatial.distance import cdist
+from scipy.stats import spearmanr
 
-from prompt_lab.analysis.statistics import bootstrap, holm, principal_components, t_test
+from prompt_lab.analysis.statistics import (
+    bootstrap,
+    holm,
+    mantel,
+    principal_components,
+    t_test,
+    tsne,
+)
 
 ONE = np.array([0.5, 0.62, 0.71, 0.55])
 OTHER = np.array([0.4, 0.66, 0.6, 0.5])
@@ -70,3 +81,76 @@ def test_components_are_those_of_the_covariance():
     np.testing.assert_allclose(shares, values[:2] / values.sum())
     assert principal_components([[1.0], [2.0]])[0][:, 1].tolist() == [0, 0]
     assert principal_components([[1.0, 1.0], [1.0, 1.0]])[1] == (0, 0)
+
+
+# ---- Mantel's test and t-SNE ---------------------------------------------------------------------
+
+
+def matrices(size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Distances of some points, and an asymmetric matrix that falls with them, with noise."""
+    draw = np.random.default_rng(seed)
+    points = draw.normal(size=(size, 3))
+    far = cdist(points, points)
+    return far, -far + 0.5 * draw.normal(size=(size, size))
+
+
+def off_diagonal(matrix: np.ndarray) -> np.ndarray:
+    return matrix[~np.eye(len(matrix), dtype=bool)]
+
+
+def test_few_tasks_are_permuted_in_every_way():
+    """Reference: SciPy's coefficient under all 24 orders of four tasks."""
+    far, gains = matrices(4)
+    found = mantel(far, gains)
+    given = spearmanr(off_diagonal(far), off_diagonal(gains)).statistic
+    every = [
+        spearmanr(off_diagonal(far[np.ix_(o, o)]), off_diagonal(gains)).statistic
+        for o in itertools.permutations(range(4))
+    ]
+    assert found["rho"] == pytest.approx(given)
+    assert found["p"] == pytest.approx(np.mean(np.abs(every) >= abs(given) - 1e-12))
+    assert (found["cells"], found["permutations"]) == (12, 23)
+
+
+def test_many_tasks_are_permuted_at_random_with_the_seed():
+    far, gains = matrices(8)
+    draw, beyond = np.random.default_rng(3), 0
+    given = spearmanr(off_diagonal(far), off_diagonal(gains)).statistic
+    for _ in range(99):
+        order = draw.permutation(8)
+        made = spearmanr(off_diagonal(far[np.ix_(order, order)]), off_diagonal(gains)).statistic
+        beyond += abs(made) >= abs(given) - 1e-12
+    found = mantel(far, gains, permutations=99, seed=3)
+    assert found == {"rho": given, "p": (beyond + 1) / 100, "cells": 56, "permutations": 99}
+
+
+def test_diagonals_are_not_looked_at_and_unknown_cells_are_left_out():
+    far, gains = matrices(5)
+    given = mantel(far, gains)
+    np.fill_diagonal(far, np.nan)
+    np.fill_diagonal(gains, 1e9)
+    assert mantel(far, gains) == given
+    gains[0, 3] = gains[2, 1] = np.nan
+    known = np.isfinite(off_diagonal(gains))
+    wanted = spearmanr(off_diagonal(far)[known], off_diagonal(gains)[known]).statistic
+    found = mantel(far, gains)
+    assert found["rho"] == pytest.approx(wanted)
+    assert (found["cells"], found["permutations"]) == (18, 119)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_matrices_without_a_correlation_have_none(size):
+    far, gains = matrices(size)
+    cases = [(far, np.full_like(far, np.nan)), (far, np.ones_like(far)), (np.ones_like(far), gains)]
+    for one, other in cases if size > 2 else [(far, gains)]:
+        assert np.isnan(mantel(one, other)["rho"])
+        assert np.isnan(mantel(one, other)["p"])
+
+
+def test_tsne_keeps_two_clusters_apart_whatever_the_number_of_coordinates():
+    vectors = np.random.default_rng(0).normal(size=(12, 400)) + 5 * (np.arange(12) < 6)[:, None]
+    points, perplexity = tsne(vectors)
+    assert perplexity == pytest.approx(11 / 3)
+    near = cdist(points, points) + np.diag([np.inf] * 12)
+    assert all((at < 6) == (near[at].argmin() < 6) for at in range(12))
+    assert np.array_equal(points, tsne(vectors)[0])

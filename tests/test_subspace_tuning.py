@@ -10,10 +10,10 @@ import torch
 from test_prompt_tuning import make_data, make_method, make_trainer
 
 from prompt_lab.core.subspace import Subspace
-from prompt_lab.files.networks import save_network
 from prompt_lab.files.peft import load_checkpoint
 from prompt_lab.files.prompts import PromptStore
 from prompt_lab.files.results import read_csv
+from prompt_lab.files.tensors import save_network
 from prompt_lab.methods.prompt_tuning import PromptTuning
 from prompt_lab.methods.starts import SubspaceConfig
 

@@ -24,9 +24,15 @@ from prompt_lab import __version__
 from prompt_lab.core.attention_mixture import PromptAttention
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.subspace import AdapterMap, Subspace
-from prompt_lab.files.networks import load_network, save_network
 from prompt_lab.files.prompts import Prompt, load_prompt, save_prompt
-from prompt_lab.files.tensors import KINDS, load_tensors, read_metadata, save_tensors
+from prompt_lab.files.tensors import (
+    KINDS,
+    load_network,
+    load_tensors,
+    read_metadata,
+    save_network,
+    save_tensors,
+)
 
 Factory = Callable[..., Backbone]
 MADE_FOR = {"backbone": "someone/some-model", "backbone_digest": "0123456789abcdef"}
@@ -220,7 +226,7 @@ def test_another_kind_is_refused(kind: Kind, tmp_path: Path) -> None:
         ({"backbone": "{"}, "damaged, its metadata is not JSON"),
         ({"more": "[" * 100_000}, "damaged, its metadata is not JSON"),
         ({"backbone": "3"}, "damaged, in its metadata backbone is 3"),
-        ({"backbone": None, "backbone_digest": None}, "metadata lacks backbone, backbone_digest"),
+        ({"backbone": None, "backbone_digest": None}, "metadata no backbone, no backbone_digest"),
     ],
     ids=str,
 )
@@ -234,7 +240,7 @@ def test_damaged_metadata_is_told(
 def test_every_field_of_a_kind_is_needed(kind: Kind, written: Path) -> None:
     for name in KINDS[kind.name]:
         rewrite(kind.write(written), **{name: None})
-        refused(kind, written, f"the {kind.name} file's metadata lacks {name}")
+        refused(kind, written, f"damaged, in its metadata no {name}")
 
 
 @pytest.mark.parametrize("name", ["prompt", *NETWORKS])

@@ -426,7 +426,7 @@ def test_a_report_reads_the_results(run, tmp_path, capsys):
         ({"scales": [0.5, 0.5]}, "distinct"),
         ({"study": "expressions"}, "has 0 expressions"),
         ({"expressions": ["a + b"]}, "model.study is pairs and model.expressions has 1"),
-        ({"study": "expressions", "expressions": ["a +"]}, "a name is expected"),
+        ({"study": "expressions", "expressions": ["a +"]}, r"cannot be read from '\+' on"),
         ({"study": "expressions", "expressions": ["a + a", "2 * a"]}, "are the same"),
         ({"evaluate_on": "all"}, "evaluate_on all goes with study expressions, not pairs"),
     ],

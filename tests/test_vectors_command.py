@@ -1,4 +1,4 @@
-"""``vectors apply`` and ``vectors show``: the arithmetic, which prompts take part, what is said."""
+"""``vectors apply``, ``show`` and ``mix``: the arithmetic, which prompts take part, messages."""
 
 from __future__ import annotations
 
@@ -18,14 +18,12 @@ from torch import Tensor
 
 from prompt_lab.__main__ import main
 from prompt_lab.commands import offline
-from prompt_lab.commands.predict_command import _find_prompts, _ways
-from prompt_lab.commands.prompts import export_prompts
-from prompt_lab.commands.vectors_command import apply_vectors, show_vectors
+from prompt_lab.commands.prompts import apply_vectors, mix_prompts, show_vectors
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.run import Run
-from prompt_lab.files.prompts import Prompt, PromptStore, load_prompt
+from prompt_lab.files.prompts import Prompt, PromptStore, load_prompt, save_prompt
+from prompt_lab.files.vectors import find_vectors
 from prompt_lab.methods.starts import InitConfig, initial_prompts
-from prompt_lab.methods.task_vectors import find_vectors
 
 N = 4
 TASKS = ("glue-qnli", "glue-mnli", "emotion")
@@ -93,7 +91,7 @@ def in_float64(prompt: Prompt) -> np.ndarray:
 
 def test_the_expression_is_evaluated_for_every_sample_and_seed():
     """Reference: NumPy in float64, rounded once."""
-    expression = "0.5 * glue-qnli - 2 * glue-mnli"
+    expression = "0.5 glue-qnli - 2 * glue-mnli"
     paths = apply_vectors(expression, prompts=[store()], out="out", scale=0.25)
     found = written()
     assert [path.stem for path in paths] == [
@@ -228,7 +226,8 @@ def test_files_that_apply_wrote_are_no_vectors():
 
 
 def test_a_written_file_tells_where_it_comes_from():
-    apply_vectors("mean(emotion,\n glue-qnli)", prompts=[store()], out="out", scale=0.5)
+    expression = "0.5 emotion\n  + 0.5 glue-qnli"
+    apply_vectors(expression, prompts=[store()], out="out", scale=0.5)
     found = load_prompt("out/0.5_emotion_plus_0.5_glue-qnli_times_0.5_42_seed1.safetensors")
 
     def file(name: str) -> dict[str, str]:
@@ -238,7 +237,7 @@ def test_a_written_file_tells_where_it_comes_from():
         return {"name": name, "path": path, "sha256": digest}
 
     assert found.made_from == {
-        "expression": "mean(emotion, glue-qnli)",
+        "expression": "0.5 emotion + 0.5 glue-qnli",
         "scale": 0.5,
         "vectors": [
             {"task": task, "coefficient": 0.5, **file(f"{task}_42_seed1")}
@@ -274,35 +273,19 @@ def test_a_written_prompt_answers_as_its_tasks_where_they_agree():
         assert answers(name) == expected
 
 
-def test_predict_export_and_prompt_tuning_take_what_is_written(backbone: Callable[..., Backbone]):
+def test_prompt_tuning_starts_from_what_is_written(backbone: Callable[..., Backbone]):
     model = backbone("t5")
     digests = {"backbone_digest": model.digest, "tokenizer_digest": model.tokenizer_digest}
-    own = [
-        tuned(task, 13, seed, backbone=model.name, **digests)
-        for task in TASKS[:2]
-        for seed in (0, 1)
-    ]
-    save("store", *own)
+    seeds, tasks = (0, 1), TASKS[:2]
+    save(
+        "store", *(tuned(t, 13, seed, backbone="tiny", **digests) for t in tasks for seed in seeds)
+    )
     paths = apply_vectors("glue-qnli + glue-mnli", prompts=["store"], out="out", task="emotion")
     runs = [Run("emotion", 13, seed, 0.3, 8) for seed in (1, 0)]
-    made, _ = initial_prompts(InitConfig("file", path="out"), model, runs, {}, N)
-    for prompt, path in zip(made, paths[::-1], strict=True):
+    made, starts = initial_prompts(InitConfig("file", path="out"), model, runs, {}, N)
+    for prompt, path, start in zip(made, paths[::-1], starts, strict=True):
         assert prompt.equal(load_prompt(path, model).prompt)
-    config = InitConfig("file", path=str(paths[0]))
-    assert initial_prompts(config, model, runs, {}, N)[0][1].equal(made[1])
-    assert len(export_prompts("out", "tensors", format="tensor")) == 2
-    names, found = _find_prompts(["out"])
-    metadata = [one.metadata for one in found]
-    assert names == [path.stem for path in paths]
-    (way,) = set(_ways(metadata, None, None, {}))
-    assert (way.max_input_length, way.labels) == (99, tuple(emotion_labels()))
-
-
-def emotion_labels() -> list[str]:
-    """The labels of the task that the prompts are written for."""
-    from prompt_lab.data.tasks import find_tasks
-
-    return list(find_tasks(["emotion"])[0].labels or ())
+        assert (start.start, start.start_of) == ("sum", '[[1.0, "glue-qnli"], [1.0, "glue-mnli"]]')
 
 
 def test_names_of_files_are_safe_and_not_too_long():
@@ -361,7 +344,7 @@ def test_numbers_that_are_not_finite_are_refused(tensor):
     with pytest.raises(ValueError, match=r"emotion_13_seed0.safetensors: the prompt holds numbers"):
         apply_vectors("emotion", prompts=["store"], out="out")
     save("large", tuned("emotion"))
-    with pytest.raises(ValueError, match="emotion_times_1e39_13_seed0: the numbers get too large"):
+    with pytest.raises(ValueError, match=r"scale 1e\+39 make numbers too large for float32"):
         apply_vectors("emotion", prompts=["large"], out="out", scale=1e39)
     assert not Path("out").exists()
 
@@ -372,8 +355,11 @@ def test_numbers_that_are_not_finite_are_refused(tensor):
         (("glue-qnly",), "no prompt of task 'glue-qnly' in store; did you mean glue-qnli?"),
         (("zzz",), "'zzz' in store; there are: emotion, glue-mnli, glue-qnli"),
         (("glue-qnli-glue-mnli",), "a minus needs spaces around it: glue-qnli - ..."),
-        (("emotion / 2",), "at character 9, '/': there is no division"),
-        (("",), "the expression is empty"),
+        (
+            ("emotion / 2",),
+            "expression 'emotion / 2' cannot be read from '/ 2' on: give names with",
+        ),
+        (("mean(emotion)",), "cannot be read from '(emotion)' on: give names"),
         (("emotion", "--scale", "1e999"), "scale is inf: give a finite number"),
         (("emotion", "--out", "file"), "out is the file file: give a folder"),
         (("emotion", "--out", "foreign"), "damaged or not a safetensors file"),
@@ -431,9 +417,8 @@ def test_show_lists_norms_and_cosines(capsys):
     store()
     save("store", tuned("emotion", 87))
     assert offline.run(["vectors", "show", "store"]) == 0
-    head, line, *rows = (text.split() for text in capsys.readouterr().out.splitlines())
+    head, *rows = (text.split() for text in capsys.readouterr().out.splitlines())
     assert head == ["task", "sample", "seed", "vector", "init", "ratio", "cosine", "to", "others"]
-    assert set("".join(line)) == {"-"}
     places = [(k, s) for k in (13, 42) for s in (0, 1)]
     expected = [(t, k, s) for t in sorted(TASKS) for k, s in places + [(87, 0)] * (t == "emotion")]
     assert [(task, int(k), int(s)) for task, k, s, *_ in rows] == expected
@@ -454,7 +439,83 @@ def test_show_has_no_cosine_or_ratio_where_a_norm_is_0(capsys):
     save("store", tuned("a", prompt=flat, init=flat), tuned("b", None, None))
     save("store", tuned("b", init=flat))
     show_vectors(["store"])
-    rows = [text.split() for text in capsys.readouterr().out.splitlines()[2:]]
+    rows = [text.split() for text in capsys.readouterr().out.splitlines()[1:]]
     assert rows[0] == ["a", "13", "0", "0", "0", "-", "-"]
     assert rows[1][:3] == ["b", "-", "-"]
     assert rows[2][-3:] == ["0", "-", "-"]
+
+
+# ---- mix -----------------------------------------------------------------------------------------
+
+
+def targets(*seeds: int) -> list[str]:
+    """Files of prompts of a target task, which is positively similar to what ``store`` holds."""
+    alike = [tuned(task, 13).prompt for task in TASKS]
+    made = [tuned("trec", 13, s, prompt=sum(alike) + draw(5, s)) for s in seeds]  # pyright: ignore
+    save("targets", *made)
+    return [f"targets/{one.name}.safetensors" for one in made]
+
+
+def test_a_mixture_is_the_sum_by_cosines_of_mean_rows(capsys):
+    """Reference: NumPy."""
+    (file,) = targets(0)
+    (path,) = mix_prompts(file, prompts=[store()], out="out")
+    said = capsys.readouterr().out
+    made, target = load_prompt(path), load_prompt(file)
+    stacked = np.stack([tuned(task).prompt.double().numpy() for task in sorted(TASKS)])
+    means, own = stacked.mean(1), target.prompt.double().numpy().mean(0)
+    cosines = means @ own / np.linalg.norm(means, axis=1) / np.linalg.norm(own)
+    weights = np.maximum(cosines, 0) / np.maximum(cosines, 0).sum()
+    expected = np.einsum("j,jnd->nd", weights, stacked)
+    np.testing.assert_allclose(made.prompt.numpy(), expected, rtol=1e-6, atol=1e-7)
+    assert made.init.equal(made.prompt)
+    assert (made.role, made.task, made.sample, made.init_seed) == ("mixture", "trec", 13, 0)
+    assert (made.start, made.dev_score, made.steps, made.code) == ("", None, None, None)
+    assert (made.labels, made.max_new_tokens, made.metric) == (["yes", "no"], 7, "ACC")
+    assert made.source_tasks == sorted(TASKS)
+    parts = (made.made_from or {})["sources"]
+    for task, weight, part in zip(sorted(TASKS), weights, parts, strict=True):
+        content = Path(f"store/{task}_13_seed0.safetensors").read_bytes()
+        assert part["weight"] == pytest.approx(weight)
+        assert (part["task"], part["sha256"]) == (task, hashlib.sha256(content).hexdigest())
+        assert f"trec_13_seed0_mixture\t{task}\t{weight:.4f}\n" in said
+    assert (made.made_from or {})["target"]["name"] == target.name
+
+
+def test_each_seed_of_a_target_gets_a_mixture_of_the_sources_of_its_seed():
+    """Of a source without that seed the best one takes part."""
+    targets(7, 8)
+    prompts = {
+        seed: load_prompt(f"targets/trec_13_seed{seed}.safetensors").prompt for seed in (7, 8)
+    }
+    own = tuned("emotion", 13, 7, prompt=3 * prompts[7], dev_score=0.0)
+    save("sources", tuned("emotion", 13, 0, prompt=2 * prompts[7]), own)
+    first, second = map(load_prompt, mix_prompts("targets", prompts=["sources"], out="out"))
+    assert (first.init_seed, second.init_seed) == (7, 8)
+    torch.testing.assert_close(first.prompt, 3 * prompts[7])
+    torch.testing.assert_close(second.prompt, 2 * prompts[7])
+
+
+def test_what_cannot_be_mixed_is_refused(capsys):
+    (file,) = targets(0)
+    store()
+    save("others", tuned("emotion", backbone_digest="99"))
+    save("short", tuned("emotion", prompt=torch.ones(3, HIDDEN), init=torch.ones(3, HIDDEN)))
+    save("against", tuned("emotion", prompt=-load_prompt(file).prompt))
+    save_prompt("none.safetensors", tuned("", name="none"))
+    for words, sentence in (
+        ((file, "--sources", "trec"), "no source prompt of sample 13 in store for trec: tune them"),
+        ((file, "--sample", "99"), "no source prompt of sample 99 in store for any task: tune"),
+        (("nowhere",), "no prompt file or folder nowhere: give a prompt file"),
+        ((file, "--prompts", "nowhere"), "no prompt file or folder nowhere: give a prompt file"),
+        ((file, "--prompts", "others"), "do not combine: backbone 'someone/some-model' with wei"),
+        ((file, "--prompts", "short"), "do not combine: shape 4 x 32 and 3 x 32"),
+        ((file, "--prompts", "against"), f"{file}: none of 1 source prompts has a positive simil"),
+    ):
+        given = ["vectors", "mix", words[0], "--prompts", "store", "--out", "out", *words[1:]]
+        assert offline.run(given) == 1
+        assert sentence in capsys.readouterr().err
+    assert not Path("out").exists()
+    mix_prompts(file, prompts=["store"], out="out", sources=["emotion"])
+    with pytest.raises(ValueError, match="is there and is not overwritten"):
+        mix_prompts(file, prompts=["store"], out="out", sources=["emotion"])

@@ -1,652 +1,468 @@
-"""What a tuned prompt says: nearest vocabulary tokens, drift, spread of repeated runs, transfer.
+"""What tuned prompts say: nearest tokens, drift, spread of repeated runs, distances, transfer.
 
 The questions are those of Dayton, O'Rahilly and Werner, "Interpreting Prompt-Tuning Across
-SuperGLUE Tasks" (sections 5 and 6): which tokens the rows of a prompt are nearest to, which tokens
-of its initial prompt are still there, how far repeated runs of a task lie apart, and whether
-prompts that lie near each other serve each other's tasks. The paper leaves open how the norm and
-the variance of its table 1 are defined, how prompts of 12 to 20 rows are subtracted, and how strong
-the correlation is; here each is a formula, and unequal lengths are refused.
-
-Everything works on tensors alone. A vocabulary is gone through in chunks, in float64, so that the
-memory needed beside the table is small. Left out: what tokens are called, files and pictures.
+SuperGLUE Tasks" (sections 5 and 6), who leave open how norm and variance of their table 1 are
+defined, how prompts of 12 to 20 rows are subtracted, and how strong the correlation of distance and
+transfer is; here each is a formula. Of the model only embeddings and tokenizer are used.
+`interpretation_sections` lays the tables out.
 """
+
+# pandas' own types say of every column that it may be a table, an array or a number.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
+# pyright: reportAssignmentType=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
+import pandas as pd
+
+from prompt_lab.analysis.statistics import Floats
+from prompt_lab.analysis.tables import find_results, read_results
+from prompt_lab.core.vectors import parse_expression
+from prompt_lab.files.prompts import FoundPrompt, best_found, find_prompts
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from torch import Tensor
 
-Measure = Literal["cosine", "l2", "dot"]
-Rank = Literal["spearman", "kendall"]
+    from prompt_lab.core.backbone import Backbone
 
-CHUNK = 8192
-"""Rows of the vocabulary at a time."""
+TRANSFER = ["source", "target", "score", "no_prompt"]
+"""Columns of a table of transfer, at least."""
 
-_MARGIN = 16
-"""Candidates beyond the k nearest that are scored again, so that equal rows score the same."""
-
-_ROUNDING = 1e-12
-"""Share of a score, or of a correlation, by which equal ones may differ."""
-
-_HALF_ULP = 2.0**-8
-"""How far a number may move when it is rounded to bfloat16, as a share of it (an upper bound)."""
+_CHUNK = 8192
+_SEEDS = ["sample", "init_seed", "order_seed"]
 
 
-class Nearest(NamedTuple):
-    """The nearest tokens of each row of a prompt, the nearest first.
-
-    Attributes:
-        ids: (N, k) int64, rows of the vocabulary.
-        scores: (N, k) float64: cosines, Euclidean distances, or inner products.
-    """
-
-    ids: Tensor
-    scores: Tensor
+# ---- prompts and their tokens --------------------------------------------------------------------
 
 
-class Drift(NamedTuple):
-    """How far each row of a prompt has moved.
+def find_tuned(places: Sequence[str]) -> pd.DataFrame:
+    """The prompts of some places, all of one backbone; those of a task together.
 
-    Attributes:
-        l2: (N,) float64, Euclidean distance to the initial row.
-        cosine: (N,) float64, cosine with the initial row; NaN where either is zero.
-    """
-
-    l2: Tensor
-    cosine: Tensor
-
-
-# ---- nearest tokens ------------------------------------------------------------------------------
-
-
-def nearest_tokens(
-    prompt: Tensor,
-    table: Tensor,
-    measure: Measure = "cosine",
-    k: int = 5,
-    chunk: int = CHUNK,
-    *,
-    ids: Tensor | None = None,
-) -> Nearest:
-    """The k tokens that each row of a prompt is nearest to (section 5.1 of the paper: cosine).
-
-    "cosine" has no regard to lengths; "l2" is the smallest Euclidean distance; "dot" the largest
-    inner product, which favours tokens with long embeddings. A row of zeros has cosine 0 with all.
-    Of tokens with equal scores the one with the lower id comes first. Beside the table, about
-    10 (D + 2 N) chunk bytes are needed.
+    Of a grid in a place the prompt of best dev score stands for its task, sample and seeds;
+    ``attrs["left_out"]`` counts the others.
 
     Args:
-        prompt: (N, D), floating point.
-        table: (V, D) embeddings of the vocabulary, floating point of any precision.
-        measure: what "near" means.
-        k: how many.
-        chunk: rows of the table at a time; changes memory and time only.
-        ids: the rows of the table that may be found, each once; all without it.
+        places: as of :func:`prompt_lab.files.prompts.find_prompts`.
 
     Returns:
-        Ids and scores (N, k).
+        Columns ``prompt`` (a name that no other has), ``task`` (or what it was learned as),
+        ``sample``, ``init_seed``, ``order_seed``, ``file`` and ``tuned``, the prompt itself.
 
     Raises:
-        ValueError: shapes that do not fit, NaN or infinite numbers, an unknown measure, ids that
-            the table lacks or twice, a k or chunk out of range.
+        FileNotFoundError: a place that is not there or holds no prompts.
+        ValueError: a damaged file, NaN or infinite numbers, or several backbones.
     """
-    rows, allowed = _checked(prompt, table, measure, chunk, ids)
-    if not 1 <= k <= len(allowed):
-        raise ValueError(f"k is {k}: give 1 to {len(allowed)}, the number of tokens to choose from")
-    kept = torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
-    scores = kept.double()
-    for part, found in _closeness(rows, table, measure, chunk, allowed):
-        scores = torch.cat([scores, found], dim=1)
-        kept = torch.cat([kept, part.expand(len(rows), -1)], dim=1)
-        places = _largest(scores, k + _MARGIN)
-        scores, kept = scores.gather(1, places), kept.gather(1, places)
-    best = [
-        _order(_scores(row, table[own].double(), measure), measure, k)
-        for row, own in zip(rows, kept, strict=True)
+    found: dict[str, FoundPrompt] = {}
+    left_out = 0
+    for place in places:
+        own = find_prompts(place)
+        best = {*best_found(own, _cell).values()}
+        chosen = [one for one in own if one in best or _cell(one.metadata) is None]
+        found |= {one.where: one for one in chosen}
+        left_out += len(own) - len(chosen)
+    rows = []
+    for label, one in zip(_labels([*found.values()]), found.values(), strict=True):
+        tuned = one.load()
+        if not (tuned.prompt.isfinite().all() and tuned.init.isfinite().all()):
+            raise ValueError(f"{one.where} holds NaN or infinite numbers: leave it out")
+        learned = tuned.source_set and f"{tuned.role} {tuned.source_set}"
+        row = {"prompt": label, "task": tuned.task or learned or label}
+        row |= {name: getattr(tuned, name) for name in _SEEDS}
+        rows.append(row | {"file": one.where, "tuned": tuned})
+    table = pd.DataFrame(rows).astype(dict.fromkeys(_SEEDS, "Int64"))
+    digests = table["tuned"].map(lambda one: one.backbone_digest)
+    if digests.nunique() > 1:
+        first, other = (table.loc[at] for at in digests.drop_duplicates().index[:2])
+        raise ValueError(
+            f"{first.file} was made for backbone {first.tuned.backbone!r} with weights "
+            f"{first.tuned.backbone_digest[:12]}, but {other.file} for {other.tuned.backbone!r} "
+            f"with weights {other.tuned.backbone_digest[:12]}: only prompts of one backbone have "
+            "one vocabulary"
+        )
+    table = table.loc[pd.Series(pd.factorize(table["task"])[0]).sort_values(kind="stable").index]
+    table.attrs["left_out"] = left_out
+    return table.reset_index(drop=True)
+
+
+def _cell(known: dict[str, Any]) -> tuple[Any, ...] | None:
+    """What the prompts of a grid have in common; None for one that was not tuned for a task."""
+    if not known.get("task") or known.get("made_from"):
+        return None
+    return tuple(known.get(name) for name in ("task", *_SEEDS, "start", "start_of"))
+
+
+def _labels(found: Sequence[FoundPrompt]) -> list[str]:
+    """The name of each prompt, with as many of its folders as tell it apart."""
+    parts = [[*(x for x in one.path.parts[:-1] if x != "prompts"), one.stem] for one in found]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(own[-depth:]) for own in parts]
+        if len({*names}) == len(names):
+            return names
+    return [one.where for one in found]
+
+
+@dataclass
+class Vocabulary:
+    """The tokens that may be found.
+
+    Attributes:
+        table: (V, D) embeddings.
+        names: the readable token by its row in the table, in rising order.
+        norms: (C,) Euclidean norms of these rows.
+        median: of the norms, the lower one of two.
+        note: how many rows are left out, and why.
+    """
+
+    table: Tensor
+    names: pd.Series
+    norms: Floats
+    median: float
+    note: str
+
+
+def read_vocabulary(backbone: Backbone, all_rows: bool = False) -> Vocabulary:
+    """The tokens of a backbone; special ones and rows that no token has only with ``all_rows``."""
+    import torch
+    from torch import nn
+
+    layer, tokenizer = backbone.model.get_input_embeddings(), backbone.tokenizer
+    # A plain layer is its table; others scale it (BART), and only they need a copy.
+    table = layer.weight.detach() if type(layer) is nn.Embedding else backbone.embedding_table()
+    known = {at: token for token, at in tokenizer.get_vocab().items() if at < len(table)}
+    special = {*tokenizer.all_special_ids} & {*known}
+    # Tokens that spell bytes, as those of GPT-2 do, write a space as Ġ and never as ▁.
+    is_bytes = {x for token in known.values() for x in token if x in "Ġ▁"} == {"Ġ"}
+    names = {at: readable(token, tokenizer if is_bytes else None) for at, token in known.items()}
+    names |= {at: known[at] for at in special}
+    ids = [*range(len(table))] if all_rows else sorted({*known} - special)
+    words = f"{len(special)} special tokens and {len(table) - len(known)} rows that no token has"
+    note = f"{len(ids):,} tokens are looked at; left out are {words}."
+    if all_rows:
+        note = f"All {len(table):,} rows of the embedding table are looked at, {words} among them."
+    parts = torch.tensor(ids).split(_CHUNK)
+    norms = torch.cat([table[part].double().norm(dim=1) for part in parts]).cpu()
+    tokens = pd.Series([names.get(at, f"(row {at})") for at in ids], ids, object)
+    return Vocabulary(table, tokens, norms.numpy(), float(norms.median()), note)
+
+
+def readable(token: str, tokenizer: Any = None) -> str:
+    r"""A token as a reader sees it: ␣ for a space, an escape such as ``\n`` for what is not seen.
+
+    Args:
+        token: as the tokenizer names it.
+        tokenizer: decodes it where it spells bytes; bytes that are no whole character keep their
+            name.
+    """
+    text = (
+        token.replace("▁", " ")
+        if tokenizer is None
+        else tokenizer.convert_tokens_to_string([token])
+    )
+    seen = [
+        "␣" if x == " " else x if x.isprintable() and x not in "\\␣" else repr(x)[1:-1]
+        for x in (token if "\ufffd" in text else text)
     ]
-    places = torch.stack([order for order, _ in best])
-    return Nearest(kept.gather(1, places), torch.stack([values for _, values in best]))
+    return "".join(seen) or "(empty)"
 
 
-def initial_tokens(
-    init: Tensor, table: Tensor, chunk: int = CHUNK, *, ids: Tensor | None = None
-) -> Tensor:
-    """The token that each row of an initial prompt is the embedding of.
-
-    A row is a token's where it equals a row of the table, up to a rounding to bfloat16: backbones
-    in half precision make initial prompts of rounded rows.
+def closeness(rows: Tensor, table: Tensor, ids: Tensor, measure: str = "cosine") -> Tensor:
+    """How near tokens are to the rows of a prompt (section 5.1 of the paper): higher is nearer.
 
     Args:
-        init: (N, D), floating point.
-        table: as in :func:`nearest_tokens`.
-        chunk: as in :func:`nearest_tokens`.
-        ids: as in :func:`nearest_tokens`.
+        rows: (N, D).
+        table: (V, D) embeddings of any precision; a chunk at a time becomes float64.
+        ids: (C,) rows of it.
+        measure: "cosine" (0 for a row of zeros), "dot", or "l2": 2 a b - |b|^2, which is |a|^2 less
+            the squared distance.
 
     Returns:
-        (N,) int64; of equal rows of the table the first, and -1 where there is none, as for a
-        prompt that starts from noise or from another prompt.
-
-    Raises:
-        ValueError: as :func:`nearest_tokens`.
+        (N, C) float64.
     """
-    nearest = nearest_tokens(init, table, "l2", 1, chunk, ids=ids).ids[:, 0]
-    found = table[nearest].double()
-    is_equal = ((init.double() - found).abs() <= _HALF_ULP * found.abs()).all(dim=1)
-    return torch.where(is_equal, nearest, -1)
+    import torch
 
-
-def surviving(initial: Tensor, nearest: Nearest) -> Tensor:
-    """Whether the initial token of each row is still the one that the tuned row is nearest to.
-
-    Args:
-        initial: (N,) of :func:`initial_tokens`.
-        nearest: of the tuned prompt.
-
-    Returns:
-        (N,) bool; False for rows without an initial token.
-    """
-    return (initial >= 0) & (nearest.ids[:, 0] == initial)
-
-
-def token_ranks(
-    prompt: Tensor,
-    tokens: Tensor,
-    table: Tensor,
-    measure: Measure = "cosine",
-    chunk: int = CHUNK,
-    *,
-    ids: Tensor | None = None,
-) -> Tensor:
-    """Which place a given token has among all tokens, by nearness to each row; 1 is the nearest.
-
-    Args:
-        prompt: (N, D).
-        tokens: (N,) a token for each row, negative for none.
-        table: as in :func:`nearest_tokens`.
-        measure: as in :func:`nearest_tokens`.
-        chunk: as in :func:`nearest_tokens`.
-        ids: as in :func:`nearest_tokens`.
-
-    Returns:
-        (N,) int64, 1 to the number of tokens; 0 for rows without a token.
-
-    Raises:
-        ValueError: as :func:`nearest_tokens`, or tokens that are not among the ids.
-    """
-    rows, allowed = _checked(prompt, table, measure, chunk, ids)
-    if tokens.shape != rows.shape[:1] or not torch.isin(tokens[tokens >= 0], allowed).all():
-        raise ValueError(
-            f"tokens are {tuple(tokens.shape)} for {len(rows)} rows: give each row one of the ids "
-            "to choose from, or -1"
-        )
-    own = table[tokens.clamp(min=0)].double()
-    limit = _as_closeness(rows, own, measure)[:, None]
-    slack = _ROUNDING * (rows.norm(dim=1) * own.norm(dim=1) + own.square().sum(1))[:, None]
-    if measure == "cosine":
-        slack = torch.full_like(slack, _ROUNDING)
-    ranks = torch.ones_like(tokens)
-    for part, found in _closeness(rows, table, measure, chunk, allowed):
-        is_tied = (found - limit).abs() <= slack
-        is_nearer = (found > limit) & ~is_tied
-        ranks += (is_nearer | (is_tied & (part < tokens[:, None]))).sum(dim=1)
-    return torch.where(tokens >= 0, ranks, 0)
-
-
-def _checked(
-    prompt: Tensor, table: Tensor, measure: str, chunk: int, ids: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The rows in float64 and the ids to choose from in rising order; refuses what does not fit."""
-    if prompt.dim() != 2 or table.dim() != 2 or prompt.shape[1] != table.shape[1]:
-        raise ValueError(
-            f"prompt {tuple(prompt.shape)} and table {tuple(table.shape)}: give (N, D) and (V, D) "
-            "of one backbone"
-        )
-    _check_numbers("the prompt", prompt)
-    if measure not in get_args(Measure):
-        raise ValueError(f"measure is {measure!r}; allowed: {', '.join(get_args(Measure))}")
-    if chunk < 1:
-        raise ValueError(f"chunk is {chunk}: give 1 or more rows")
-    if ids is None:
-        return prompt.double(), torch.arange(len(table), device=prompt.device)
-    allowed = ids.to(prompt.device).unique()
-    if len(allowed) != len(ids) or (allowed[:1] < 0).any() or (allowed >= len(table)).any():
-        raise ValueError(f"ids must be different rows of the table, 0 to {len(table) - 1}")
-    return prompt.double(), allowed
-
-
-def _check_numbers(what: str, tensor: Tensor) -> None:
-    """Refuse an empty tensor, integers, NaN and infinity."""
-    if not tensor.numel() or not tensor.is_floating_point():
-        raise ValueError(f"{what} is {tuple(tensor.shape)} of {tensor.dtype}: give some floats")
-    if not tensor.isfinite().all():
-        raise ValueError(f"{what} holds NaN or infinite numbers: leave it out or tune it again")
-
-
-def _closeness(
-    rows: Tensor, table: Tensor, measure: str, chunk: int, ids: Tensor
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Chunks of ids (c,), and how close their tokens are to the rows (N, c): higher is nearer.
-
-    The squared distance to row a is |a|^2 - (2ab - |b|^2), and |a|^2 is the same for all tokens.
-    """
-    lengths = rows.norm(dim=1, keepdim=True)
-    space = rows.new_empty(min(chunk, len(ids)), rows.shape[1])
-    for part in ids.split(chunk):
-        # A slice is a view; indexing would copy the chunk before it is converted.
-        is_run = int(part[-1] - part[0]) == len(part) - 1
-        own = space[: len(part)]
-        own.copy_(table[int(part[0]) : int(part[-1]) + 1] if is_run else table[part])
-        found = rows @ own.T
+    rows = rows.double()
+    near = rows.new_empty(len(rows), len(ids))
+    for part, own in zip(ids.split(_CHUNK), near.split(_CHUNK, dim=1), strict=True):
+        tokens = table[part].double()
+        own.copy_(rows @ tokens.T)
         if measure == "cosine":
-            found /= (lengths * own.norm(dim=1)).clamp(min=torch.finfo(torch.float64).tiny)
+            lengths = rows.norm(dim=1, keepdim=True) * tokens.norm(dim=1)
+            own.div_(lengths.clamp(min=torch.finfo(torch.float64).tiny))
         elif measure == "l2":
-            found = found.mul_(2).sub_(own.square_().sum(dim=1))
-        if not found.isfinite().all():
-            raise ValueError("the table holds NaN or infinite numbers: load the backbone again")
-        yield part, found
+            own.mul_(2).sub_(tokens.square_().sum(dim=1))
+    return near
 
 
-def _as_closeness(rows: Tensor, tokens: Tensor, measure: str) -> Tensor:
-    """As :func:`_closeness`, of each row with its own token: (N, D) and (N, D) give (N,)."""
-    products = (rows * tokens).sum(dim=1)
-    if measure == "cosine":
-        norms = rows.norm(dim=1) * tokens.norm(dim=1)
-        return products / norms.clamp(min=torch.finfo(torch.float64).tiny)
-    return 2 * products - tokens.square().sum(dim=1) if measure == "l2" else products
-
-
-def _scores(row: Tensor, tokens: Tensor, measure: str) -> Tensor:
-    """Scores (c,) of one row (D,) with some tokens (c, D); equal tokens have equal scores."""
-    if measure == "l2":
-        return (tokens - row).square().sum(dim=1).sqrt()
-    return _as_closeness(row.expand_as(tokens), tokens, measure)
-
-
-def _order(scores: Tensor, measure: str, k: int) -> tuple[Tensor, Tensor]:
-    """Places and scores of the k nearest, the nearest first and of equal ones the first."""
-    values, places = scores.sort(stable=True, descending=measure != "l2")
-    return places[:k], values[:k]
-
-
-def _largest(values: Tensor, k: int) -> Tensor:
-    """Places (N, k) of the k largest values of each row, in rising order; of equal ones the first.
-
-    All places where there are no more than k.
-    """
-    if values.shape[1] <= k:
-        return torch.arange(values.shape[1], device=values.device).expand(len(values), -1)
-    top = values.topk(k, dim=1)
-    least = top.values[:, -1:]
-    if int((values >= least).sum()) == top.indices.numel():  # no ties at the edge
-        return top.indices.sort(dim=1).values
-    is_above, is_tied = values > least, values == least
-    room = k - is_above.sum(dim=1, keepdim=True)
-    chosen = is_above | (is_tied & (is_tied.cumsum(dim=1) <= room))
-    return chosen.nonzero()[:, 1].view(len(values), k)
-
-
-# ---- drift and norms -----------------------------------------------------------------------------
-
-
-def row_drift(prompt: Tensor, init: Tensor) -> Drift:
-    """How far each row of a prompt is from the row it started as.
-
-    Args:
-        prompt: (N, D), the tuned prompt.
-        init: (N, D), what it was tuned from.
-
-    Raises:
-        ValueError: not two (N, D) of one shape, NaN or infinite numbers.
-    """
-    if prompt.dim() != 2 or prompt.shape != init.shape:
-        raise ValueError(
-            f"prompt {tuple(prompt.shape)} and init {tuple(init.shape)}: give two (N, D) of one "
-            "shape"
-        )
-    _check_numbers("the prompt", prompt)
-    _check_numbers("the initial prompt", init)
-    tuned, start = prompt.double(), init.double()
-    cosine = (tuned * start).sum(dim=1) / (tuned.norm(dim=1) * start.norm(dim=1))
-    return Drift((tuned - start).norm(dim=1), cosine.clamp(-1, 1))
-
-
-def row_norms(table: Tensor, ids: Tensor | None = None, chunk: int = CHUNK) -> Tensor:
-    """Euclidean norms of the rows of a prompt or a vocabulary.
-
-    Args:
-        table: (V, D), floating point.
-        ids: rows to take; all without it.
-        chunk: rows at a time.
+def initial_tokens(init: Tensor, table: Tensor, ids: Tensor) -> Tensor:
+    """The token whose embedding each row of an initial prompt (N, D) is, also rounded ones.
 
     Returns:
-        (V,) or as many as ids, float64.
+        (N,) places in ``ids``, -1 where there is none, as for a prompt that starts from noise.
     """
-    if ids is None:
-        ids = torch.arange(len(table), device=table.device)
-    return torch.cat([table[part].double().norm(dim=1) for part in ids.split(chunk)])
+    import torch
+
+    places = closeness(init, table, ids, "l2").argmax(dim=1)
+    found = table[ids[places]].double()
+    is_equal = ((init.double() - found).abs() <= 2.0**-8 * found.abs()).all(dim=1)
+    return torch.where(is_equal, places, -1)
+
+
+def token_table(
+    prompts: pd.DataFrame, vocabulary: Vocabulary, top: int = 5, measure: str = "cosine"
+) -> pd.DataFrame:
+    """A row for each row of each prompt: its initial token and the place of that now, drift, norms.
+
+    Args:
+        prompts: as `find_tuned` gives them.
+        vocabulary: the tokens of their backbone.
+        top: how many nearest tokens.
+        measure: what near means, as of `closeness`; scores of "l2" are distances.
+
+    Returns:
+        Columns ``prompt``, ``task``, ``row`` (from 1); ``initial_id``, ``initial_token``,
+        ``initial_rank`` (1 is the nearest) and ``survived`` (whether it is), empty for a row that
+        started as no token; ``drift`` (Euclidean distance from the initial row), ``cosine`` (with
+        it), ``norm``, ``initial_norm``, ``relative_norm`` (over the vocabulary's median); and
+        ``id_1``, ``token_1``, ``score_1`` and so on, the nearest first.
+
+    Raises:
+        ValueError: more tokens than there are.
+    """
+    import torch
+
+    table, names = vocabulary.table, vocabulary.names
+    if top > len(names):
+        raise ValueError(f"--top is {top}: there are {len(names)} tokens")
+    ids = torch.tensor(names.index.to_numpy(), device=table.device)
+    starts: dict[bytes, Tensor] = {}
+    frames = []
+    for one in prompts.itertuples():
+        prompt, init = (x.double().to(table.device) for x in (one.tuned.prompt, one.tuned.init))
+        if (key := one.tuned.init.numpy().tobytes()) not in starts:
+            starts[key] = initial_tokens(init, table, ids)
+        start = starts[key]
+        near = closeness(prompt, table, ids, measure)
+        scores, places = near.topk(top)
+        if measure == "l2":
+            scores = (table[ids[places]].double() - prompt[:, None]).norm(dim=2)
+        own = near.gather(1, start.clamp(min=0)[:, None])
+        ranks = 1 + (near > own + 1e-12 * own.abs()).sum(dim=1)  # equal ones differ in rounding
+        norms = prompt.norm(dim=1), init.norm(dim=1)
+        frame = {"prompt": one.prompt, "task": one.task, "row": range(1, len(init) + 1)}
+        frame |= {"initial_id": ids[start].cpu(), "initial_token": "", "initial_rank": ranks.cpu()}
+        frame |= {"survived": (ranks == 1).cpu(), "drift": (prompt - init).norm(dim=1).cpu()}
+        frame["cosine"] = ((prompt * init).sum(dim=1) / (norms[0] * norms[1])).clamp(-1, 1).cpu()
+        frame |= {"norm": norms[0].cpu(), "initial_norm": norms[1].cpu()}
+        frame["relative_norm"] = norms[0].cpu() / vocabulary.median
+        for at in range(top):
+            nearest = ids[places[:, at]].tolist()
+            frame |= {f"id_{at + 1}": nearest, f"token_{at + 1}": names[nearest].to_numpy()}
+            frame[f"score_{at + 1}"] = scores[:, at].cpu()
+        whole = pd.DataFrame(frame)
+        for name in ("initial_id", "initial_rank", "survived"):
+            whole[name] = whole[name].astype("Int64").where((start >= 0).cpu().numpy())
+        frames.append(whole.assign(initial_token=whole["initial_id"].map(names)))
+    return pd.concat(frames, ignore_index=True)
 
 
 # ---- distances and spread ------------------------------------------------------------------------
 
 
-def frobenius_distances(prompts: Sequence[Tensor] | Tensor) -> Tensor:
-    """||A - B||_F of every two prompts; lower is more alike (section 5.3 of the paper).
-
-    Args:
-        prompts: R prompts (N, D), or a bank (R, N, D).
-
-    Returns:
-        (R, R) float64, symmetric, zeros on the diagonal.
+def prompt_points(prompts: pd.DataFrame, compare: str = "rows") -> Floats:
+    """Each prompt as a point: all its rows (R, N D), or with ``compare`` "mean" their mean (R, D).
 
     Raises:
-        ValueError: no prompts, prompts of different widths or lengths, NaN or infinite numbers.
+        ValueError: all rows of prompts of several lengths.
     """
-    _check_prompts(prompts)
-    lengths = sorted({len(prompt) for prompt in prompts})
-    if len(lengths) > 1:
+    tensors = [one.prompt.double() for one in prompts["tuned"]]
+    if compare == "mean":
+        return np.stack([tensor.mean(dim=0).numpy() for tensor in tensors])
+    first = {len(x): label for x, label in zip(tensors[::-1], prompts["prompt"][::-1], strict=True)}
+    if len(first) > 1:
+        which = ", ".join(f"{label} has {length}" for length, label in sorted(first.items()))
         raise ValueError(
-            f"prompts of {', '.join(map(str, lengths))} rows have no Frobenius distance: compare "
-            "prompts of one length, tune them again with one number of virtual tokens, or compare "
-            "their mean rows, which all have one shape"
+            f"prompts of several lengths ({which} rows) have no Frobenius distance: give prompts "
+            "of one length at a time, or --compare mean, which compares their mean rows"
         )
-    return _distances(torch.stack([prompt.double().flatten() for prompt in prompts]))
+    return np.stack([tensor.flatten().numpy() for tensor in tensors])
 
 
-def mean_row_distances(prompts: Sequence[Tensor] | Tensor) -> Tensor:
-    """Euclidean distance between the mean rows of every two prompts, whatever their lengths.
-
-    It does not see what rows do to one another: shuffled rows have the same mean.
-
-    Args:
-        prompts: R prompts (N, D), where N may differ.
+def distance_table(prompts: pd.DataFrame, points: Floats) -> pd.DataFrame:
+    """Euclidean distances of prompts at points (R, P): section 5.3 of the paper.
 
     Returns:
-        (R, R) float64, symmetric, zeros on the diagonal.
+        A row for every two: ``prompt``, ``other``, ``task``, ``other_task``, ``distance``.
+    """
+    from scipy.spatial.distance import pdist
+
+    one, other = np.triu_indices(len(prompts), 1)
+    label, task = prompts["prompt"].to_numpy(), prompts["task"].to_numpy()
+    pairs = {"prompt": label[one], "other": label[other], "task": task[one]}
+    return pd.DataFrame(pairs | {"other_task": task[other], "distance": pdist(points)})
+
+
+def spread_table(prompts: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
+    """How far the runs of each task lie apart: the paper's table 1, variances with ddof 1.
+
+    Args:
+        prompts: as `find_tuned` gives them.
+        pairs: as `distance_table` gives them.
+
+    Returns:
+        A row for each task: ``group``, ``runs``, mean and variance of the ``norm`` of its prompts,
+        of the distances ``within``, between two of them, and ``between``, from one of them to one
+        of another task, each with the number of pairs; NaN where there are too few.
+    """
+    both = _both_ways(pairs)
+    is_own = both["task"] == both["other_task"]
+    values = {
+        "norm": prompt_norms(prompts).groupby(prompts["task"], sort=False),
+        "within": both[is_own].iloc[: is_own.sum() // 2].groupby("task")["distance"],
+        "between": both[~is_own].groupby("task")["distance"],
+    }
+    table = pd.DataFrame({"runs": values["norm"].size()})
+    for name, of_task in values.items():
+        table[f"{name}_mean"], table[f"{name}_variance"] = of_task.mean(), of_task.var()
+        if name != "norm":
+            table[f"{name}_pairs"] = of_task.size().reindex(table.index, fill_value=0)
+    return table.rename_axis("group").reset_index()
+
+
+def task_distances(prompts: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
+    """Mean distance between the prompts of every two tasks (T, T).
+
+    On the diagonal it is the mean over two different prompts of a task; NaN where it has one.
+    """
+    means = _both_ways(pairs).groupby(["task", "other_task"])["distance"].mean().unstack()
+    tasks = prompts["task"].unique()
+    return means.reindex(index=tasks, columns=tasks)
+
+
+def _both_ways(pairs: pd.DataFrame) -> pd.DataFrame:
+    names = {"task": "other_task", "other_task": "task"}
+    return pd.concat([pairs, pairs.rename(columns=names)], ignore_index=True)
+
+
+def prompt_norms(prompts: pd.DataFrame) -> pd.Series:
+    """Frobenius norm of each prompt."""
+    return prompts["tuned"].map(lambda one: float(one.prompt.double().norm()))
+
+
+# ---- transfer ------------------------------------------------------------------------------------
+
+
+def read_transfer(places: Sequence[str], prompts: pd.DataFrame) -> pd.DataFrame:
+    """Measured zero-shot transfer between the tasks of some prompts, from tables and from results.
+
+    Of results the lines count in which ``VectorArithmetic`` has tested the vector of one task at
+    scale 1, which on its own initial prompt is the tuned prompt; beside it stands the score without
+    prompt of the same task, sample and way of answering.
+
+    Args:
+        places: CSV files with at least the columns `TRANSFER`, results.csv files, or folders with
+            such.
+        prompts: as `find_tuned` gives them; a source may be one of their tasks or names.
+
+    Returns:
+        A row for each pair of tasks that is known: ``source``, ``target``, means of ``score`` and
+        ``no_prompt``, ``gain``, their difference, and ``lines``, how many were averaged.
 
     Raises:
-        ValueError: no prompts, prompts of different widths, NaN or infinite numbers.
+        FileNotFoundError: a place that is not there, or a folder without results.
+        ValueError: a column that is missing, a score that is no number, results of other weights
+            or without scores of no prompt, or no pair of tasks that have prompts.
     """
-    _check_prompts(prompts)
-    return _distances(torch.stack([prompt.double().mean(dim=0) for prompt in prompts]))
-
-
-def _check_prompts(prompts: Sequence[Tensor] | Tensor) -> None:
-    """Refuse what are not prompts of one backbone."""
-    if not len(prompts) or any(prompt.dim() != 2 for prompt in prompts):
-        raise ValueError("give one or more prompts (N, D)")
-    for at, prompt in enumerate(prompts):
-        _check_numbers(f"prompt {at}", prompt)
-    widths = sorted({prompt.shape[1] for prompt in prompts})
-    if len(widths) > 1:
+    paths = [Path(place) for place in dict.fromkeys(places)]
+    if missing := [str(path) for path in paths if not path.exists()]:
+        raise FileNotFoundError(f"no table of transfer {', '.join(missing)}: name a CSV file")
+    tables, files = [], []
+    for path in paths:
+        if path.is_dir() or "fit_id" in path.read_text(encoding="utf-8").partition("\n")[0]:
+            files += find_results(path)
+        else:
+            tables.append(_table_lines(path))
+    if files:
+        tables.append(_result_lines(files, prompts["tuned"].iloc[0].backbone_digest))
+    lines = pd.concat(tables, ignore_index=True)
+    names = prompts["tuned"].map(lambda one: one.name)
+    task_of = {
+        x: y
+        for by in (names, prompts["prompt"], prompts["task"])
+        for x, y in zip(by, prompts["task"], strict=True)
+    }
+    lines["source"] = lines["source"].map(task_of)
+    lines = lines[lines["source"].notna() & lines["target"].isin(prompts["task"])]
+    if not len(lines):
         raise ValueError(
-            f"prompts of widths {', '.join(map(str, widths))}: only prompts of one backbone can be "
-            "compared"
+            f"{', '.join(places)}: no line whose source and target are tasks of these prompts "
+            f"({', '.join(sorted({*prompts['task']}))})"
         )
+    for name in TRANSFER[2:]:
+        numbers = pd.to_numeric(lines[name], errors="coerce").astype(float)
+        for where, cell in lines.loc[~np.isfinite(numbers), ["where", name]].to_numpy()[:1]:
+            raise ValueError(f"{where}, {name} is {cell!r}: give a finite number")
+        lines[name] = numbers
+    pairs = lines.groupby(TRANSFER[:2], sort=False)
+    table = pairs[TRANSFER[2:]].mean()
+    table["gain"], table["lines"] = table["score"] - table["no_prompt"], pairs.size()
+    return table.reset_index()
 
 
-def _distances(points: Tensor) -> Tensor:
-    """Euclidean distances (R, R) of points (R, P), by differences: exact where they are near."""
-    return torch.stack([(points - point).norm(dim=1) for point in points])
+def _table_lines(path: Path) -> pd.DataFrame:
+    try:
+        lines = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
+    except ValueError as error:  # also pandas' parser errors
+        why = " ".join(str(error).split())
+        raise ValueError(f"{path} is no table of transfer: {why}") from None
+    lacking = [name for name in TRANSFER if name not in lines]
+    if lacking or not len(lines):
+        raise ValueError(
+            f"{path} lacks the columns {', '.join(lacking or TRANSFER)}, or has no lines: give a "
+            f"CSV file with {', '.join(TRANSFER)}, or a results.csv of VectorArithmetic"
+        )
+    return lines[TRANSFER].assign(where=[f"{path}, line {at + 2}" for at in lines.index])
 
 
-@dataclass(frozen=True)
-class Spread:
-    """How far the runs of one group lie apart.
-
-    Variances have ddof 1; NaN stands where there are too few values.
-
-    Attributes:
-        group: its name, such as a task.
-        runs: number of prompts.
-        norm_mean: mean Frobenius norm of its prompts.
-        norm_variance: variance of these norms.
-        within_mean: mean distance between two of its prompts.
-        within_variance: variance of these distances.
-        within_pairs: number of pairs of its prompts.
-        between_mean: mean distance between one of its prompts and one of another group.
-        between_variance: variance of these distances.
-        between_pairs: number of such pairs.
-    """
-
-    group: str
-    runs: int
-    norm_mean: float
-    norm_variance: float
-    within_mean: float
-    within_variance: float
-    within_pairs: int
-    between_mean: float
-    between_variance: float
-    between_pairs: int
-
-
-def spread_of_runs(
-    prompts: Sequence[Tensor] | Tensor, distances: Tensor, groups: Sequence[str]
-) -> list[Spread]:
-    """Mean and variance of norms and distances of repeated runs (table 1 of the paper).
-
-    Args:
-        prompts: R prompts (N, D).
-        distances: (R, R), as from :func:`frobenius_distances`.
-        groups: (R,) the group of each prompt, such as its task.
-
-    Returns:
-        One for each group, in the order of first places.
-
-    Raises:
-        ValueError: not one group and one row of distances for each prompt.
-    """
-    _check_groups(distances, groups)
-    if len(prompts) != len(groups):
-        raise ValueError(f"{len(prompts)} prompts and {len(groups)} groups: give each prompt one")
-    norms = torch.stack([prompt.double().norm() for prompt in prompts])
-    found = []
-    for group, places in _places(groups).items():
-        others = torch.tensor([at for at in range(len(groups)) if groups[at] != group])
-        own = torch.tensor(places)
-        above = torch.triu_indices(len(own), len(own), offset=1)
-        within = distances[own][:, own][above[0], above[1]]
-        between = distances[own][:, others.long()].flatten()
-        found.append(
-            Spread(
-                group,
-                len(own),
-                *_mean_and_variance(norms[own]),
-                *_mean_and_variance(within),
-                len(within),
-                *_mean_and_variance(between),
-                len(between),
+def _result_lines(files: Sequence[Path], digest: str) -> pd.DataFrame:
+    for file in files:
+        digests = file.parent / "digests.json"
+        known = json.loads(digests.read_text()) if digests.is_file() else {}
+        if (tested := known.get("backbone", digest)) != digest:
+            raise ValueError(
+                f"{file} is of a backbone with weights {tested[:12]}, the prompts are of one with "
+                f"{digest[:12]}: give the results of these prompts"
             )
-        )
-    return found
-
-
-def group_distances(distances: Tensor, groups: Sequence[str]) -> tuple[list[str], Tensor]:
-    """Mean distance between the prompts of every two groups.
-
-    Args:
-        distances: (R, R).
-        groups: (R,) the group of each prompt.
-
-    Returns:
-        The G groups in the order of first places, and (G, G) float64; on the diagonal the mean over
-        pairs of different prompts of a group, NaN where it has one.
-
-    Raises:
-        ValueError: not one row of distances for each group.
-    """
-    _check_groups(distances, groups)
-    places = _places(groups)
-    means = torch.full((len(places), len(places)), math.nan, dtype=torch.float64)
-    for row, own in enumerate(places.values()):
-        for column, other in enumerate(places.values()):
-            total = distances[own][:, other].double().sum()
-            count = len(own) * (len(other) - (row == column))
-            if count:
-                means[row, column] = total / count
-    return list(places), means
-
-
-def _check_groups(distances: Tensor, groups: Sequence[str]) -> None:
-    """Refuse a matrix that is not of these prompts."""
-    if distances.shape != (len(groups), len(groups)) or not len(groups):
+    where = ", ".join(map(str, files))
+    runs = pd.concat([read_results(file) for file in files], ignore_index=True)
+    answered = ["task", "sample", "decoding", "metric_variant"]
+    bare = runs[runs["variant"] == "no_prompt"].drop_duplicates(answered)[[*answered, "test"]]
+    runs = runs[(runs["method"] == "VectorArithmetic") & (runs["scale"] == 1)]
+    # On its own task a tuned prompt is "single"; "vectors" there has another initial prompt.
+    runs = runs[runs["variant"].isin(["single", "vectors"])]
+    factors = {text: parse_expression(text) for text in runs["expression"].unique()}
+    alone = {text: next(iter(x)) for text, x in factors.items() if [*x.values()] == [1.0]}
+    runs = runs.assign(source=runs["expression"].map(alone))
+    is_own = runs["source"] == runs["task"]
+    runs = runs[runs["source"].notna() & (is_own == (runs["variant"] == "single"))]
+    if not len(runs):
         raise ValueError(
-            f"distances are {tuple(distances.shape)} for {len(groups)} groups: give (R, R) and a "
-            "group for each of R prompts"
+            f"{where}: no line of VectorArithmetic with the vector of one task at scale 1: test "
+            "the tasks as model.expressions with model.evaluate_on all"
         )
-
-
-def _places(groups: Sequence[str]) -> dict[str, list[int]]:
-    """The places of each group."""
-    places: dict[str, list[int]] = {}
-    for at, group in enumerate(groups):
-        places.setdefault(group, []).append(at)
-    return places
-
-
-def _mean_and_variance(values: Tensor) -> tuple[float, float]:
-    """Mean and variance (ddof 1) of some numbers, NaN where there are too few."""
-    mean = float(values.mean()) if len(values) else math.nan
-    return mean, float(values.var()) if len(values) > 1 else math.nan
-
-
-# ---- distance and transfer -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RankCorrelation:
-    """A rank correlation of two matrices with its permutation test.
-
-    Attributes:
-        coefficient: Spearman's rho or Kendall's tau-b; NaN with a reason.
-        p: two-sided p-value; NaN with a reason.
-        cells: number of cells off the diagonal that both matrices have.
-        permutations: number of permutations beside the given order.
-        is_exhaustive: whether these are all there are.
-        method: "spearman" or "kendall".
-        reason: why there is no coefficient; empty where there is one.
-    """
-
-    coefficient: float
-    p: float
-    cells: int
-    permutations: int
-    is_exhaustive: bool
-    method: Rank
-    reason: str = ""
-
-
-def rank_correlation(
-    distances: Tensor,
-    other: Tensor,
-    method: Rank = "spearman",
-    permutations: int = 999,
-    seed: int = 0,
-) -> RankCorrelation:
-    """Rank correlation of two matrices off their diagonals, with Mantel's permutation test.
-
-    The cells of a matrix are not independent, as each task stands in many of them, so an ordinary
-    p-value would be too small. Mantel (1967) permutes the tasks of one matrix, rows and columns
-    together: p = (b + 1) / (m + 1), where b of m permutations have a coefficient at least as far
-    from zero. Where the tasks have no more than m + 1 orders, each of the others is taken once,
-    and p cannot be below 1 / T!. The paper (section 6.3) sees a trend, without a coefficient.
-
-    Args:
-        distances: (T, T), complete off its diagonal.
-        other: (T, T), such as the transfer from task to task; need not be symmetric, and cells that
-            are NaN are left out.
-        method: SciPy's ``spearmanr`` or ``kendalltau``.
-        permutations: m, how many at most.
-        seed: of random permutations.
-
-    Returns:
-        The coefficient and its p-value; with a reason instead where there are fewer than three
-        tasks or three cells, or where one of the two is constant.
-
-    Raises:
-        ValueError: not two square matrices of one size, distances that are not finite, an unknown
-            method, or no permutations.
-    """
-    import numpy as np
-
-    first, second = (np.asarray(m.double().cpu()) for m in (distances, other))
-    _check_matrices(first, second, method, permutations)
-    size = len(first)
-    cells = np.nonzero(~np.eye(size, dtype=bool) & np.isfinite(second))
-    values = second[cells]
-    reason = _why_no_rank(size, first[~np.eye(size, dtype=bool)], values)
-    if reason:
-        return RankCorrelation(math.nan, math.nan, len(values), 0, False, method, reason)
-    coefficient = _coefficient(method)
-    given = coefficient(first[cells], values)
-    orders, is_exhaustive = _orders(size, permutations, seed)
-    made = np.array([coefficient(first[np.ix_(o, o)][cells], values) for o in orders])
-    # A permutation that makes the cells in question constant has no coefficient: it counts as 0.
-    extreme = int((np.abs(np.nan_to_num(made)) >= abs(given) - _ROUNDING).sum())
-    p = (extreme + 1) / (len(made) + 1) if math.isfinite(given) else math.nan
-    reason = "" if math.isfinite(given) else "the distances of the known cells are all equal"
-    return RankCorrelation(given, p, len(values), len(made), is_exhaustive, method, reason)
-
-
-def _check_matrices(
-    first: NDArray[Any], second: NDArray[Any], method: str, permutations: int
-) -> None:
-    """Refuse matrices that cannot be compared."""
-    import numpy as np
-
-    if first.ndim != 2 or first.shape != second.shape or first.shape[0] != first.shape[1]:
+    lines = runs.merge(bare, on=answered, how="left", indicator="beside", suffixes=("", "_bare"))
+    if lacking := sorted({*lines.loc[lines["beside"] == "left_only", "task"]}):
         raise ValueError(
-            f"matrices of {first.shape} and {second.shape}: give two of (T, T), tasks in one order"
+            f"{where}: no score without prompt (variant no_prompt) of {', '.join(lacking)}, "
+            "answered in the same way: test with model.evaluate_on all, or give the results of a "
+            "fit with model.test_baselines, too"
         )
-    if not np.isfinite(first[~np.eye(len(first), dtype=bool)]).all():
-        raise ValueError("the distances hold NaN or infinite numbers off the diagonal")
-    if method not in get_args(Rank):
-        raise ValueError(f"method is {method!r}; allowed: {', '.join(get_args(Rank))}")
-    if permutations < 1:
-        raise ValueError(f"permutations is {permutations}: give 1 or more")
-
-
-def _why_no_rank(size: int, distances: NDArray[Any], values: NDArray[Any]) -> str:
-    """Why there is no rank correlation; empty where there is one."""
-    if size < 3:
-        return "fewer than three tasks"
-    if len(values) < 3:
-        return "fewer than three cells off the diagonal"
-    for what, numbers in (("distances", distances), ("values", values)):
-        if numbers.max() == numbers.min():
-            return f"the {what} off the diagonal are all equal"
-    return ""
-
-
-def _coefficient(method: str) -> Callable[[NDArray[Any], NDArray[Any]], float]:
-    """The function of two rows of numbers that a method is."""
-    import numpy as np
-    from scipy.stats import kendalltau, spearmanr
-
-    function: Any = spearmanr if method == "spearman" else kendalltau
-
-    def quiet(a: NDArray[Any], b: NDArray[Any]) -> float:
-        """The coefficient; NaN, without a warning, where a row is constant."""
-        return math.nan if np.ptp(a) == 0 else float(function(a, b).statistic)
-
-    return quiet
-
-
-def _orders(size: int, permutations: int, seed: int) -> tuple[list[NDArray[Any]], bool]:
-    """Permutations of so many places: all but the given order where they are few enough."""
-    import numpy as np
-
-    if math.factorial(size) - 1 <= permutations:
-        every = itertools.permutations(range(size))
-        return [np.array(order) for order in itertools.islice(every, 1, None)], True
-    generator = np.random.default_rng(seed)
-    return [generator.permutation(size) for _ in range(permutations)], False
+    lines = lines.rename(columns={"task": "target", "test": "score", "test_bare": "no_prompt"})
+    return lines[TRANSFER].assign(where=lines["folder"] + " " + lines["prompt_file"])

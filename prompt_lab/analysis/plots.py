@@ -181,8 +181,15 @@ def lines(
     return figure
 
 
-def heatmap(table: pd.DataFrame, label: str, centre: float | None = None) -> Figure:
-    """A table of numbers as colours, with the numbers in it; NaN stays empty.
+def heatmap(
+    table: pd.DataFrame,
+    label: str,
+    centre: float | None = None,
+    texts: pd.DataFrame | None = None,
+    xlabel: str = "",
+    ylabel: str = "",
+) -> Figure:
+    """A table of numbers as colours, with the numbers or other ``texts`` in it; NaN stays empty.
 
     With a ``centre``, colours go from blue to red around it.
     """
@@ -191,20 +198,22 @@ def heatmap(table: pd.DataFrame, label: str, centre: float | None = None) -> Fig
     rows, columns = ([_wrap(str(x), 30) for x in names] for names in (table.index, table.columns))
     longest = max(len(line) for name in columns for line in name.split("\n"))
     upright = longest > 9 or len(columns) > 8
-    height = 0.6 + 0.24 * len(rows) + 0.065 * longest * upright
+    lines = 1 if texts is None else 1 + texts.map(lambda text: text.count("\n")).max(axis=None)
+    inside = len(rows) * max(0.24, 0.08 + 0.12 * lines)
+    height = 0.6 + inside + 0.065 * longest * upright + 0.15 * bool(xlabel)
     with _figure(min(PAGE, 1.9 + 0.52 * len(columns)), height) as (figure, axes):
         seaborn.heatmap(
             table.set_axis(rows).set_axis(columns, axis=1).astype(float),
             ax=axes,
             cmap="cividis" if centre is None else "vlag",
             center=centre,
-            annot=True,
-            fmt=".2f",
+            annot=True if texts is None else texts.to_numpy(),
+            fmt=".2f" if texts is None else "",
             annot_kws={"size": 7},
             linewidths=0.5,
-            cbar_kws={"label": label},
+            cbar_kws={"label": _wrap(label, max(int(inside / 0.07), 16))},
         )
-        axes.set(xlabel="", ylabel="")
+        axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.tick_params(axis="both", length=0)
         axes.tick_params(axis="y", rotation=0)
         axes.tick_params(axis="x", rotation=90 if upright else 0)
@@ -262,7 +271,11 @@ def violins(
 
     labels = _in_order(table[label], looks)
     palette = {name: looks[name]["color"] for name in labels}
-    with _figure(min(PAGE, 1.2 + 0.75 * len(labels)), 2.6) as (figure, axes):
+    longest = max(len(line) for name in labels for line in _wrap(name, 14).split("\n"))
+    upright = longest > min(12, 90 // len(labels))
+    names = [_wrap(name, 30 if upright else 14) for name in labels]
+    height = 2.6 + 0.065 * max(map(len, names)) * upright
+    with _figure(min(PAGE, 1.2 + 0.75 * len(labels)), height) as (figure, axes):
         if level is not None:
             axes.axhline(level, color="#444444", linewidth=0.8, dashes=(3, 2), zorder=1)
         given = {"x": label, "y": value, "hue": label, "palette": palette, "legend": False}
@@ -282,7 +295,7 @@ def violins(
             own = table.loc[table[label] == name, value]
             along = at + draw.uniform(-0.08, 0.08, len(own))
             axes.plot(along, own, ".", color=palette[name], markersize=3.5, markeredgewidth=0)
-        axes.set_xticks(range(len(labels)), [_wrap(name, 14) for name in labels])
+        axes.set_xticks(range(len(labels)), names, rotation=90 if upright else 0)
         axes.grid(axis="y")
         axes.set(xlabel="", ylabel=_wrap(ylabel, 40))
     return figure

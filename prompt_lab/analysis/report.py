@@ -28,7 +28,7 @@ from prompt_lab.analysis.vectors import vector_sections
 from prompt_lab.files.tensors import write_atomically
 
 _HTML = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>Results</title><style>
+<html lang="en"><head><meta charset="utf-8"><title>TITLE</title><style>
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em }
 table { border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto }
 th, td { padding: .2em .8em; text-align: left; border-bottom: 1px solid #ddd; white-space: nowrap }
@@ -37,7 +37,7 @@ td { font-variant-numeric: tabular-nums }
 p { max-width: 50em; color: #444 }
 img { max-width: 100%; display: block; margin: 1em 0 }
 </style></head><body>
-<h1>Results</h1>"""
+<h1>TITLE</h1>"""
 
 
 def make_report(
@@ -76,17 +76,18 @@ def make_report(
     return [*sections, *vector_sections(runs)]
 
 
-def write_report(sections: Sequence[Section], folder: Path) -> list[Path]:
+def write_report(sections: Sequence[Section], folder: Path, title: str = "Results") -> list[Path]:
     """Write ``report.md``, ``report.html``, and of each section a CSV file and its figures.
 
     Args:
         sections: as `make_report` gives them.
         folder: where to; made if it is not there.
+        title: of the report.
 
     Returns:
         The files, the two reports first.
     """
-    files, text, page = [], ["# Results"], [_HTML]
+    files, text, page = [], [f"# {title}"], [_HTML.replace("TITLE", html.escape(title))]
     for section in sections:
         files.append(folder / f"{section.name}.csv")
         table = section.table.to_csv(index=False, lineterminator="\n")
@@ -107,11 +108,16 @@ def write_report(sections: Sequence[Section], folder: Path) -> list[Path]:
 
 def markdown(shown: pd.DataFrame) -> str:
     """A table of text in GitHub's Markdown, aligned as plain text too."""
-    cells = shown.astype(str).map(lambda cell: cell.replace("|", r"\|"))
+    cells = shown.astype(str).map(_whole).rename(columns=_whole)
     return cells.to_markdown(index=False, disable_numparse=True)
+
+
+def _whole(cell: str) -> str:
+    return re.sub(r"(\\.)|\|", lambda found: found[1] or r"\|", cell)
 
 
 def _html_table(shown: pd.DataFrame) -> str:
     cells = shown.astype(str).map(html.escape).rename(columns=html.escape)
-    cells = cells.map(lambda cell: re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", cell))
+    cells = cells.map(lambda cell: re.sub(r"\*\*((?:\\.|[^\\])+?)\*\*", r"<b>\1</b>", cell))
+    cells = cells.map(lambda cell: re.sub(r"\\([^\w\s]|_)", r"\1", cell))
     return cells.to_html(index=False, escape=False, border=0)

@@ -12,6 +12,7 @@ made of the runs that `tables.read_lines` gives, and counts them out again.
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -54,7 +55,8 @@ class Section:
         title: its heading.
         legend: what the numbers are.
         table: unrounded numbers, a row for each thing.
-        shown: the same as text, as people read it.
+        shown: the same as text, as people read it: Markdown, where ``**`` is bold and a backslash
+            stands before a mark that is meant as such (`literal`).
         figures: by the names of their files.
     """
 
@@ -74,6 +76,11 @@ def number(value: float, sign: str = "", digits: int = 3) -> str:
     return "–" if pd.isna(value) else f"{value:{sign}.{digits}f}"
 
 
+def literal(text: str) -> str:
+    """A text that stays as it is in a table of Markdown, whatever marks it holds."""
+    return re.sub(f"[{re.escape(string.punctuation)}]", r"\\\g<0>", text)
+
+
 def plus_minus(
     means: Sequence[float] | pd.Series,
     stds: Sequence[float] | pd.Series,
@@ -87,10 +94,11 @@ def plus_minus(
     ]
 
 
-def intervals(low: pd.Series, high: pd.Series, sign: str = "") -> list[str]:
+def intervals(low: pd.Series, high: pd.Series, sign: str = "", digits: int = 3) -> list[str]:
     """Both ends of intervals."""
     ends = zip(low, high, strict=True)
-    return ["–" if pd.isna(x) else f"{number(x, sign)} to {number(y, sign)}" for x, y in ends]
+    texts = [[number(x, sign, digits) for x in both] for both in ends]
+    return ["–" if "–" in both else " to ".join(both) for both in texts]
 
 
 def p_values(values: pd.Series) -> list[str]:

@@ -1,104 +1,105 @@
 """How well a ranking of source tasks finds those that help a target task most.
 
-A target's **scores** are what it reached from each of S sources, in percent, and a ranking is given
-by S **similarities** (any numbers, the most promising source has the highest). nDCG and Regret@k
-are those of Lin et al. 2024, "Exploring the Effectiveness and Consistency of Task Selection in
-Intermediate-Task Transfer Learning", equations 5 to 7.
+nDCG and Regret@k are those of Lin et al. 2024, "Exploring the Effectiveness and Consistency of Task
+Selection in Intermediate-Task Transfer Learning", equations 5 to 7. The gain of nDCG is 2^score - 1
+on scores in percent, as in the paper and its code, so a point of score doubles it and the best
+source counts most. Sources of equal similarity are in random order: every measure is its exact
+expected value over all orders of them, so RANDOM is the ranking in which all are equal.
 
-The gain of nDCG is 2^score - 1 on scores from 0 to 100, as in the paper and its code, so a point of
-score doubles it and the best source counts most. Whoever scales scores to 0 to 1 gets other
-numbers; a table of such scores is refused.
+**Transfer** is a DataFrame with a row for each score: ``target``, ``source``, ``sample`` and
+``seed`` (text, what tells scores of a pair apart), ``score`` in percent, ``baseline`` (mean score
+of the target without transfer) and ``size`` (rows of the source's training set), NaN where unknown.
+**Rankings** have ``ranking``, ``target``, ``source`` and ``similarity``, the highest first.
 
-**Ties.** Sources of equal similarity are in random order: every measure is its exact expected value
-over all orders of them. So RANDOM is the ranking in which all are equal, and its value no draw.
-
-**Seeds.** A table may have several scores of one pair. With "mean" (the equations) they are
-averaged first; with "each" (the authors' code, and the published figures) each seed is judged by
-itself and its measures are averaged, which gives lower values, since a ranking is then held against
-the best source of that seed.
-
-Left out: correlations of whole rankings, which weigh all places alike.
+**A table of one's own** is a CSV file: wide, a row for each source, named in the first column, and
+a column for each target; or long, with the columns source, target, score and perhaps sample and
+seed. The source no-transfer has the scores without transfer. Either may have a column size. Empty
+cells are missing numbers, and what follows a # is a comment.
 """
+
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
+# pyright: reportAssignmentType=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from prompt_lab.analysis.transfer_table import Table, some
+import numpy as np
+import pandas as pd
+
+from prompt_lab.analysis.tables import find_results, read_results
+from prompt_lab.files.prompts import FoundPrompt, find_prompts
+from prompt_lab.files.results import PLAIN_STARTS, choose_by_dev
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from torch import Tensor
 
-    Numbers = Sequence[float] | NDArray[Any]
+    from prompt_lab.data.sampling import Key
 
 Seeds = Literal["mean", "each"]
 
-KS: tuple[int, ...] = (1, 3)
-"""The k of Regret@k and of the relative transfer."""
+NO_TRANSFER = "no-transfer"
+"""The source of scores without transfer."""
 
+PAPER_TABLE = Path(__file__).parents[1] / "data" / "selection_transfer.csv"
+"""Table 7 of Lin et al. 2024, and the sizes of its Table 2."""
 
-@dataclass(frozen=True)
-class Quality:
-    """How good the ranking of the sources of one target is.
+KS = (1, 3)
+"""The k of the measures that are told."""
 
-    Attributes:
-        sources: number of sources.
-        ndcg: nDCG of the full ranking, at most 1; NaN where no source scores above 0.
-        regret: Regret@k by k, from 0; NaN where no source scores above 0, or there are fewer than
-            k.
-        score: score of the best of the first k, in percent, by k; NaN where there are fewer.
-        gain: (score - baseline) / baseline, by k; NaN without a baseline above 0.
-    """
+_UNIT = {"unit_rows": True}
+PROMPT_RANKINGS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "subspace": ("subspace_similarities", {}, "similarity of prompt subspaces, 0 to 1"),
+    "feature": ("feature_similarities", {}, "cosine of mean rows, -1 to 1"),
+    "feature-unit": ("feature_similarities", _UNIT, "cosine of means of rows of length 1, -1 to 1"),
+    "unigram": ("unigram_similarities", {}, "cosine of the rows' means over width, -1 to 1"),
+    "unigram-unit": ("unigram_similarities", _UNIT, "the same for rows of length 1, -1 to 1"),
+    "max": ("max_similarities", {}, "mean over target rows of the largest cosine, -1 to 1"),
+    "max-source": (
+        *("max_similarities", {"over": "source"}),
+        "mean over source rows of the largest cosine, -1 to 1",
+    ),
+    "cosine": ("cosine_similarities", {}, "cosine of all numbers, -1 to 1"),
+    "frobenius": ("frobenius_distances", {}, "minus the Frobenius norm of the difference"),
+}
+"""Rankings by prompts: function of `core.similarity`, its flags, and how to read its numbers."""
 
-    sources: int
-    ndcg: float
-    regret: Mapping[int, float]
-    score: Mapping[int, float]
-    gain: Mapping[int, float]
+_ROW_BY_ROW = ("unigram", "unigram-unit", "cosine", "frobenius")
+_RUN = ["task", "sample", "init_seed", "order_seed"]
 
 
 # ---- measures ------------------------------------------------------------------------------------
 
 
-def ndcg(scores: Numbers, similarities: Numbers, k: int | None = None) -> float:
+def ndcg(scores: Sequence[float], similarities: Sequence[float]) -> float:
     """Normalised discounted cumulative gain of a ranking (Järvelin and Kekäläinen 2002).
 
-    DCG = sum over places i = 1, 2, ... of (2^score_i - 1) / log2(i + 1), over all S places or the
-    first k; nDCG is the DCG of the ranking over that of the best ranking (Lin et al. 2024,
-    equations 5 and 6). Equal similarities have the expected value over their orders; equal numbers
-    for all sources give that of a random ranking.
+    DCG = sum over places i = 1, 2, ... of (2^score_i - 1) / log2(i + 1); nDCG is the DCG of the
+    ranking over that of the best ranking (Lin et al. 2024, equations 5 and 6).
 
     Args:
-        scores: (S,) what the target reaches from each source, in percent.
+        scores: (S,) what the target reaches from each source, -100 to 100 percent.
         similarities: (S,) the ranking, the highest first.
-        k: places that count; without it all, as in the paper.
 
     Returns:
         At most 1; from 0 where no score is negative; NaN where no score is above 0.
-
-    Raises:
-        ValueError: not two rows of equal length of finite numbers, a score outside -100 to 100, or
-            a k outside 1 to S.
     """
-    import numpy as np
+    from sklearn.metrics import dcg_score  # its ndcg_score takes no negative gains
 
-    score, likeness = _checked(scores, similarities, k)
-    gains = np.exp2(score) - 1
-    discounts = 1 / np.log2(np.arange(2, len(score) + 2))
-    discounts[k if k is not None else len(score) :] = 0
-    found, start = 0.0, 0
-    for tied in _ties(likeness):
-        found += gains[tied].mean() * discounts[start : start + len(tied)].sum()
-        start += len(tied)
-    if score.max() <= 0:
-        return math.nan
-    return float(found / (np.sort(gains)[::-1] @ discounts))
+    score = np.asarray(scores, float)
+    if score.max() <= 0 or len(score) == 1:
+        return 1.0 if score.max() > 0 else math.nan
+    gains = (np.exp2(score - score.max()) - np.exp2(-score.max()))[None]  # over 2^max
+    best = dcg_score(gains, gains, ignore_ties=True)
+    return float(dcg_score(gains, np.asarray(similarities, float)[None]) / best)
 
 
-def best_of_top_k(scores: Numbers, similarities: Numbers, k: int) -> float:
+def best_of_top_k(scores: Sequence[float], similarities: Sequence[float], k: int) -> float:
     """The highest score among the first k sources of a ranking.
 
     Where a group of equal similarities stands across place k, m places remain for its g sources,
@@ -106,179 +107,464 @@ def best_of_top_k(scores: Numbers, similarities: Numbers, k: int) -> float:
     chosen one with probability C(j - 1, m - 1) / C(g, m).
 
     Args:
-        scores: (S,) what the target reaches from each source, in percent.
+        scores: (S,) what the target reaches from each source.
         similarities: (S,) the ranking, the highest first.
-        k: how many are chosen.
-
-    Raises:
-        ValueError: as :func:`ndcg`.
+        k: how many are chosen, 1 to S.
     """
-    import numpy as np
-
-    score, likeness = _checked(scores, similarities, k)
+    score, likeness = np.asarray(scores, float), np.asarray(similarities, float)
     sure, left = -math.inf, k
-    for tied in _ties(likeness):
-        values = np.sort(score[tied])
-        if len(values) > left:
-            ways = math.comb(len(values), left)
-            chances = [math.comb(j, left - 1) / ways for j in range(len(values))]
-            return float(np.maximum(values, sure) @ chances)
-        sure, left = max(sure, values[-1]), left - len(values)
-        if not left:
-            break
-    return float(sure)
-
-
-def regret_at_k(scores: Numbers, similarities: Numbers, k: int) -> float:
-    """What is lost by taking the best of the first k sources instead of the best of all.
-
-    (max over all sources - max over the first k) / max over all sources: Renggli et al. 2022, Lin
-    et al. 2024, equation 7. Equal similarities have the expected value over their orders.
-
-    Args:
-        scores: (S,) what the target reaches from each source, in percent.
-        similarities: (S,) the ranking, the highest first.
-        k: how many are chosen.
-
-    Returns:
-        From 0, a share of the best score; NaN where no score is above 0.
-
-    Raises:
-        ValueError: as :func:`ndcg`.
-    """
-    best = best_of_top_k(scores, similarities, k)
-    highest = max(map(float, scores))
-    return max(0.0, (highest - best) / highest) if highest > 0 else math.nan
-
-
-def evaluate(
-    table: Table,
-    similarities: Mapping[str, Mapping[str, float]],
-    seeds: Seeds = "mean",
-    ks: Sequence[int] = KS,
-) -> dict[str, Quality]:
-    """Judge rankings of sources by what was measured.
-
-    Args:
-        table: measured transfer.
-        similarities: by target and source; the highest is the most promising.
-        seeds: whether scores of several seeds are averaged before ranking ("mean"), or the measures
-            of each seed are ("each"; a seed counts for a target where all its sources have it).
-        ks: the k of the measures of the first k.
-
-    Returns:
-        By target.
-
-    Raises:
-        ValueError: similarities that are missing or not finite, another ``seeds``, or a target
-            without a seed that all its sources have.
-    """
-    if seeds not in get_args(Seeds):
-        raise ValueError(f"seeds is {seeds!r}; allowed: {', '.join(get_args(Seeds))}")
-    lost = [
-        f"{source} for {target}"
-        for target, source in table.pairs()
-        if not math.isfinite(similarities.get(target, {}).get(source, math.nan))
-    ]
-    if lost:
-        raise ValueError(
-            f"no similarity of {len(lost)} of {len(table.pairs())} pairs that were measured: "
-            f"{some(lost)}; add them, or take the pairs out of the transfer table"
-        )
-    found = {}
-    for target, of_source in table.scores.items():
-        likeness = [similarities[target][source] for source in of_source]
-        judged = [
-            judge(scores, likeness, table.baseline.get(target, math.nan), ks)
-            for scores in _score_rows(target, of_source, seeds)
-        ]
-        found[target] = mean_quality(judged)
-    return found
+    for value in np.unique(likeness)[::-1]:
+        tied = np.sort(score[likeness == value])
+        if len(tied) >= left:
+            chances = [
+                math.comb(j, left - 1) / math.comb(len(tied), left) for j in range(len(tied))
+            ]
+            return float(np.maximum(tied, sure) @ chances)
+        sure, left = max(sure, tied[-1]), left - len(tied)
+    raise ValueError(f"k is {k}, and there are {len(score)} sources: give 1 to {len(score)}")
 
 
 def judge(
-    scores: Numbers, similarities: Numbers, baseline: float = math.nan, ks: Sequence[int] = KS
-) -> Quality:
-    """All measures of one ranking.
+    scores: Sequence[float], similarities: Sequence[float], baseline: float = math.nan
+) -> dict[str, float]:
+    """All measures of one ranking, in percent.
+
+    ``nDCG``; and for each k from 1 to S ``score@k`` of the best of the first k, ``Regret@k``, (max
+    over all sources - max over the first k) / max over all (Lin et al. 2024, equation 7), and
+    ``gain@k``, (score@k - baseline) / baseline. Regret is NaN where no score is above 0, gain where
+    no baseline is.
 
     Args:
         scores: (S,) what the target reaches from each source, in percent.
         similarities: (S,) the ranking, the highest first.
         baseline: score without transfer; NaN for unknown.
-        ks: the k of the measures of the first k.
+    """
+    found, highest = {"nDCG": 100 * ndcg(scores, similarities)}, max(scores)
+    for k in range(1, len(scores) + 1):
+        best = found[f"score@{k}"] = best_of_top_k(scores, similarities, k)
+        regret = max(0.0, (highest - best) / highest) if highest > 0 else math.nan
+        gain = (best - baseline) / baseline if baseline > 0 else math.nan
+        found |= {f"Regret@{k}": 100 * regret, f"gain@{k}": 100 * gain}
+    return found
+
+
+def evaluate(transfer: pd.DataFrame, rankings: pd.DataFrame, seeds: Seeds = "mean") -> pd.DataFrame:
+    """Judge rankings of sources by measured transfer.
+
+    Args:
+        transfer: as in the module.
+        rankings: the same.
+        seeds: whether scores of several seeds are averaged before ranking ("mean": the equations),
+            or each seed is judged by itself and the measures are averaged ("each": the authors'
+            code and published figures; a seed counts for a target where all its sources have it).
+
+    Returns:
+        A row for each ranking and target: ``sources``, ``first`` (the name), ``baseline``, and the
+        columns of `judge`.
 
     Raises:
-        ValueError: as :func:`ndcg`.
+        ValueError: similarities that are missing or not finite, or with "each" a target without a
+            seed that all its sources have.
     """
-    regret, best, gain = (dict.fromkeys(ks, math.nan) for _ in range(3))
-    for k in ks:
-        if k <= len(scores):
-            regret[k] = regret_at_k(scores, similarities, k)
-            best[k] = best_of_top_k(scores, similarities, k)
-            gain[k] = (best[k] - baseline) / baseline if baseline > 0 else math.nan
-    return Quality(len(scores), ndcg(scores, similarities), regret, best, gain)
+    pairs, grids, rows = transfer[["target", "source"]].drop_duplicates(), {}, []
+    for target, own in transfer.groupby("target", sort=False):
+        grid = own.pivot(index="source", columns=["sample", "seed"], values="score")
+        grid = grid.loc[own["source"].unique()]
+        grids[target] = grid.mean(axis=1).to_frame() if seeds == "mean" else grid.dropna(axis=1)
+        if grids[target].empty:
+            raise ValueError(
+                f"{target}: no seed that all its sources have, so none can be judged by itself; "
+                "add the missing scores, or take the mean over seeds"
+            )
+    baselines = transfer.groupby("target")["baseline"].first()
+    for ranking, own in rankings.groupby("ranking", sort=False):
+        likeness = pairs.merge(own, on=["target", "source"], how="left")
+        lost = likeness[~np.isfinite(likeness["similarity"])]
+        if len(lost):
+            names = some([f"{x.source} for {x.target}" for x in lost.itertuples()])
+            raise ValueError(
+                f"{ranking}: no similarity of {len(lost)} of {len(pairs)} pairs that were "
+                f"measured: {names}; add them, or take the pairs out of the transfer table"
+            )
+        for target, of_target in likeness.groupby("target", sort=False):
+            values, grid = of_target["similarity"].to_numpy(), grids[target]
+            judged = [judge(grid[at].to_numpy(), values, baselines[target]) for at in grid]
+            top = of_target.loc[values == values.max(), "source"].tolist()
+            facts = {"ranking": ranking, "target": target, "sources": len(values)}
+            facts["first"] = top[0] if len(top) == 1 else f"{len(top)} equal ones"
+            facts["baseline"] = baselines[target]
+            rows.append(facts | pd.DataFrame(judged).mean().to_dict())
+    most = range(1, max(*KS, pairs.groupby("target").size().max()) + 1)
+    names = [f"{what}@{k}" for what in ("Regret", "gain", "score") for k in most]
+    return pd.DataFrame(rows, columns=[*facts, "nDCG", *names])
 
 
-def mean_quality(found: Sequence[Quality]) -> Quality:
-    """The mean of each measure over rankings of one target; where it is NaN, it does not count."""
-
-    def mean(values: Iterable[float]) -> float:
-        """Mean of the known ones."""
-        known = [value for value in values if not math.isnan(value)]
-        return math.fsum(known) / len(known) if known else math.nan
-
-    first = found[0]
-    return Quality(
-        first.sources,
-        mean(own.ndcg for own in found),
-        {k: mean(own.regret[k] for own in found) for k in first.regret},
-        {k: mean(own.score[k] for own in found) for k in first.score},
-        {k: mean(own.gain[k] for own in found) for k in first.gain},
-    )
+# ---- measured transfer ---------------------------------------------------------------------------
 
 
-def _checked(
-    scores: Numbers, similarities: Numbers, k: int | None
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Scores and similarities in float64; refused where they are no ranking of scores."""
-    import numpy as np
+def read_transfer(places: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
+    """Measured transfer from CSV tables and from results of fits.
 
+    In results, a run is a transfer if it starts from the prompt of another task; of the runs of one
+    source, task, sample and seeds, the one that dev chose counts. Runs without transfer are those
+    that start from no other task. A task as its own source is left out.
+
+    Args:
+        places: CSV tables, results.csv files, folders with such, or "paper", Table 7 of Lin et al.
+
+    Returns:
+        Transfer, as in the module; and notes on what was left out, and what is missing.
+
+    Raises:
+        FileNotFoundError: a file or folder that is not there.
+        ValueError: a table that cannot be read, results of several settings, no transfer in them, a
+            score twice, scores that are no percent, or a target without any source.
+    """
+    tables, files, notes = [], [], []
+    for place in places:
+        path = PAPER_TABLE if place == "paper" else Path(place)
+        if path.is_dir() or (path.is_file() and b"fit_id" in path.open("rb").readline()):
+            files += [file for file in find_results(path) if file not in files]
+        else:
+            tables.append(read_table(path))
+    if files:
+        found, notes = _from_results(pd.concat([*map(read_results, files)], ignore_index=True))
+        tables.append(found)
+    every = pd.concat(tables, ignore_index=True)
+    sizes = every.dropna(subset="size").groupby("source")["size"]
+    if len(several := sizes.nunique().loc[lambda count: count > 1]):
+        raise ValueError(f"several sizes of {some(several.index)}: give one number for each source")
+    table = every.dropna(subset="score")
+    twice = table[table.duplicated(["source", "target", "sample", "seed"])]
+    if len(twice):
+        source, target = twice.iloc[0][["source", "target"]]
+        raise ValueError(
+            f"{len(twice)} scores stand more than once, such as that of {source} for {target}: "
+            "keep one, or tell them apart in a column seed"
+        )
+    if len(wrong := table.loc[table["score"].abs() > 100, "score"]):
+        raise ValueError(f"scores such as {wrong.iloc[0]:g}: give percent, at most 100")
+    if table["score"].abs().max() <= 1:
+        raise ValueError("all scores are at most 1: give percent, which the gains of nDCG need")
+    is_base, is_own = table["source"] == NO_TRANSFER, table["source"] == table["target"]
+    transfer = table[~is_base & ~is_own].reset_index(drop=True)
+    lacking = [x for x in every["target"].unique() if x not in {*transfer["target"]}]
+    if lacking or transfer.empty:
+        names = some(lacking) or "any target"
+        raise ValueError(f"no source has a score for {names}: add one, or leave the target out")
+    transfer["size"] = transfer["source"].map(sizes.first())
+    baselines = table[is_base].groupby("target")["score"].mean()
+    transfer["baseline"] = transfer["target"].map(baselines).astype(float)
+    if own := sorted({*table[is_own]["source"]}):
+        notes.append(f"left out, a task as its own source: {some(own)}")
+    counts = transfer.groupby(["target", "source"]).size()
+    grid = itertools.product(transfer["target"].unique(), transfer["source"].unique())
+    missing = [f"{s} for {t}" for t, s in grid if s != t and (t, s) not in counts.index]
+    if missing:
+        notes.append(f"not measured, so not ranked for that target: {some(missing)}")
+    most = len(transfer[["sample", "seed"]].drop_duplicates())
+    if len(few := counts[counts < most]):
+        names = some([f"{source} for {target}" for target, source in few.index])
+        notes.append(f"measured with fewer than {most} seeds: {names}")
+    return transfer, notes
+
+
+def read_table(path: str | Path) -> pd.DataFrame:
+    """A CSV table of numbers for pairs of tasks, scores or similarities, as in the module.
+
+    Returns:
+        Columns ``source``, ``target``, ``sample``, ``seed``, ``score`` and ``size``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is no such table.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {path}: give a CSV table")
+    try:
+        given = {"header": None, "dtype": str, "comment": "#", "keep_default_na": False}
+        cells = pd.read_csv(path, encoding="utf-8-sig", **given)
+    except ValueError as error:  # also pandas' own, and text that is not UTF-8
+        raise ValueError(f"{path} is no CSV table: {' '.join(str(error).split())}") from None
+    cells = cells.fillna("").map(str.strip)
+    header, is_long = [*cells.iloc[0]], {"source", "target", "score"} <= {*cells.iloc[0]}
+    optional = ("target", "score", "sample", "seed", "size") if is_long else ("size",)
+    others = [x for x in header if x not in optional][1:]  # the first is the source
+    if len({*header}) < len(header) or "" in header[1:] or bool(others) == is_long:
+        raise ValueError(
+            f"{path} has the columns {', '.join(header)}: give source, target, score and perhaps "
+            "sample, seed and size; or a row for each source, a column for each target and perhaps "
+            "size, each name once"
+        )
+    table = cells.iloc[1:].set_axis(header if is_long else ["source", *header[1:]], axis=1)
+    if not is_long:
+        known = ["source", "size"] if "size" in table else ["source"]
+        table = table.melt(known, others, "target", "score")
+    names = ["source", "target", "sample", "seed", "score", "size"]
+    table = table.reindex(columns=names).fillna("")
+    if (table[["source", "target"]] == "").any(axis=None):
+        raise ValueError(f"{path}: a row without source or target; {NO_TRANSFER} stands for none")
+    for name in ("score", "size"):
+        numbers = pd.to_numeric(table[name], errors="coerce")
+        numbers = numbers.astype(float).where(np.isfinite(numbers))
+        if (wrong := numbers.isna() & (table[name] != "")).any():
+            source, target, cell = table.loc[wrong, ["source", "target", name]].iloc[0]
+            raise ValueError(
+                f"{path}: {name} of {source} for {target} is {cell!r}, not a finite number; leave "
+                "missing ones empty"
+            )
+        table[name] = numbers
+    return table
+
+
+def _from_results(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    tuned = runs[runs["variant"] == "tuned"]
+    source = tuned["start_of"].where(tuned["start"] == "prompt", "")
+    tuned = tuned.assign(source=source.mask(tuned["start"].isin(PLAIN_STARTS), NO_TRANSFER))
+    is_other = ~tuned["source"].isin(["", NO_TRANSFER]) & (tuned["source"] != tuned["task"])
+    targets = tuned.loc[is_other, "task"].unique()
+    if not len(targets):
+        raise ValueError(
+            "no run starts from the prompt file of another task (model.init.name file, with "
+            "model.init.source_tasks or a .safetensors file as model.init.path), so there is no "
+            "transfer to compare with"
+        )
+    used = tuned[tuned["task"].isin(targets) & (tuned["source"] != "")]
+    for name in ("method", "backbone", "num_virtual_tokens", "metric_variant", "shots", "start"):
+        own = used[used["source"] == NO_TRANSFER] if name == "start" else used
+        by = own["task"] if name in ("start", "shots") else pd.Series("all tasks", own.index)
+        for task, kinds in own[name].groupby(by):
+            if kinds.nunique() > 1:
+                known = ", ".join(sorted(map(str, kinds.unique())))
+                raise ValueError(
+                    f"the transfer runs of {task} differ in {name} ({known}): give the result "
+                    "files of one"
+                )
+    chosen = choose_by_dev(used, ["source", *_RUN, "start_seed"])
+    scored = chosen[chosen["test"].notna()]
+    left = {
+        "tuned runs of other tasks or other starts": len(tuned) - len(used),
+        "runs without a test score": len(chosen) - len(scored),
+    }
+    seed = scored["init_seed"] + "/" + scored["order_seed"]
+    table = scored[["source", "task", "sample"]].rename(columns={"task": "target"})
+    table = table.assign(seed=seed, score=100 * scored["test"], size=math.nan)
+    return table, [f"left out, {count} {what}" for what, count in left.items() if count]
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first names as text, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
+
+
+# ---- rankings by prompts -------------------------------------------------------------------------
+
+
+def load_prompts(files: Mapping[Key, FoundPrompt]) -> dict[Key, Tensor]:
+    """The prompts (N, D) of some files, float32.
+
+    Raises:
+        ValueError: prompts of several backbones or widths, with NaN, or all zeros.
+    """
+    found, first = {}, None
+    for key, one in files.items():
+        prompt = one.load()
+        kind = f"backbone {prompt.backbone!r} with weights {prompt.backbone_digest[:12]}"
+        kind += f" and width {prompt.prompt.shape[1]}"
+        facts = (prompt.backbone_digest, prompt.prompt.shape[1])
+        first = first or (facts, f"{one.where} was made for {kind}")
+        if facts != first[0]:
+            raise ValueError(
+                f"{first[1]}, but {one.where} for {kind}: only prompts of one backbone can be "
+                "compared"
+            )
+        if not prompt.prompt.isfinite().all() or not prompt.prompt.any():
+            raise ValueError(
+                f"{one.where} is all zeros, or holds NaN or infinite numbers: tune it again or "
+                "leave its task out"
+            )
+        found[key] = prompt.prompt
+    return found
+
+
+def rank_by_prompts(
+    method: str, targets: Mapping[Key, Tensor], sources: Mapping[Key, Tensor], **subspace: Any
+) -> pd.DataFrame:
+    """How alike source tasks are to target tasks by their prompts.
+
+    Tasks that have samples in common are compared on those, sample by sample; others by all pairs
+    of their prompts.
+
+    Args:
+        method: one of `PROMPT_RANKINGS`.
+        targets: prompts (N, D) by task and sample.
+        sources: the same.
+        subspace: ``energy`` and ``rank`` of `core.similarity.subspaces`.
+
+    Returns:
+        A row for each target and source: ``similarity`` (mean), ``std`` (ddof 1), ``count`` of
+        pairs, and ``same_sample``.
+
+    Raises:
+        ValueError: prompts that cannot be compared so, or a rank or an energy out of range.
+    """
+    import torch
+
+    from prompt_lab.core import similarity
+
+    name, flags, _ = PROMPT_RANKINGS[method]
+    ours, theirs = ({len(x): [] for x in bank.values()} for bank in (targets, sources))
+    for bank, groups in ((targets, ours), (sources, theirs)):
+        for key, prompt in bank.items():
+            groups[len(prompt)].append(key)
+    if method in _ROW_BY_ROW and len(lengths := ours | theirs) > 1:
+        names = [f"{keys[0][0]} {size}" for size, keys in lengths.items()]
+        raise ValueError(
+            f"{method} compares prompts row by row, and these have several lengths "
+            f"({some(names)}): give prompts of one length"
+        )
     rows = []
-    for name, given in (("scores", scores), ("similarities", similarities)):
-        row = np.asarray(given, dtype=np.float64)
-        if row.ndim != 1 or not row.size or not np.isfinite(row).all():
-            raise ValueError(f"{name} {given!r}: give one row of finite numbers")
-        rows.append(row)
-    if rows[0].size != rows[1].size:
-        raise ValueError(
-            f"{rows[0].size} scores and {rows[1].size} similarities: give one each per source"
+    for one, other in itertools.product(ours.values(), theirs.values()):
+        banks = torch.stack([targets[x] for x in one]), torch.stack([sources[x] for x in other])
+        matrix = getattr(similarity, name)(*banks, **flags, **subspace)
+        pairs = zip(itertools.product(one, other), matrix.flatten().tolist(), strict=True)
+        rows += [(*target, *source, value) for (target, source), value in pairs]
+    columns = ["target", "target_sample", "source", "source_sample", "similarity"]
+    pairs = pd.DataFrame(rows, columns=columns)
+    if method == "frobenius":
+        pairs["similarity"] *= -1
+    pairs["same_sample"] = pairs["target_sample"] == pairs["source_sample"]
+    has_same = pairs.groupby(["target", "source"])["same_sample"].transform("any")
+    used = pairs[pairs["same_sample"] | ~has_same].groupby(["target", "source"], sort=False)
+    return used.agg(
+        similarity=("similarity", "mean"),
+        std=("similarity", "std"),
+        count=("similarity", "size"),
+        same_sample=("same_sample", "all"),
+    ).reset_index()
+
+
+def prompt_rankings(targets: Mapping[Key, Tensor], sources: Mapping[Key, Tensor]) -> pd.DataFrame:
+    """All `PROMPT_RANKINGS` of prompts, as `rank_by_prompts` gives each, with ``ranking``."""
+    found = [rank_by_prompts(x, targets, sources).assign(ranking=x) for x in PROMPT_RANKINGS]
+    return pd.concat(found, ignore_index=True)
+
+
+# ---- over steps ----------------------------------------------------------------------------------
+
+
+def find_steps(folders: Sequence[str], targets: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
+    """The prompts of target tasks that fits with ``model.save_steps`` kept.
+
+    Of several runs of one task, sample and seeds, such as those of a grid of learning rates, the
+    one with the best dev score at any step counts at all steps. Prompts of other tasks, and those
+    that start from another task, are left out.
+
+    Args:
+        folders: folders of fits.
+        targets: the target tasks.
+
+    Returns:
+        A row for each ``step``, ``task``, ``sample`` (-1 for none), ``init_seed`` and
+        ``order_seed``, with the prompt in ``found``; and notes.
+
+    Raises:
+        FileNotFoundError: a folder without saved steps, or a step without a prompt of some target.
+        ValueError: a damaged prompt file.
+    """
+    every: list[tuple[int, FoundPrompt]] = []
+    for folder in {Path(x).resolve(): Path(x) for x in folders}.values():
+        places = {int(x.name): x for x in folder.glob("steps/*") if x.name.isdecimal()}
+        if not places:
+            raise FileNotFoundError(
+                f"no saved steps in {folder}: give folders of fits of the target tasks with "
+                "model.save_steps"
+            )
+        every += [(step, one) for step in sorted(places) for one in find_prompts(places[step])]
+    facts = [
+        {x: one.metadata.get(x) for x in (*_RUN, "start", "run")}
+        | {"step": step, "fit": one.path.parents[1], "file": one.path.name}
+        | {"dev": one.dev, "found": one}
+        for step, one in every
+    ]
+    table = pd.DataFrame(facts)
+    table = table[table["task"].isin(targets) & table["start"].isin(PLAIN_STARTS)]
+    others = len(every) - len(table)
+    table[_RUN[1:]] = table[_RUN[1:]].fillna(-1).astype(int)
+    runs = table.groupby([*_RUN, "fit", "file"], sort=False)[["dev", "run"]]
+    runs = runs.agg({"dev": "max", "run": "first"}).reset_index()
+    table = table.merge(choose_by_dev(runs, _RUN)[["fit", "file"]], on=["fit", "file"])
+    table = table.sort_values("step", kind="stable")
+    held = {step: {*own["task"]} for step, own in table.groupby("step")}
+    lacking = {
+        step: [x for x in targets if x not in held.get(step, ())]
+        for step in sorted({step for step, _ in every})
+    }
+    if lacks := [f"step {step} lacks {some(names)}" for step, names in lacking.items() if names]:
+        raise FileNotFoundError(
+            f"not every saved step has all target tasks: {some(lacks)}; fit all from a start "
+            "without transfer with the same model.save_steps (a run that patience ended has no "
+            "later ones)"
         )
-    if abs(rows[0]).max() > 100:
-        raise ValueError(f"scores {scores!r}: give percent, at most 100")
-    if k is not None and not 1 <= k <= rows[0].size:
-        raise ValueError(f"k is {k}, and there are {rows[0].size} sources: give 1 to that number")
-    return rows[0], rows[1]
+    counts = table.groupby("step").size()
+    fewer = [f"{count} at step {step}" for step, count in counts.items() if count < counts.max()]
+    notes = [f"left out, {others} saved prompts of other tasks or other starts"] * bool(others)
+    if fewer:
+        notes.append(f"not all of {counts.max()} target prompts were saved: {some(fewer)}")
+    return table, notes
 
 
-def _ties(similarities: NDArray[Any]) -> list[NDArray[Any]]:
-    """Places of the sources of equal similarity, the highest similarity first."""
-    import numpy as np
+def evaluate_steps(
+    transfer: pd.DataFrame, steps: pd.DataFrame, sources: Mapping[Key, FoundPrompt], seeds: Seeds
+) -> pd.DataFrame:
+    """Judge the rankings by the target prompts of each step (Lin et al. 2024, section 6).
 
-    values = np.unique(similarities)[::-1]
-    return [np.flatnonzero(similarities == value) for value in values]
+    With "mean" the similarities of a target's prompts are averaged, and the ranking is judged by
+    the transfer scores averaged over seeds. With "each" every prompt is judged by the scores of its
+    own sample (their means over seeds), and the measures are averaged.
 
+    Args:
+        transfer: as in the module.
+        steps: as `find_steps` gives them.
+        sources: the best source prompts by task and sample; a prompt is compared with the source's
+            of its sample, or with all of them where the source has none of that.
+        seeds: "mean" or "each".
 
-def _score_rows(
-    target: str, of_source: Mapping[str, Mapping[str, float]], seeds: Seeds
-) -> list[list[float]]:
-    """Scores of a target's sources: their means over seeds, or those of each whole seed."""
-    if seeds == "mean":
-        return [[math.fsum(own.values()) / len(own) for own in of_source.values()]]
-    first, *others = of_source.values()
-    whole = [seed for seed in first if all(seed in own for own in others)]
-    if not whole:
-        raise ValueError(
-            f"{target}: no seed that all its sources have, so none can be judged by itself; add "
-            "the missing scores, or take the mean over seeds"
-        )
-    return [[own[seed] for own in of_source.values()] for seed in whole]
+    Returns:
+        As `evaluate`, with a column ``step``.
+
+    Raises:
+        ValueError: prompts of several backbones or lengths, with NaN, or all zeros; with "each" a
+            sample of which a source has no score.
+    """
+    own = {(x.found.where, x.sample): x.found for x in steps.itertuples()}
+    used = {key: one for key, one in sources.items() if key[0] in {*transfer["source"]}}
+    prompts = load_prompts(own | used)
+    bank = {key: prompts[key] for key in used}
+    steps = steps.assign(prompt=[x.where for x in steps["found"]])
+    judged = []
+    for step, of_step in steps.groupby("step"):
+        targets = {(x.prompt, x.sample): prompts[x.prompt, x.sample] for x in of_step.itertuples()}
+        rankings = prompt_rankings(targets, bank).rename(columns={"target": "prompt"})
+        rankings = rankings.merge(of_step[["prompt", "task", "sample"]], on="prompt")
+        rankings = rankings.rename(columns={"task": "target"})
+        if seeds == "mean":
+            pairs = rankings.groupby(["ranking", "target", "source"], sort=False)["similarity"]
+            judged.append(evaluate(transfer, pairs.mean().reset_index()).assign(step=step))
+            continue
+        for (task, sample, _), of_prompt in rankings.groupby(["target", "sample", "prompt"]):
+            of_task = transfer[transfer["target"] == task]
+            scores = of_task[of_task["sample"] == ("" if sample < 0 else str(sample))]
+            if lacking := sorted({*of_task["source"]} - {*scores["source"]}):
+                raise ValueError(
+                    f"a prompt of {task} is judged by the transfer scores of its sample, {sample}, "
+                    f"and {some(lacking)} have none: add them, or take the mean over seeds"
+                )
+            judged.append(evaluate(scores, of_prompt).assign(step=step))
+    found = pd.concat(judged, ignore_index=True)
+    return (
+        found.groupby(["step", "ranking", "target"], sort=False)
+        .mean(numeric_only=True)
+        .reset_index()
+    )

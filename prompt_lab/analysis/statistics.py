@@ -1,4 +1,4 @@
-"""Statistics of tables: t-tests, Holm's correction, bootstrap intervals, principal components.
+"""Statistics of tables: t-tests, Holm's correction, bootstrap, Mantel's test, PCA and t-SNE.
 
 Numbers in, numbers out: what cannot be said is NaN. SciPy makes the tests. Left out: tests that do
 not assume normal scores.
@@ -6,6 +6,9 @@ not assume normal scores.
 
 from __future__ import annotations
 
+import itertools
+import math
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -121,6 +124,55 @@ def _means(draw: np.random.Generator, values: Floats, resamples: int) -> Floats:
         return values[places].mean(axis=1)
 
 
+def mantel(
+    distances: ArrayLike, values: ArrayLike, permutations: int = 999, seed: int = 0
+) -> dict[str, float]:
+    """Spearman's correlation of two matrices off their diagonals, with Mantel's permutation test.
+
+    The cells of a matrix are not independent, as each task stands in many of them, so an ordinary
+    p-value would be too small. Mantel (1967) permutes the tasks of one matrix, rows and columns
+    together: p = (b + 1) / (m + 1), where b of m permutations have a coefficient at least as far
+    from zero. Where the tasks have no more than m + 1 orders, each of the others is taken once,
+    and p cannot be below 1 / T!.
+
+    Args:
+        distances: (T, T), complete off its diagonal.
+        values: (T, T), such as the transfer from task to task; need not be symmetric, and cells
+            that are NaN are left out.
+        permutations: m, how many at most.
+        seed: of random permutations.
+
+    Returns:
+        ``rho`` and the two-sided ``p``, NaN with fewer than three tasks or three known cells and
+        where one side is constant; ``cells`` that are known, ``permutations`` that were made.
+    """
+    from scipy.stats import spearmanr
+
+    far, given = np.asarray(distances, float), np.asarray(values, float)
+    size = len(far)
+    known = ~np.eye(size, dtype=bool) & np.isfinite(given)
+
+    def rho(order: Sequence[int] | NDArray[np.int64]) -> float:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # constant ones have none
+            return float(spearmanr(far[np.ix_(order, order)][known], given[known]).statistic)  # pyright: ignore
+
+    cells = int(known.sum())
+    found = {"rho": np.nan, "p": np.nan, "cells": cells, "permutations": 0}
+    if size < 3 or cells < 3 or np.isnan(own := rho(range(size))):
+        return found
+    if math.factorial(size) - 1 <= permutations:
+        made = [
+            rho(order) for order in itertools.islice(itertools.permutations(range(size)), 1, None)
+        ]
+    else:
+        draw = np.random.default_rng(seed)
+        made = [rho(draw.permutation(size)) for _ in range(permutations)]
+    beyond = (np.abs(np.nan_to_num(made)) >= abs(own) - ROUNDING).sum()
+    p = float(beyond + 1) / (len(made) + 1)
+    return found | {"rho": own, "p": p, "permutations": len(made)}
+
+
 def principal_components(vectors: ArrayLike) -> tuple[Floats, tuple[float, float]]:
     """First two principal components of vectors (R, I): points (R, 2), and shares of the variance.
 
@@ -136,3 +188,22 @@ def principal_components(vectors: ArrayLike) -> tuple[Floats, tuple[float, float
     variance[:count] = size[:count] ** 2
     total = float((size**2).sum()) or 1.0
     return points, (float(variance[0] / total), float(variance[1] / total))
+
+
+def tsne(vectors: ArrayLike, seed: int = 0) -> tuple[Floats, float]:
+    """A map of vectors (R, I), R from 4, by t-SNE (van der Maaten and Hinton 2008), exact.
+
+    The perplexity is 30, or a third of the other points where there are fewer: it must stay below
+    their number. t-SNE keeps neighbours together; distances and directions on its map say little.
+
+    Returns:
+        Points (R, 2), and the perplexity.
+    """
+    from sklearn.manifold import TSNE
+
+    given = np.asarray(vectors, float)
+    perplexity = min(30.0, (len(given) - 1) / 3)
+    # Distances stay as they are when vectors turn; few coordinates make t-SNE's start cheap.
+    left, size, _ = np.linalg.svd(given - given.mean(0), full_matrices=False)
+    made = TSNE(perplexity=perplexity, init="pca", method="exact", random_state=seed)
+    return made.fit_transform(left * size).astype(float), perplexity

@@ -1,6 +1,8 @@
-"""Sections of task prompt vectors: on other initial prompts, sums of two, and other sums.
+"""Sections of task prompt vectors: on other initial prompts, sums of two, other sums, cosines.
 
-The tables of Belanec et al. 2024 (arXiv 2408.01119): table 1, figure 4, and their future work.
+The tables of Belanec et al. 2024 (arXiv 2408.01119): table 1, figure 4, their future work, and
+figures 2 and 3. The code of the paper averages vectors into the entries between tasks of the
+prompts' figure (2) too; here that is made of prompts, and the vectors' of vectors.
 """
 
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
@@ -9,7 +11,7 @@ The tables of Belanec et al. 2024 (arXiv 2408.01119): table 1, figure 4, and the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,8 @@ from prompt_lab.analysis.curves import tensors
 from prompt_lab.analysis.sections import Section, number, p_values, pages, plus_minus, span
 from prompt_lab.analysis.statistics import LEVEL, holm, t_test
 from prompt_lab.analysis.tables import count_out
-from prompt_lab.core.arithmetic import parse_expression
+from prompt_lab.core.vectors import parse_expression
+from prompt_lab.files.prompts import FoundPrompt
 
 KEPT = 0.5
 """Share of a tuned prompt's score from which a sum keeps a task (arXiv 2408.01119, section 4.3)."""
@@ -262,3 +265,124 @@ def _expression_section(table: pd.DataFrame) -> Section:
         f"Scores of a mean: {span(table['score_n'])}."
     )
     return Section("vectors-expressions", "Other sums of task prompt vectors", legend, table, shown)
+
+
+# ---- cosines of prompts and vectors --------------------------------------------------------------
+
+
+def cosine_table(groups: Mapping[int | None, Sequence[FoundPrompt]]) -> pd.DataFrame:
+    """Cosines of all numbers of every two prompts of a sample, of their vectors, and of inits.
+
+    Args:
+        groups: prompts (N, D) of one shape by their few-shot sample; no two with one task and one
+            initial prompt in a sample.
+
+    Returns:
+        A row for each pair: ``what`` ("prompts", "vectors", "init"), ``task`` and ``other`` in the
+        order of their names, ``same_init``, whether both started from the same numbers, and
+        ``cosine``, NaN where one side is zero. Each initial prompt counts once, without tasks.
+    """
+    rows = []
+    for sources in groups.values():
+        inits = np.stack([x.prompt.init.double().flatten().numpy() for x in sources])
+        tuned = np.stack([x.prompt.prompt.double().flatten().numpy() for x in sources])
+        _, first, start = np.unique(inits, axis=0, return_index=True, return_inverse=True)
+        tasks = np.array([x.prompt.task for x in sources], dtype=object)
+        nameless = np.full(len(first), "", dtype=object)
+        for what, bank, names, starts in (
+            ("prompts", tuned, tasks, start),
+            ("vectors", tuned - inits, tasks, start),
+            ("init", inits[first], nameless, np.arange(len(first))),
+        ):
+            one, other = np.triu_indices(len(bank), 1)
+            with np.errstate(invalid="ignore"):
+                units = bank / np.linalg.norm(bank, axis=1, keepdims=True)
+            pairs = {"task": np.minimum(names[one], names[other])}
+            pairs |= {"other": np.maximum(names[one], names[other])}
+            pairs |= {"same_init": starts[one] == starts[other]}
+            pairs |= {"cosine": np.clip((units @ units.T)[one, other], -1, 1)}
+            rows.append(pd.DataFrame({"what": what, **pairs}))
+    return pd.concat(rows, ignore_index=True)
+
+
+def norm_table(groups: Mapping[int | None, Sequence[FoundPrompt]]) -> pd.DataFrame:
+    """A row for each task: Frobenius norms of its vectors and inits, and the ratio of the two.
+
+    Args:
+        groups: as of `cosine_table`.
+
+    Returns:
+        Columns ``task``, ``prompts`` (how many), and of ``vector``, ``init`` and ``ratio`` the mean
+        and, as ``vector_std`` and so on, the standard deviation (ddof 1).
+    """
+    everyone = [x for sources in groups.values() for x in sources]
+    norms = pd.DataFrame(
+        {
+            "task": [x.prompt.task for x in everyone],
+            "vector": [float(x.vector.norm()) for x in everyone],
+            "init": [float(x.prompt.init.double().norm()) for x in everyone],
+        }
+    )
+    norms["ratio"] = (norms["vector"] / norms["init"]).where(norms["init"] > 0)
+    by_task = norms.groupby("task")
+    table = pd.DataFrame({"prompts": by_task.size()})
+    for name in ("vector", "init", "ratio"):
+        table[name], table[f"{name}_std"] = by_task[name].mean(), by_task[name].std()
+    return table.reset_index()
+
+
+def cosine_sections(groups: Mapping[int | None, Sequence[FoundPrompt]]) -> list[Section]:
+    """Cosines between tasks, of equal and of different initial prompts, and norms.
+
+    Args:
+        groups: as of `cosine_table`.
+    """
+    kinds = ["what", "same_init", "task", "other"]
+    pairs = cosine_table(groups).groupby(kinds)["cosine"]
+    table = pairs.agg(mean="mean", std="std", pairs="count").reset_index()
+    initial = table[table["what"] == "init"]
+    shown, figures = [], {}
+    for (what, same), own in table[table["what"] != "init"].groupby(kinds[:2]):
+        mirrored = own.rename(columns={"task": "other", "other": "task"})
+        both = pd.concat([own, mirrored]).drop_duplicates(["task", "other"])
+        texts = plus_minus(both["mean"], both["std"])
+        both["text"] = [f"{x} ({n})" for x, n in zip(texts, both["pairs"], strict=True)]
+        texts = both.pivot(index="task", columns="other", values="text").fillna("–")
+        which = "equal" if same else "different"
+        heads = pd.DataFrame({"cosine of": what, "initial prompts": which, "task": texts.index})
+        heads.loc[1:, ["cosine of", "initial prompts"]] = ""
+        shown.append(pd.concat([heads, texts.reset_index(drop=True)], axis=1))
+        if own["pairs"].any():
+            cells = plus_minus(both["mean"], both["std"], 2)
+            both["text"] = [x.replace(" ±", "\n±") for x in cells]
+            means, cells = (
+                both.pivot(index="task", columns="other", values=x) for x in ("mean", "text")
+            )
+            label = f"cosine of {what}, {which} initial prompts"
+            figures[f"{what}-{which}"] = plots.heatmap(means, label, texts=cells.fillna(""))
+    zero = [
+        f"{what} of {source.where}"
+        for sources in groups.values()
+        for source in sources
+        for what, tensor in (("prompt", source.prompt.prompt), ("vector", source.vector))
+        if not tensor.any()
+    ]
+    legend = (
+        "Mean cosine ± standard deviation (ddof 1) over all pairs of a prompt of the one task and "
+        "a prompt of the other, of one few-shot sample, and their number; on the diagonal over "
+        "pairs of two prompts of a task. Equal and different initial prompts are apart, since "
+        "prompts of one initial prompt share what is left of it."
+    )
+    if len(initial):
+        cosine = plus_minus(initial["mean"], initial["std"])[0]
+        legend += f" Different initial prompts themselves: {cosine} ({initial['pairs'].iloc[0]})."
+    if zero:
+        legend += f" Left out, as they are zero: {', '.join(zero)}."
+    title = "Cosines of prompts and of vectors"
+    cosines = Section("similarities", title, legend, table, pd.concat(shown).fillna("–"), figures)
+    norms = norm_table(groups)
+    shown = norms[["task", "prompts"]].copy()
+    for name, head in (("vector", "vector"), ("init", "init"), ("ratio", "vector / init")):
+        shown[head] = plus_minus(norms[name], norms[f"{name}_std"])
+    legend = "Frobenius norms: mean ± standard deviation (ddof 1) over the prompts of a task."
+    return [cosines, Section("norms", "Norms", legend, norms, shown)]

@@ -30,22 +30,22 @@ from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
 FUNCTIONS = {
-    "predict": ("prompt_lab.commands.predict_command", "predict_command"),
+    "predict": ("prompt_lab.commands.predict", "predict_command"),
     "export": ("prompt_lab.commands.prompts", "export_prompts"),
     "import": ("prompt_lab.commands.prompts", "import_prompts"),
     "tasks list": ("prompt_lab.commands.tasks_command", "list_tasks"),
     "tasks show": ("prompt_lab.commands.tasks_command", "show_task"),
     "tasks check": ("prompt_lab.commands.tasks_command", "check_tasks"),
     "tasks build": ("prompt_lab.commands.build_command", "build_tasks"),
-    "vectors apply": ("prompt_lab.commands.vectors_command", "apply_vectors"),
-    "vectors show": ("prompt_lab.commands.vectors_command", "show_vectors"),
-    "vectors compare": ("prompt_lab.commands.compare_command", "compare_vectors"),
-    "vectors mix": ("prompt_lab.commands.mix_command", "mix_prompts"),
+    "vectors apply": ("prompt_lab.commands.prompts", "apply_vectors"),
+    "vectors show": ("prompt_lab.commands.prompts", "show_vectors"),
+    "vectors compare": ("prompt_lab.commands.compare", "compare_vectors"),
+    "vectors mix": ("prompt_lab.commands.prompts", "mix_prompts"),
     "sweep": ("prompt_lab.commands.sweep_command", "sweep_command"),
     "report": ("prompt_lab.commands.report", "report_command"),
-    "select": ("prompt_lab.analysis.select_command", "select_command"),
-    "select evaluate": ("prompt_lab.commands.select_evaluate_command", "evaluate_command"),
-    "interpret": ("prompt_lab.commands.interpret_command", "interpret_command"),
+    "select": ("prompt_lab.commands.select", "select_command"),
+    "select evaluate": ("prompt_lab.commands.select", "evaluate_command"),
+    "interpret": ("prompt_lab.commands.interpret", "interpret_command"),
 }
 
 NULLS = ("null", "Null", "NULL", "~", "None")

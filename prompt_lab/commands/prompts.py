@@ -1,18 +1,31 @@
-"""The commands ``prompt-lab export`` and ``import``: prompts for and from elsewhere.
+"""The commands ``export``, ``import`` and ``vectors show | apply | mix``: prompts in, prompts out.
 
-Nothing that is there is overwritten, and everything is checked before the first file is written.
-An import loads the backbone, so that the prompt file it writes names the weights it is for. Files
-from elsewhere do not say for which weights they were made: their width is checked, no more.
+``vectors apply`` makes sums of task prompt vectors (Belanec et al. 2024, arXiv 2408.01119), ``mix``
+a start for a target task from source prompts (SPoT, Vu et al. 2022, arXiv 2110.07904, section 3).
+Everything is checked before the first file is written, and nothing that is there is overwritten.
+Prompts combine by the digests in their files; ``import`` alone loads a backbone, to write its
+digests down. Files from elsewhere do not say for which weights they were made: their width is
+checked, no more.
 """
 
 from __future__ import annotations
 
+import math
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from prompt_lab.files.prompts import Prompt
+    from prompt_lab.files.prompts import FoundPrompt, Prompt, PromptStore
+
+LONGEST_NAME = 200
+"""Characters in a file's name; what is longer is cut there and gets a digest."""
+
+OF_TASK = ("labels", "metric")
+ANSWERS = ("decoding", "max_new_tokens", "num_beams", "max_input_length", "truncation_side")
+"""Fields that say how a prompt answers; the first two belong to its task."""
 
 
 def export_prompts(
@@ -46,39 +59,35 @@ def export_prompts(
             layers, heads and kind of model).
     """
     from prompt_lab.files.peft import save_peft, save_plain
-    from prompt_lab.files.prompts import check_answers_alone, find_prompts, is_single
+    from prompt_lab.files.prompts import find_prompts, is_single
 
     if format not in ("peft", "tensor"):
         raise ValueError(f"format is {format!r}; allowed: peft, tensor")
     single = is_single(source)
-    found = find_prompts(source)
-    known = {one.metadata["name"] if single else one.stem: one for one in found}
-    missing = [name for name in names or () if name not in known]
-    if missing:
+    known = {one.metadata["name"] if single else one.stem: one for one in find_prompts(source)}
+    chosen = dict.fromkeys(known if names is None else names)
+    if missing := [name for name in chosen if name not in known]:
         raise FileNotFoundError(
             f"{source} has no prompt {', '.join(missing)}; there are: {', '.join(known)}"
         )
-    chosen = dict.fromkeys(known if names is None else names)
+    for name in chosen:
+        known[name].check_answers_alone()
     prompts = [replace(known[name].load(), name=name) for name in chosen]
-    for prompt in prompts:
-        check_answers_alone(source, prompt.made_from)
     if backbone is not None:
         prompts = [replace(prompt, backbone=backbone) for prompt in prompts]
     targets = _targets(prompts, Path(out), format, single)
-    if format == "tensor":
-        for prompt, target in zip(prompts, targets, strict=True):
-            save_plain(target, prompt)
-        return targets
-    kinds = {name: _model_facts(name) for name in {prompt.backbone for prompt in prompts}}
+    facts = {name: _model_facts(name) for name in {p.backbone for p in prompts} if format == "peft"}
     for prompt in prompts:
-        width = kinds[prompt.backbone][0]
-        if prompt.prompt.shape[1] != width:
+        if facts and (width := prompt.prompt.shape[1]) != facts[prompt.backbone][0]:
             raise ValueError(
-                f"{prompt.name}: prompt of width {prompt.prompt.shape[1]}, but backbone "
-                f"{prompt.backbone!r} has hidden size {width}"
+                f"{prompt.name}: prompt of width {width}, but backbone {prompt.backbone!r} has "
+                f"hidden size {facts[prompt.backbone][0]}"
             )
     for prompt, target in zip(prompts, targets, strict=True):
-        save_peft(target, prompt, *kinds[prompt.backbone][1:])
+        if format == "peft":
+            save_peft(target, prompt, *facts[prompt.backbone][1:])
+        else:
+            save_plain(target, prompt)
     return targets
 
 
@@ -115,24 +124,26 @@ def import_prompts(
             loaded or does not fit, or a target that exists.
     """
     from prompt_lab.core.backbone import Backbone
+    from prompt_lab.files.peft import is_peft, load_peft, read_prompt
     from prompt_lab.files.prompts import PromptStore, check_prompt, save_prompt
 
-    prompt = _read_foreign(Path(source), task_index)
+    place, target = Path(source), Path(out)
+    if place.name.startswith("adapter_model.") and is_peft(place.parent):
+        raise ValueError(f"{source} is part of a PEFT folder: give the folder {place.parent}")
+    if task_index is not None and not place.is_dir():
+        raise ValueError(f"{source}: a task index is for multitask PEFT folders: leave it out")
+    if not place.exists():
+        raise FileNotFoundError(f"no PEFT folder, prompt file or tensor file {source}")
+    prompt = load_peft(place, task_index) if place.is_dir() else read_prompt(place)
     if not prompt.prompt.isfinite().all():
         raise ValueError(f"{source}: the prompt holds numbers that are not finite")
-    target = Path(out)
     is_file = target.suffix == ".safetensors"
-    prompt = replace(
-        prompt,
-        name=name or (target.stem if is_file else prompt.name),
-        task=task or prompt.task,
-    )
-    store = PromptStore(target.parent if is_file else target)
-    path = target if is_file else store.path(prompt.name)
+    name = name or (target.stem if is_file else prompt.name)
+    prompt = replace(prompt, name=name, task=task or prompt.task)
+    path = target if is_file else PromptStore(target).path(name)
     if path.exists():
         raise ValueError(f"{path} is there and is not overwritten: choose another name")
-    if not is_file and store.folder.exists():
-        store.index()  # refuses a folder or file of something else
+    store = None if is_file else _open_store(out)
     if backbone or not prompt.backbone_digest:
         if not (backbone or prompt.backbone):
             raise ValueError(f"{source} does not name its model: give it with backbone")
@@ -144,40 +155,31 @@ def import_prompts(
             backbone_digest=model.digest,
             tokenizer_digest=model.tokenizer_digest,
         )
-    if is_file:
+    if store is None:
         save_prompt(path, prompt)
     else:
         store.save([prompt])
     return path
 
 
-def _targets(prompts: list[Prompt], out: Path, format: str, single: bool) -> list[Path]:
+def _targets(prompts: Sequence[Prompt], out: Path, format: str, single: bool) -> list[Path]:
     from prompt_lab.files.prompts import PromptStore
 
     is_file = out.suffix == ".safetensors"
     if is_file and not (single and format == "tensor"):
         raise ValueError(f"{out}: give a folder; only a single prompt as a tensor becomes a file")
-    files = [PromptStore(out).path(prompt.name) for prompt in prompts]  # refuses bad names
-    if single:
-        targets = [out] if is_file or format == "peft" else files
-    else:
-        targets = files if format == "tensor" else [out / prompt.name for prompt in prompts]
-    there = [str(path) for path in targets if _is_used(path)]
-    if there:
-        more = f" and {len(there) - 3} more" if len(there) > 3 else ""
-        raise ValueError(
-            f"{', '.join(there[:3])}{more}: there already and not overwritten; choose "
-            "another folder"
-        )
+    targets = [PromptStore(out).path(prompt.name) for prompt in prompts]  # refuses bad names
+    if single and (is_file or format == "peft"):
+        targets = [out]
+    elif format == "peft":
+        targets = [target.with_suffix("") for target in targets]
+    for target in targets:
+        if any(target.iterdir()) if target.is_dir() else target.exists():
+            raise ValueError(f"{target}: there already and not overwritten; choose another folder")
     return targets
 
 
-def _is_used(path: Path) -> bool:
-    return any(path.iterdir()) if path.is_dir() else path.exists()
-
-
 def _model_facts(name: str) -> tuple[int, Literal["SEQ_2_SEQ_LM", "CAUSAL_LM"], int, int]:
-    """Hidden size, PEFT's task type, layers and heads, from the config alone."""
     from transformers import AutoConfig
 
     from prompt_lab.sandbox import ASSETS, SANDBOX
@@ -195,15 +197,245 @@ def _model_facts(name: str) -> tuple[int, Literal["SEQ_2_SEQ_LM", "CAUSAL_LM"], 
     return config.hidden_size, kind, config.num_hidden_layers, config.num_attention_heads
 
 
-def _read_foreign(source: Path, task_index: int | None) -> Prompt:
-    from prompt_lab.files.peft import is_peft, load_peft, read_prompt
+def show_vectors(prompts: list[str]) -> None:
+    """List the task prompt vectors of prompt stores, one line for each.
 
-    if source.is_dir():
-        return load_peft(source, task_index)
-    if task_index is not None:
-        raise ValueError(f"{source}: a task index is for multitask PEFT folders: leave it out")
-    if source.name.startswith("adapter_model.") and is_peft(source.parent):
-        raise ValueError(f"{source} is part of a PEFT folder: give the folder {source.parent}")
-    if not source.is_file():
-        raise FileNotFoundError(f"no PEFT folder, prompt file or tensor file {source}")
-    return read_prompt(source)
+    A line has the task, sample and seed, the norm of the vector and of the initial prompt (both
+    Frobenius), their ratio, and the cosine between the vector and the mean of those of the other
+    tasks of the same sample and seed. A - stands where there is none: a single task, or a vector of
+    norm 0.
+
+    Args:
+        prompts: prompt stores, folders of fits, prompt files or checkpoints.
+
+    Raises:
+        FileNotFoundError: a store that is not there.
+        ValueError: stores without tuned prompts, prompts of different backbones or shapes, or
+            numbers that are not finite.
+    """
+    import pandas as pd
+    import torch
+
+    from prompt_lab.files.vectors import check_compatible, find_vectors
+
+    groups = find_vectors(prompts)
+    check_compatible(*(one for own in groups.values() for one in own.values()))
+    rows = []
+    for (sample, seed), own in groups.items():
+        for task, one in own.items():
+            others = [other.vector for name, other in own.items() if name != task]
+            vector, cosine = one.vector, math.nan
+            if others:
+                mean = torch.stack(others).mean(0)
+                cosine = ((vector * mean).sum() / (vector.norm() * mean.norm())).item()
+            norms = (vector.norm().item(), one.prompt.init.double().norm().item())
+            rows.append((task, sample, seed, *norms, math.nan, cosine))
+    names = ["task", "sample", "seed", "vector", "init", "ratio", "cosine to others"]
+    table = pd.DataFrame(rows, columns=names).astype({"sample": "Int64", "seed": "Int64"})
+    table["ratio"] = table["vector"] / table["init"].where(table["init"] > 0)
+    table = table.sort_values("task", kind="stable").astype(object).where(table.notna(), "-")
+    print(table.to_string(index=False, float_format="{:.4g}".format))
+
+
+def apply_vectors(
+    expression: str,
+    *,
+    prompts: list[str],
+    out: str,
+    init: str | None = None,
+    scale: float = 1.0,
+    task: str | None = None,
+) -> list[Path]:
+    """Write the prompts init + scale * EXPRESSION, EXPRESSION being a sum of task prompt vectors.
+
+    An expression names tasks: 'qnli + mnli', 'qnli - 0.5 mnli', '- sst2'. A minus needs spaces
+    around it, as names may hold one. Names that do not begin with a letter, or hold other marks
+    than - . _ go in quotes. '0 * qnli' is the bare initial prompt.
+
+    It is evaluated for every sample and seed that all its tasks have; others are named and left
+    out. In each file, init is the initial prompt it was applied to, and made_from tells the
+    expression, the scale, and the files that took part with their digests. It answers as the
+    prompts of its tasks where they agree. Nothing is overwritten.
+
+    Args:
+        expression: sum of vectors, by the names of their tasks.
+        prompts: prompt stores, folders of fits, prompt files or checkpoints with tuned prompts.
+        out: prompt store to write to; made if it is not there.
+        init: what to apply to: the initial prompt that a prompt file was tuned from, or every
+            different one of a prompt store, fit or checkpoint; the prompt itself of a file that was
+            made to start from, as by MetaPrompt. By default the initial prompt that the vectors
+            share.
+        scale: factor of the whole expression, the paper's lambda.
+        task: task that the written prompts are for; by default the one of the expression, and none
+            where there are several.
+
+    Returns:
+        The prompt files that were written.
+
+    Raises:
+        FileNotFoundError: a store or an initial prompt that is not there.
+        ValueError: an expression that cannot be read, tasks without prompts, prompts of different
+            backbones or shapes, vectors of different initial prompts where none is named, numbers
+            that are not finite, or a file that exists.
+    """
+    from prompt_lab.core.vectors import expression_name, parse_expression, shortened
+    from prompt_lab.files.prompts import find_prompts
+    from prompt_lab.files.vectors import (
+        check_compatible,
+        combine,
+        common_init,
+        complete,
+        find_vectors,
+    )
+
+    factors = parse_expression(expression)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}: give a finite number")
+    if task is None:
+        task = next(iter(factors)) if len(factors) == 1 else ""
+    store = _open_store(out)
+    groups, left_out = complete(find_vectors(prompts), list(factors), prompts)
+    if left_out:
+        print(f"prompt-lab: left out: {left_out}", file=sys.stderr)
+    given: dict[bytes, FoundPrompt] = {}  # the first of every different initial prompt
+    for one in [] if init is None else find_prompts(init):
+        given.setdefault(one.start.numpy().tobytes(), one)
+    vectors = [one for own in groups.values() for one in own.values()]
+    check_compatible(*vectors, *given.values())
+    for one in vectors:
+        if one.prompt.prompt.equal(one.prompt.init):
+            print(f"prompt-lab: {one.where} adds nothing: it is its own init", file=sys.stderr)
+    advice, made = "name one to apply to with --init", []
+    for (sample, seed), own in groups.items():
+        stem = expression_name(factors, scale)
+        stem += "" if sample is None else f"_{sample}"
+        stem += "" if seed is None else f"_seed{seed}"
+        answers = _answers(task, [one.prompt for one in own.values()])
+        for base in given.values() if given else [common_init(list(own.values()), advice)]:
+            name = shortened(f"{stem}_on_{base.stem}", LONGEST_NAME) if given else stem
+            asked = {"expression": " ".join(expression.split()), "scale": scale, "task": task}
+            made.append(combine(name, factors, own, base, **asked, **answers))
+    return _save(store, made)
+
+
+def _answers(task: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """How a sum answers: as the task's own prompt, or where all prompts agree.
+
+    A task that has no part in the sum has its own labels and metric, which are not known here; its
+    name stands in front of inputs where all prompts had theirs there.
+    """
+    own = [prompt for prompt in prompts if prompt.task == task] or prompts
+    names = ANSWERS if own is prompts and task else (*ANSWERS, *OF_TASK)
+    values = {name: [getattr(prompt, name) for prompt in own] for name in names}
+    agreed = {name: found[0] for name, found in values.items() if found.count(found[0]) == len(own)}
+    return {**agreed, "task_prefix": bool(task) and all(prompt.task_prefix for prompt in own)}
+
+
+def mix_prompts(
+    target: str,
+    *,
+    prompts: list[str],
+    out: str,
+    sources: list[str] | None = None,
+    sample: int | None = None,
+) -> list[Path]:
+    """Write a sum of source prompts, weighted by how alike they are to a target prompt.
+
+    The similarity of two prompts is the cosine of their mean rows; weights are similarities over
+    their sum, and negative ones count as 0. Of a store of target prompts each gets a mixture of its
+    own, so that PromptTuning with init.name file and init.path OUT starts each task, sample and
+    seed from its own. Source prompts are those of the target prompt's seed where the stores have
+    them, and otherwise the best by dev of all seeds. The weights are printed, and kept in made_from
+    with the files and their digests. Nothing is overwritten.
+
+    Args:
+        target: prompt file of the target task, tuned briefly or to the end; or a prompt store, the
+            folder of a fit or a checkpoint with those of several tasks, of which the best by dev of
+            each task, sample and seed is taken.
+        prompts: prompt stores, folders of fits, prompt files or checkpoints with source prompts.
+        out: prompt store to write to; made if it is not there.
+        sources: source tasks, or sets of partitions; by default all tasks of the stores but the
+            target's own.
+        sample: few-shot sample of the source prompts; by default that of the target prompt.
+
+    Returns:
+        The prompt files that were written.
+
+    Raises:
+        FileNotFoundError: a target or source prompt that is not there.
+        ValueError: no source, prompts of different backbones or shapes, a source without a
+            similarity, or a file that exists.
+    """
+    import torch
+
+    from prompt_lab.core.attention_mixture import similarity_weights
+    from prompt_lab.data.partitions import expand_sets
+    from prompt_lab.files.prompts import best_found, best_prompts, find_prompts
+    from prompt_lab.files.vectors import check_compatible, combine
+
+    def place(known: dict[str, Any]) -> tuple[str, int, int]:
+        numbers = (known.get(name) for name in ("sample", "init_seed"))
+        of_sample, seed = (-1 if number is None else number for number in numbers)
+        return known.get("task") or "", of_sample, seed
+
+    def of_task(known: dict[str, Any]) -> tuple[str, int, int] | None:
+        return place(known) if known.get("task") else None
+
+    store = _open_store(out)
+    best, seeded = best_prompts(prompts), best_found(find_prompts(*prompts), of_task)
+    targets = find_prompts(target)
+    if len(targets) > 1:
+        targets = list(best_found(targets, of_task).values())
+    if not targets:
+        raise FileNotFoundError(f"no prompts of tasks in {target}: tune a prompt of the target")
+    made = []
+    for one in targets:
+        task, of_sample, seed = place(one.metadata)
+        of_sample = of_sample if sample is None else sample
+        others = [name for name, own in best if own == of_sample and name != task]
+        names = expand_sets(sources) if sources else others
+        missing = [name for name in names if (name, of_sample) not in best]
+        if missing or not names:
+            raise FileNotFoundError(
+                f"no source prompt of sample {'none' if of_sample < 0 else of_sample} in "
+                f"{', '.join(prompts)} for {', '.join(missing) or 'any task'}: tune them, or give "
+                "another --sample"
+            )
+        own = {name: seeded.get((name, of_sample, seed), best[name, of_sample]) for name in names}
+        check_compatible(one, *own.values())
+        try:
+            weights = similarity_weights(
+                one.prompt.prompt,
+                torch.stack([source.prompt.prompt for source in own.values()]).double(),
+            )
+        except ValueError as error:
+            raise ValueError(f"{one.where}: {error}") from None
+        factors = dict(zip(own, weights.tolist(), strict=True))
+        kept = (*ANSWERS, *OF_TASK, "task", "task_prefix", "order_seed", "run", "source_set")
+        further = {name: getattr(one.prompt, name) for name in kept}
+        name = f"{one.prompt.name}_mixture"
+        made.append((combine(name, factors, own, one, role="mixture", **further), factors))
+    paths = _save(store, [prompt for prompt, _ in made])
+    for prompt, factors in made:
+        for task, weight in factors.items():
+            print(f"{prompt.name}\t{task}\t{weight:.4f}")
+    return paths
+
+
+def _open_store(out: str) -> PromptStore:
+    from prompt_lab.files.prompts import PromptStore
+
+    store = PromptStore(out)
+    if store.folder.is_file():
+        raise ValueError(f"out is the file {out}: give a folder")
+    if store.folder.exists():
+        store.index()  # refuses a folder of something else
+    return store
+
+
+def _save(store: PromptStore, made: Sequence[Prompt]) -> list[Path]:
+    paths = [store.path(prompt.name) for prompt in made]
+    if there := [path for path in paths if path.exists()]:
+        raise ValueError(f"{there[0]} is there and is not overwritten: choose another folder")
+    store.save(made)
+    return paths

@@ -2,7 +2,7 @@
 
 Spaces around inputs and labels are dropped, as in few-shot files and on the command line; else they
 are taken as they are. References and metrics are left to ``prompt-lab test``; reading and writing
-files to ``predict_command.py``.
+files to the command ``predict``.
 """
 
 from __future__ import annotations

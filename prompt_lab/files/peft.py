@@ -1,14 +1,11 @@
 """Prompts in the files of others: PEFT folders (without PEFT), plain tensors, checkpoints.
 
-A PEFT folder holds ``adapter_config.json`` and ``adapter_model.safetensors``. Written are prompts
-of type PROMPT_TUNING with one submodule, whose one tensor is the (N, D) prompt; PEFT puts it where
-this package does, in front of the input embeddings (of the encoder, where there is one). Read are
-PROMPT_TUNING and MULTITASK_PROMPT_TUNING with S = 1 or 2 submodules: of their (N * S, D) rows the
-first N are the prompt. The other rows are never used by PROMPT_TUNING; MULTITASK_PROMPT_TUNING
-puts them in front of the decoder's input, which this package does not do and warns of.
-
-PEFT keeps neither the prompt's start nor digests of the model, so a prompt that is read has
-itself as ``init`` and empty digests. LoRA, prefixes and other types are refused.
+Written are PEFT prompts of type PROMPT_TUNING with one submodule, whose one tensor is the (N, D)
+prompt. Read are PROMPT_TUNING and MULTITASK_PROMPT_TUNING with S = 1 or 2 submodules: of their
+(N * S, D) rows the first N are the prompt. The other rows are never used by PROMPT_TUNING;
+MULTITASK_PROMPT_TUNING puts them in front of the decoder's input, which this package does not do
+and warns of. PEFT keeps neither the prompt's start nor digests of the model, so a prompt that is
+read has itself as ``init`` and empty digests.
 
 A plain tensor is a file with one (N, D). A checkpoint of ``PromptTuning`` holds the bank of a fit,
 its runs, and the digests of backbone and tokenizer. Nothing is unpickled but tensors and plain
@@ -21,8 +18,9 @@ import json
 import warnings
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,10 +36,7 @@ TaskType = Literal["SEQ_2_SEQ_LM", "CAUSAL_LM"]
 WEIGHTS = "adapter_model.safetensors"
 """The file of a PEFT folder that holds its tensors."""
 
-_CONFIG, _PICKLE = "adapter_config.json", "adapter_model.bin"
-_MULTITASK = "MULTITASK_PROMPT_TUNING"
-_TYPES = ("PROMPT_TUNING", _MULTITASK)
-_TASK_TYPES = ("SEQ_2_SEQ_LM", "CAUSAL_LM")
+_CONFIG, _MULTITASK = "adapter_config.json", "MULTITASK_PROMPT_TUNING"
 _PICKLES = (".pt", ".pth", ".bin")
 _BANK = ("init", "keeper.kept_bank", "keeper.score", "keeper.step")
 _DAMAGE = (UnpicklingError, OSError, RuntimeError, EOFError)
@@ -63,24 +58,10 @@ def save_peft(
     """Write a prompt as a PEFT folder, which ``PeftModel.from_pretrained`` loads.
 
     Three files, each whole or not at all, the config last: without it there is no PEFT folder.
-    The prompt's ``init`` and digests are lost.
-
-    Args:
-        folder: made where it is not there.
-        prompt: (N, D); its ``backbone`` becomes the base model.
-        task_type: ``SEQ_2_SEQ_LM`` for encoder-decoder models, else ``CAUSAL_LM``.
-        num_layers: layers of the model.
-        num_attention_heads: attention heads of its layers.
-
-    Raises:
-        ValueError: a prompt that is not (N, D), or another task type.
+    The prompt's ``backbone`` becomes the base model; its ``init`` and digests are lost.
     """
     from safetensors.torch import save
 
-    if task_type not in _TASK_TYPES:
-        raise ValueError(f"task_type is {task_type!r}; allowed: {', '.join(_TASK_TYPES)}")
-    if prompt.prompt.dim() != 2:
-        raise ValueError(f"prompt {tuple(prompt.prompt.shape)} must be (N, D)")
     count, width = prompt.prompt.shape
     config = {
         "auto_mapping": None,
@@ -111,9 +92,6 @@ def save_peft(
 def load_peft(folder: str | Path, task: int | None = None) -> Prompt:
     """Read the prompt of a PEFT folder; (N, D) float32 whatever it is stored in.
 
-    The prompt names the base model that the config names, and no digests: whether it was made for
-    the weights at hand cannot be told from the files.
-
     Args:
         folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
         task: which task's prompt of a MULTITASK_PROMPT_TUNING, counted from 0.
@@ -124,28 +102,22 @@ def load_peft(folder: str | Path, task: int | None = None) -> Prompt:
             that are not as the config says, a task that is missing, not there or not needed.
     """
     folder = Path(folder)
-    config = _read_config(folder / _CONFIG)
-    kind = config["peft_type"]
-    count, submodules, width = _sizes(folder, config)
-    tensors = _read_weights(folder)
-    rows = _tensor(folder, tensors, "prompt_embeddings").float()
-    shape = tuple(rows.shape)
-    if len(shape) != 2 or shape != (count * submodules, width or shape[1]):
-        raise ValueError(
-            f"{folder}: the config says {count} virtual tokens x {submodules} submodules of width "
-            f"{width}, but prompt_embeddings has shape {shape}"
-        )
-    if kind == _MULTITASK:
-        rows = rows * _task_factors(folder, tensors, shape, task)
-        if submodules > 1:
-            warnings.warn(
-                f"{folder}: only the encoder's prompt is taken; {kind} with {submodules} "
-                "submodules has a prompt for the decoder too, so answers differ from PEFT's",
-                stacklevel=2,
-            )
-    elif task is not None:
-        raise ValueError(
-            f"{folder}: a task index is for {_MULTITASK}, this is {kind}: leave it out"
+    for name in (_CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            is_pickle = (folder / "adapter_model.bin").is_file()
+            more = "; load its pickle with PEFT and save it again with save_pretrained" * is_pickle
+            raise FileNotFoundError(f"no {name} in {folder}: not a PEFT prompt folder{more}")
+    try:
+        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        rows, count = _read_rows(config, read_safetensors(folder / WEIGHTS)[0], task)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        reason = error if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
+        raise ValueError(f"{folder}: not a PEFT prompt folder: {reason}") from error
+    if config["peft_type"] == _MULTITASK and len(rows) > count:
+        warnings.warn(
+            f"{folder}: only the encoder's prompt is taken; {_MULTITASK} with two submodules has a "
+            "prompt for the decoder too, so answers differ from PEFT's",
+            stacklevel=2,
         )
     prompt = rows[:count].clone()
     return Prompt(
@@ -179,98 +151,52 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
         raise ValueError(f"{path}: damaged or not a safetensors file ({error})") from error
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """The config of a PEFT folder, its type checked."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path.name} in {path.parent}: it is not a PEFT folder")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged, not JSON ({error})") from error
-    if not isinstance(config, dict) or "peft_type" not in config:
-        raise ValueError(f"{path}: not a config of PEFT, which names a peft_type")
-    kind = config["peft_type"]
-    if kind not in _TYPES:
+def _read_rows(
+    config: dict[str, Any], tensors: dict[str, Tensor], task: int | None
+) -> tuple[Tensor, int]:
+    kind, task_type = config["peft_type"], config.get("task_type")
+    if kind not in ("PROMPT_TUNING", _MULTITASK) or task_type not in (None, *get_args(TaskType)):
         raise ValueError(
-            f"{path.parent}: a PEFT adapter of type {kind}; only soft prompts in front of the "
-            f"input can be read: {', '.join(_TYPES)}"
+            f"an adapter of type {kind} for {task_type}; only soft prompts in front of the input "
+            f"can be read: PROMPT_TUNING and {_MULTITASK} for {' and '.join(get_args(TaskType))}"
         )
-    task_type = config.get("task_type")
-    if task_type not in (None, *_TASK_TYPES):
+    if trained := config.get("modules_to_save"):
         raise ValueError(
-            f"{path.parent}: a PEFT prompt for {task_type}; allowed: {', '.join(_TASK_TYPES)}"
+            f"beside the prompt, {trained} of the model were trained (modules_to_save): the prompt "
+            "alone is of no use"
         )
-    if config.get("modules_to_save"):
-        raise ValueError(
-            f"{path.parent}: beside the prompt, {config['modules_to_save']} of the model were "
-            "trained (modules_to_save): the prompt alone is of no use"
-        )
-    return config
-
-
-def _sizes(folder: Path, config: dict[str, Any]) -> tuple[int, int, int | None]:
-    """N, S, and D where the config has it."""
-    default = 2 if config.get("task_type") == "SEQ_2_SEQ_LM" else 1
-    count, width = config.get("num_virtual_tokens"), config.get("token_dim")
+    if kind != _MULTITASK and task is not None:
+        raise ValueError(f"a task index is for {_MULTITASK}, this is {kind}: leave it out")
+    count, rows = config["num_virtual_tokens"], tensors["prompt_embeddings"]
+    default = 2 if task_type == "SEQ_2_SEQ_LM" else 1
     submodules = config.get("num_transformer_submodules") or default
-    for name, value, allowed in (
-        ("num_virtual_tokens", count, "1 or more"),
-        ("num_transformer_submodules", submodules, "1 or 2"),
-        ("token_dim", 1 if width is None else width, "1 or more"),
-    ):
-        if type(value) is not int or value < 1 or (allowed == "1 or 2" and value > 2):
-            raise ValueError(f"{folder / _CONFIG}: {name} is {value!r}; allowed: {allowed}")
-    return int(count or 0), int(submodules), width
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a PEFT folder."""
-    path = folder / WEIGHTS
-    if not path.is_file() and (folder / _PICKLE).is_file():
+    size = (count * submodules, config.get("token_dim") or rows.shape[-1])
+    if rows.shape != size or not (rows.numel() and rows.is_floating_point()) or submodules > 2:
         raise ValueError(
-            f"{folder / _PICKLE} is a pickle, which may run code when it is read: load it with "
-            f"PEFT and save it again with save_pretrained, which writes {WEIGHTS}"
+            f"{count} virtual tokens x {submodules} submodules are {size}, but prompt_embeddings "
+            f"are {tuple(rows.shape)} of {rows.dtype}"
         )
-    if not path.is_file():
-        raise FileNotFoundError(f"no {WEIGHTS} in {folder}, only its config")
-    return read_safetensors(path)[0]
-
-
-def _tensor(folder: Path, tensors: dict[str, Tensor], name: str) -> Tensor:
-    """A tensor of floats that must be there."""
-    if name not in tensors or not tensors[name].is_floating_point():
+    if kind != _MULTITASK:
+        return rows.float(), count
+    left = tensors["prefix_task_cols"]  # (tasks, N * S, rank)
+    right = tensors["prefix_task_rows"]  # (tasks, rank, D)
+    tasks, _, rank = left.shape
+    if (left.shape[1], *right.shape) != (size[0], tasks, rank, size[1]):
         raise ValueError(
-            f"{folder / WEIGHTS}: no tensor {name!r} of floats; there are {sorted(tensors)}"
+            f"prefix_task_cols {tuple(left.shape)} and prefix_task_rows {tuple(right.shape)} do "
+            f"not fit prompt_embeddings {size}"
         )
-    return tensors[name]
-
-
-def _task_factors(
-    folder: Path, tensors: dict[str, Tensor], shape: tuple[int, ...], task: int | None
-) -> Tensor:
-    """What the shared prompt is multiplied with for one task: (N * S, D)."""
-    left = _tensor(folder, tensors, "prefix_task_cols")  # (tasks, N * S, rank)
-    right = _tensor(folder, tensors, "prefix_task_rows")  # (tasks, rank, D)
-    count, _, rank = left.shape if left.dim() == 3 else (0, 0, 0)
-    if left.shape != (count, shape[0], rank) or right.shape != (count, rank, shape[1]):
-        raise ValueError(
-            f"{folder}: prefix_task_cols {tuple(left.shape)} and prefix_task_rows "
-            f"{tuple(right.shape)} do not fit prompt_embeddings {shape}"
-        )
-    if task is None or not 0 <= task < count:
+    if task is None or not 0 <= task < tasks:
         given = "no task index is given" if task is None else f"there is no task {task}"
         raise ValueError(
-            f"{folder}: the prompts of {count} tasks ({_MULTITASK}), and {given}: import one of "
-            f"0 to {count - 1} with task_index"
+            f"the prompts of {tasks} tasks ({_MULTITASK}), and {given}: import one of 0 to "
+            f"{tasks - 1} with task_index"
         )
-    return left[task].float() @ right[task].float()
+    return rows.float() * (left[task].float() @ right[task].float()), count
 
 
 def _model_card(prompt: Prompt, task_type: TaskType) -> str:
-    """A short README for the folder."""
-    auto = (
-        "AutoPeftModelForSeq2SeqLM" if task_type == "SEQ_2_SEQ_LM" else "AutoPeftModelForCausalLM"
-    )
+    auto = f"AutoPeftModelFor{'Seq2SeqLM' if task_type == 'SEQ_2_SEQ_LM' else 'CausalLM'}"
     count, width = prompt.prompt.shape
     trained = "".join(
         f"- {label}: {value}\n"
@@ -339,13 +265,27 @@ def read_prompt(source: Path) -> Prompt:
         if metadata.get("format") == FORMAT:
             return load_prompt(source)
     elif source.suffix == ".npy":
-        found = _read_numpy(source)
+        try:
+            found = torch.from_numpy(np.load(source, allow_pickle=False))
+        except (ValueError, TypeError, EOFError, OSError) as error:
+            raise ValueError(f"{source}: damaged, or not an array of numbers ({error})") from error
     elif source.suffix in _PICKLES:
         found = read_pickle(source)
     else:
         allowed = ", ".join((".safetensors", ".npy", *_PICKLES))
         raise ValueError(f"{source}: a tensor file ends with one of {allowed}, or is a PEFT folder")
-    prompt = _only_matrix(found, source)
+    tensors = list(found.values()) if isinstance(found, dict) else [found]
+    whole = [one for one in tensors if isinstance(one, Tensor) and one.is_floating_point()]
+    if len(tensors) != 1 or not whole or whole[0].dim() != 2 or not whole[0].numel():
+        kinds = [
+            f"{getattr(one, 'dtype', type(one).__name__)} {list(getattr(one, 'shape', ()))}"
+            for one in tensors[:5]
+        ]
+        raise ValueError(
+            f"{source}: a prompt is one tensor of floats (N, D); the file holds {len(tensors)} "
+            f"things: {', '.join(kinds)}"
+        )
+    prompt = whole[0].detach().float().clone()
     return Prompt(
         prompt=prompt,
         init=prompt.clone(),
@@ -358,29 +298,6 @@ def read_prompt(source: Path) -> Prompt:
         start_of=metadata.get("task", ""),
         start_file=str(source),
     )
-
-
-def _read_numpy(source: Path) -> Tensor:
-    import numpy as np
-
-    try:
-        return torch.from_numpy(np.load(source, allow_pickle=False))
-    except (ValueError, TypeError, EOFError, OSError) as error:
-        raise ValueError(f"{source}: damaged, or not an array of numbers ({error})") from error
-
-
-def _only_matrix(found: Any, source: Path) -> Tensor:
-    tensors = list(found.values()) if isinstance(found, dict) else [found]
-    tensor = tensors[0] if len(tensors) == 1 else None
-    if not isinstance(tensor, torch.Tensor) or tensor.dim() != 2 or not tensor.numel():
-        shapes = [list(getattr(item, "shape", ())) for item in tensors]
-        raise ValueError(
-            f"{source}: a prompt is one tensor (N, D); the file holds {len(tensors)} things of "
-            f"shapes {shapes[:5]}"
-        )
-    if not tensor.is_floating_point():
-        raise ValueError(f"{source}: a prompt is a tensor of floats, this one is {tensor.dtype}")
-    return tensor.detach().float().clone()
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
@@ -404,13 +321,13 @@ def load_checkpoint(path: str | Path) -> list[Prompt]:
         backbone, starts = str(settings["backbone"]["name"]), saved["starts"]
         digest, tokenizer = str(saved["backbone_digest"]), str(saved["tokenizer_digest"])
         runs = [Run(**run) for run in saved["runs"]]
-    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
+        if not len(runs) == len(starts) == len(prompt) == len(best) == len(init):
+            raise ValueError(f"{len(runs)} runs, {len(best)} prompts")
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{path}: not a checkpoint of PromptTuning of this package "
             f"({type(error).__name__}: {error})"
         ) from error
-    if not len(runs) == len(starts) == len(prompt) == len(best) == len(init):
-        raise ValueError(f"{path}: damaged checkpoint: {len(runs)} runs, {len(best)} prompts")
     prompts = []
     for i, run in enumerate(runs):
         scored = int(step[i]) >= 0

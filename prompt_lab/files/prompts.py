@@ -3,8 +3,8 @@
 A prompt file is a tensor file with ``prompt`` (N, D) and the ``init`` (N, D) it was trained from,
 both float32, and metadata that says which backbone, task, seeds and scores it belongs to. A prompt
 store is a folder of prompt files; its ``index.csv`` only repeats their metadata and is rebuilt from
-them whenever it does not match. :func:`find_prompts` reads what a place holds, whichever kind of
-place it is. Nothing that is missing is silently replaced.
+them. :func:`find_prompts` reads what a place holds, whichever kind of place it is. Nothing that is
+missing is silently replaced.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from prompt_lab.core.backbone import Backbone
 
 Key = TypeVar("Key", bound=Hashable)
+TaskSample = tuple[str, int]
+"""Task and few-shot sample, -1 for none."""
 
 PLACES = "a prompt file, a prompt store, the folder of a fit, a PEFT folder or a checkpoint (.ckpt)"
 
@@ -40,85 +43,44 @@ TARGET_OF = "attempt"
 
 @dataclass
 class Prompt:
-    """One soft prompt with where it comes from.
+    """One soft prompt with where it comes from; what is not known of it is empty or None."""
 
-    Attributes:
-        prompt: (N, D) float32, the prompt to use.
-        init: (N, D) float32, what it was trained from.
-        name: name within a store, also the file's name.
-        backbone: hub id or folder of the model.
-        backbone_digest: SHA-256 of its weights.
-        tokenizer_digest: SHA-256 of its vocabulary.
-        task: task name.
-        sample: few-shot sample.
-        start: what ``init`` is (see :class:`Start`); likewise the three that follow.
-        start_of: what it is of.
-        start_seed: the seed it was made under.
-        start_file: the file it was read from.
-        init_seed: seed of the initial prompt.
-        order_seed: seed of the data order.
-        learning_rate: peak learning rate.
-        batch_size: rows per step.
-        steps: optimizer steps that led to ``prompt``.
-        dev_score: score on dev that chose it, or None.
-        test_score: score on test, or None.
-        metric: name of the metric of both.
-        status: how its training ended.
-        seconds: wall-clock seconds of the fit it was part of.
-        run: its place in the grid of the fit; of equal dev scores the first counts.
-        decoding: ``score`` or ``generate``, how its answers were made when it was tested.
-        labels: what scored answers were chosen from.
-        max_new_tokens: longest generated answer.
-        num_beams: beams of generated answers.
-        max_input_length: inputs were cut to this many tokens.
-        truncation_side: the side on which they were cut.
-        task_prefix: whether the task's name stood in front of the inputs.
-        version: version of the package that wrote it.
-        code: (I,) float32, what a subspace made the prompt from; None where it was tuned itself.
-        role: what the prompt is to others that start from it: ``prompt``, tuned for its task;
-            ``sum`` of vectors; ``mixture``; ``meta`` or ``multitask``, learned on many tasks.
-        source_tasks: tasks that a prompt for other tasks was learned on.
-        source_set: the same as they were named, such as ``mpt/cls_to_cls/source``.
-        made_from: what arithmetic made the prompt from: expression, scale, and files with their
-            digests; None where it was tuned.
-    """
-
-    prompt: Tensor
-    init: Tensor
-    name: str
-    backbone: str
-    backbone_digest: str
-    tokenizer_digest: str
+    prompt: Tensor  # (N, D) float32, the prompt to use
+    init: Tensor  # (N, D) float32, what it was trained from
+    name: str  # within a store, also the file's name
+    backbone: str  # hub id or folder of the model
+    backbone_digest: str  # SHA-256 of its weights
+    tokenizer_digest: str  # SHA-256 of its vocabulary
     task: str = ""
-    sample: int | None = None
-    start: str = ""
+    sample: int | None = None  # few-shot sample
+    start: str = ""  # what init is, as fields of Start, with the three that follow
     start_of: str = ""
     start_seed: int | None = None
     start_file: str = ""
-    init_seed: int | None = None
-    order_seed: int | None = None
-    learning_rate: float | None = None
-    batch_size: int | None = None
-    steps: int | None = None
-    dev_score: float | None = None
+    init_seed: int | None = None  # seed of the initial prompt
+    order_seed: int | None = None  # seed of the data order
+    learning_rate: float | None = None  # the peak
+    batch_size: int | None = None  # rows per step
+    steps: int | None = None  # optimizer steps that led to prompt
+    dev_score: float | None = None  # score on dev that chose it
     test_score: float | None = None
-    metric: str = ""
-    status: str = ""
-    seconds: float | None = None
-    run: int | None = None
-    decoding: str = ""
-    labels: list[str] | None = None
-    max_new_tokens: int | None = None
-    num_beams: int | None = None
-    max_input_length: int | None = None
-    truncation_side: str = "right"
-    task_prefix: bool = False
-    version: str = ""
-    code: Tensor | None = None
-    role: str = "prompt"
-    source_tasks: list[str] | None = None
-    source_set: str = ""
-    made_from: dict[str, Any] | None = None
+    metric: str = ""  # of both scores
+    status: str = ""  # how its training ended
+    seconds: float | None = None  # wall-clock seconds of the fit it was part of
+    run: int | None = None  # place in the grid of the fit; of equal dev scores the first counts
+    decoding: str = ""  # score or generate: how it answered when it was tested
+    labels: list[str] | None = None  # what scored answers were chosen from
+    max_new_tokens: int | None = None  # longest generated answer
+    num_beams: int | None = None  # beams of generated answers
+    max_input_length: int | None = None  # inputs were cut to this many tokens
+    truncation_side: str = "right"  # on this side
+    task_prefix: bool = False  # whether the task's name stood in front of the inputs
+    version: str = ""  # of the package that wrote it
+    code: Tensor | None = None  # (I,) float32, what a subspace made the prompt from
+    role: str = "prompt"  # to others that start from it; or sum, mixture, meta, multitask
+    source_tasks: list[str] | None = None  # what a prompt for other tasks was learned on
+    source_set: str = ""  # the same as they were named, such as mpt/cls_to_cls/source
+    made_from: dict[str, Any] | None = None  # expression, scale, files; None where it was tuned
 
     @property
     def start_fields(self) -> Start:
@@ -143,26 +105,17 @@ def save_prompt(path: str | Path, prompt: Prompt) -> None:
     Raises:
         ValueError: tensors that are not two (N, D) of one shape.
     """
-    if prompt.prompt.dim() != 2 or prompt.prompt.shape != prompt.init.shape:
-        raise ValueError(
-            f"prompt {tuple(prompt.prompt.shape)} and init {tuple(prompt.init.shape)} must both "
-            "be (N, D)"
-        )
+    shape, other = tuple(prompt.prompt.shape), tuple(prompt.init.shape)
+    if len(shape) != 2 or shape != other:
+        raise ValueError(f"prompt {shape} and init {other} must both be (N, D)")
     made = {name: getattr(prompt, name) for name in TENSORS}
-    tensors = {
-        n: tensor.detach().float().clone() for n, tensor in made.items() if tensor is not None
-    }
-    count, width = prompt.prompt.shape
-    sizes = {"num_virtual_tokens": count, "hidden_size": width}
+    tensors = {name: one.detach().float().clone() for name, one in made.items() if one is not None}
+    sizes = {"num_virtual_tokens": shape[0], "hidden_size": shape[1]}
     save_tensors(path, "prompt", tensors, {**sizes, **prompt.metadata()})
 
 
 def load_prompt(path: str | Path, backbone: Backbone | None = None) -> Prompt:
-    """Read a prompt file.
-
-    Args:
-        path: the file.
-        backbone: the model it is meant for; its weights and width are compared with the file's.
+    """Read a prompt file, for a backbone if one is given, whose weights and width are compared.
 
     Raises:
         FileNotFoundError: no such file.
@@ -171,10 +124,8 @@ def load_prompt(path: str | Path, backbone: Backbone | None = None) -> Prompt:
     tensors, metadata = load_tensors(path, "prompt", backbone)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     size = (metadata["num_virtual_tokens"], metadata["hidden_size"])
-    expected: dict[str, tuple[int, ...]] = {"prompt": size, "init": size}
-    if len(code := shapes.get("code", ())) == 1:
-        expected["code"] = code
-    if shapes != expected:
+    code = shapes.get("code", ())
+    if shapes != {"prompt": size, "init": size} | ({"code": code} if len(code) == 1 else {}):
         raise ValueError(
             f"{path}: damaged: a prompt file of this metadata holds prompt and init, both {size}, "
             f"and code (I,) where a subspace made the prompt; here: {shapes}"
@@ -195,23 +146,6 @@ def check_prompt(prompt: Prompt, backbone: Backbone, where: str | Path) -> None:
     """
     sizes = {"hidden_size": prompt.prompt.shape[1]}
     check_backbone({**prompt.metadata(), **sizes}, backbone, where)
-
-
-def check_answers_alone(where: str | Path, made_from: Mapping[str, Any] | None) -> None:
-    """Refuse a target prompt of ``Attempt``, which is only a part of what answers.
-
-    Args:
-        where: its place, for the error.
-        made_from: what its metadata says that it was made from.
-
-    Raises:
-        ValueError: such a prompt.
-    """
-    if TARGET_OF in (made_from or {}):
-        raise ValueError(
-            f"{where}: target prompts of Attempt answer only in mixtures with source prompts, by "
-            "the attention of their fit: use prompt-lab test with the config of that fit"
-        )
 
 
 # ---- the look-up ---------------------------------------------------------------------------------
@@ -249,10 +183,7 @@ class FoundPrompt:
         return -math.inf if score is None or math.isnan(score) else float(score)
 
     def load(self, backbone: Backbone | None = None) -> Prompt:
-        """The prompt with its tensors.
-
-        Args:
-            backbone: the model it is meant for; its weights and width are compared.
+        """The prompt with its tensors, for a backbone if one is given, as :func:`load_prompt`.
 
         Raises:
             ValueError: a damaged file, or made for another backbone.
@@ -263,12 +194,58 @@ class FoundPrompt:
             check_prompt(self.read, backbone, self.where)
         return self.read
 
+    @cached_property
+    def prompt(self) -> Prompt:
+        """The prompt, read once, whose numbers are all finite.
+
+        Raises:
+            ValueError: a damaged file, or numbers that are not finite.
+        """
+        found = self.load()
+        if not (found.prompt.isfinite().all() and found.init.isfinite().all()):
+            raise ValueError(f"{self.where}: the prompt holds numbers that are not finite")
+        return found
+
+    @property
+    def vector(self) -> Tensor:
+        """Its task prompt vector (N, D), float64."""
+        from prompt_lab.core.vectors import task_vector
+
+        return task_vector(self.prompt.prompt, self.prompt.init)
+
+    @property
+    def is_start(self) -> bool:
+        """Whether it was made to start from, as by meta-learning or ``vectors apply``."""
+        return self.metadata.get("role", "prompt") != "prompt"
+
+    @property
+    def start(self) -> Tensor:
+        """The initial prompt (N, D) that it stands for: its init, or itself where it is a start."""
+        return self.prompt.prompt if self.is_start else self.prompt.init
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of its file."""
         from prompt_lab.files.peft import WEIGHTS
 
         file = self.path / WEIGHTS if self.path.is_dir() else self.path
         return hashlib.sha256(file.read_bytes()).hexdigest()
+
+    def provenance(self) -> dict[str, str]:
+        """Name, path and SHA-256 of its file."""
+        return {"name": self.metadata["name"], "path": str(self.path), "sha256": self.digest}
+
+    def check_answers_alone(self) -> None:
+        """Refuse a target prompt of ``Attempt``, which is only a part of what answers.
+
+        Raises:
+            ValueError: such a prompt.
+        """
+        if TARGET_OF in (self.metadata.get("made_from") or {}):
+            raise ValueError(
+                f"{self.where}: target prompts of Attempt answer only in mixtures with source "
+                "prompts, by the attention of their fit: use prompt-lab test with its config"
+            )
 
 
 def find_prompts(*places: str | Path) -> list[FoundPrompt]:
@@ -332,6 +309,47 @@ def best_found(
     )
     chosen = [known[at] for at in choose_by_dev(frame, ["key"]).index]
     return dict(sorted(chosen, key=lambda pair: place[pair[0]]))
+
+
+def best_prompts(places: Sequence[str]) -> dict[TaskSample, FoundPrompt]:
+    """The best prompt of each (task, sample) that some places hold, as :func:`find_prompts` reads.
+
+    Returns:
+        Prompts by task and sample, in the order in which they are found. Prompts without a task
+        are left out; -1 stands for no sample.
+    """
+
+    def key_of(known: dict[str, Any]) -> TaskSample | None:
+        task, sample = known.get("task"), known.get("sample")
+        return (task, -1 if sample is None else sample) if task else None
+
+    return best_found(find_prompts(*places), key_of)
+
+
+def source_prompts(
+    places: Sequence[str], keys: Sequence[TaskSample], backbone: Backbone, num_virtual_tokens: int
+) -> list[Prompt]:
+    """The best prompt of each of some (task, sample), as other methods start from them.
+
+    Raises:
+        FileNotFoundError: a place without prompts, or prompts that no place has, all named.
+        ValueError: a damaged file, or prompts of another backbone or another N; both sides named.
+    """
+    best = best_prompts(places)
+    missing = [f"{task} {sample}" for task, sample in keys if (task, sample) not in best]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(keys)} source prompts are not in {', '.join(places)}: "
+            f"{', '.join(missing)}; tune them first, or leave their tasks out"
+        )
+    found = [best[key].load(backbone) for key in keys]
+    for key, prompt in zip(keys, found, strict=True):
+        if len(prompt.prompt) != num_virtual_tokens:
+            raise ValueError(
+                f"{best[key].where} has {len(prompt.prompt)} virtual tokens, but "
+                f"model.num_virtual_tokens is {num_virtual_tokens}"
+            )
+    return found
 
 
 # ---- the store -----------------------------------------------------------------------------------

@@ -219,24 +219,30 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> str:
     seeds and starts of the run that dev chose among learning rates and batch sizes, with the
     standard deviation (ddof 1); ``prompts`` is the number of those that have a score.
     """
-    columns = [name for name in BASELINES if any(row["variant"] == name for row in rows)]
-    trained = list(dict.fromkeys(_trained(row) for row in rows if row["variant"] not in BASELINES))
-    names = [name.replace("_", " ") for name in (*columns, *trained)]
-    header = ["task", "metric", *names, "prompts"]
-    lines = [header]
+
+    def column(row: Mapping[str, Any]) -> str:
+        dim = row.get("intrinsic_dim")
+        return row["variant"] if dim is None else f"{row['variant']} {dim}"
+
+    trained = list(dict.fromkeys(column(row) for row in rows if row["variant"] not in BASELINES))
+    columns = [name for name in BASELINES if any(row["variant"] == name for row in rows)] + trained
+    lines = []
     for task in dict.fromkeys(row["task"] for row in rows):
         of_task = [row for row in rows if row["task"] == task]
-        cells = [task, of_task[0]["metric"]]
+        cells, counts = [task, of_task[0]["metric"]], []
         for name in columns:
-            cells.append(_mean_cell([r["test"] for r in of_task if r["variant"] == name]))
-        counts = []
-        for name in trained:
-            own = [row for row in of_task if _trained(row) == name]
-            chosen = [row["test"] for row in best_by_dev(own)]
-            cells.append(_mean_cell(chosen, spread=True))
-            counts.append((len(_known(chosen)), len(chosen)))
-        lines.append([*cells, _count_cell(counts)])
-    return text_table(lines[0], lines[1:])
+            own = [row for row in of_task if column(row) == name]
+            chosen = [row["test"] for row in (best_by_dev(own) if name in trained else own)]
+            known = [test for test in chosen if test is not None and not math.isnan(test)]
+            cells.append(f"{statistics.mean(known):.3f}" if known else "-")
+            if name in trained and len(known) > 1:
+                cells[-1] += f" ± {statistics.stdev(known):.3f}"
+            if name in trained and chosen:
+                part = f" of {len(chosen)}" if len(known) < len(chosen) else ""
+                counts.append(f"{len(known)}{part}")
+        lines.append([*cells, ", ".join(dict.fromkeys(counts)) or "0"])
+    names = [name.replace("_", " ") for name in columns]
+    return text_table(["task", "metric", *names, "prompts"], lines)
 
 
 def text_table(
@@ -270,31 +276,3 @@ def _cut(text: str, width: int) -> str:
     if len(text) <= width:
         return text
     return text[: (width - 1) // 2] + "…" + text[len(text) - (width - 1 - (width - 1) // 2) :]
-
-
-def _trained(row: Mapping[str, Any]) -> str:
-    """Variant of a line, and its intrinsic dimension where it has one."""
-    dim = row.get("intrinsic_dim")
-    return row["variant"] if dim is None else f"{row['variant']} {dim}"
-
-
-def _count_cell(counts: Sequence[tuple[int, int]]) -> str:
-    """Runs with a score, and of how many where some have none; one number where columns agree."""
-    cells = dict.fromkeys(str(n) if n == all_ else f"{n} of {all_}" for n, all_ in counts if all_)
-    return ", ".join(cells) or "0"
-
-
-def _known(values: Sequence[float]) -> list[float]:
-    """The scores that are numbers."""
-    return [value for value in values if value is not None and not math.isnan(value)]
-
-
-def _mean_cell(values: Sequence[float], spread: bool = False) -> str:
-    """Mean of scores, with their standard deviation where there are several; ``-`` without any."""
-    known = _known(values)
-    if not known:
-        return "-"
-    mean = f"{statistics.mean(known):.3f}"
-    if spread and len(known) > 1:
-        mean += f" ± {statistics.stdev(known):.3f}"
-    return mean

@@ -18,12 +18,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from prompt_lab.core.attention_mixture import PromptAttention
     from prompt_lab.core.backbone import Backbone
+    from prompt_lab.core.subspace import AdapterMap, Subspace
+
+Network = TypeVar("Network", "Subspace", "AdapterMap", "PromptAttention")
 
 FORMAT, FORMAT_VERSION = "prompt_lab", 1
 
@@ -46,13 +50,10 @@ KINDS: dict[str, dict[str, Any]] = {
 def save_tensors(
     path: str | Path, kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
 ) -> None:
-    """Write a tensor file, whole or not at all.
+    """Write a tensor file of one of :data:`KINDS`, whole or not at all; folders are made.
 
-    Args:
-        path: the file; folders on the way are made.
-        kind: one of :data:`KINDS`.
-        tensors: by name; no two share memory.
-        metadata: values that JSON can hold, the fields of the kind among them.
+    No two tensors may share memory; metadata are values that JSON can hold, the fields of the kind
+    among them.
 
     Raises:
         OSError: naming the file: a full disk, a folder that cannot be written to.
@@ -68,12 +69,9 @@ def save_tensors(
 def load_tensors(
     path: str | Path, kind: str, backbone: Backbone | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a tensor file: its tensors, on the CPU, and its metadata.
+    """Read a tensor file of a kind: its tensors, on the CPU, and its metadata.
 
-    Args:
-        path: the file.
-        kind: what it must be, one of :data:`KINDS`.
-        backbone: the model it is meant for; its weights and width are compared with the file's.
+    A backbone that it is meant for is compared with the file's, by weights and width.
 
     Raises:
         FileNotFoundError: no such file.
@@ -126,24 +124,20 @@ def read_metadata(path: str | Path, kind: str) -> dict[str, Any]:
         metadata = {name: json.loads(value) for name, value in raw.items()}
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged, its metadata is not JSON ({error})") from None
-    fields = KINDS[kind]
-    lacking = [name for name in fields if name not in metadata]
-    if lacking:
-        raise ValueError(f"{path}: the {kind} file's metadata lacks {', '.join(lacking)}")
-    wrong = [name for name, what in fields.items() if not isinstance(metadata[name], what)]
+    wrong = [
+        f"{name} is {metadata[name]!r}" if name in metadata else f"no {name}"
+        for name, what in KINDS[kind].items()
+        if name not in metadata or not isinstance(metadata[name], what)
+    ]
     if wrong:
-        values = ", ".join(f"{name} is {metadata[name]!r}" for name in wrong)
-        raise ValueError(f"{path}: damaged, in its metadata {values}")
+        raise ValueError(f"{path}: damaged, in its metadata {', '.join(wrong)}")
     return metadata
 
 
 def check_backbone(metadata: Mapping[str, Any], backbone: Backbone, where: str | Path) -> None:
     """Refuse what was made for another backbone, as far as its metadata tells.
 
-    Args:
-        metadata: ``backbone``, ``backbone_digest`` (may be empty) and ``hidden_size`` (may lack).
-        backbone: the model it is meant for.
-        where: its file, for the error.
+    They hold ``backbone``, ``backbone_digest`` (may be empty) and ``hidden_size`` (may lack).
 
     Raises:
         ValueError: another width, or other weights; naming both sides.
@@ -160,6 +154,48 @@ def check_backbone(metadata: Mapping[str, Any], backbone: Backbone, where: str |
             f"{where}: made for backbone {name!r} with weights {digest[:12]}, but "
             f"{backbone.name!r} has weights {backbone.digest[:12]}"
         )
+
+
+# ---- networks -----------------------------------------------------------------------------------
+
+
+def save_network(path: str | Path, network: Network, metadata: Mapping[str, Any]) -> None:
+    """Write a subspace, a map to adapters or an attention, its weights as float32.
+
+    Its sizes go into the metadata, beside those that are given: the other fields of its kind, and
+    more, such as source tasks, seeds and steps.
+    """
+    from prompt_lab import __version__
+
+    tensors = {name: tensor.float() for name, tensor in network.state_dict().items()}
+    sizes = {name: getattr(network, name) for name in network.SIZES}
+    save_tensors(path, network.KIND, tensors, {"version": __version__, **metadata, **sizes})
+
+
+def load_network(
+    path: str | Path, kind: type[Network], backbone: Backbone | None = None
+) -> Network:
+    """Read a network that :func:`save_network` wrote, on the CPU, frozen, with its ``metadata``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: as :func:`load_tensors`, or tensors that are not as the metadata says.
+    """
+    tensors, metadata = load_tensors(path, kind.KIND, backbone)
+    try:
+        network = kind(**{name: metadata[name] for name in kind.SIZES}, seed=None)
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged, {error}") from None
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    if found != expected:
+        raise ValueError(
+            f"{path}: damaged: tensors {found}, but the metadata's sizes mean {expected}"
+        )
+    floats = {name: tensor.float() for name, tensor in tensors.items()}
+    network.load_state_dict(floats, assign=True)
+    network.metadata = metadata
+    return network.requires_grad_(False)
 
 
 # ---- how files are written -----------------------------------------------------------------------
@@ -197,11 +233,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let the error of a write say which file it was and what to do.
-
-    Raises:
-        OSError: in place of the one that was raised, of the same number.
-    """
+    """Let the ``OSError`` of a write say which file it was and what to do."""
     try:
         yield
     except OSError as error:

@@ -35,8 +35,8 @@ from prompt_lab.core.run import Run
 from prompt_lab.core.subspace import AdapterMap, Subspace
 from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.sampling import Draw, mixture_draw
-from prompt_lab.files.networks import load_network, save_network
 from prompt_lab.files.results import Start
+from prompt_lab.files.tensors import load_network, save_network
 from prompt_lab.methods.method import PromptMethod
 from prompt_lab.methods.prompt_tuning import PromptTuning
 from prompt_lab.methods.starts import InitConfig, initial_codes

@@ -37,10 +37,9 @@ from prompt_lab.core.subspace import Subspace, reconstruction_loss
 from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.partitions import expand_sets
 from prompt_lab.data.sampling import Draw, Key, Mixing, mixture_draw
-from prompt_lab.files.networks import load_network, save_network
-from prompt_lab.files.prompts import Prompt, PromptStore
+from prompt_lab.files.prompts import Prompt, PromptStore, source_prompts
+from prompt_lab.files.tensors import load_network, save_network
 from prompt_lab.methods.method import STATUS, PromptMethod, as_list
-from prompt_lab.methods.source_prompts import source_prompts
 
 
 class IntrinsicSubspace(PromptMethod):

@@ -25,29 +25,25 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from prompt_lab.core.arithmetic import parse_expression
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import Prefixes
 from prompt_lab.core.run import Run
+from prompt_lab.core.vectors import add_vectors, expression_name, parse_expression
 from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.sampling import EvaluationBatch
 from prompt_lab.files.prompts import FoundPrompt, Prompt, check_prompt
 from prompt_lab.files.results import STARTS, Start, text_table
 from prompt_lab.files.tensors import read_metadata, write_csv
-from prompt_lab.methods.evaluation import Report
-from prompt_lab.methods.method import PromptMethod, as_list, some
-from prompt_lab.methods.task_vectors import (
+from prompt_lab.files.vectors import (
     Group,
-    Source,
-    applied,
     check_compatible,
+    combine,
     common_init,
     complete,
-    file_name,
     find_vectors,
-    load_source,
-    made_from,
 )
+from prompt_lab.methods.evaluation import Report
+from prompt_lab.methods.method import PromptMethod, as_list, some
 
 Found = dict[Group, dict[str, FoundPrompt]]
 Study = Literal["singles", "pairs", "cross", "expressions"]
@@ -93,8 +89,8 @@ class VectorSum:
     variant: str
     expression: str
     coefficients: Mapping[str, float]
-    vectors: Mapping[str, Source]
-    base: Source | None
+    vectors: Mapping[str, FoundPrompt]
+    base: FoundPrompt | None
     sample: int
     seed: int
     tasks: tuple[str, ...]
@@ -110,14 +106,13 @@ class VectorSum:
 
     def prompt(self, scale: float) -> Tensor:
         """The prompt init + scale * sum (N, D), float32."""
-        sources = [self.vectors[task] for task in self.coefficients]
-        factors = list(self.coefficients.values())
-        return applied(self.name, self.init, sources, factors, scale)
+        vectors = torch.stack([self.vectors[task].vector for task in self.coefficients])
+        return add_vectors(self.init, vectors, list(self.coefficients.values()), scale)
 
     @property
     def name(self) -> str:
         """A name that can be a file name, without the task and the scale."""
-        place = f"{self.variant}_{file_name(self.coefficients)}_{self.sample}_seed{self.seed}"
+        place = f"{self.variant}_{expression_name(self.coefficients)}_{self.sample}_seed{self.seed}"
         if self.variant == "initial_prompt":
             place = f"{self.variant}_{self.sample}_seed{self.seed}"
         return place if not self.crosses else f"{place}_on_seed{self.init_seed}"
@@ -253,7 +248,7 @@ class VectorArithmetic(PromptMethod):
         self.scales = _scales(study, scales)
         self.trials: list[Trial] = []
         self.dev: dict[int, float] = {}
-        self._sources: dict[FoundPrompt, Source] = {}
+        self._sources: list[FoundPrompt] = []
 
     # ---- set-up ---------------------------------------------------------------------------------
 
@@ -327,18 +322,18 @@ class VectorArithmetic(PromptMethod):
             )
         return own
 
-    def _source(self, found: FoundPrompt) -> Source:
+    def _source(self, found: FoundPrompt) -> FoundPrompt:
         """A prompt, read once, that goes with the backbone and all others."""
         if found not in self._sources:
             assert self.backbone is not None
-            source = load_source(found)
-            check_prompt(source.prompt, self.backbone, found.where)
-            check_compatible(next(iter(self._sources.values()), source), source)
-            if source.prompt.prompt.equal(source.prompt.init):
+            prompt = found.prompt
+            check_prompt(prompt, self.backbone, found.where)
+            check_compatible(*self._sources[:1], found)
+            if prompt.prompt.equal(prompt.init):
                 self.warn_once(found.where, f"{found.where} adds nothing: it is its own init")
-            self.num_virtual_tokens = len(source.prompt.prompt)
-            self._sources[found] = source
-        return self._sources[found]
+            self.num_virtual_tokens = len(prompt.prompt)
+            self._sources.append(found)
+        return found
 
     # ---- the sums of a study --------------------------------------------------------------------
 
@@ -415,7 +410,7 @@ class VectorArithmetic(PromptMethod):
 
     def _crossed(self, task: str, data: PromptDataModule, found: Found) -> Iterator[VectorSum]:
         """A task's vectors on every initial prompt of their sample, and alone."""
-        own: dict[int, dict[int, Source]] = {sample: {} for sample in data.samples}
+        own: dict[int, dict[int, FoundPrompt]] = {sample: {} for sample in data.samples}
         for (sample, seed), files in self._groups([task], data, found):
             own[sample][seed] = self._source(files[task])
         for sample, by_seed in own.items():
@@ -437,7 +432,7 @@ class VectorArithmetic(PromptMethod):
 
     def _baselines(self, sums: Sequence[VectorSum], found: Found) -> Iterator[VectorSum]:
         """The initial prompts, and the tuned prompts of the tasks, that the sums compare with."""
-        bases: dict[tuple[str, int, int], Source] = {}
+        bases: dict[tuple[str, int, int], FoundPrompt] = {}
         for made in sums:
             if made.base is not None and made.init_seed is not None:
                 for task in made.tasks:
@@ -456,7 +451,7 @@ class VectorArithmetic(PromptMethod):
     def _warn_of_settings(self, data: PromptDataModule) -> None:
         """Warn of prompts that were tuned on rows of another form."""
         for name in ("task_prefix", "max_input_length"):
-            own, seen = getattr(data, name), [s.prompt for s in self._sources.values()]
+            own, seen = getattr(data, name), [one.prompt for one in self._sources]
             other = [prompt for prompt in seen if getattr(prompt, name) not in (own, None)]
             if other:
                 self.warn_once(
@@ -559,33 +554,24 @@ class VectorArithmetic(PromptMethod):
 
     def best_prompts(self, test_scores: Tensor | None = None) -> Iterator[Prompt]:
         """The chosen prompts, one for each sum and task, made one after another."""
-        from prompt_lab import __version__
-
         for i in self.evaluated:
             trial = self.trials[i]
-            made, some_source = trial.of, next(iter(trial.of.vectors.values())).prompt
-            base = made.base and {"tensor": "init", **made.base.provenance()}
-            expression = made.expression or f"0 * {_written(some_source.task)}"
-            yield Prompt(
-                prompt=made.prompt(trial.scale),
-                init=made.init,
-                name=trial.name,
-                backbone=some_source.backbone,
-                backbone_digest=some_source.backbone_digest,
-                tokenizer_digest=some_source.tokenizer_digest,
+            made = trial.of
+            yield combine(
+                trial.name,
+                made.coefficients,
+                made.vectors,
+                made.base,
+                expression=made.expression or f"0 * {_written(next(iter(made.vectors)))}",
+                scale=trial.scale,
                 task=trial.task,
                 sample=trial.sample,
                 **asdict(made.start),
-                init_seed=made.init_seed,
                 dev_score=None if self.dev[i] != self.dev[i] else self.dev[i],
                 test_score=None if test_scores is None else test_scores[i].item(),
                 metric=self.datamodule.tasks[trial.task].metric,
                 status="finished",
                 **self.way_of_answering(trial.task, trial.sample),
-                version=__version__,
-                role="sum",
-                source_tasks=list(made.coefficients),
-                made_from=made_from(expression, trial.scale, made.vectors, made.coefficients, base),
             )
 
     def result_facts(self, run: int) -> dict[str, Any]:
@@ -595,7 +581,7 @@ class VectorArithmetic(PromptMethod):
 
     def digests(self) -> dict[str, Any]:
         """Digests of backbone weights, tokenizer, data files and prompt files."""
-        files = sorted(source.digest for source in self._sources.values())
+        files = sorted(source.digest for source in self._sources)
         return {**super().digests(), "prompts": files}
 
     def summary(self) -> str:

@@ -24,8 +24,8 @@ from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.meta_gradient import InnerConfig
 from prompt_lab.core.subspace import AdapterMap
 from prompt_lab.data.datamodule import CrossFitDataModule
-from prompt_lab.files.networks import save_network
 from prompt_lab.files.prompts import Prompt, PromptStore
+from prompt_lab.files.tensors import save_network
 from prompt_lab.methods.adapter_subspace import AdapterSubspace, AdapterTuning
 from prompt_lab.methods.attempt import Attempt
 from prompt_lab.methods.fine_tuning import FineTuning

@@ -1,24 +1,22 @@
 """The command ``prompt-lab predict``: files or standard input in, text or JSON lines out.
 
-Inputs are read line by line and answers written in the same order, a chunk of lines at a time, so
-neither has to fit in memory. Each prompt answers as it did in ``prompt-lab test``: its file says
-how (labels or generation, length, beams, task prefix), and flags say otherwise.
+All lines are read before the first is answered, and answers come in the same order. Each prompt
+answers as it did in ``prompt-lab test``: its file says how (labels or generation, length, beams,
+task prefix), and flags say otherwise.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from prompt_lab.core.prediction import check_at_least_one, label_scores, predict, tidy_labels
+from prompt_lab.files.tensors import write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,42 +24,36 @@ if TYPE_CHECKING:
     from prompt_lab.core.backbone import Backbone, Side
     from prompt_lab.files.prompts import FoundPrompt
 
-FIRST_CHUNK, LARGEST_CHUNK = 64, 4096
-"""Lines that are answered at a time, doubling; within them rows are sorted by length."""
+CHUNK = 1024
+"""Lines that are answered at a time; within them rows are sorted by length."""
 
 OUTPUT_FIELDS = ("prompt", "prediction", "scores")
 """What is added to the fields of a jsonl input."""
 
-MAX_NEW_TOKENS, MAX_INPUT_LENGTH = 64, 512
+DEFAULTS = {
+    "max_new_tokens": 64,
+    "num_beams": 1,
+    "max_input_length": 512,
+    "truncation_side": "right",
+}
 """Of prompts whose files do not say, such as imported ones."""
 
 Answer = tuple[str, dict[str, float] | None]
 """The text, and the log-likelihood of every label where labels were scored and are asked for."""
 
 
-@dataclass(frozen=True)
-class Way:
-    """How a prompt answers.
-
-    Attributes:
-        labels: what is chosen from; None for generation.
-        max_new_tokens: longest generated answer.
-        num_beams: beams of generated answers.
-        max_input_length: longer inputs are cut to so many tokens.
-        truncation_side: on which side.
-        prefix: text in front of every input.
-    """
+class Way(NamedTuple):
+    """How a prompt answers: the arguments of :func:`predict`; no labels for generation."""
 
     labels: tuple[str, ...] | None
+    input_prefix: str
     max_new_tokens: int
     num_beams: int
     max_input_length: int
     truncation_side: Side
-    prefix: str
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """One line of input.
 
     Attributes:
@@ -126,13 +118,15 @@ def predict_command(
         ValueError: prompts for different backbones, prompts that do not answer alone, bad settings,
             or a line that cannot be read.
     """
-    numbers = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
-    numbers |= {"max_input_length": max_input_length}
-    numbers = {name: number for name, number in numbers.items() if number is not None}
-    given = numbers | ({"truncation_side": truncation_side} if truncation_side else {})
-    if tokens_per_forward is not None:
-        check_at_least_one(tokens_per_forward=tokens_per_forward)
-    check_at_least_one(**numbers)
+    given: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "num_beams": num_beams,
+        "max_input_length": max_input_length,
+        "truncation_side": truncation_side,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    numbers = {"tokens_per_forward": tokens_per_forward, **given, "truncation_side": None}
+    check_at_least_one(**{name: n for name, n in numbers.items() if n is not None})
     if labels is not None:
         labels = tidy_labels(labels)
         if decoding == "generate":
@@ -141,23 +135,21 @@ def predict_command(
     if out is not None and Path(out).is_dir():
         raise ValueError(f"out is the folder {out}: give a file")
     names, found = _find_prompts(prompts)
-    metadata = [one.metadata for one in found]
-    ways = _ways(metadata, labels, decoding, given)
-    model = _load(backbone or _common_backbone(names, metadata), dtype, device)
+    ways = _ways(found, labels, decoding, given)
+    model = _load(backbone or _common_backbone(names, found), dtype, device)
     bank = [one.load(model).prompt for one in found]
     as_json = format == "jsonl" or (format == "auto" and (out or "").endswith(".jsonl"))
-
-    def answer(way: Way, prompts: list[Tensor], texts: list[str]) -> list[list[Answer]]:
-        """For every text its answers under prompts that answer in one way."""
-        return _answers(model, way, prompts, texts, tokens_per_forward, with_scores=as_json)
-
-    with _opened(source) as raw, _output(out) as file:
-        lines, size = read_lines(raw, source), FIRST_CHUNK
-        while chunk := list(islice(lines, size)):
-            answers = _answer_chunk(chunk, bank, ways, answer)
-            file.writelines(_json_lines(names, chunk, answers) if as_json else _text_lines(answers))
-            file.flush()
-            size = min(2 * size, LARGEST_CHUNK)
+    with nullcontext(sys.stdin.buffer) if source is None else source.open("rb") as raw:
+        lines, written = list(read_lines(raw, source)), []
+    for at in range(0, len(lines), CHUNK):
+        chunk = lines[at : at + CHUNK]
+        answers = _answers(model, bank, ways, chunk, tokens_per_forward, with_scores=as_json)
+        rows = _json_lines(names, chunk, answers) if as_json else _text_lines(answers)
+        written.append("".join(rows))
+        if out is None:
+            print(written.pop(), end="", flush=True)
+    if out is not None:
+        write_atomically(out, "".join(written).encode())
 
 
 def read_lines(raw: Iterable[bytes], path: Path | None = None) -> Iterator[Line]:
@@ -210,7 +202,6 @@ def _parse_json(text: str) -> Line:
 
 
 def _check_input(given: str | None) -> Path | None:
-    """The input file, None for standard input."""
     if given is None and sys.stdin.isatty():
         raise ValueError("no input: name a file with --input, or pipe lines in")
     if given in (None, "-"):
@@ -225,67 +216,50 @@ def _check_input(given: str | None) -> Path | None:
 
 def _find_prompts(given: Sequence[str]) -> tuple[list[str], list[FoundPrompt]]:
     """Names and prompts; where names repeat, prompts are named by their places."""
-    from prompt_lab.files.prompts import check_answers_alone, find_prompts
+    from prompt_lab.files.prompts import find_prompts
 
     found = find_prompts(*given)
     for one in found:
-        check_answers_alone(one.where, one.metadata.get("made_from"))
+        one.check_answers_alone()
     names = [str(one.metadata["name"]) for one in found]
-    unique = len(set(names)) == len(names)
-    return names if unique else [one.where for one in found], found
+    return (names if len({*names}) == len(names) else [one.where for one in found]), found
 
 
 def _ways(
-    metadata: Sequence[dict[str, Any]],
+    found: Sequence[FoundPrompt],
     labels: Sequence[str] | None,
     decoding: str | None,
     given: dict[str, Any],
 ) -> list[Way]:
     """How each prompt answers: as the settings say, else as its file does."""
-    ways = []
-    for row in metadata:
-        known: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "num_beams": 1}
-        known |= {"max_input_length": MAX_INPUT_LENGTH, "truncation_side": "right"}
-        known |= {name: row[name] for name in known if row.get(name)}
-        prefix = f" [{row['task']}] " if row.get("task_prefix") else ""
+    from prompt_lab.data.tasks import load_tasks
+
+    tasks, ways, unknown = load_tasks(), [], set()
+    for row in (one.metadata for one in found):
+        task = str(row.get("task") or "")
+        known = tasks.get(task)
+        own = {name: row.get(name) or default for name, default in DEFAULTS.items()}
         scored = (decoding or row.get("decoding") or "score") == "score"
-        chosen = labels or (_labels_of(row) if scored else None)
-        ways.append(Way(tuple(chosen) if chosen else None, prefix=prefix, **(known | given)))
-    if labels is None and decoding is None:
-        _tell_unknown_tasks(metadata)
+        choice = labels or ((row.get("labels") or (known and known.labels)) if scored else None)
+        prefix = f" [{task}] " if row.get("task_prefix") else ""
+        ways.append(Way(tuple(choice) if choice else None, prefix, **{**own, **given}))
+        if task and known is None and not row.get("decoding"):
+            unknown.add(task)
+    if unknown and labels is None and decoding is None:
+        print(
+            f"task {', '.join(sorted(unknown))} is not in the package's table, so answers are "
+            "generated: give --labels to choose among them, or --decoding generate",
+            file=sys.stderr,
+        )
     return ways
 
 
-def _labels_of(row: dict[str, Any]) -> Sequence[str] | None:
-    """The labels that a prompt was tested with, or those of its task."""
-    from prompt_lab.data.tasks import load_tasks
-
-    task = load_tasks().get(str(row.get("task", "")))
-    return row.get("labels") or (task.labels if task else None)
-
-
-def _tell_unknown_tasks(metadata: Sequence[dict[str, Any]]) -> None:
-    """Say which prompts generate only because nothing is known of their task."""
-    from prompt_lab.data.tasks import load_tasks
-
-    tasks = load_tasks()
-    names = {str(row.get("task", "")) for row in metadata if not row.get("decoding")}
-    unknown = sorted(name for name in names if name and name not in tasks)
-    if unknown:
-        print(
-            f"task {', '.join(unknown)} is not in the package's table, so answers are generated: "
-            "give --labels to choose among them, or --decoding generate",
-            file=sys.stderr,
-        )
-
-
-def _common_backbone(names: Sequence[str], metadata: Sequence[dict[str, Any]]) -> str:
-    """The one backbone that all prompts name."""
-    first = {str(row["backbone"]): name for name, row in zip(names, metadata, strict=True)}
+def _common_backbone(names: Sequence[str], found: Sequence[FoundPrompt]) -> str:
+    first = {str(one.metadata["backbone"]): name for name, one in zip(names, found, strict=True)}
     if len(first) > 1:
-        found = ", ".join(f"{backbone} ({name})" for backbone, name in first.items())
+        several = ", ".join(f"{backbone} ({name})" for backbone, name in first.items())
         raise ValueError(
-            f"the prompts are for different backbones, {found}: predict with the prompts of one, "
+            f"the prompts are for different backbones, {several}: predict with the prompts of one, "
             "or give --backbone where these are one model under several names"
         )
     (name,) = first
@@ -295,7 +269,6 @@ def _common_backbone(names: Sequence[str], metadata: Sequence[dict[str, Any]]) -
 
 
 def _load(name: str, dtype: Literal["float32", "bfloat16"], device: str) -> Backbone:
-    """The backbone on its device."""
     import torch
 
     from prompt_lab.core.backbone import Backbone
@@ -307,11 +280,13 @@ def _load(name: str, dtype: Literal["float32", "bfloat16"], device: str) -> Back
     return Backbone.load(name, dtype).to(device)
 
 
-def _answer_chunk(
-    chunk: Sequence[Line],
+def _answers(
+    model: Backbone,
     bank: Sequence[Tensor],
     ways: Sequence[Way],
-    answer: Callable[[Way, list[Tensor], list[str]], list[list[Answer]]],
+    chunk: Sequence[Line],
+    tokens_per_forward: int | None,
+    with_scores: bool,
 ) -> list[list[Answer | None]]:
     """For every line its R answers; None for lines without text."""
     answers: list[list[Answer | None]] = [[None] * len(bank) for _ in chunk]
@@ -319,38 +294,21 @@ def _answer_chunk(
     texts = [chunk[at].text for at in asked]
     for way in dict.fromkeys(ways) if asked else ():
         places = [place for place, own in enumerate(ways) if own == way]
-        found = answer(way, [bank[place] for place in places], texts)
+        prompts, settings = [bank[place] for place in places], way._asdict()
+        settings["tokens_per_forward"] = tokens_per_forward
+        found: list[list[Answer]]
+        if way.labels is not None and with_scores:
+            for name in ("labels", "max_new_tokens", "num_beams"):
+                del settings[name]
+            scores = label_scores(model, prompts, texts, way.labels, **settings).tolist()
+            found = [[_best(way.labels, row) for row in of_text] for of_text in scores]
+        else:
+            plain = predict(model, prompts, texts, **settings)
+            found = [[(text, None) for text in of_text] for of_text in plain]
         for at, of_line in zip(asked, found, strict=True):
             for place, one in zip(places, of_line, strict=True):
                 answers[at][place] = one
     return answers
-
-
-def _answers(
-    model: Backbone,
-    way: Way,
-    prompts: list[Tensor],
-    texts: list[str],
-    tokens_per_forward: int | None,
-    with_scores: bool,
-) -> list[list[Answer]]:
-    """For every text its answers under prompts that answer alike."""
-    settings: dict[str, Any] = {
-        "tokens_per_forward": tokens_per_forward,
-        "max_input_length": way.max_input_length,
-        "truncation_side": way.truncation_side,
-        "input_prefix": way.prefix,
-    }
-    if way.labels is not None and with_scores:
-        scores = label_scores(model, prompts, texts, way.labels, **settings).tolist()
-        return [[_best(way.labels, row) for row in of_text] for of_text in scores]
-    found = predict(
-        *(model, prompts, texts, way.labels),
-        max_new_tokens=way.max_new_tokens,
-        num_beams=way.num_beams,
-        **settings,
-    )
-    return [[(text, None) for text in of_text] for of_text in found]
 
 
 def _best(labels: Sequence[str], scores: Sequence[float]) -> Answer:
@@ -381,25 +339,3 @@ def _json_lines(
                     for label, value in scores.items()
                 }
             yield json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def _opened(path: Path | None) -> AbstractContextManager[Iterable[bytes]]:
-    """The lines of a file or of standard input, as bytes."""
-    return nullcontext(sys.stdin.buffer) if path is None else path.open("rb")
-
-
-@contextmanager
-def _output(out: str | None) -> Iterator[TextIO]:
-    """Standard output, or a draft that becomes the file ``out`` once all is written."""
-    if out is None:
-        yield sys.stdout
-        return
-    path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with draft.open("w", encoding="utf-8", newline="") as file:
-            yield file
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)

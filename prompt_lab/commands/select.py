@@ -1,0 +1,441 @@
+"""The commands ``prompt-lab select`` and ``select evaluate``: which source tasks to learn from.
+
+The rankings are those of `prompt_lab.core.similarity` on tuned prompts, and three that need none
+(Lin et al. 2024): SIZE, the rows of the source's training set; SEMB, the cosine of mean sentence
+embeddings of training inputs (section 4.2, after Poth et al. 2021); RANDOM. No model is loaded but
+SEMB's sentence encoder. How well rankings predict transfer is in `prompt_lab.analysis.selection`.
+"""
+
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportReturnType=false
+# pyright: reportCallIssue=false, reportIndexIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import math
+import random
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+    from prompt_lab.data.sampling import Key
+
+Method = Literal[
+    "subspace", "feature", "feature-unit", "unigram", "unigram-unit", "max", "max-source", "cosine",
+    "frobenius", "size", "semb", "random",
+]  # fmt: skip
+Choice = Literal["highest", "lowest", "random"]
+
+CHUNK = 1024
+"""Inputs that are embedded at a time."""
+
+_MOST_STEPS = 10
+_SANDBOX_SAMPLE = 100
+
+
+def select_command(
+    targets: list[str],
+    *,
+    prompts: list[str] | None = None,
+    sources: list[str] | None = None,
+    method: Method = "subspace",
+    number: int = 5,
+    choose: Choice = "highest",
+    seed: int = 0,
+    rank: int | None = None,
+    energy: float = 0.95,
+    root: str | None = None,
+    encoder: str | None = None,
+    out: str | None = None,
+) -> Path | None:
+    """Rank source tasks for target tasks, by default by how alike their prompts are; choose some.
+
+    Methods on tuned prompts: subspace (norm of the projection of one prompt's subspace on the
+    other's, from 0 to 1), feature (cosine of mean rows), unigram (cosine of the rows' means), max
+    (for each row of the target the largest cosine with a row of the source; max-source the other
+    way round), cosine (of all numbers), frobenius (minus the distance). With -unit all rows have
+    length 1 first. Of several prompts of a task and sample, the one with the best dev score counts.
+    Samples that both tasks have are compared one by one; tasks without a common sample by all
+    pairs.
+
+    Methods without prompts: size (rows of the source's training file), semb (cosine of the mean
+    sentence embeddings of the training inputs), random (numbers of the seed). A task's training
+    file is that of the largest K, of its samples the first; files made with --shots all hold the
+    whole set.
+
+    With several targets, the mean over targets chooses: the settings of meta prompt tuning (Qin,
+    Li, Zhao and Joty 2023, appendix A.7).
+
+    Args:
+        targets: tasks, or sets of partitions such as mpt/cls_to_cls/target.
+        prompts: prompt stores, folders of fits, prompt files or checkpoints; not needed for size,
+            semb and random.
+        sources: tasks or sets to choose among; without it all tasks of the stores but the targets.
+        method: what ranks the sources.
+        number: how many source tasks to choose.
+        choose: highest, lowest or random.
+        seed: seed of random.
+        rank: dimensions of each subspace; without it as many as energy needs.
+        energy: share of a prompt's squared norm that its subspace keeps, above 0 and at most 1.
+        root: folder of few-shot files, or sandbox, for size and semb.
+        encoder: id or folder of a sentence-transformers model, for semb.
+        out: YAML file to write with the chosen tasks as data.tasks, a further --config of a fit.
+
+    Returns:
+        The YAML file, where one is written.
+
+    Raises:
+        FileNotFoundError: no such folder, or tasks that the stores or the data root lack.
+        ValueError: a target among the sources, fewer sources than ``number``, prompts of several
+            backbones or lengths, prompts without a subspace, a rank or an energy out of range, or
+            something that the method needs is not given.
+        IsADirectoryError: ``out`` is a folder.
+    """
+    import pandas as pd
+    import yaml
+
+    from prompt_lab.analysis.selection import PROMPT_RANKINGS, load_prompts, rank_by_prompts
+    from prompt_lab.data.partitions import expand_sets
+    from prompt_lab.files.prompts import best_prompts
+    from prompt_lab.files.tensors import write_atomically
+
+    if out is not None and Path(out).is_dir():
+        raise IsADirectoryError(f"--out {out} is a folder: name a file")
+    files = best_prompts(prompts or [])
+    wanted = list(dict.fromkeys(expand_sets(targets)))
+    others = [task for task in dict.fromkeys(task for task, _ in files) if task not in wanted]
+    names = others if sources is None else list(dict.fromkeys(expand_sets(sources)))
+    if method in PROMPT_RANKINGS:
+        check_prompts(method, wanted, names, files, prompts)
+    if both := [task for task in names if task in wanted]:
+        raise ValueError(f"source and target at once: {', '.join(both)}; take it out of one")
+    if not names:
+        given = (
+            f"{', '.join(prompts)} hold no task but the targets" if prompts else "no source tasks"
+        )
+        raise ValueError(f"{given}: name tasks with --sources, or give further stores to --prompts")
+    if not 1 <= number <= len(names):
+        raise ValueError(
+            f"--number is {number}, and there are {len(names)} source tasks: give 1 to {len(names)}"
+        )
+    if method in PROMPT_RANKINGS:
+        found = load_prompts({key: one for key, one in files.items() if key[0] in wanted + names})
+        sides = [{k: x for k, x in found.items() if k[0] in own} for own in (wanted, names)]
+        flags = {"energy": energy, "rank": rank} if method == "subspace" else {}
+        ranked, legend = rank_by_prompts(method, *sides, **flags), PROMPT_RANKINGS[method][2]
+        if method == "subspace":
+            legend += _chance(*([*side.values()] for side in sides), flags)
+    else:
+        pairs = pd.MultiIndex.from_product([wanted, names], names=["target", "source"])
+        ranked = pairs.to_frame(index=False).assign(std=math.nan, count=1, same_sample=True)
+        ranked["similarity"], legend = _without_prompts(method, ranked, root, encoder, seed)
+    means = ranked.groupby("source")["similarity"].agg(similarity="mean", std="std", count="size")
+    means = _sorted(means.reset_index().assign(same_sample=True))
+    order = means["source"].tolist()
+    chosen = {
+        "highest": order[:number],
+        "lowest": order[::-1][:number],
+        "random": random.Random(seed).sample(sorted(order), number),
+    }[choose]
+    print(f"{legend}\n")
+    for target in wanted:
+        print(f"{target}\n{_ranking_text(_sorted(ranked[ranked['target'] == target]))}\n")
+    if len(wanted) > 1:
+        print(f"mean over {len(wanted)} targets\n{_ranking_text(means, 'targets')}\n")
+    how = f"{choose} with seed {seed}" if choose == "random" else choose
+    summary = f"{number} of {len(names)} source tasks, {how}, for {', '.join(wanted)}"
+    print(summary)
+    for task in chosen:
+        place = order.index(task)
+        print(f"  {task}: rank {place + 1}, similarity {_text(means['similarity'].iloc[place])}")
+    print(f"--data.tasks {shlex.quote('[' + ', '.join(chosen) + ']')}")
+    if out is None:
+        return None
+    content = yaml.safe_dump({"data": {"tasks": chosen}}, default_flow_style=None, width=100)
+    write_atomically(Path(out), f"# {summary}\n{content}".encode())
+    return Path(out)
+
+
+def evaluate_command(
+    transfer: list[str],
+    *,
+    prompts: list[str] | None = None,
+    similarity: list[str] | None = None,
+    root: str | None = None,
+    encoder: str | None = None,
+    steps: list[str] | None = None,
+    seeds: Literal["mean", "each"] = "mean",
+    out: str | None = None,
+) -> list[Path]:
+    """Compare rankings of source tasks by how well they predict measured transfer.
+
+    Transfer comes from CSV tables or from results.csv files of fits. A CSV has a row per source and
+    a column per target, or the columns source, target, score and perhaps sample and seed; scores
+    are percent. A source named no-transfer has the scores without transfer, and a column size the
+    rows of the sources' training sets; empty cells are missing, and what follows a # is a comment.
+    The name paper stands for the published table of 13 sources and 10 targets. In results, a run
+    that starts from the prompt of another task is a transfer; the run that dev chose counts.
+
+    It prints, as mean and standard deviation over targets in percent, nDCG, Regret@1, Regret@3, and
+    with scores without transfer gain@1 and gain@3: the relative transfer of the best of the first 1
+    or 3. random is the exact expectation over all rankings, and sources of equal similarity count
+    with their expectation too.
+
+    With out it writes a report with 95 % intervals, a CSV file for each table, and figures as PNG
+    and SVG: the transfer itself, by pair, source and target; the best of the first k for every k;
+    nDCG over steps; each similarity; and with prompts t-SNE maps of the rows of each target's
+    prompt and those of its best, second and worst source.
+
+    Args:
+        transfer: CSV tables, results.csv files, folders with such, or paper.
+        prompts: prompt stores, folders of fits, prompt files or checkpoints: adds all rankings by
+            prompts.
+        similarity: CSV tables as of transfer, with similarities instead of scores: adds a ranking
+            for each, by the name of its file.
+        root: folder of few-shot files, or sandbox: adds size, where no table has it.
+        encoder: id or folder of a sentence-transformers model: adds semb, on the files of root.
+        steps: folders of fits of the target tasks with model.save_steps: the target prompts of each
+            step rank the source prompts too; then the targets need no prompt among prompts.
+        seeds: mean judges the scores averaged over seeds, as the paper's equations; each judges
+            every seed by itself and averages the measures, as its code. At saved steps, each judges
+            every target prompt by the scores of its own sample.
+        out: folder for the report.
+
+    Returns:
+        The report.
+
+    Raises:
+        FileNotFoundError: a file, folder, prompt or training file that is not there, or saved steps
+            that lack a target.
+        ValueError: a table that cannot be read, similarities that are missing, results of several
+            settings, no transfer in the results, or something that a method needs is not given.
+        NotADirectoryError: ``out`` is a file.
+    """
+    import pandas as pd
+
+    from prompt_lab.analysis import selection, selection_sections
+    from prompt_lab.files.prompts import best_prompts
+    from prompt_lab.files.results import text_table
+
+    if out is not None and Path(out).is_file():
+        raise NotADirectoryError(f"--out {out} is a file: name a folder")
+    if steps and not prompts:
+        raise ValueError("--steps needs prompts of the source tasks: give their stores: --prompts")
+    table, notes = selection.read_transfer(transfer)
+    pairs = table[["target", "source"]].drop_duplicates()
+    targets, sources = table["target"].unique().tolist(), table["source"].unique().tolist()
+    found = [pairs.assign(ranking="random", similarity=0.0)]
+    sizes = table.set_index("source")["size"].dropna().to_dict()
+    if sizes:
+        found.append(pairs.assign(ranking="size", similarity=pairs["source"].map(sizes)))
+    for method in ["size"] * bool(root and not sizes) + ["semb"] * bool(encoder):
+        values, _ = _without_prompts(method, pairs, root, encoder)
+        found.append(pairs.assign(ranking=method, similarity=values))
+    files = best_prompts(prompts or [])
+    tuned = {task for task, _ in files}
+    untuned = [target for target in targets if steps and target not in tuned]
+    if prompts:
+        check_prompts("evaluate", [] if untuned else targets, sources, files, prompts)
+    if prompts and not untuned:
+        loaded = selection.load_prompts(
+            {k: x for k, x in files.items() if k[0] in targets + sources}
+        )
+        sides = ({k: x for k, x in loaded.items() if k[0] in own} for own in (targets, sources))
+        found.append(selection.prompt_rankings(*sides))
+    for file in similarity or []:
+        name = Path(file).stem
+        if any(name in {*own["ranking"]} for own in found):
+            raise ValueError(f"{file}: there is a method {name} already; rename the file")
+        means = selection.read_table(file).groupby(["target", "source"])["score"].mean()
+        found.append(means.rename("similarity").reset_index().assign(ranking=name))
+    rankings = pd.concat(found, ignore_index=True)
+    judged = selection.evaluate(table, rankings, seeds)
+    by_step = None
+    if steps:
+        saved, more = selection.find_steps(steps, targets)
+        by_step = selection.evaluate_steps(table, saved, files, seeds)
+    count = table.groupby(["target", "source"]).size().max()
+    how = {"mean": "their mean scores", "each": "each by itself, then averaged"}[seeds]
+    print(
+        f"{len(pairs)} pairs of {len(sources)} sources and {len(targets)} targets"
+        f"{f', {count} seeds ({how})' if count > 1 else ''}; percent, mean ± standard deviation "
+        "over targets"
+    )
+    print("".join(f"  {note}\n" for note in notes))
+    shown = selection_sections.mean_measures(judged)[1].astype(str)
+    print(text_table([*shown], shown.to_numpy().tolist()))
+    nothing = judged.loc[(judged["ranking"] == "random") & judged["nDCG"].isna(), "target"]
+    if len(nothing):
+        print(f"no source scores above 0, so not judged: {', '.join(nothing)}")
+    if untuned:
+        print(f"without a final prompt, so judged at saved steps alone: {', '.join(untuned)}")
+    if by_step is not None:
+        _tell_steps(selection_sections.mean_measures(by_step, ("step", "ranking"))[0], more)
+    if out is None:
+        return []
+    from prompt_lab.analysis.report import write_report
+
+    shown = files if prompts and not untuned else None
+    sections = selection_sections.selection_sections(table, rankings, judged, by_step, shown)
+    return write_report([*sections], Path(out))[:2]
+
+
+def check_prompts(
+    method: str,
+    targets: Sequence[str],
+    sources: Sequence[str],
+    files: Iterable[Key],
+    stores: Sequence[str] | None,
+) -> None:
+    """Refuse tasks without prompts.
+
+    Raises:
+        ValueError: no store is given.
+        FileNotFoundError: targets or sources that ``files``, those of the stores, lack; all named.
+    """
+    if not stores:
+        raise ValueError(f"{method} compares tuned prompts: give their stores with --prompts")
+    held = {task for task, _ in files}
+    for role, tasks in (("target", targets), ("source", sources)):
+        if missing := [task for task in tasks if task not in held]:
+            raise FileNotFoundError(
+                f"{len(missing)} of {len(tasks)} {role} tasks have no prompt in "
+                f"{', '.join(stores)}: {', '.join(missing)}; tune them first, or leave them out"
+            )
+
+
+# ---- without prompts -----------------------------------------------------------------------------
+
+
+def _without_prompts(
+    method: str, pairs: pd.DataFrame, root: str | None, encoder: str | None, seed: int = 0
+) -> tuple[pd.Series, str]:
+    """Similarities of pairs by size, sentence embeddings or at random; and how to read them."""
+    if method == "size":
+        rows = training_inputs(root, [*pairs["source"].unique()])
+        return pairs["source"].map(lambda x: len(rows[x])), "rows of the source's training file"
+    if method == "random":
+        legend = f"random numbers of seed {seed}, which know nothing of the tasks"
+        return pairs["source"].map(lambda x: random.Random(f"{seed} {x}").random()), legend
+    import numpy as np
+
+    if encoder is None:
+        raise ValueError("semb needs a sentence encoder: give its id or folder with --encoder")
+    texts = training_inputs(root, list(dict.fromkeys([*pairs["target"], *pairs["source"]])))
+    try:
+        from sentence_transformers import (  # pyright: ignore[reportMissingImports]
+            SentenceTransformer,
+        )
+    except ImportError:
+        raise ValueError(
+            "semb needs the package sentence-transformers: pip install 'prompt-lab[semb]'"
+        ) from None
+    model, units = SentenceTransformer(encoder), {}
+    for task, rows in texts.items():
+        parts = [rows[at : at + CHUNK] for at in range(0, len(rows), CHUNK)]
+        sums = [np.sum(model.encode(x, show_progress_bar=False), 0, dtype=float) for x in parts]
+        units[task] = np.sum(sums, 0) / np.linalg.norm(np.sum(sums, 0))
+    values = pairs.apply(lambda x: float(units[x["target"]] @ units[x["source"]]), axis=1)
+    return values, f"cosine of the mean embeddings of training inputs by {encoder}, -1 to 1"
+
+
+def training_inputs(root: str | None, tasks: Sequence[str]) -> dict[str, list[str]]:
+    """Inputs of the training file of each task: that of the largest K, of its samples the first.
+
+    Args:
+        root: folder of few-shot files, or sandbox.
+        tasks: tasks.
+
+    Raises:
+        ValueError: no root, or a file that cannot be read.
+        FileNotFoundError: no such folder, or tasks without a training file, all named.
+    """
+    from prompt_lab.data.files import list_files, parse_line, split_lines
+    from prompt_lab.sandbox import SANDBOX, TASKS, rows
+
+    if root is None:
+        raise ValueError("size and semb read training files: name their folder with --root")
+    found: dict[str, list[str]] = {}
+    if root != SANDBOX and not Path(root).is_dir():
+        raise FileNotFoundError(f"no folder {root}: name the data root with --root")
+    for task in tasks:
+        folder = Path(root) / task
+        if root == SANDBOX and task in TASKS:
+            found[task] = [row[0] for row in rows(task, _SANDBOX_SAMPLE, "train")]
+        elif root != SANDBOX and folder.is_dir():
+            files = [(k, s) for k, s, split in list_files(folder) if split == "train"]
+            if files:
+                k, sample = next(one for one in files if one[0] == files[-1][0])
+                path = folder / f"{task}_{k}_{sample}_train.tsv"
+                lines = enumerate(split_lines(path, path.read_bytes()), 1)
+                found[task] = [parse_line(path, at, line)[0] for at, line in lines]
+    if missing := [task for task in tasks if task not in found]:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(tasks)} tasks have no training file in {root}: "
+            f"{', '.join(missing)}; prompt-lab tasks build makes them"
+        )
+    return found
+
+
+# ---- what is told --------------------------------------------------------------------------------
+
+
+def _chance(ours: Sequence[Tensor], theirs: Sequence[Tensor], flags: dict[str, Any]) -> str:
+    import numpy as np
+
+    from prompt_lab.core.similarity import subspaces
+
+    one, other = (
+        [subspaces(x[None], **flags)[0].shape[1] for x in side] for side in (ours, theirs)
+    )
+    width, least, most = ours[0].shape[1], min(one + other), max(one + other)
+    sizes = f"{most}" if least == most else f"{least} to {most}"
+    chance = math.sqrt(np.maximum.outer(one, other).mean() / width)
+    return (
+        f": {sizes} of {width} dimensions; between random subspaces of these sizes about "
+        f"{chance:.3f}"
+    )
+
+
+def _sorted(ranked: pd.DataFrame) -> pd.DataFrame:
+    return ranked.sort_values(["similarity", "source"], ascending=[False, True])
+
+
+def _ranking_text(ranked: pd.DataFrame, counted: str = "samples") -> str:
+    from prompt_lab.files.results import text_table
+
+    cells = []
+    for place, row in enumerate(ranked.itertuples(), 1):
+        spread = "" if math.isnan(row.std) else f" ± {_text(row.std)}"
+        count = f"{row.count}{'' if row.same_sample else ' pairs'}"
+        cells.append([f"{place}", row.source, f"{_text(row.similarity)}{spread}", count])
+    text = text_table(["rank", "source", "similarity", counted], cells)
+    if not ranked["same_sample"].all():
+        text += "\npairs: no sample in common, so each of one task with each of the other"
+    return text
+
+
+def _text(value: float) -> str:
+    return f"{value:.0f}" if abs(value) > 1 and float(value).is_integer() else f"{value:.3f}"
+
+
+def _tell_steps(table: pd.DataFrame, notes: Sequence[str]) -> None:
+    import numpy as np
+
+    from prompt_lab.analysis.sections import number
+    from prompt_lab.files.results import text_table
+
+    steps = table["step"].unique()
+    shown = steps[np.linspace(0, len(steps) - 1, min(_MOST_STEPS, len(steps))).round().astype(int)]
+    part = f" ({len(shown)} of {len(steps)})" if len(shown) < len(steps) else ""
+    print(f"\nby step of the target prompts{part}; percent, mean over targets")
+    print("".join(f"  {note}\n" for note in notes), end="")
+    for name in [x for x in table if x in ("nDCG", "Regret@1", "Regret@3")]:
+        grid = table.pivot(index="ranking", columns="step", values=name)
+        grid = grid.loc[table["ranking"].unique(), shown]
+        rows = [[str(x), *(number(y, digits=2) for y in row)] for x, row in grid.iterrows()]
+        print(f"\n{text_table([name, *map(str, shown)], rows)}")
