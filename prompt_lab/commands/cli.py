@@ -327,11 +327,19 @@ class PromptLabCLI(LightningCLI):
             ValueError: another process holds it, or an earlier fit is in it.
         """
         config = self._settings
-        if rank_zero_only.rank != 0 or (subcommand == "fit" and config.dry_run):
+        first = rank_zero_only.rank == 0
+        run_dir, job = Path(config.trainer.default_root_dir), _job()
+        by = "another prompt-lab fit, validate or test"
+        if subcommand == "fit" and config.dry_run:
             self._train_or_test(subcommand)
             return
-        run_dir = Path(config.trainer.default_root_dir)
-        with held(run_dir, "another prompt-lab fit, validate or test"):
+        if not first:
+            if job:  # not one that the first process started
+                with held(run_dir, by, job, first=False):
+                    pass
+            self._train_or_test(subcommand)
+            return
+        with held(run_dir, by, job):
             for folder in ("checkpoints", "prompts"):
                 for draft in (run_dir / folder).glob(".*.part"):  # of a process that was killed
                     draft.unlink()
@@ -422,6 +430,11 @@ def _new_run_dir() -> str:
     if job == "none":
         raise ValueError("torchrun gives this job no id (--standalone, --rdzv_id): give --run_dir")
     return f"runs/{job or time.strftime('%Y%m%d-%H%M%S') + f'-{os.getpid()}'}"
+
+
+def _job() -> str:
+    """The id of a job whose processes something else than the first one starts; empty for none."""
+    return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID") or ""
 
 
 def _of_fit(settings: dict[str, Any]) -> dict[str, Any]:

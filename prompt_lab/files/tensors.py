@@ -14,6 +14,7 @@ import csv
 import json
 import math
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from io import StringIO
@@ -245,7 +246,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def held(folder: Path, by: str) -> Iterator[int]:
+def held(folder: Path, by: str, job: str = "", first: bool = True) -> Iterator[int]:
     """Hold a folder, so that no other process that asks for it gets it.
 
     The system lets go of it when the process ends, however it ends. Where the system has no such
@@ -254,9 +255,13 @@ def held(folder: Path, by: str) -> Iterator[int]:
     Args:
         folder: made if it is not there; its file ``.lock`` stays.
         by: who else may hold it, for the message.
+        job: what the processes of one job have in common.
+        first: whether this is the process of its job that holds the folder. The others go on if
+            nobody holds it, or their own job; so they do not wait in vain for a first one that was
+            refused.
 
     Yields:
-        Descriptor of the lock file, which holds the number of the process.
+        Descriptor of the lock file, which holds the number of the process and the job.
 
     Raises:
         ValueError: another process holds the folder.
@@ -267,18 +272,28 @@ def held(folder: Path, by: str) -> Iterator[int]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        if not _lock(lock):
-            process = os.pread(lock, 20, 0).decode(errors="replace")
+        process, _, holder = os.pread(lock, 200, 0).decode(errors="replace").partition(" ")
+        is_own = job != "" and holder == job and not first
+        is_free = is_own or _lock(lock)
+        if not is_free and first and job:  # another process of the job may be looking
+            time.sleep(0.5)
+            is_free = _lock(lock)
+        if not is_free:
             raise ValueError(
                 f"{folder} is in use by {by} (process {process}): wait for it or stop it, or give "
                 "another --run_dir"
             )
-        with naming(path):
-            os.truncate(lock, 0)
-            os.pwrite(lock, str(os.getpid()).encode(), 0)
+        if first:
+            with naming(path):
+                os.truncate(lock, 0)
+                os.pwrite(lock, f"{os.getpid()} {job}".encode(), 0)
+        else:
+            os.close(lock)
+            lock = -1
         yield lock
     finally:
-        os.close(lock)
+        if lock >= 0:
+            os.close(lock)
 
 
 def _lock(descriptor: int) -> bool:
