@@ -22,7 +22,7 @@ from prompt_lab.methods.adapter_subspace import (
     AdapterSubspace,
     AdapterTuning,
 )
-from prompt_lab.methods.method import BackboneConfig
+from prompt_lab.methods.configs import BackboneConfig
 
 DIM, INNER, BOTTLENECK = 3, 8, 2
 TASKS = ["glue-sst2", "glue-cola", "e2e_nlg_cleaned"]

@@ -25,8 +25,9 @@ from prompt_lab.core.batch import IGNORE
 from prompt_lab.core.optim import OptimConfig
 from prompt_lab.data.sampling import step_rows
 from prompt_lab.files.results import read_csv
+from prompt_lab.methods.configs import BackboneConfig
 from prompt_lab.methods.fine_tuning import FineTuning, weights_gradient
-from prompt_lab.methods.method import FAILED, FINISHED, STATUS, STOPPED, BackboneConfig
+from prompt_lab.methods.method import FAILED, FINISHED, STATUS, STOPPED
 
 TEXTS = ["the dog ran", "a small red house", "the cat and the dog ran over the hill"]
 ANSWERS = ["yes", "maybe no", "positive"]

@@ -18,6 +18,7 @@ from prompt_lab.core.subspace import Subspace
 from prompt_lab.files.prompts import Prompt, PromptStore, source_prompts
 from prompt_lab.files.results import read_csv
 from prompt_lab.files.tensors import load_network
+from prompt_lab.methods.identity import fit_id
 from prompt_lab.methods.intrinsic_subspace import IntrinsicSubspace
 from prompt_lab.methods.prompt_tuning import PromptTuning
 from prompt_lab.methods.starts import SubspaceConfig
@@ -255,6 +256,6 @@ def test_more_dimensions_than_prompts_are_warned_of(fit):
 
 def test_a_fit_on_other_source_prompts_has_another_name(fit: Callable[..., Any]) -> None:
     method = fit()
-    name = method.fit_id()[0]
+    name = fit_id(method)[0]
     method.source[0, 0, 0] += 1
-    assert method.fit_id()[0] != name
+    assert fit_id(method)[0] != name

@@ -31,9 +31,9 @@ from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.data.sampling import Episodes
 from prompt_lab.files.prompts import load_prompt
 from prompt_lab.files.results import read_csv
+from prompt_lab.methods.configs import BackboneConfig
 from prompt_lab.methods.evaluation import Evaluation
 from prompt_lab.methods.meta_prompt import AdaptationConfig, MetaPrompt
-from prompt_lab.methods.method import BackboneConfig
 from prompt_lab.methods.prompt_tuning import PromptTuning
 from prompt_lab.methods.starts import InitConfig
 

@@ -22,9 +22,10 @@ from torch import Tensor
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import FLOAT16_SCALE, bank_gradient, with_gradient
 from prompt_lab.data.datamodule import CrossFitDataModule
+from prompt_lab.methods.configs import BackboneConfig
 from prompt_lab.methods.fine_tuning import FineTuning
 from prompt_lab.methods.meta_prompt import MetaPrompt
-from prompt_lab.methods.method import FAILED, BackboneConfig
+from prompt_lab.methods.method import FAILED
 from prompt_lab.methods.prompt_tuning import PromptTuning
 
 KINDS = ("t5", "bart", "gpt2", "bloom", "llama")

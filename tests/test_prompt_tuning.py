@@ -23,7 +23,8 @@ from prompt_lab.core.optim import OptimConfig
 from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.files.prompts import PromptStore
 from prompt_lab.files.results import STARTS, Start, read_csv
-from prompt_lab.methods.method import FAILED, FINISHED, STOPPED, BackboneConfig
+from prompt_lab.methods.configs import BackboneConfig
+from prompt_lab.methods.method import FAILED, FINISHED, STOPPED
 from prompt_lab.methods.prompt_tuning import PromptTuning
 from prompt_lab.methods.starts import InitConfig
 

@@ -28,7 +28,7 @@ from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.files.peft import load_checkpoint, load_peft, save_peft
 from prompt_lab.files.prompts import Prompt, PromptStore, check_prompt, load_prompt, save_prompt
 from prompt_lab.files.results import read_csv
-from prompt_lab.methods.method import BackboneConfig
+from prompt_lab.methods.configs import BackboneConfig
 from prompt_lab.methods.prompt_tuning import PromptTuning
 from prompt_lab.methods.starts import InitConfig, initial_prompts
 

@@ -234,8 +234,8 @@ def test_a_process_of_another_job_is_refused_and_of_the_same_goes_on(tmp_path):
         with held(tmp_path, "another fit", "job 1", first=False):
             pass
         for first in (True, False):
-            with pytest.raises(ValueError, match=r"is in use by another fit \(process \d+\)"):
-                with held(tmp_path, "another fit", "job 2", first=first):
-                    pass
+            refused = pytest.raises(ValueError, match=r"is in use by another fit \(process \d+\)")
+            with refused, held(tmp_path, "another fit", "job 2", first=first):
+                pass
     with held(tmp_path, "another fit", "job 2", first=False):
         pass  # what a job that is over left behind holds nobody

@@ -20,7 +20,8 @@ from lightning.pytorch.loggers import WandbLogger
 from prompt_lab.data.sampling import Episodes
 from prompt_lab.files.results import CURVE_COLUMNS, read_csv
 from prompt_lab.files.tensors import write_atomically
-from prompt_lab.methods.method import PromptMethod, flag_names
+from prompt_lab.methods.configs import flag_names
+from prompt_lab.methods.method import PromptMethod
 
 NOT_SAVED = ("ckpt_path", "dry_run", "overwrite", "resume", "run_dir", "weights_only")
 

@@ -50,16 +50,14 @@ from prompt_lab.files.peft import read_pickle
 from prompt_lab.files.tensors import held, write_atomically
 from prompt_lab.methods.adapter_subspace import AdapterSubspace, AdapterTuning
 from prompt_lab.methods.attempt import Attempt
+from prompt_lab.methods.checks import refuse_strategy
+from prompt_lab.methods.configs import flag_names
 from prompt_lab.methods.fine_tuning import FineTuning
+from prompt_lab.methods.identity import TRAINER_SETTINGS
 from prompt_lab.methods.intrinsic_subspace import IntrinsicSubspace
+from prompt_lab.methods.look import look_at_rows
 from prompt_lab.methods.meta_prompt import MetaPrompt
-from prompt_lab.methods.method import (
-    FIT_RECORD,
-    TRAINER_SETTINGS,
-    PromptMethod,
-    flag_names,
-    refuse_strategy,
-)
+from prompt_lab.methods.method import FIT_RECORD, PromptMethod
 from prompt_lab.methods.prompt_tuning import PromptTuning
 from prompt_lab.methods.vector_arithmetic import SCALES, VectorArithmetic
 
@@ -361,9 +359,8 @@ class PromptLabCLI(LightningCLI):
         """With ``--dry_run``, print the grid and leave."""
         if self._settings.dry_run:
             self.datamodule.setup("fit")
-            self.trainer.datamodule = self.datamodule
             print(self.model.describe_fit(self.datamodule, self.trainer))
-            print(*self.model.look_at_rows(self.datamodule, "train", "dev", "test"), sep="\n")
+            print(*look_at_rows(self.model, self.datamodule, "train", "dev", "test"), sep="\n")
             sys.exit(0)
 
     def after_fit(self) -> None:

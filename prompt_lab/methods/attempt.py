@@ -45,7 +45,8 @@ from prompt_lab.data.sampling import Draw, Mixing, mixture_draw
 from prompt_lab.data.tasks import Task
 from prompt_lab.files.prompts import TARGET_OF, Prompt, PromptStore, source_prompts
 from prompt_lab.files.tensors import load_network, save_network, write_csv
-from prompt_lab.methods.method import PromptMethod, as_config, as_list, some
+from prompt_lab.methods.configs import as_config, as_list
+from prompt_lab.methods.method import PromptMethod, some
 from prompt_lab.methods.starts import InitConfig, initial_prompts
 
 ATTENTION_FILE, TARGET_FOLDER = "attention.safetensors", "target_prompts"

@@ -27,6 +27,7 @@ from prompt_lab.data.sampling import EvaluationBatch, Key
 from prompt_lab.files.prompts import PromptStore
 from prompt_lab.files.results import RESULT_COLUMNS, STARTS, write_predictions
 from prompt_lab.files.tensors import write_atomically, write_csv
+from prompt_lab.methods.identity import fit_id, unusual
 from prompt_lab.methods.sharing import gather_values
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ class Evaluation:
         device: torch.device,
         shared_rows: bool,
     ) -> None:
-        self.data, self.runs, self.split = data, runs, split
+        self.data, self.runs = data, runs
+        self.split: SplitName = split
         # Apple's GPUs have no float64, in which scores are summed.
         self.device = torch.device("cpu") if device.type == "mps" else device
         self.members: dict[Key, list[int]] = defaultdict(list)
@@ -177,8 +179,8 @@ class Report:
 
     def __init__(self, method: PromptMethod, evaluation: Evaluation, stage: str) -> None:
         self.method, self.evaluation, self.stage = method, evaluation, stage
-        self.fit_id, settings, self.digests = method.fit_id()
-        known = {k: v for k, v in method.unusual(settings).items() if k not in IN_COLUMNS}
+        self.fit_id, settings, self.digests = fit_id(method)
+        known = {k: v for k, v in unusual(method, settings).items() if k not in IN_COLUMNS}
         self.settings = json.dumps(known, default=str)
         self.predictions: list[tuple[str, str, int, int, str]] = []
 

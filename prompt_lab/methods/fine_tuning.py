@@ -34,8 +34,9 @@ from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.sampling import Draw, bank_draw
 from prompt_lab.files.prompts import Prompt
 from prompt_lab.files.tensors import load_tensors, save_tensors
-from prompt_lab.methods.dry_run import saved_bytes
-from prompt_lab.methods.method import STATUS, PromptMethod, as_config, as_list
+from prompt_lab.methods.configs import as_config, as_list
+from prompt_lab.methods.look import saved_bytes
+from prompt_lab.methods.method import STATUS, PromptMethod
 
 
 class FineTuning(PromptMethod):

@@ -39,7 +39,8 @@ from prompt_lab.data.partitions import expand_sets
 from prompt_lab.data.sampling import Draw, Key, Mixing, mixture_draw
 from prompt_lab.files.prompts import Prompt, PromptStore, source_prompts
 from prompt_lab.files.tensors import load_network, save_network
-from prompt_lab.methods.method import STATUS, PromptMethod, as_list
+from prompt_lab.methods.configs import as_list
+from prompt_lab.methods.method import STATUS, PromptMethod
 
 
 class IntrinsicSubspace(PromptMethod):

@@ -36,7 +36,8 @@ from prompt_lab.data.partitions import expand_sets
 from prompt_lab.data.sampling import Draw, Episodes, Key, bank_draw, episode_draw
 from prompt_lab.files.prompts import Prompt, load_prompt, save_prompt
 from prompt_lab.files.results import Start
-from prompt_lab.methods.method import STATUS, PromptMethod, as_config, some
+from prompt_lab.methods.configs import as_config
+from prompt_lab.methods.method import STATUS, PromptMethod, some
 from prompt_lab.methods.starts import InitConfig, initial_prompts
 
 Algorithm = Literal["maml", "fomaml", "reptile", "multitask"]

@@ -9,21 +9,18 @@ results, checkpoints without the backbone, and what a Trainer must not do.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import inspect
 import json
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
-from lightning.pytorch import LightningModule, Trainer, callbacks
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
@@ -34,15 +31,18 @@ from prompt_lab.core.optim import BankOptimizer
 from prompt_lab.core.run import Run
 from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.files import SplitName
-from prompt_lab.data.sampling import Draw, EvaluationBatch, Progress, Rows, bank_draw
+from prompt_lab.data.sampling import Draw, EvaluationBatch, Progress, bank_draw
 from prompt_lab.data.tasks import Task
 from prompt_lab.files.prompts import Prompt, PromptStore
 from prompt_lab.files.results import Start, append_curves, start_curves, summary_table
 from prompt_lab.files.tensors import write_atomically
+from prompt_lab.methods.checks import check_trainer
+from prompt_lab.methods.configs import BackboneConfig, as_config, plain
 from prompt_lab.methods.evaluation import Evaluation, Report, Way, answers
+from prompt_lab.methods.identity import settings_of, trainer_settings
 from prompt_lab.methods.keeper import Keeper
+from prompt_lab.methods.look import check_lengths, look_at_rows
 from prompt_lab.methods.sharing import RunShares, share_runs
-from prompt_lab.sandbox import SANDBOX
 
 Made = TypeVar("Made")
 
@@ -51,72 +51,6 @@ STATUS = ("training", "stopped early", "failed: loss not finite", "finished")
 
 FIT_RECORD = "fit.json"
 """The file of a run's folder that keeps what a test cannot know of its fit."""
-
-TRAINER_SETTINGS = (
-    *("max_steps", "max_epochs", "val_check_interval", "check_val_every_n_epoch"),
-    *("limit_train_batches", "limit_val_batches", "precision"),
-    *("accumulate_grad_batches", "gradient_clip_val"),
-)
-DATA_SETTINGS = ("samples", "max_input_length", "truncation_side", "task_prefix", "order_seed")
-
-NO_NUMBER = (
-    *("model.backbone.name", "model.init.path", "model.subspace.path"),
-    *("model.prompts", "model.source_prompts", "model.adapters", "model.attention"),
-    *("model.tokens_per_forward", "model.test_baselines", "model.save_steps", "model.dev_loss"),
-    *("model.backbone.compile", "model.backbone.gradient_checkpointing"),
-)
-"""Settings that name files, whose digests count instead, or that change nothing but rounding."""
-
-REFUSED_CALLBACKS = {
-    "WeightAveraging": "prompts are kept by dev score, not averaged",
-    "StochasticWeightAveraging": "prompts are kept by dev score, not averaged",
-    "BaseFinetuning": "the backbone stays frozen",
-    "ModelPruning": "the backbone stays as it is, and prompts have nothing to prune",
-    "LearningRateFinder": "rates belong to runs: give several as model.learning_rate",
-    "BatchSizeFinder": "model.tokens_per_forward bounds memory; a batch size changes the result",
-}
-"""Callbacks of Lightning that would do nothing, or change what is recorded, and why."""
-
-
-@dataclass
-class BackboneConfig:
-    """Which frozen model, and how it runs.
-
-    Args:
-        name: hub id, folder, or ``sandbox`` for the tiny model that ships with the package.
-        dtype: dtype of the frozen weights; prompts, optimizer and losses stay float32. bfloat16 is
-            the fast one. float16 is for GPUs without it: T5 and mT5 are refused, since they
-            overflow, and a run of another model that overflows stops and says so.
-        attention: attention implementation of transformers.
-        gradient_checkpointing: keep the activations of one layer at a time; exact but slower, for
-            backbones whose activations do not fit.
-        compile: run training steps through ``torch.compile``; exact up to rounding, and the first
-            steps take minutes.
-    """
-
-    name: str = SANDBOX
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    gradient_checkpointing: bool = False
-    compile: bool = False
-
-    def load(self) -> Backbone:
-        """The backbone, frozen.
-
-        Raises:
-            ValueError: as :meth:`Backbone.load`; or both checkpointing and compiling.
-        """
-        if self.gradient_checkpointing and self.compile:
-            raise ValueError(
-                "model.backbone.gradient_checkpointing and model.backbone.compile do not go "
-                "together: use checkpointing where memory is short, compile where it is not"
-            )
-        backbone = Backbone.load(self.name, self.dtype, self.attention)
-        if self.gradient_checkpointing:
-            backbone.recompute_layers()
-        if self.compile:
-            backbone.compile_training()
-        return backbone
 
 
 class PromptMethod(LightningModule):
@@ -365,7 +299,7 @@ class PromptMethod(LightningModule):
         self.all_runs = list(runs)
         world = 1 if trainer is None else trainer.world_size
         self.shares = RunShares([list(range(len(runs)))])
-        if data is not None and self.shares_runs and 1 < world <= len(runs):
+        if trainer and data is not None and self.shares_runs and 1 < world <= len(runs):
             length = {}  # a step of a run costs about what its rows are long
             for key, splits in data.splits.items():
                 inputs = splits["train"].inputs
@@ -438,6 +372,7 @@ class PromptMethod(LightningModule):
     def look(self, data: PromptDataModule, trainer: Trainer) -> None:
         """Make what a fit would train, for a look at it before training."""
         self.trainer = trainer
+        setattr(trainer, "datamodule", data)  # noqa: B010 - Lightning makes the attribute later
         self.backbone = self.load_backbone()
         data.connect(self.backbone)
         self.take(data, fitting=True, anew=True)
@@ -511,50 +446,8 @@ class PromptMethod(LightningModule):
         return folder
 
     def check_trainer(self) -> None:
-        """Refuse trainer settings that would quietly change the result.
-
-        Raises:
-            ValueError: the setting, and what to use instead.
-        """
-        trainer = self.trainer
-        strategy, whole = trainer.strategy, (SingleDeviceStrategy, DDPStrategy)
-        if not isinstance(strategy, whole) or isinstance(strategy, DeepSpeedStrategy):
-            refuse_strategy(type(strategy).__name__)
-        if trainer.precision in ("bf16-true", "16-true"):
-            raise ValueError(
-                f"trainer.precision {trainer.precision} would round the prompts and their "
-                "optimizer: use trainer.precision 32-true with model.backbone.dtype bfloat16"
-            )
-        if trainer.precision == "16-mixed":
-            raise ValueError(
-                "trainer.precision 16-mixed: a step makes its gradient before the trainer scales "
-                "the loss, so small gradients are below what float16 holds: use bf16-mixed or "
-                "32-true"
-            )
-        if trainer.gradient_clip_val and self.trains_a_bank:
-            raise ValueError(
-                "trainer.gradient_clip_val clips over all runs of the bank together and so couples "
-                "them: use model.optim.clip (some methods have model.clip), which clips each alone"
-            )
-        if trainer.accumulate_grad_batches != 1 and self.trains_a_bank:
-            raise ValueError(
-                "trainer.accumulate_grad_batches is not needed: a step is cut into micro-batches "
-                "of model.tokens_per_forward tokens; set model.batch_size instead"
-            )
-        refused = dict(REFUSED_CALLBACKS)
-        if self.trains_a_bank:
-            refused["GradientAccumulationScheduler"] = "a step is cut into micro-batches anyway"
-        for given in trainer.callbacks:
-            for kind in type(given).__mro__:
-                own = kind is getattr(callbacks, kind.__name__, None)
-                idle = isinstance(given, callbacks.GradientAccumulationScheduler) and (
-                    given.scheduling == {0: 1}  # Lightning puts one into every trainer
-                )
-                if own and kind.__name__ in refused and not idle:
-                    raise ValueError(
-                        f"the callback {type(given).__name__} does not go with "
-                        f"{type(self).__name__}: {refused[kind.__name__]}; leave it out"
-                    )
+        """Refuse trainer settings that would quietly change the result; see `checks`."""
+        check_trainer(self)
 
     @property
     def total_steps(self) -> int:
@@ -659,7 +552,7 @@ class PromptMethod(LightningModule):
         """Look at all rows that the fit and its test will run, and tell loggers the settings."""
         self._is_written = False
         self._tell_of_rows("train", "dev", "test")
-        found = {k: v for k, v in self.settings().items() if k.startswith(("model.", "data."))}
+        found = {k: v for k, v in settings_of(self).items() if k.startswith(("model.", "data."))}
         for logger in self.trainer.loggers if self.trainer.is_global_zero else []:
             if isinstance(logger, WandbLogger):  # a sweep's own settings are locked
                 known = logger.experiment.config
@@ -673,7 +566,7 @@ class PromptMethod(LightningModule):
         if self._seen_splits.issuperset(splits):
             return
         self._seen_splits.update(splits)
-        for said in self.shares.gather(self.look_at_rows(self.datamodule, *splits)):
+        for said in self.shares.gather(look_at_rows(self, self.datamodule, *splits)):
             self.warn_once(said, said)
 
     def look_at_lengths(self, data: PromptDataModule, *splits: SplitName) -> None:
@@ -682,109 +575,7 @@ class PromptMethod(LightningModule):
         if self.shares.divided:
             keys = list(dict.fromkeys((run.task, run.sample) for run in self.runs))
         rows = [data.tokens(*key, split) for key in keys for split in splits]
-        self.check_lengths(rows, self.num_virtual_tokens)
-
-    def look_at_rows(self, data: PromptDataModule, *splits: SplitName) -> list[str]:
-        """What the model will not see, or cannot tell apart, of the rows of this process's runs.
-
-        A sentence each for inputs that are cut, labels of equal tokens, references longer than the
-        answers that are generated, and test rows that will be refused. Test rows are only measured.
-
-        Raises:
-            ValueError: rows of train or dev that do not fit the backbone's positions, inputs
-                without tokens, or a task all of whose labels have the same tokens.
-        """
-        told: list[str] = []
-        keys = [(task, sample) for task in data.tasks for sample in data.samples]
-        if self.shares.divided:
-            keys = list(dict.fromkeys((run.task, run.sample) for run in self.runs))
-        for task in dict.fromkeys(task for task, _ in keys):
-            told += self._look_alikes(data.tasks[task])
-        cut: dict[str, tuple[int, int]] = {}
-        too_long: dict[tuple[str, int], dict[str, str]] = {}
-        for task, sample in keys:
-            longest = self.longest_generated(data, task, sample)
-            for split in splits:
-                rows = data.tokens(task, sample, split, keep=split != "test")
-                name = f"{task} {split}"
-                known = cut.get(name, (0, 0))
-                cut[name] = known[0] + rows.cut, known[1] + len(rows)
-                try:
-                    self.check_lengths([rows], self.num_virtual_tokens)
-                except ValueError as error:
-                    if split != "test":
-                        raise
-                    told.append(f"test rows will be refused: {error}")
-                lost = 0 if longest is None else sum(n > longest for n in rows.shortest_targets)
-                if lost:
-                    known_lost = too_long.setdefault((task, longest or 0), {})
-                    known_lost[split] = f"{split} {lost} of {len(rows)}"
-        why = "" if self.max_new_tokens else ", the longest answer of train and dev"
-        told += [
-            f"task {task}: rows all of whose references are longer than the {longest} tokens that "
-            f"are generated (model.max_new_tokens{why}), so that no answer can match in full: "
-            f"{', '.join(lost.values())}"
-            for (task, longest), lost in too_long.items()
-        ]
-        found = [f"{name} {some_} of {of}" for name, (some_, of) in cut.items() if some_]
-        if found:
-            end = "end" if data.truncation_side == "right" else "beginning"
-            told.append(
-                f"inputs of over {data.max_input_length} tokens lose their {end} "
-                f"(data.max_input_length, data.truncation_side): {'; '.join(found)}"
-            )
-        return list(dict.fromkeys(told))
-
-    def _look_alikes(self, task: Task) -> list[str]:
-        """A sentence about labels that have the same tokens; refuses a task of no other labels."""
-        assert self.backbone is not None
-        told, labels = [], task.labels or ()
-        if len({label.lower() for label in labels}) < len(labels):
-            told = [f"task {task.name}: some labels differ by case alone: {', '.join(labels)}"]
-        alike = self.backbone.look_alikes(labels)
-        if not alike:
-            return told
-        groups = "; ".join(", ".join(map(repr, group)) for group in alike)
-        if len(alike[0]) == len(labels):
-            raise ValueError(
-                f"task {task.name}: all labels have the same tokens for backbone "
-                f"{self.backbone.name!r} ({groups}), so that nothing can be learned: take a "
-                "backbone whose tokenizer knows them, or other words for the labels"
-            )
-        return [
-            *told,
-            f"task {task.name}: labels with the same tokens for backbone {self.backbone.name!r}, "
-            f"of which the first is always answered: {groups}",
-        ]
-
-    def longest_generated(self, data: PromptDataModule, task: str, sample: int) -> int | None:
-        """Most tokens of a generated answer; None where answers are chosen by score."""
-        if self.scored(data.tasks[task]):
-            return None
-        return self.max_new_tokens or data.longest_answer(task, sample)
-
-    def check_lengths(self, rows: Iterable[Rows], num_virtual_tokens: int) -> None:
-        """Refuse rows that do not fit the backbone's positions, before anything is computed.
-
-        Raises:
-            ValueError: naming the task, the lengths and what to lower.
-        """
-        assert self.backbone is not None
-        positions = self.backbone.max_positions
-        if positions is None:
-            return
-        for part in rows:
-            made = 0 if self.scored(part.task) else self.max_new_tokens or 0
-            answer = max(part.longest_target, made)
-            longest = max(map(len, part.inputs))
-            after = 0 if self.backbone.is_encoder_decoder else answer
-            if max(num_virtual_tokens + longest + after, answer) > positions:
-                raise ValueError(
-                    f"task {part.task.name}: {num_virtual_tokens} virtual tokens, inputs of up to "
-                    f"{longest} tokens and answers of up to {answer} do not fit the {positions} "
-                    f"positions of backbone {self.backbone.name!r}: lower data.max_input_length, "
-                    "model.num_virtual_tokens or model.max_new_tokens"
-                )
+        check_lengths(self, rows, self.num_virtual_tokens)
 
     # ---- training -------------------------------------------------------------------------------
 
@@ -875,7 +666,8 @@ class PromptMethod(LightningModule):
         runs = 1 if self.joint else max(1, len(self.progress.live))
         batches = self.trainer.accumulate_grad_batches
         self.log("train/loss", outputs["loss"].detach() * (batches / runs), rank_zero_only=False)
-        if self.progress.batches % self.trainer.log_every_n_steps == 0 and self.progress.live:
+        every: int = getattr(self.trainer, "log_every_n_steps", 50) or 50
+        if self.progress.batches % every == 0 and self.progress.live:
             self._log_rates()
 
     def _log_rates(self) -> None:
@@ -1189,45 +981,6 @@ class PromptMethod(LightningModule):
             "data": files,
         }
 
-    def settings(self) -> dict[str, Any]:
-        """What can change a number, by the names of the flags; instead of paths see `digests`.
-
-        Of the trainer those of the fit, also in a later test by another trainer.
-        """
-        data = self.datamodule
-        given = {k: v for k, v in self.hparams.items() if not k.startswith("_")}
-        for name in given:  # a dict that leaves out fields stands for their defaults
-            own = getattr(self, f"{name}_config", getattr(self, name, None))
-            given[name] = plain(own) if is_dataclass(own) else given[name]
-        found = {f"model.{k}": v for k, v in flag_names(given).items()}
-        found |= {f"data.{name}": getattr(data, name) for name in DATA_SETTINGS}
-        found["data.tasks"] = list(data.tasks)
-        found["data.shots"] = [task.shots for task in data.tasks.values()]
-        own = self._trainer_settings()
-        if not self._fitting and self.trains:
-            own = self.fit_record().get("trainer", own)
-        found |= {f"trainer.{k}": v for k, v in own.items() if self.trains}
-        found["test.precision"] = self.trainer.precision
-        found["test.limit_test_batches"] = self.trainer.limit_test_batches
-        return {name: found[name] for name in sorted(found) if name not in NO_NUMBER}
-
-    def unusual(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Those of the settings that are not at their defaults, and the trainer's."""
-        usual = {}
-        for group, kind in {"model": type(self), "data": type(self.datamodule)}.items():
-            known: dict[str, Any] = {}
-            for parent in reversed(kind.__mro__):
-                if "__init__" in vars(parent) and parent is not object:
-                    known |= inspect.signature(parent.__init__).parameters
-            defaults = {name: plain(parameter.default) for name, parameter in known.items()}
-            usual |= {f"{group}.{k}": v for k, v in flag_names(defaults).items()}
-        usual["test.limit_test_batches"] = 1.0
-        return {k: v for k, v in settings.items() if k not in usual or plain(v) != usual[k]}
-
-    def _trainer_settings(self) -> dict[str, Any]:
-        """The trainer's settings that can change what is trained."""
-        return {name: getattr(self.trainer, name) for name in TRAINER_SETTINGS}
-
     def fit_record(self) -> dict[str, Any]:
         """What the fit kept for tests to come; empty where there is none."""
         file = self.run_dir and self.run_dir / FIT_RECORD
@@ -1239,22 +992,10 @@ class PromptMethod(LightningModule):
         """Record the trainer's settings, and what the fit read, for tests to come."""
         if not self._is_written:  # a fit that was killed after its last step had none left
             self._write_all()
-        self._fit_record = {"trainer": self._trainer_settings(), "digests": self.digests()}
+        self._fit_record = {"trainer": trainer_settings(self.trainer), "digests": self.digests()}
         if self.trainer.is_global_zero and self.run_dir:
             text = json.dumps(self._fit_record, indent=1)
             write_atomically(self.run_dir / FIT_RECORD, text.encode())
-
-    def fit_id(self) -> tuple[str, dict[str, Any], dict[str, Any]]:
-        """A name for this fit, its settings and the digests of what it read.
-
-        Equal settings, weights and data give equal names, whoever runs it and wherever its files
-        lie. All processes call it.
-        """
-        settings, digests = self.settings(), self.digests()
-        identity = {"method": type(self).__name__, "settings": settings, "digests": digests}
-        identity["runs"] = [run.name for run in self.all_runs]
-        text = json.dumps(identity, sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:12], settings, digests
 
     def warn_once(self, key: str, message: str) -> None:
         """Warn about one thing once per fit."""
@@ -1440,62 +1181,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, list):
         return f"{len(value)} ({some([str(item) for item in value])})"
     return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
-
-
-def refuse_strategy(name: str) -> NoReturn:
-    """Refuse a strategy that splits the backbone over devices (FSDP, DeepSpeed, tensor parallel).
-
-    Each of its layers would wait for all processes, but those run different rows in different
-    numbers of forward passes; some have none.
-
-    Raises:
-        ValueError: what to use instead.
-    """
-    raise ValueError(
-        f"trainer.strategy {name} splits the backbone over devices, whose layers then wait for "
-        "each other, while here every process runs rows or runs of its own: use ddp. For a "
-        "backbone that is too large for a device use model.backbone.dtype bfloat16, "
-        "model.backbone.gradient_checkpointing true and a smaller model.tokens_per_forward"
-    )
-
-
-def flag_names(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under the names of their flags: ``{"model.optim.name": "adamw", ...}``.
-
-    A class becomes its short name under the key itself, its arguments ``key.argument``.
-    """
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict) and "class_path" in value:
-            flat[name] = value["class_path"].rsplit(".", 1)[-1]
-            flat |= flag_names(value.get("init_args") or {}, f"{name}.")
-        elif isinstance(value, dict):
-            flat |= flag_names(value, f"{name}.")
-        else:
-            flat[name] = value
-    return flat
-
-
-def as_config(kind: Any, value: Any) -> Any:
-    """A dataclass from itself or from the dict that a checkpoint keeps of it."""
-    return kind(**value) if isinstance(value, dict) else value
-
-
-def as_list(value: Any) -> list[Any]:
-    """One value or several, as a list."""
-    return list(value) if isinstance(value, list) else [value]
-
-
-def plain(value: Any) -> Any:
-    """Dataclasses and namespaces as dicts and lists of simple values, fit for a checkpoint."""
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return value
 
 
 def some(names: list[str], most: int = 3) -> str:

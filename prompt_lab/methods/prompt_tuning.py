@@ -37,8 +37,9 @@ from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.sampling import Draw, bank_draw
 from prompt_lab.files.prompts import Prompt, PromptStore
 from prompt_lab.files.tensors import read_metadata
-from prompt_lab.methods.dry_run import describe_grid
-from prompt_lab.methods.method import FINISHED, STATUS, PromptMethod, as_config, as_list, some
+from prompt_lab.methods.configs import as_config, as_list
+from prompt_lab.methods.look import describe_grid
+from prompt_lab.methods.method import FINISHED, STATUS, PromptMethod, some
 from prompt_lab.methods.starts import (
     InitConfig,
     SubspaceConfig,

@@ -42,8 +42,9 @@ from prompt_lab.files.vectors import (
     complete,
     find_vectors,
 )
+from prompt_lab.methods.configs import as_list
 from prompt_lab.methods.evaluation import Report
-from prompt_lab.methods.method import PromptMethod, as_list, some
+from prompt_lab.methods.method import PromptMethod, some
 
 Found = dict[Group, dict[str, FoundPrompt]]
 Study = Literal["singles", "pairs", "cross", "expressions"]
@@ -224,7 +225,7 @@ class VectorArithmetic(PromptMethod):
 
     """
 
-    prompts_at_once = 128
+    prompts_at_once: int = 128
     trains = False
     prompt_baselines = ("no_prompt",)
     guess_baselines = False
