@@ -353,7 +353,7 @@ class PromptLabCLI(LightningCLI):
         """With ``--dry_run``, print the grid and leave."""
         if self._settings.dry_run:
             self.datamodule.setup("fit")
-            self.trainer.datamodule = self.datamodule
+            self.trainer.datamodule = self.datamodule  # pyright: ignore[reportAttributeAccessIssue]
             print(self.model.describe_fit(self.datamodule, self.trainer))
             print(*self.model.look_at_rows(self.datamodule, "train", "dev", "test"), sep="\n")
             sys.exit(0)
