@@ -188,7 +188,7 @@ def check_shares(method: PromptMethod, name: str, trainer: Any) -> None:
     many, world = len(method.all_runs), trainer.world_size
     shared = name in ("whole runs", "codes", "adapter codes") and 1 < world <= many
     assert method.shares.divided == shared
-    if isinstance(method, PromptTuning) and method.independent_runs:
+    if isinstance(method, PromptTuning) and method.shares_runs:
         (optimizer,) = trainer.optimizers
         (state,) = optimizer.state.values()
         held = {len(value) for value in [method.trained, method.best, method.init, *state.values()]}

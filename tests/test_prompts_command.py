@@ -357,11 +357,12 @@ def fitted(
     """Two tasks x two samples x two rates, trained for two steps, and the checkpoint of the fit."""
     folder = tmp_path_factory.mktemp("fit")
     method = PromptTuning(
-        BackboneConfig(str(model_folder("t5"))),
+        backbone=BackboneConfig(str(model_folder("t5"))),
         num_virtual_tokens=N,
         learning_rate=[0.03, 0.01],
         batch_size=4,
     )
+    method.run_dir = folder
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=-1,
@@ -410,8 +411,8 @@ def test_a_run_that_was_never_scored_gives_its_last_prompt(
     fitted: tuple[PromptTuning, Path], tmp_path: Path
 ) -> None:
     def unscore(saved: dict[str, Any]) -> None:
-        saved["state_dict"]["best_step"][1] = -1
-        saved["state_dict"]["best_score"][1] = -torch.inf
+        saved["state_dict"]["keeper.step"][1] = -1
+        saved["state_dict"]["keeper.score"][1] = -torch.inf
         saved["state_dict"]["prompt"] += 1
 
     found = load_checkpoint(altered(fitted[1], tmp_path / "x.ckpt", unscore))
@@ -425,7 +426,7 @@ def test_a_run_that_was_never_scored_gives_its_last_prompt(
     "change",
     [
         lambda saved: saved.pop("runs"),
-        lambda saved: saved["state_dict"].pop("best"),
+        lambda saved: saved["state_dict"].pop("keeper.kept_bank"),
         lambda saved: saved.pop("hyper_parameters"),
         lambda saved: saved.update(runs=["what"]),
         lambda saved: saved.clear(),
