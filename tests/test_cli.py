@@ -696,3 +696,12 @@ def test_wandb_gets_the_config_under_the_names_of_the_flags(fit, monkeypatch):
     best = max(float(row["dev"]) for row in read_csv(Path("r/curves.csv")))
     assert summary["best/val_score"] == pytest.approx(best)
     assert "curves" in summary
+
+
+def test_nothing_is_deleted_where_no_fit_ever_was(fit, capsys):
+    Path("mine/prompts").mkdir(parents=True)
+    Path("mine/prompts/own.safetensors").write_bytes(b"mine")
+    for flag in ("--overwrite", "--resume"):
+        assert fit("--run_dir=mine", flag) == 1
+        assert "mine holds prompts and no fit of prompt-lab, so" in capsys.readouterr().err
+    assert Path("mine/prompts/own.safetensors").read_bytes() == b"mine"

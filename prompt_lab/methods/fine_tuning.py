@@ -79,6 +79,7 @@ class FineTuning(PromptMethod):
 
     def __init__(
         self,
+        *,
         optim: OptimConfig = OptimConfig(),  # noqa: B008
         intrinsic_dim: int | None = None,
         init_seed: int | list[int] = 0,

@@ -81,6 +81,7 @@ class PromptTuning(PromptMethod):
 
     def __init__(
         self,
+        *,
         optim: OptimConfig = OptimConfig(),  # noqa: B008
         init: InitConfig = InitConfig(),  # noqa: B008
         subspace: SubspaceConfig | None = None,
