@@ -102,30 +102,29 @@ def listed(parts: Iterable[str]) -> str:
     return ", ".join(parts[:5]) + more
 
 
-def check_compatible(*found: FoundPrompt) -> None:
-    """Refuse prompts that do not combine.
+def check_compatible(*found: FoundPrompt, any_length: bool = False) -> None:
+    """Refuse prompts that do not combine, or with ``any_length`` cannot be compared.
 
     Raises:
-        ValueError: weights, tokenizers or shapes other than of the first, naming both.
+        ValueError: weights, tokenizers, or shapes (widths) other than of the first, naming both.
     """
 
-    def facts(one: FoundPrompt) -> list[tuple[Any, str]]:
+    def facts(one: FoundPrompt) -> dict[str, tuple[Any, str]]:
         prompt, weights = one.prompt, one.prompt.backbone_digest
-        return [
-            (weights, f"{prompt.backbone!r} with weights {weights[:12]}"),
-            (prompt.tokenizer_digest, prompt.tokenizer_digest[:12]),
-            (prompt.prompt.shape, " x ".join(map(str, prompt.prompt.shape))),
-        ]
+        shape = tuple(prompt.prompt.shape)[any_length:]
+        return {
+            "backbone": (weights, f"{prompt.backbone!r} with weights {weights[:12]}"),
+            "tokenizer": (prompt.tokenizer_digest, prompt.tokenizer_digest[:12]),
+            "width" if any_length else "shape": (shape, " x ".join(map(str, shape))),
+        }
 
-    first, *others = found
-    for other in others:
-        for what, ours, theirs in zip(
-            ("backbone", "tokenizer", "shape"), facts(first), facts(other), strict=True
-        ):
-            if ours[0] != theirs[0]:
+    for other in found[1:]:
+        ours, theirs = facts(found[0]), facts(other)
+        for what in ours:
+            if ours[what][0] != theirs[what][0]:
                 raise ValueError(
-                    f"{first.where} and {other.where} do not combine: {what} {ours[1]} and "
-                    f"{theirs[1]}"
+                    f"{found[0].where} and {other.where} do not combine: {what} {ours[what][1]} "
+                    f"and {theirs[what][1]}"
                 )
 
 
