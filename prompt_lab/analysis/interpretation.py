@@ -49,16 +49,13 @@ def find_tuned(places: Sequence[str]) -> pd.DataFrame:
     Of a grid in a place the prompt of best dev score stands for its task, sample and seeds;
     ``attrs["left_out"]`` counts the others.
 
-    Args:
-        places: as of :func:`prompt_lab.files.prompts.find_prompts`.
-
     Returns:
         Columns ``prompt`` (a name that no other has), ``task`` (or what it was learned as),
         ``sample``, ``init_seed``, ``order_seed``, ``file`` and ``tuned``, the prompt itself.
 
     Raises:
         FileNotFoundError: a place that is not there or holds no prompts.
-        ValueError: a damaged file, NaN or infinite numbers, or several backbones.
+        ValueError: a damaged file, numbers that are not finite, or several backbones.
     """
     found: dict[str, FoundPrompt] = {}
     left_out = 0
@@ -111,15 +108,7 @@ def _labels(found: Sequence[FoundPrompt]) -> list[str]:
 
 @dataclass
 class Vocabulary:
-    """The tokens that may be found.
-
-    Attributes:
-        table: (V, D) embeddings.
-        names: the readable token by its row in the table, in rising order.
-        norms: (C,) Euclidean norms of these rows.
-        median: of the norms, the lower one of two.
-        note: how many rows are left out, and why.
-    """
+    """The tokens that may be found: C of the V rows of a table of embeddings."""
 
     table: Tensor
     names: pd.Series
@@ -156,10 +145,7 @@ def read_vocabulary(backbone: Backbone, all_rows: bool = False) -> Vocabulary:
 def readable(token: str, tokenizer: Any = None) -> str:
     r"""A token as a reader sees it: ␣ for a space, an escape such as ``\n`` for what is not seen.
 
-    Args:
-        token: as the tokenizer names it.
-        tokenizer: decodes it where it spells bytes; bytes that are no whole character keep their
-            name.
+    A tokenizer decodes it where it spells bytes; no whole character keeps its name.
     """
     text = (
         token.replace("▁", " ")
@@ -174,17 +160,10 @@ def readable(token: str, tokenizer: Any = None) -> str:
 
 
 def closeness(rows: Tensor, table: Tensor, ids: Tensor, measure: str = "cosine") -> Tensor:
-    """How near tokens are to the rows of a prompt (section 5.1 of the paper): higher is nearer.
+    """How near C tokens of a table (V, D) are to the rows of a prompt (N, D); (N, C), high is near.
 
-    Args:
-        rows: (N, D).
-        table: (V, D) embeddings of any precision; a chunk at a time becomes float64.
-        ids: (C,) rows of it.
-        measure: "cosine" (0 for a row of zeros), "dot", or "l2": 2 a b - |b|^2, which is |a|^2 less
-            the squared distance.
-
-    Returns:
-        (N, C) float64.
+    Section 5.1 of the paper, in float64. ``measure`` is "cosine" (0 for a row of zeros), "dot", or
+    "l2": 2 a b - |b|^2, which is |a|^2 less the squared distance.
     """
     import torch
 
@@ -204,8 +183,7 @@ def closeness(rows: Tensor, table: Tensor, ids: Tensor, measure: str = "cosine")
 def initial_tokens(init: Tensor, table: Tensor, ids: Tensor) -> Tensor:
     """The token whose embedding each row of an initial prompt (N, D) is, also rounded ones.
 
-    Returns:
-        (N,) places in ``ids``, -1 where there is none, as for a prompt that starts from noise.
+    (N,) places in ``ids``, -1 where there is none, as for a prompt that starts from noise.
     """
     import torch
 
@@ -220,11 +198,7 @@ def token_table(
 ) -> pd.DataFrame:
     """A row for each row of each prompt: its initial token and the place of that now, drift, norms.
 
-    Args:
-        prompts: as `find_tuned` gives them.
-        vocabulary: the tokens of their backbone.
-        top: how many nearest tokens.
-        measure: what near means, as of `closeness`; scores of "l2" are distances.
+    ``measure`` is as of `closeness`; scores of "l2" are distances.
 
     Returns:
         Columns ``prompt``, ``task``, ``row`` (from 1); ``initial_id``, ``initial_token``,
@@ -296,11 +270,7 @@ def prompt_points(prompts: pd.DataFrame, compare: str = "rows") -> Floats:
 
 
 def distance_table(prompts: pd.DataFrame, points: Floats) -> pd.DataFrame:
-    """Euclidean distances of prompts at points (R, P): section 5.3 of the paper.
-
-    Returns:
-        A row for every two: ``prompt``, ``other``, ``task``, ``other_task``, ``distance``.
-    """
+    """Euclidean distances of every two prompts at points (R, P): section 5.3 of the paper."""
     from scipy.spatial.distance import pdist
 
     one, other = np.triu_indices(len(prompts), 1)
@@ -312,14 +282,9 @@ def distance_table(prompts: pd.DataFrame, points: Floats) -> pd.DataFrame:
 def spread_table(prompts: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
     """How far the runs of each task lie apart: the paper's table 1, variances with ddof 1.
 
-    Args:
-        prompts: as `find_tuned` gives them.
-        pairs: as `distance_table` gives them.
-
-    Returns:
-        A row for each task: ``group``, ``runs``, mean and variance of the ``norm`` of its prompts,
-        of the distances ``within``, between two of them, and ``between``, from one of them to one
-        of another task, each with the number of pairs; NaN where there are too few.
+    A row for each task (``group``): mean and variance of the ``norm`` of its prompts, of the
+    distances ``within``, between two of them, and ``between``, from one of them to one of another
+    task, each with the number of pairs; NaN where there are too few.
     """
     both = _both_ways(pairs)
     is_own = both["task"] == both["other_task"]
@@ -364,12 +329,8 @@ def read_transfer(places: Sequence[str], prompts: pd.DataFrame) -> pd.DataFrame:
 
     Of results the lines count in which ``VectorArithmetic`` has tested the vector of one task at
     scale 1, which on its own initial prompt is the tuned prompt; beside it stands the score without
-    prompt of the same task, sample and way of answering.
-
-    Args:
-        places: CSV files with at least the columns `TRANSFER`, results.csv files, or folders with
-            such.
-        prompts: as `find_tuned` gives them; a source may be one of their tasks or names.
+    prompt of the same task, sample and way of answering. Tables have at least the columns
+    `TRANSFER`; a source is a task or the name of a prompt.
 
     Returns:
         A row for each pair of tasks that is known: ``source``, ``target``, means of ``score`` and

@@ -293,12 +293,7 @@ def gains_section(runs: pd.DataFrame, ratios: pd.DataFrame) -> Section:
 
 
 def relative_means(runs: pd.DataFrame, ratios: pd.DataFrame) -> pd.DataFrame:
-    """A row for each point: E_rel, the spread of ARG over samples, means of both, a test.
-
-    Args:
-        runs: as `read_lines` gives them.
-        ratios: as `relate` gives them.
-    """
+    """A row for each point: E_rel, the spread of ARG over samples, means of both, a test."""
     base = ratios[(ratios["line"] == ratios["reference"]) & is_method(ratios)]
     label_of = {(x.task, x.shots): x.label for x in base.itertuples()}
     chosen, keys = chosen_runs(runs), ["task", "shots", "sample"]

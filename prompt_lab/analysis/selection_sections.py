@@ -42,12 +42,7 @@ def selection_sections(
 ) -> Iterator[Section]:
     """The sections of a report of rankings that were judged by transfer.
 
-    Args:
-        transfer: as in `selection`, and so are the rankings.
-        rankings: the similarities.
-        found: as `evaluate` gives it.
-        steps: as `evaluate_steps` gives it.
-        prompts: tuned prompts by task and sample, of all targets and sources.
+    Arguments are what the functions of `selection` give; ``prompts`` are of all tasks.
     """
     every = found["ranking"] if steps is None else pd.concat([found["ranking"], steps["ranking"]])
     names = pd.Series(every.unique())

@@ -122,15 +122,12 @@ def read_results(file: str | Path) -> pd.DataFrame:
 
 
 def read_lines(places: Mapping[str, str | Path]) -> pd.DataFrame:
-    """All runs of the named folders: ``read_results`` with the columns ``line`` and ``label``.
+    """All runs of the named folders or files: ``read_results`` with ``line`` and ``label``.
 
     ``label`` names a point in words: the line, and those of its axes that have several values;
     ``name`` does so without K, and ``family`` without the intrinsic dimension.
     Runs that stand in two files of a line with the same scores are taken once, as are the
     baselines that need no method where all lines agree about them; ``attrs["twice"]`` counts both.
-
-    Args:
-        places: a folder or a result file by the name of its line.
 
     Raises:
         FileNotFoundError: as `find_results`.
@@ -198,11 +195,7 @@ _GRID = ["learning_rate", "batch_size"]
 
 
 def flag_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """The flags that are not at their defaults, one column each, as JSON text; of each run.
-
-    Raises:
-        ValueError: settings that are no JSON object.
-    """
+    """The flags of each run that are not at their defaults, one column each, as JSON text."""
     texts = {}
     for text, folder in runs.drop_duplicates("settings")[["settings", "folder"]].to_numpy():
         try:
@@ -296,11 +289,7 @@ def _in_order(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def shots_rank(shots: str) -> float:
-    """Order of values of K: numbers, then "all".
-
-    Raises:
-        ValueError: another word.
-    """
+    """Order of values of K: numbers, then "all"; a ``ValueError`` for another word."""
     if shots == "all":
         return float("inf")
     if not re.fullmatch(r"\d+", shots):
@@ -367,11 +356,8 @@ def relate(scores: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Every task's score beside that of a reference: ``ratio`` is what E_rel is the mean of.
 
     A task is left out, and ``left_out`` says why, where its score or its reference is missing, and
-    where its reference is zero or negative, for which a ratio says nothing.
-
-    Args:
-        scores: as `task_scores` gives them.
-        reference: the name of a line; where it is itself in a subspace, of one dimension.
+    where its reference is zero or negative, for which a ratio says nothing. The reference is the
+    name of a line; where it is itself in a subspace, of one dimension.
 
     Raises:
         ValueError: no such line, or several of its points have a score of one task and K.

@@ -257,9 +257,8 @@ def _expression_section(table: pd.DataFrame) -> Section:
 def cosine_table(groups: Mapping[int | None, Sequence[FoundPrompt]]) -> pd.DataFrame:
     """Cosines of all numbers of every two prompts of a sample, of their vectors, and of inits.
 
-    Args:
-        groups: prompts (N, D) of one shape by their few-shot sample; no two with one task and one
-            initial prompt in a sample.
+    Prompts (N, D) of one shape come by their few-shot sample; no two of a sample have one task and
+    one initial prompt.
 
     Returns:
         A row for each pair: ``what`` ("prompts", "vectors", "init"), ``task`` and ``other`` in the
@@ -290,14 +289,9 @@ def cosine_table(groups: Mapping[int | None, Sequence[FoundPrompt]]) -> pd.DataF
 
 
 def norm_table(groups: Mapping[int | None, Sequence[FoundPrompt]]) -> pd.DataFrame:
-    """A row for each task: Frobenius norms of its vectors and inits, and the ratio of the two.
+    """A row for each task: Frobenius norms of its ``vector`` and ``init``, and their ``ratio``.
 
-    Args:
-        groups: as of `cosine_table`.
-
-    Returns:
-        Columns ``task``, ``prompts`` (how many), and of ``vector``, ``init`` and ``ratio`` the mean
-        and, as ``vector_std`` and so on, the standard deviation (ddof 1).
+    Means and, as ``vector_std`` and so on, standard deviations (ddof 1) over its ``prompts``.
     """
     everyone = [x for sources in groups.values() for x in sources]
     norms = pd.DataFrame(
@@ -316,11 +310,7 @@ def norm_table(groups: Mapping[int | None, Sequence[FoundPrompt]]) -> pd.DataFra
 
 
 def cosine_sections(groups: Mapping[int | None, Sequence[FoundPrompt]]) -> list[Section]:
-    """Cosines between tasks, of equal and of different initial prompts, and norms.
-
-    Args:
-        groups: as of `cosine_table`.
-    """
+    """Cosines between tasks, of equal and of different initial prompts, and norms."""
     kinds = ["what", "same_init", "task", "other"]
     pairs = cosine_table(groups).groupby(kinds)["cosine"]
     table = pairs.agg(mean="mean", std="std", pairs="count").reset_index()

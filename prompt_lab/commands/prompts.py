@@ -49,14 +49,10 @@ def export_prompts(
         names: only the prompts of these names; all by default.
         backbone: hub id or folder to write as the base model; by default the one of each prompt.
 
-    Returns:
-        The folders or files that were written.
-
     Raises:
         FileNotFoundError: a source or a prompt that is not there.
         ValueError: a source of another kind, a prompt that does not answer alone, a target that
-            exists, or a backbone whose config cannot be had or that has another width (PEFT needs
-            layers, heads and kind of model).
+            exists, or a backbone whose config cannot be had or that has another width.
     """
     from prompt_lab.files.peft import save_peft, save_plain
     from prompt_lab.files.prompts import find_prompts, is_single
@@ -114,9 +110,6 @@ def import_prompts(
         task: task of the prompt; by default what the source says.
         task_index: which task of a multitask PEFT folder, counted from 0.
         name: name of the prompt; by default that of the file or folder.
-
-    Returns:
-        The prompt file that was written.
 
     Raises:
         FileNotFoundError: no such source.
@@ -209,9 +202,7 @@ def show_vectors(prompts: list[str]) -> None:
         prompts: prompt stores, folders of fits, prompt files or checkpoints.
 
     Raises:
-        FileNotFoundError: a store that is not there.
-        ValueError: stores without tuned prompts, prompts of different backbones or shapes, or
-            numbers that are not finite.
+        FileNotFoundError, ValueError: no tuned prompts there, or such as do not combine.
     """
     import pandas as pd
     import torch
@@ -235,6 +226,49 @@ def show_vectors(prompts: list[str]) -> None:
     table["ratio"] = table["vector"] / table["init"].where(table["init"] > 0)
     table = table.sort_values("task", kind="stable").astype(object).where(table.notna(), "-")
     print(table.to_string(index=False, float_format="{:.4g}".format))
+
+
+def compare_vectors(prompts: list[str], *, out: str) -> list[Path]:
+    """Cosines of tuned prompts, and of task prompt vectors, between tasks and initial prompts.
+
+    Writes report.md and report.html with similarities.csv (mean, standard deviation and number of
+    pairs), norms.csv (norms of vectors and initial prompts, and their ratio), and four heat maps
+    (PNG, SVG): prompts and vectors, from different initial prompts and from one and the same. An
+    entry is the mean over all such pairs of few-shot samples in common; on the diagonal over pairs
+    of two prompts of a task. Prints both tables.
+
+    Of a grid the prompt of best dev score stands for its task, sample and seed. A prompt that is
+    its own initial prompt has no vector, and is named and left out there.
+
+    Args:
+        prompts: prompt stores, folders of fits, prompt files or checkpoints, with tuned prompts of
+            several tasks or seeds.
+        out: folder for pictures and tables.
+
+    Raises:
+        FileNotFoundError, ValueError, NotADirectoryError: what lacks or is wrong, in a sentence.
+    """
+    from prompt_lab.analysis.report import markdown, write_report
+    from prompt_lab.analysis.vectors import cosine_sections
+    from prompt_lab.files.vectors import check_compatible, find_vectors
+
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"--out {folder} is a file: name a folder")
+    groups: dict[int | None, list[FoundPrompt]] = {}
+    for (sample, _), own in find_vectors(prompts).items():
+        groups.setdefault(sample, []).extend(own.values())
+    check_compatible(*(found for own in groups.values() for found in own))
+    if max(map(len, groups.values())) < 2:
+        raise ValueError(
+            f"only one tuned prompt of each sample in {', '.join(prompts)}: nothing to compare; "
+            "tune several tasks, or several model.init_seed"
+        )
+    sections = cosine_sections(groups)
+    files = write_report(sections, folder, "How alike prompts and vectors are")
+    for section in sections:
+        print(f"{section.title}\n\n{section.legend}\n\n{markdown(section.shown)}\n")
+    return files[:2]
 
 
 def apply_vectors(
@@ -269,14 +303,8 @@ def apply_vectors(
         task: task that the written prompts are for; by default the one of the expression, and none
             where there are several.
 
-    Returns:
-        The prompt files that were written.
-
     Raises:
-        FileNotFoundError: a store or an initial prompt that is not there.
-        ValueError: an expression that cannot be read, tasks without prompts, prompts of different
-            backbones or shapes, vectors of different initial prompts where none is named, numbers
-            that are not finite, or a file that exists.
+        FileNotFoundError, ValueError: what lacks, does not combine or is there already.
     """
     from prompt_lab.core.vectors import expression_name, parse_expression, shortened
     from prompt_lab.files.prompts import find_prompts
@@ -358,13 +386,8 @@ def mix_prompts(
             target's own.
         sample: few-shot sample of the source prompts; by default that of the target prompt.
 
-    Returns:
-        The prompt files that were written.
-
     Raises:
-        FileNotFoundError: a target or source prompt that is not there.
-        ValueError: no source, prompts of different backbones or shapes, a source without a
-            similarity, or a file that exists.
+        FileNotFoundError, ValueError: what lacks, does not combine or is there already.
     """
     import torch
 

@@ -90,11 +90,9 @@ def save_peft(
 
 
 def load_peft(folder: str | Path, task: int | None = None) -> Prompt:
-    """Read the prompt of a PEFT folder; (N, D) float32 whatever it is stored in.
+    """Read the prompt of a PEFT folder, of a MULTITASK_PROMPT_TUNING that of a task, from 0.
 
-    Args:
-        folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
-        task: which task's prompt of a MULTITASK_PROMPT_TUNING, counted from 0.
+    (N, D) float32 whatever it is stored in.
 
     Raises:
         FileNotFoundError: no such folder, or a file of it is missing.
@@ -136,8 +134,7 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
     """The tensors and the metadata of a safetensors file.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: damaged, or not a safetensors file.
+        FileNotFoundError, ValueError: no such file; damaged, or another kind of file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -252,9 +249,6 @@ def save_plain(path: Path, prompt: Prompt) -> None:
 def read_prompt(source: Path) -> Prompt:
     """The prompt of a prompt file or of a file with one (N, D) tensor.
 
-    Args:
-        source: .safetensors, .npy, or .pt, .pth or .bin by torch.save.
-
     Raises:
         FileNotFoundError: no such file.
         ValueError: damaged, another kind of file, or not one tensor of floats (N, D).
@@ -309,8 +303,7 @@ def load_checkpoint(path: str | Path) -> list[Prompt]:
     The best one by dev; of a run that was never scored, the one of the last step.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a checkpoint, damaged, or of another method.
+        FileNotFoundError, ValueError: no such file; no checkpoint, damaged, of another method.
     """
     saved = read_pickle(path)
     saved = saved if isinstance(saved, dict) else {}
@@ -356,8 +349,7 @@ def read_pickle(path: str | Path) -> Any:
     """What ``torch.save`` wrote, if it is made of tensors and plain values alone.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: damaged, another kind of file, or one that would run code.
+        FileNotFoundError, ValueError: no such file; damaged, of another kind, or to run code.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}")

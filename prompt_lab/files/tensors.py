@@ -54,9 +54,6 @@ def save_tensors(
 
     No two tensors may share memory; metadata are values that JSON can hold, the fields of the kind
     among them.
-
-    Raises:
-        OSError: naming the file: a full disk, a folder that cannot be written to.
     """
     from safetensors.torch import save
 
@@ -74,8 +71,7 @@ def load_tensors(
     A backbone that it is meant for is compared with the file's, by weights and width.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: as :func:`read_metadata`, or made for another backbone; naming file and reason.
+        FileNotFoundError, ValueError: as :func:`read_metadata`, or made for another backbone.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -162,8 +158,7 @@ def check_backbone(metadata: Mapping[str, Any], backbone: Backbone, where: str |
 def save_network(path: str | Path, network: Network, metadata: Mapping[str, Any]) -> None:
     """Write a subspace, a map to adapters or an attention, its weights as float32.
 
-    Its sizes go into the metadata, beside those that are given: the other fields of its kind, and
-    more, such as source tasks, seeds and steps.
+    Its sizes go into the metadata, beside those that are given, such as source tasks and steps.
     """
     from prompt_lab import __version__
 
@@ -178,8 +173,7 @@ def load_network(
     """Read a network that :func:`save_network` wrote, on the CPU, frozen, with its ``metadata``.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: as :func:`load_tensors`, or tensors that are not as the metadata says.
+        FileNotFoundError, ValueError: as :func:`load_tensors`, or tensors of other sizes.
     """
     tensors, metadata = load_tensors(path, kind.KIND, backbone)
     try:
@@ -248,19 +242,18 @@ def naming(path: Path) -> Iterator[None]:
 def held(folder: Path, by: str) -> Iterator[int]:
     """Hold a folder, so that no other process that asks for it gets it.
 
-    The system lets go of it when the process ends, however it ends. Where the system has no such
-    locks the folder is not held.
+    The system lets go of it when the process ends, however it ends; where it has no such locks the
+    folder is not held. The folder is made if it is not there; its file ``.lock`` stays.
 
     Args:
-        folder: made if it is not there; its file ``.lock`` stays.
+        folder: the folder.
         by: who else may hold it, for the message.
 
     Yields:
         Descriptor of the lock file, which holds the number of the process.
 
     Raises:
-        ValueError: another process holds the folder.
-        OSError: a folder that cannot be written to.
+        ValueError, OSError: another process holds the folder; it cannot be written to.
     """
     path = folder / ".lock"
     with naming(path):

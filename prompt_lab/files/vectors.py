@@ -25,9 +25,8 @@ Group = tuple[int | None, int | None]
 def find_vectors(places: Sequence[str]) -> dict[Group, dict[str, FoundPrompt]]:
     """The tuned prompts of some places, whose task prompt vectors may be combined.
 
-    Returns:
-        By sample and seed, in rising order, and by task, the prompt of best dev score; prompts that
-        were made from others are passed over.
+    By sample and seed, in rising order, and by task, the prompt of best dev score; prompts that
+    were made from others are passed over.
 
     Raises:
         FileNotFoundError: a place that is not there or holds no prompt.
@@ -54,11 +53,6 @@ def complete(
     found: Mapping[Group, Mapping[str, FoundPrompt]], names: Sequence[str], places: Sequence[str]
 ) -> tuple[dict[Group, dict[str, FoundPrompt]], str]:
     """The prompts of the named tasks, for every sample and seed that has them all.
-
-    Args:
-        found: as :func:`find_vectors` gives it.
-        names: tasks.
-        places: where they were looked for.
 
     Returns:
         Prompts by sample and seed, and by task in the order of ``names``; and which samples and
@@ -103,10 +97,9 @@ def listed(parts: Iterable[str]) -> str:
 
 
 def check_compatible(*found: FoundPrompt, any_length: bool = False) -> None:
-    """Refuse prompts that do not combine, or with ``any_length`` cannot be compared.
+    """Refuse (``ValueError``) prompts of other weights, tokenizers or shapes than the first.
 
-    Raises:
-        ValueError: weights, tokenizers, or shapes (widths) other than of the first, naming both.
+    With ``any_length`` only widths are compared.
     """
 
     def facts(one: FoundPrompt) -> dict[str, tuple[Any, str]]:
@@ -129,11 +122,7 @@ def check_compatible(*found: FoundPrompt, any_length: bool = False) -> None:
 
 
 def common_init(found: Sequence[FoundPrompt], advice: str) -> FoundPrompt:
-    """The first of some prompts, where all were tuned from one initial prompt.
-
-    Raises:
-        ValueError: different initial prompts, with the advice.
-    """
+    """The first of some prompts; a ``ValueError``, with the advice, if their inits differ."""
     first = found[0]
     for other in found[1:]:
         if not first.prompt.init.equal(other.prompt.init):
