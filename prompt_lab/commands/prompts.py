@@ -1,4 +1,4 @@
-"""The commands ``export``, ``import`` and ``vectors show | apply | mix``: prompts in, prompts out.
+"""``export``, ``import`` and ``vectors show | compare | apply | mix``: prompts in, prompts out.
 
 ``vectors apply`` makes sums of task prompt vectors (Belanec et al. 2024, arXiv 2408.01119), ``mix``
 a start for a target task from source prompts (SPoT, Vu et al. 2022, arXiv 2110.07904, section 3).
@@ -15,10 +15,22 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    from prompt_lab.files.prompts import FoundPrompt, Prompt, PromptStore
+from prompt_lab.core.vectors import expression_name, parse_expression, shortened
+from prompt_lab.data.partitions import expand_sets
+from prompt_lab.files.prompts import (
+    FoundPrompt,
+    Prompt,
+    PromptStore,
+    best_found,
+    best_prompts,
+    check_prompt,
+    find_prompts,
+    is_single,
+    save_prompt,
+)
+from prompt_lab.files.vectors import check_compatible, combine, common_init, complete, find_vectors
 
 LONGEST_NAME = 200
 """Characters in a file's name; what is longer is cut there and gets a digest."""
@@ -55,7 +67,6 @@ def export_prompts(
             exists, or a backbone whose config cannot be had or that has another width.
     """
     from prompt_lab.files.peft import save_peft, save_plain
-    from prompt_lab.files.prompts import find_prompts, is_single
 
     if format not in ("peft", "tensor"):
         raise ValueError(f"format is {format!r}; allowed: peft, tensor")
@@ -118,7 +129,6 @@ def import_prompts(
     """
     from prompt_lab.core.backbone import Backbone
     from prompt_lab.files.peft import is_peft, load_peft, read_prompt
-    from prompt_lab.files.prompts import PromptStore, check_prompt, save_prompt
 
     place, target = Path(source), Path(out)
     if place.name.startswith("adapter_model.") and is_peft(place.parent):
@@ -142,12 +152,8 @@ def import_prompts(
             raise ValueError(f"{source} does not name its model: give it with backbone")
         model = Backbone.load(backbone or prompt.backbone)
         check_prompt(prompt, model, source)
-        prompt = replace(
-            prompt,
-            backbone=model.name,
-            backbone_digest=model.digest,
-            tokenizer_digest=model.tokenizer_digest,
-        )
+        digests = {"backbone_digest": model.digest, "tokenizer_digest": model.tokenizer_digest}
+        prompt = replace(prompt, backbone=model.name, **digests)
     if store is None:
         save_prompt(path, prompt)
     else:
@@ -156,8 +162,6 @@ def import_prompts(
 
 
 def _targets(prompts: Sequence[Prompt], out: Path, format: str, single: bool) -> list[Path]:
-    from prompt_lab.files.prompts import PromptStore
-
     is_file = out.suffix == ".safetensors"
     if is_file and not (single and format == "tensor"):
         raise ValueError(f"{out}: give a folder; only a single prompt as a tensor becomes a file")
@@ -207,23 +211,21 @@ def show_vectors(prompts: list[str]) -> None:
     import pandas as pd
     import torch
 
-    from prompt_lab.files.vectors import check_compatible, find_vectors
-
     groups = find_vectors(prompts)
     check_compatible(*(one for own in groups.values() for one in own.values()))
     rows = []
     for (sample, seed), own in groups.items():
         for task, one in own.items():
             others = [other.vector for name, other in own.items() if name != task]
-            vector, cosine = one.vector, math.nan
+            vector, init, cosine = one.vector, one.prompt.init.double().norm().item(), math.nan
             if others:
                 mean = torch.stack(others).mean(0)
                 cosine = ((vector * mean).sum() / (vector.norm() * mean.norm())).item()
-            norms = (vector.norm().item(), one.prompt.init.double().norm().item())
-            rows.append((task, sample, seed, *norms, math.nan, cosine))
+            size = vector.norm().item()
+            ratio = size / init if init > 0 else math.nan
+            rows.append((task, sample, seed, size, init, ratio, cosine))
     names = ["task", "sample", "seed", "vector", "init", "ratio", "cosine to others"]
     table = pd.DataFrame(rows, columns=names).astype({"sample": "Int64", "seed": "Int64"})
-    table["ratio"] = table["vector"] / table["init"].where(table["init"] > 0)
     table = table.sort_values("task", kind="stable").astype(object).where(table.notna(), "-")
     print(table.to_string(index=False, float_format="{:.4g}".format))
 
@@ -250,7 +252,6 @@ def compare_vectors(prompts: list[str], *, out: str) -> list[Path]:
     """
     from prompt_lab.analysis.report import markdown, write_report
     from prompt_lab.analysis.vectors import cosine_sections
-    from prompt_lab.files.vectors import check_compatible, find_vectors
 
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
@@ -306,16 +307,6 @@ def apply_vectors(
     Raises:
         FileNotFoundError, ValueError: what lacks, does not combine or is there already.
     """
-    from prompt_lab.core.vectors import expression_name, parse_expression, shortened
-    from prompt_lab.files.prompts import find_prompts
-    from prompt_lab.files.vectors import (
-        check_compatible,
-        combine,
-        common_init,
-        complete,
-        find_vectors,
-    )
-
     factors = parse_expression(expression)
     if not math.isfinite(scale):
         raise ValueError(f"scale is {scale}: give a finite number")
@@ -334,14 +325,13 @@ def apply_vectors(
         if one.prompt.prompt.equal(one.prompt.init):
             print(f"prompt-lab: {one.where} adds nothing: it is its own init", file=sys.stderr)
     advice, made = "name one to apply to with --init", []
+    asked = {"expression": " ".join(expression.split()), "scale": scale, "task": task}
     for (sample, seed), own in groups.items():
         stem = expression_name(factors, scale)
-        stem += "" if sample is None else f"_{sample}"
-        stem += "" if seed is None else f"_seed{seed}"
+        stem += ("" if sample is None else f"_{sample}") + ("" if seed is None else f"_seed{seed}")
         answers = _answers(task, [one.prompt for one in own.values()])
-        for base in given.values() if given else [common_init(list(own.values()), advice)]:
+        for base in given.values() or [common_init(list(own.values()), advice)]:
             name = shortened(f"{stem}_on_{base.stem}", LONGEST_NAME) if given else stem
-            asked = {"expression": " ".join(expression.split()), "scale": scale, "task": task}
             made.append(combine(name, factors, own, base, **asked, **answers))
     return _save(store, made)
 
@@ -392,9 +382,6 @@ def mix_prompts(
     import torch
 
     from prompt_lab.core.attention_mixture import similarity_weights
-    from prompt_lab.data.partitions import expand_sets
-    from prompt_lab.files.prompts import best_found, best_prompts, find_prompts
-    from prompt_lab.files.vectors import check_compatible, combine
 
     def place(known: dict[str, Any]) -> tuple[str, int, int]:
         numbers = (known.get(name) for name in ("sample", "init_seed"))
@@ -426,11 +413,9 @@ def mix_prompts(
             )
         own = {name: seeded.get((name, of_sample, seed), best[name, of_sample]) for name in names}
         check_compatible(one, *own.values())
+        stacked = torch.stack([source.prompt.prompt for source in own.values()]).double()
         try:
-            weights = similarity_weights(
-                one.prompt.prompt,
-                torch.stack([source.prompt.prompt for source in own.values()]).double(),
-            )
+            weights = similarity_weights(one.prompt.prompt, stacked)
         except ValueError as error:
             raise ValueError(f"{one.where}: {error}") from None
         factors = dict(zip(own, weights.tolist(), strict=True))
@@ -446,8 +431,6 @@ def mix_prompts(
 
 
 def _open_store(out: str) -> PromptStore:
-    from prompt_lab.files.prompts import PromptStore
-
     store = PromptStore(out)
     if store.folder.is_file():
         raise ValueError(f"out is the file {out}: give a folder")

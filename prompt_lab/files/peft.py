@@ -39,8 +39,8 @@ WEIGHTS = "adapter_model.safetensors"
 _CONFIG, _MULTITASK = "adapter_config.json", "MULTITASK_PROMPT_TUNING"
 _PICKLES = (".pt", ".pth", ".bin")
 _BANK = ("init", "best", "best_score", "best_step")
-_DAMAGE = (UnpicklingError, OSError, RuntimeError, EOFError)
-_DAMAGE += (ValueError, LookupError, TypeError, AttributeError)
+_MISFIT = (ValueError, LookupError, TypeError, AttributeError)
+_DAMAGE = (UnpicklingError, OSError, RuntimeError, EOFError, *_MISFIT)
 
 
 def is_peft(path: str | Path) -> bool:
@@ -64,29 +64,20 @@ def save_peft(
 
     count, width = prompt.prompt.shape
     config = {
-        "auto_mapping": None,
-        "base_model_name_or_path": prompt.backbone,
-        "inference_mode": True,
-        "modules_to_save": None,
-        "num_attention_heads": num_attention_heads,
-        "num_layers": num_layers,
-        "num_transformer_submodules": 1,
-        "num_virtual_tokens": count,
-        "peft_type": "PROMPT_TUNING",
-        "peft_version": PEFT_VERSION,
+        **{"peft_type": "PROMPT_TUNING", "peft_version": PEFT_VERSION, "task_type": task_type},
+        **{"base_model_name_or_path": prompt.backbone, "revision": None, "inference_mode": True},
+        **{"num_virtual_tokens": count, "token_dim": width, "num_transformer_submodules": 1},
+        **{"num_attention_heads": num_attention_heads, "num_layers": num_layers},
         "prompt_tuning_init": "RANDOM",  # any other would tokenise a text when it is loaded
-        "prompt_tuning_init_text": None,
-        "revision": None,
-        "task_type": task_type,
-        "token_dim": width,
-        "tokenizer_kwargs": None,
-        "tokenizer_name_or_path": None,
+        **dict.fromkeys(("prompt_tuning_init_text", "tokenizer_kwargs", "tokenizer_name_or_path")),
+        **dict.fromkeys(("auto_mapping", "modules_to_save")),
     }
     values = prompt.prompt.detach().to("cpu", torch.float32, copy=True).contiguous()
     folder = Path(folder)
     write_atomically(folder / WEIGHTS, save({"prompt_embeddings": values}, {"format": "pt"}))
     write_atomically(folder / "README.md", _model_card(prompt, task_type).encode())
-    write_atomically(folder / _CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    text = json.dumps(config, indent=2, sort_keys=True)
+    write_atomically(folder / _CONFIG, f"{text}\n".encode())
 
 
 def load_peft(folder: str | Path, task: int | None = None) -> Prompt:
@@ -108,7 +99,7 @@ def load_peft(folder: str | Path, task: int | None = None) -> Prompt:
     try:
         config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
         rows, count = _read_rows(config, read_safetensors(folder / WEIGHTS)[0], task)
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
+    except _MISFIT as error:
         reason = error if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
         raise ValueError(f"{folder}: not a PEFT prompt folder: {reason}") from error
     if config["peft_type"] == _MULTITASK and len(rows) > count:
@@ -117,17 +108,16 @@ def load_peft(folder: str | Path, task: int | None = None) -> Prompt:
             "prompt for the decoder too, so answers differ from PEFT's",
             stacklevel=2,
         )
-    prompt = rows[:count].clone()
-    return Prompt(
-        prompt=prompt,
-        init=prompt.clone(),
-        name=folder.resolve().name + ("" if task is None else f"_{task}"),
-        backbone=str(config.get("base_model_name_or_path") or ""),
-        backbone_digest="",
-        tokenizer_digest="",
-        start="prompt",
-        start_file=str(folder),
-    )
+    name = folder.resolve().name + ("" if task is None else f"_{task}")
+    backbone = str(config.get("base_model_name_or_path") or "")
+    return _foreign(rows[:count], name, backbone, folder)
+
+
+def _foreign(tensor: Tensor, name: str, backbone: str, file: Path, task: str = "") -> Prompt:
+    """A prompt of which neither its start nor the digests of its model are known."""
+    prompt, given = tensor.detach().float().clone(), {"task": task, "start_of": task}
+    start = {"start": "prompt", "start_file": str(file), **given}
+    return Prompt(prompt, prompt.clone(), name, backbone, "", "", **start)
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -165,8 +155,7 @@ def _read_rows(
     if kind != _MULTITASK and task is not None:
         raise ValueError(f"a task index is for {_MULTITASK}, this is {kind}: leave it out")
     count, rows = config["num_virtual_tokens"], tensors["prompt_embeddings"]
-    default = 2 if task_type == "SEQ_2_SEQ_LM" else 1
-    submodules = config.get("num_transformer_submodules") or default
+    submodules = config.get("num_transformer_submodules") or 1 + (task_type == "SEQ_2_SEQ_LM")
     size = (count * submodules, config.get("token_dim") or rows.shape[-1])
     if rows.shape != size or not (rows.numel() and rows.is_floating_point()) or submodules > 2:
         raise ValueError(
@@ -185,29 +174,20 @@ def _read_rows(
         )
     if task is None or not 0 <= task < tasks:
         given = "no task index is given" if task is None else f"there is no task {task}"
-        raise ValueError(
-            f"the prompts of {tasks} tasks ({_MULTITASK}), and {given}: import one of 0 to "
-            f"{tasks - 1} with task_index"
-        )
+        which = f"import one of 0 to {tasks - 1} with task_index"
+        raise ValueError(f"the prompts of {tasks} tasks ({_MULTITASK}), and {given}: {which}")
     return rows.float() * (left[task].float() @ right[task].float()), count
 
 
 def _model_card(prompt: Prompt, task_type: TaskType) -> str:
     auto = f"AutoPeftModelFor{'Seq2SeqLM' if task_type == 'SEQ_2_SEQ_LM' else 'CausalLM'}"
     count, width = prompt.prompt.shape
-    trained = "".join(
-        f"- {label}: {value}\n"
-        for label, value in (
-            ("task", prompt.task or None),
-            ("few-shot sample", prompt.sample),
-            ("started from", " ".join(filter(None, (prompt.start, prompt.start_of))) or None),
-            ("learning rate", prompt.learning_rate),
-            ("steps", prompt.steps),
-            (f"dev {prompt.metric}".strip(), prompt.dev_score),
-            (f"test {prompt.metric}".strip(), prompt.test_score),
-        )
-        if value is not None
-    )
+    facts = {"task": prompt.task or None, "few-shot sample": prompt.sample}
+    facts["started from"] = f"{prompt.start} {prompt.start_of}".strip() or None
+    facts |= {"learning rate": prompt.learning_rate, "steps": prompt.steps}
+    facts |= {f"dev {prompt.metric}".strip(): prompt.dev_score}
+    facts |= {f"test {prompt.metric}".strip(): prompt.test_score}
+    trained = "".join(f"- {label}: {x}\n" for label, x in facts.items() if x is not None)
     caution = ""
     if task_type == "CAUSAL_LM":
         caution = (
@@ -279,19 +259,8 @@ def read_prompt(source: Path) -> Prompt:
             f"{source}: a prompt is one tensor of floats (N, D); the file holds {len(tensors)} "
             f"things: {', '.join(kinds)}"
         )
-    prompt = whole[0].detach().float().clone()
-    return Prompt(
-        prompt=prompt,
-        init=prompt.clone(),
-        name=source.stem,
-        backbone=metadata.get("backbone", ""),
-        backbone_digest="",
-        tokenizer_digest="",
-        task=metadata.get("task", ""),
-        start="prompt",
-        start_of=metadata.get("task", ""),
-        start_file=str(source),
-    )
+    known = metadata.get("backbone", ""), source, metadata.get("task", "")
+    return _foreign(whole[0], source.stem, *known)
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
@@ -316,7 +285,7 @@ def load_checkpoint(path: str | Path) -> list[Prompt]:
         runs = [Run(**run) for run in saved["runs"]]
         if not len(runs) == len(starts) == len(prompt) == len(best) == len(init):
             raise ValueError(f"{len(runs)} runs, {len(best)} prompts")
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except _MISFIT as error:
         raise ValueError(
             f"{path}: not a checkpoint of PromptTuning of this package "
             f"({type(error).__name__}: {error})"
@@ -324,24 +293,13 @@ def load_checkpoint(path: str | Path) -> list[Prompt]:
     prompts = []
     for i, run in enumerate(runs):
         scored = int(step[i]) >= 0
-        prompts.append(
-            Prompt(
-                prompt=(best if scored else prompt)[i].float(),
-                init=init[i].float(),
-                name=run.name,
-                backbone=backbone,
-                backbone_digest=digest,
-                tokenizer_digest=tokenizer,
-                task=run.task,
-                sample=run.sample,
-                **starts[i],
-                init_seed=run.init_seed,
-                learning_rate=run.learning_rate,
-                batch_size=run.batch_size,
-                steps=int(step[i]) if scored else int(saved.get("global_step", 0)),
-                dev_score=float(score[i]) if score[i].isfinite() else None,
-            )
-        )
+        tensors = {"prompt": (best if scored else prompt)[i].float(), "init": init[i].float()}
+        names = ("name", "task", "sample", "init_seed", "learning_rate", "batch_size")
+        known = {"backbone": backbone, "backbone_digest": digest, "tokenizer_digest": tokenizer}
+        known |= {name: getattr(run, name) for name in names} | starts[i]
+        known["steps"] = int(step[i]) if scored else int(saved.get("global_step", 0))
+        known["dev_score"] = float(score[i]) if score[i].isfinite() else None
+        prompts.append(Prompt(**tensors, **known))
     return prompts
 
 
