@@ -1,8 +1,5 @@
 """Sections of what fits leave beside their results: adaptation curves, and codes in a subspace."""
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
-
 from __future__ import annotations
 
 from collections.abc import Iterator

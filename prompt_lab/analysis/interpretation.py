@@ -7,11 +7,6 @@ transfer is; here each is a formula. Of the model only embeddings and tokenizer 
 `interpretation_sections` lays the tables out.
 """
 
-# pandas' own types say of every column that it may be a table, an array or a number.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
-# pyright: reportAssignmentType=false, reportOperatorIssue=false
-
 from __future__ import annotations
 
 import json
@@ -27,6 +22,7 @@ from prompt_lab.analysis.statistics import Floats
 from prompt_lab.analysis.tables import find_results, read_results
 from prompt_lab.core.vectors import parse_expression
 from prompt_lab.files.prompts import FoundPrompt, best_found, find_prompts
+from prompt_lab.files.vectors import check_compatible
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,25 +61,15 @@ def find_tuned(places: Sequence[str]) -> pd.DataFrame:
         chosen = [one for one in own if one in best or _cell(one.metadata) is None]
         found |= {one.where: one for one in chosen}
         left_out += len(own) - len(chosen)
+    check_compatible(*found.values(), any_length=True)
     rows = []
     for label, one in zip(_labels([*found.values()]), found.values(), strict=True):
-        tuned = one.load()
-        if not (tuned.prompt.isfinite().all() and tuned.init.isfinite().all()):
-            raise ValueError(f"{one.where} holds NaN or infinite numbers: leave it out")
+        tuned = one.prompt
         learned = tuned.source_set and f"{tuned.role} {tuned.source_set}"
         row = {"prompt": label, "task": tuned.task or learned or label}
         row |= {name: getattr(tuned, name) for name in _SEEDS}
         rows.append(row | {"file": one.where, "tuned": tuned})
     table = pd.DataFrame(rows).astype(dict.fromkeys(_SEEDS, "Int64"))
-    digests = table["tuned"].map(lambda one: one.backbone_digest)
-    if digests.nunique() > 1:
-        first, other = (table.loc[at] for at in digests.drop_duplicates().index[:2])
-        raise ValueError(
-            f"{first.file} was made for backbone {first.tuned.backbone!r} with weights "
-            f"{first.tuned.backbone_digest[:12]}, but {other.file} for {other.tuned.backbone!r} "
-            f"with weights {other.tuned.backbone_digest[:12]}: only prompts of one backbone have "
-            "one vocabulary"
-        )
     table = table.loc[pd.Series(pd.factorize(table["task"])[0]).sort_values(kind="stable").index]
     table.attrs["left_out"] = left_out
     return table.reset_index(drop=True)
@@ -110,11 +96,11 @@ def _labels(found: Sequence[FoundPrompt]) -> list[str]:
 class Vocabulary:
     """The tokens that may be found: C of the V rows of a table of embeddings."""
 
-    table: Tensor
-    names: pd.Series
-    norms: Floats
-    median: float
-    note: str
+    table: Tensor  # (V, D)
+    names: pd.Series  # the readable token by its row in the table, in rising order
+    norms: Floats  # (C,) Euclidean norms of these rows
+    median: float  # of the norms, the lower one of two
+    note: str  # how many rows are left out, and why
 
 
 def read_vocabulary(backbone: Backbone, all_rows: bool = False) -> Vocabulary:
@@ -147,11 +133,9 @@ def readable(token: str, tokenizer: Any = None) -> str:
 
     A tokenizer decodes it where it spells bytes; no whole character keeps its name.
     """
-    text = (
-        token.replace("▁", " ")
-        if tokenizer is None
-        else tokenizer.convert_tokens_to_string([token])
-    )
+    text = token.replace("▁", " ")
+    if tokenizer is not None:
+        text = tokenizer.convert_tokens_to_string([token])
     seen = [
         "␣" if x == " " else x if x.isprintable() and x not in "\\␣" else repr(x)[1:-1]
         for x in (token if "\ufffd" in text else text)
@@ -229,21 +213,23 @@ def token_table(
             scores = (table[ids[places]].double() - prompt[:, None]).norm(dim=2)
         own = near.gather(1, start.clamp(min=0)[:, None])
         ranks = 1 + (near > own + 1e-12 * own.abs()).sum(dim=1)  # equal ones differ in rounding
-        norms = prompt.norm(dim=1), init.norm(dim=1)
-        frame = {"prompt": one.prompt, "task": one.task, "row": range(1, len(init) + 1)}
-        frame |= {"initial_id": ids[start].cpu(), "initial_token": "", "initial_rank": ranks.cpu()}
-        frame |= {"survived": (ranks == 1).cpu(), "drift": (prompt - init).norm(dim=1).cpu()}
-        frame["cosine"] = ((prompt * init).sum(dim=1) / (norms[0] * norms[1])).clamp(-1, 1).cpu()
-        frame |= {"norm": norms[0].cpu(), "initial_norm": norms[1].cpu()}
-        frame["relative_norm"] = norms[0].cpu() / vocabulary.median
-        for at in range(top):
-            nearest = ids[places[:, at]].tolist()
-            frame |= {f"id_{at + 1}": nearest, f"token_{at + 1}": names[nearest].to_numpy()}
-            frame[f"score_{at + 1}"] = scores[:, at].cpu()
-        whole = pd.DataFrame(frame)
+        norm, was = prompt.norm(dim=1), init.norm(dim=1)
+        frame = {"initial_id": ids[start], "initial_token": start, "initial_rank": ranks}
+        frame |= {"survived": ranks == 1, "drift": (prompt - init).norm(dim=1)}
+        frame |= {"cosine": ((prompt * init).sum(dim=1) / (norm * was)).clamp(-1, 1), "norm": norm}
+        frame |= {"initial_norm": was, "relative_norm": norm / vocabulary.median}
+        whole = pd.DataFrame({name: values.cpu() for name, values in frame.items()})
         for name in ("initial_id", "initial_rank", "survived"):
             whole[name] = whole[name].astype("Int64").where((start >= 0).cpu().numpy())
-        frames.append(whole.assign(initial_token=whole["initial_id"].map(names)))
+        whole["initial_token"] = whole["initial_id"].map(names)
+        for at in range(top):
+            nearest = ids[places[:, at]].tolist()
+            whole[f"id_{at + 1}"], whole[f"token_{at + 1}"] = nearest, names[nearest].to_numpy()
+            whole[f"score_{at + 1}"] = scores[:, at].cpu()
+        whole.insert(0, "prompt", one.prompt)
+        whole.insert(1, "task", one.task)
+        whole.insert(2, "row", range(1, len(init) + 1))
+        frames.append(whole)
     return pd.concat(frames, ignore_index=True)
 
 
@@ -312,8 +298,8 @@ def task_distances(prompts: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _both_ways(pairs: pd.DataFrame) -> pd.DataFrame:
-    names = {"task": "other_task", "other_task": "task"}
-    return pd.concat([pairs, pairs.rename(columns=names)], ignore_index=True)
+    mirrored = pairs.rename(columns={"task": "other_task", "other_task": "task"})
+    return pd.concat([pairs, mirrored], ignore_index=True)
 
 
 def prompt_norms(prompts: pd.DataFrame) -> pd.Series:
@@ -353,12 +339,9 @@ def read_transfer(places: Sequence[str], prompts: pd.DataFrame) -> pd.DataFrame:
     if files:
         tables.append(_result_lines(files, prompts["tuned"].iloc[0].backbone_digest))
     lines = pd.concat(tables, ignore_index=True)
-    names = prompts["tuned"].map(lambda one: one.name)
-    task_of = {
-        x: y
-        for by in (names, prompts["prompt"], prompts["task"])
-        for x, y in zip(by, prompts["task"], strict=True)
-    }
+    tasks, task_of = prompts["task"], {}
+    for names in (prompts["tuned"].map(lambda one: one.name), prompts["prompt"], tasks):
+        task_of |= dict(zip(names, tasks, strict=True))
     lines["source"] = lines["source"].map(task_of)
     lines = lines[lines["source"].notna() & lines["target"].isin(prompts["task"])]
     if not len(lines):

@@ -8,8 +8,6 @@ points differ in marker and dash. Sizes are those of a paper's column or page, s
 needs no scaling. Equal tables give equal files. No window and no global state is used.
 """
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-
 from __future__ import annotations
 
 import textwrap

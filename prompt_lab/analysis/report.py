@@ -1,7 +1,5 @@
 """A report of results: its sections, and the one writer of ``report.md`` and ``report.html``."""
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
-
 from __future__ import annotations
 
 import html

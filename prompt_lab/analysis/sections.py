@@ -4,11 +4,6 @@ A section is a title, a legend, a table of unrounded numbers, the same as text, 
 made of the runs that `tables.read_lines` gives, and counts them out again.
 """
 
-# pandas' own types say of every column that it may be a table, an array or a number.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
-# pyright: reportAssignmentType=false, reportOperatorIssue=false
-
 from __future__ import annotations
 
 import re

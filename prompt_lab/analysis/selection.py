@@ -17,10 +17,6 @@ seed. The source no-transfer has the scores without transfer. Either may have a 
 cells are missing numbers, and what follows a # is a comment.
 """
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
-# pyright: reportAssignmentType=false, reportOperatorIssue=false
-
 from __future__ import annotations
 
 import itertools

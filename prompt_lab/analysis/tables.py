@@ -6,11 +6,6 @@ K. Within a point the learning rate and the batch size are chosen by dev, seeds 
 averaged; whatever else differs stops the report. All functions take and give DataFrames.
 """
 
-# pandas' own types say of every column that it may be a table, an array or a number.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
-# pyright: reportAssignmentType=false, reportOperatorIssue=false
-
 from __future__ import annotations
 
 import json

@@ -5,10 +5,6 @@ figures 2 and 3. The code of the paper averages vectors into the entries between
 prompts' figure (2) too; here that is made of prompts, and the vectors' of vectors.
 """
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
-# pyright: reportOperatorIssue=false
-
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -115,9 +115,9 @@ def load_peft(folder: str | Path, task: int | None = None) -> Prompt:
 
 def _foreign(tensor: Tensor, name: str, backbone: str, file: Path, task: str = "") -> Prompt:
     """A prompt of which neither its start nor the digests of its model are known."""
-    prompt, given = tensor.detach().float().clone(), {"task": task, "start_of": task}
-    start = {"start": "prompt", "start_file": str(file), **given}
-    return Prompt(prompt, prompt.clone(), name, backbone, "", "", **start)
+    prompt = tensor.detach().float().clone()
+    start: dict[str, Any] = {"start": "prompt", "start_of": task, "start_file": str(file)}
+    return Prompt(prompt, prompt.clone(), name, backbone, "", "", task=task, **start)
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -259,8 +259,8 @@ def read_prompt(source: Path) -> Prompt:
             f"{source}: a prompt is one tensor of floats (N, D); the file holds {len(tensors)} "
             f"things: {', '.join(kinds)}"
         )
-    known = metadata.get("backbone", ""), source, metadata.get("task", "")
-    return _foreign(whole[0], source.stem, *known)
+    made_for, task = metadata.get("backbone", ""), metadata.get("task", "")
+    return _foreign(whole[0], source.stem, made_for, source, task)
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------

@@ -109,18 +109,8 @@ COLUMNS = {
 
 RESULT_COLUMNS = tuple(COLUMNS)
 CURVE_COLUMNS = (
-    "step",
-    "run",
-    "train_loss",
-    "reconstruction",
-    "dev",
-    "best_dev",
-    "best_step",
-    "moved",
-    "inner_moved",
-    "second_order",
-    "skipped",
-    "status",
+    *("step", "run", "train_loss", "reconstruction", "dev", "best_dev", "best_step"),
+    *("moved", "inner_moved", "second_order", "skipped", "status"),
 )
 BASELINES = ("no_prompt", "initial_prompt", "chance", "majority")
 
@@ -229,18 +219,9 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return text_table(["task", "metric", *names, "prompts"], lines)
 
 
-def text_table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None
-) -> str:
-    """A table of aligned text that fits a terminal: names of columns wrap, long cells are cut.
-
-    Args:
-        header: names of the columns.
-        rows: cells as text.
-        width: most characters of a line; None for those of the terminal, and no bound elsewhere.
-    """
-    if width is None:
-        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of aligned text that fits a terminal: names of columns wrap, long cells are cut."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000
     whole = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     is_wide = sum(whole) + 2 * (len(whole) - 1) > width
     names = [name.split(" ") if is_wide else [name] for name in header]

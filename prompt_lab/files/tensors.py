@@ -120,23 +120,19 @@ def read_metadata(path: str | Path, kind: str) -> dict[str, Any]:
         metadata = {name: json.loads(value) for name, value in raw.items()}
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged, its metadata is not JSON ({error})") from None
-    wrong = [
+    if wrong := [
         f"{name} is {metadata[name]!r}" if name in metadata else f"no {name}"
         for name, what in KINDS[kind].items()
         if name not in metadata or not isinstance(metadata[name], what)
-    ]
-    if wrong:
+    ]:
         raise ValueError(f"{path}: damaged, in its metadata {', '.join(wrong)}")
     return metadata
 
 
 def check_backbone(metadata: Mapping[str, Any], backbone: Backbone, where: str | Path) -> None:
-    """Refuse what was made for another backbone, as far as its metadata tells.
+    """Refuse (``ValueError``) what was made for another backbone, as far as its metadata tells.
 
     They hold ``backbone``, ``backbone_digest`` (may be empty) and ``hidden_size`` (may lack).
-
-    Raises:
-        ValueError: another width, or other weights; naming both sides.
     """
     name, digest = metadata["backbone"] or "a model it does not name", metadata["backbone_digest"]
     width = metadata.get("hidden_size", backbone.hidden_size)
@@ -277,13 +273,11 @@ def held(folder: Path, by: str) -> Iterator[int]:
 def _lock(descriptor: int) -> bool:
     try:
         import fcntl
-    except ImportError:  # not on Windows
-        return True
-    try:
+
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks
+    except (ImportError, OSError):  # Windows, or a file system without locks
         return True
     return True
 
