@@ -203,13 +203,9 @@ def scores_section(runs: pd.DataFrame, scores: pd.DataFrame) -> Section:
     words, counts = _counts(table[is_method(table)], tasks="tasks", runs="scored")
     usual = table.loc[is_method(table), "tasks"].mode().max()
     alike = table["score"].where(is_method(table) & (table["tasks"] == usual))
-    shown = pd.DataFrame(
-        {
-            "line": table["label"],
-            "score": bold_best(plus_minus(table["score"], table["std"]), alike),
-            "95 % interval": intervals(table["low"], table["high"]),
-        }
-    )
+    shown = pd.DataFrame({"line": table["label"]})
+    shown["score"] = bold_best(plus_minus(table["score"], table["std"]), alike)
+    shown["95 % interval"] = intervals(table["low"], table["high"])
     shown = shown.assign(**{name: table["scored" if name == "runs" else name] for name in counts})
     if table["failed"].any():
         shown["failed"] = table["failed"]
@@ -251,17 +247,13 @@ def gains_section(runs: pd.DataFrame, ratios: pd.DataFrame) -> Section:
     columns = {"tasks": "e_rel_tasks", "runs": "e_rel_runs", "samples": "samples"}
     words, counts = _counts(own, **columns)
     best = own["e_rel"].where(is_method(own))
-    means = [map(number, own[x]) for x in ("shared_mean", "reference_mean")]
-    shown = pd.DataFrame(
-        {
-            "line": own["label"],
-            "E_rel": bold_best(plus_minus(own["e_rel"], own["e_rel_std"]), best),
-            "95 % interval": intervals(own["low"], own["high"]),
-            "ARG (%)": plus_minus(100 * own["e_rel"] - 100, 100 * own["arg_std"], 1, "+"),
-            "score : reference": [f"{x} : {y}" for x, y in zip(*means, strict=True)],
-            "p": p_values(own["p_corrected"]),
-        }
-    ).assign(**counts)
+    shown = own[["label"]].rename(columns={"label": "line"})
+    shown["E_rel"] = bold_best(plus_minus(own["e_rel"], own["e_rel_std"]), best)
+    shown["95 % interval"] = intervals(own["low"], own["high"])
+    shown["ARG (%)"] = plus_minus(100 * own["e_rel"] - 100, 100 * own["arg_std"], 1, "+")
+    means = own["shared_mean"].map(number) + " : " + own["reference_mean"].map(number)
+    shown = shown.assign(**{"score : reference": means, "p": p_values(own["p_corrected"])})
+    shown = shown.assign(**counts)
     gains = ratios[is_method(ratios) & (ratios["line"] != reference)]
     reasons = [
         f"{why}: {', '.join(dict.fromkeys(of_why['task']))}"
@@ -465,19 +457,12 @@ def tests_section(runs: pd.DataFrame, references: Sequence[str]) -> Iterator[Sec
         return
     table["p_corrected"] = holm(table["p"])
     known = table[table["p"].notna()]
-    shown = pd.DataFrame(
-        {
-            "task": known["task"],
-            "K": known["shots"],
-            "line": known["one"],
-            "against": known["other"],
-            "n": [f"{x} : {y}" for x, y in zip(known["n"], known["n_other"], strict=True)],
-            "difference": [number(x, "+") for x in known["difference"]],
-            "95 % interval": intervals(known["low"], known["high"], "+"),
-            "test": known["test"],
-            "p": p_values(known["p_corrected"]),
-        }
-    )
+    shown = known[["task", "shots", "one", "other"]]
+    shown = shown.set_axis(["task", "K", "line", "against"], axis=1)
+    shown["n"] = known["n"].astype(str) + " : " + known["n_other"].astype(str)
+    shown["difference"] = [number(x, "+") for x in known["difference"]]
+    shown["95 % interval"] = intervals(known["low"], known["high"], "+")
+    shown["test"], shown["p"] = known["test"], p_values(known["p_corrected"])
     same = [x for x in ("K", "against", "test") if shown[x].nunique() == 1]
     pair = "The two lines of the best mean dev scores of their chosen runs"
     legend = (
