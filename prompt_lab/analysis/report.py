@@ -1,7 +1,5 @@
 """A report of results: its sections, and the one writer of ``report.md`` and ``report.html``."""
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
-
 from __future__ import annotations
 
 import html
@@ -45,12 +43,10 @@ def make_report(
     references: Sequence[str] = (),
     partition: Mapping[str, Iterable[str]] | None = None,
 ) -> list[Section]:
-    """All sections that the runs have something for.
+    """All sections that the runs, as `tables.read_lines` gives them, have something for.
 
-    Args:
-        runs: as `tables.read_lines` gives them.
-        references: names of lines to compare with; tests of each task are against the first.
-        partition: tasks by the name of their set.
+    ``references`` are lines to compare with; tests of each task are against the first.
+    ``partition`` has tasks by the name of their set.
 
     Raises:
         ValueError: a reference that is no line, or is several on one task; a K that is none.
@@ -78,11 +74,6 @@ def make_report(
 
 def write_report(sections: Sequence[Section], folder: Path, title: str = "Results") -> list[Path]:
     """Write ``report.md``, ``report.html``, and of each section a CSV file and its figures.
-
-    Args:
-        sections: as `make_report` gives them.
-        folder: where to; made if it is not there.
-        title: of the report.
 
     Returns:
         The files, the two reports first.

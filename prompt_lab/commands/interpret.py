@@ -42,15 +42,8 @@ def interpret_command(
         backbone: hub id or folder of the model, where it is not at the place that the prompts name.
         all_rows: also find special tokens and rows that no token has.
 
-    Returns:
-        The report.
-
     Raises:
-        FileNotFoundError: a prompt file, folder, table or result file that is not there.
-        ValueError: no prompts, prompts of several backbones, prompts of several lengths where rows
-            are compared, numbers that are not finite, ``top`` out of range, or transfer that cannot
-            be read.
-        NotADirectoryError: ``out`` is a file.
+        FileNotFoundError, ValueError, NotADirectoryError: what lacks or is wrong, in a sentence.
     """
     from prompt_lab.analysis.interpretation import find_tuned, prompt_points, read_transfer
     from prompt_lab.analysis.interpretation_sections import interpret_prompts

@@ -27,14 +27,8 @@ def report_command(
             first; without a reference, tests are of the two lines that dev puts first).
         partition: name of a partition, such as ipt/random, for means over its sets.
 
-    Returns:
-        The report.
-
     Raises:
-        FileNotFoundError: no such folder, or no results in it.
-        ValueError: two lines of one name, a file that is no results.csv or of another version,
-            settings that differ within a line, an unknown reference or partition.
-        NotADirectoryError: ``out`` is a file.
+        FileNotFoundError, ValueError, NotADirectoryError: what lacks or is wrong, in a sentence.
     """
     from prompt_lab.analysis.report import make_report, markdown, write_report
     from prompt_lab.analysis.tables import read_lines
