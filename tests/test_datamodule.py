@@ -208,7 +208,10 @@ def test_several_accepted_answers_are_each_tokenised(backbone: Factory) -> None:
         ({"metrics": {"film": "acc"}}, "metric acc of film: choose among ACC, EM, QA-F1"),
         ({"tasks": {"film": {"train": ROWS["train"]}}}, "task film has no dev, test: give train"),
         ({"tasks": {"film": ROWS | {"dev": []}}}, "film 0 dev: no rows: give at least one"),
-        ({"labels": {"film": ["great"]}}, "film 0 train, line 2: 'bad' is not a label of film"),
+        (
+            {"labels": {"film": ["great", "good"]}},
+            "film 0 train, line 2: 'bad' is not a label of film",
+        ),
         ({"max_input_length": 0}, "data.max_input_length is 0: give at least 1"),
         ({"samples": [1, 1]}, r"data.samples must be distinct and at least one: \[1, 1\]"),
         ({"truncation_side": "up"}, "data.truncation_side is 'up'; allowed: right, left"),

@@ -525,9 +525,9 @@ def test_a_checkpoint_of_something_else_is_refused(fit, fewshot_root, tmp_path):
         ),
         ({"trainer": {"gradient_clip_val": 1.0}}, "model.optim.clip"),
         ({"patience": 0}, "model.patience is 0: give at least 1, or null"),
-        ({"intrinsic_dim": 0}, "model.intrinsic_dim is 0: give at least 1, or null"),
+        ({"intrinsic_dim": 0}, "model.intrinsic_dim is 0: give at least 1"),
         ({"label_smoothing": 1.0}, "model.label_smoothing is 1.0"),
-        ({"learning_rate": 0.0}, "learning_rate must be positive"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0: give a positive number"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )

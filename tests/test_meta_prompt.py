@@ -598,8 +598,8 @@ def test_a_fit_that_diverges_later_keeps_its_best_prompt(fit, monkeypatch):
         ({"query_size": -1}, r"model\.query_size is -1: give at least 1"),
         ({"num_virtual_tokens": 0}, r"model\.num_virtual_tokens is 0: give at least 1"),
         ({"algorithm": "anil"}, "'anil'; allowed: maml, fomaml, reptile, multitask"),
-        ({"learning_rate": 0.0}, "must be positive"),
-        ({"rate_factor": -1.0}, "must be positive"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0: give a positive"),
+        ({"rate_factor": -1.0}, "rate_factor is -1.0: give a positive"),
         ({"label_smoothing": 1.0}, "give 0 up to below 1"),
         ({"depth": -1}, r"model\.depth is -1 for maml.*0 or more"),
         ({"depth": 1, "algorithm": "fomaml"}, r"model\.depth is 1 for fomaml: it is of maml"),
@@ -794,7 +794,9 @@ def test_dry_run_says_what_would_be_learned_on_which_tasks(
         "validation tasks: emotion",
         f"step: 4 episodes of {rows}",
         f"inner loop: {inner}",
-        "steps: 6, evaluation every 3, adapting by 20 steps",
+        "adaptation: 20 steps",
+        f"backbone: {method.backbone.name}",
+        "steps: 6, evaluation every 3",
     ]
 
 

@@ -1,20 +1,19 @@
 """Data modules: the rows of few-shot tasks, tokenised once, and the batches of a bank of runs.
 
-`PromptDataModule` turns the rows of every (task, sample) into token ids by the rules of the
-backbone that a method brings along, and makes the loaders from the runs that the method names and
-from its `Progress`. `CrossFitDataModule` reads files in the layout of the CrossFit gym,
-`RowsDataModule` takes pairs of texts; a subclass with a method ``rows`` brings any other source.
-Everything stays in memory: these are few-shot sets.
+`PromptDataModule` makes tokens by the rules of the backbone that a method brings along, and loaders
+from the method's runs and `Progress`. `CrossFitDataModule` reads files in the layout of the
+CrossFit gym, `RowsDataModule` takes pairs of texts; a subclass with a method ``rows`` brings any
+other source. Everything stays in memory: these are few-shot sets.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from lightning.pytorch import LightningDataModule
 
@@ -33,15 +32,7 @@ from prompt_lab.data.files import (
     read_samples,
 )
 from prompt_lab.data.partitions import expand_sets
-from prompt_lab.data.sampling import (
-    Draw,
-    EvaluationSteps,
-    Key,
-    Layout,
-    Progress,
-    Rows,
-    TrainSteps,
-)
+from prompt_lab.data.sampling import Draw, EvaluationSteps, Key, Layout, Progress, Rows, TrainSteps
 from prompt_lab.data.tasks import Shots, Task, find_tasks
 from prompt_lab.sandbox import SANDBOX, TASKS
 from prompt_lab.sandbox import rows as sandbox_rows
@@ -112,19 +103,17 @@ class PromptDataModule(LightningDataModule):
         Raises:
             DataError: a split without rows, or answers outside a task's labels.
         """
-        for task in self.tasks.values():
-            for sample in self.samples:
-                if (task.name, sample) in self.splits:
-                    continue
-                made: dict[SplitName, Split] = {}
-                for split in SPLITS:
-                    pairs = self.rows(task.name, sample, split)
-                    where = Path(f"{task.name} {sample} {split}")
-                    if not pairs:
-                        raise DataError(f"{where}: no rows: give at least one of each split")
-                    made[split] = as_split(pairs, where)
-                    check_labels(made[split], task)
-                self.splits[task.name, sample] = made
+        for task, sample in self.keys:
+            if (task, sample) in self.splits:
+                continue
+            made: dict[SplitName, Split] = {}
+            for split in SPLITS:
+                pairs, where = self.rows(task, sample, split), Path(f"{task} {sample} {split}")
+                if not pairs:
+                    raise DataError(f"{where}: no rows: give at least one of each split")
+                made[split] = as_split(pairs, where)
+                check_labels(made[split], self.tasks[task])
+            self.splits[task, sample] = made
 
     @property
     def keys(self) -> list[Key]:
@@ -141,14 +130,7 @@ class PromptDataModule(LightningDataModule):
         self.layout = Layout(backbone.pad_id, not backbone.is_encoder_decoder)
 
     def tokens(self, task: str, sample: int, split: SplitName, keep: bool = True) -> Rows:
-        """Tokenised rows of one split; equal test sets of several samples are tokenised once.
-
-        Args:
-            task: name of the task.
-            sample: its few-shot sample.
-            split: train, dev or test.
-            keep: hold them for the next time.
-        """
+        """Tokenised rows of one split, to keep for the next time; equal test sets are made once."""
         data = self.splits[task, sample][split]
         key = (task, data.digest, split)
         found = self._tokens.get(key)
@@ -261,16 +243,10 @@ class RowsDataModule(PromptDataModule):
         for name, of_task in tasks.items():
             if lacking := [split for split in SPLITS if split not in of_task]:
                 raise ValueError(f"task {name} has no {', '.join(lacking)}: give train, dev, test")
-        made = [
-            Task(
-                name,
-                "custom",
-                metrics.get(name, "ACC" if name in labels else "EM"),
-                None,
-                tuple(labels[name]) if name in labels else None,
-            )
-            for name in tasks
-        ]
+        made = []
+        for name in tasks:
+            own = tuple(labels[name]) if name in labels else None
+            made.append(Task(name, "custom", metrics.get(name, "ACC" if own else "EM"), None, own))
         if wrong := [task for task in made if task.metric not in METRICS]:
             raise ValueError(
                 f"metric {wrong[0].metric} of {wrong[0].name}: choose among {', '.join(METRICS)}"
@@ -322,12 +298,18 @@ class CrossFitDataModule(PromptDataModule):
         truncation_side: Side = "right",
     ) -> None:
         chosen = find_tasks(expand_sets(tasks), task_file)
+        most = SPLIT_ROWS["train"]
         if shots is not None:
-            _check_shots(shots, root)
+            if shots != "all" and (type(shots) is not int or shots < 1):
+                raise ValueError(f"data.shots is {shots!r}: give a whole number above 0, or all")
+            if root == SANDBOX and (shots == "all" or shots > most):
+                raise ValueError(
+                    f"data.shots is {shots}, but a sandbox task has {most} training rows: give up "
+                    f"to {most}, or leave it out"
+                )
             chosen = [replace(task, shots=shots) for task in chosen]
-        super().__init__(
-            chosen, samples, max_input_length, task_prefix, order_seed, truncation_side
-        )
+        given = (samples, max_input_length, task_prefix, order_seed, truncation_side)
+        super().__init__(chosen, *given)
         self.given_tasks = list(tasks)  # with sets of partitions as they were named
         self.root, self.allow_overlap = root, allow_overlap
 
@@ -359,8 +341,10 @@ def as_split(pairs: Pairs, where: Path) -> Split:
     """
     inputs, references = [], []
     for number, pair in enumerate(pairs, 1):
-        text, answers = pair if isinstance(pair, (tuple, list)) and len(pair) == 2 else (None, None)
-        row = [answers] if isinstance(answers, str) else [*(answers or [])]
+        text, answers = pair if isinstance(pair, (tuple, list)) and len(pair) == 2 else (None, ())
+        row: Any = [answers]
+        if isinstance(answers, Iterable) and not isinstance(answers, str):
+            row = [*answers]
         if not all(isinstance(x, str) and x.strip() for x in (text, *row)) or not row:
             raise DataError(
                 f"{where}, row {number}: {pair!r} is no pair of a text and an answer, or a list of "
@@ -386,17 +370,8 @@ def tokenise(
 ) -> Rows:
     """Apply the rules of a backbone to the rows of a split; equal answers are tokenised once.
 
-    Args:
-        backbone: the backbone.
-        task: the task of the rows.
-        data: the rows.
-        max_input_length: longer inputs are cut to this many tokens, specials included.
-        prefix: text in front of every input.
-        with_targets: whether to give the token ids of the answers, which training needs.
-        truncation_side: where longer inputs are cut.
-
-    Returns:
-        The tokenised rows.
+    Inputs are cut to ``max_input_length`` tokens, specials included; ``prefix`` is text in front of
+    each; ``with_targets`` asks for the token ids of the answers, which training needs.
 
     Raises:
         ValueError: an input without tokens, naming the file.
@@ -419,20 +394,8 @@ def tokenise(
     )
 
 
-def _check_shots(shots: Shots, root: str) -> None:
-    """Refuse a K that no file, or no draw from the sandbox's rows, can have."""
-    if shots != "all" and (not isinstance(shots, int) or isinstance(shots, bool) or shots < 1):
-        raise ValueError(f"data.shots is {shots!r}: give a whole number above 0, or all")
-    most = SPLIT_ROWS["train"]
-    if root == SANDBOX and (shots == "all" or shots > most):
-        raise ValueError(
-            f"data.shots is {shots}, but a sandbox task has {most} training rows: give up to "
-            f"{most}, or leave it out"
-        )
-
-
 def _sandbox_splits(task: Task, sample: int) -> dict[SplitName, Split]:
-    """The generated splits of a sandbox task; of the training rows K, with the labels' shares.
+    """The generated splits of a sandbox task; K training rows keep labels' shares.
 
     Raises:
         ValueError: a task that is not one of the sandbox's, or a K that cannot hold all labels.
@@ -446,19 +409,14 @@ def _sandbox_splits(task: Task, sample: int) -> dict[SplitName, Split]:
     for name in ("train", "dev", "test"):
         pairs = sandbox_rows(task.name, sample, name)
         if name == "train" and task.shots != SPLIT_ROWS["train"]:
-            pairs = _draw(task, pairs, sample)
+            assert isinstance(task.shots, int)
+            kinds = [answer if task.labels else "" for _, answer in pairs]
+            try:
+                chosen, _ = draw_stratified(kinds, task.shots, 0, sample)
+            except DataError as error:
+                raise DataError(f"{task.name}: {error}") from None
+            pairs = [pairs[row] for row in chosen]
         where = Path(f"sandbox/{task.name}/{task.name}_{task.shots}_{sample}_{name}.tsv")
         made[name] = as_split(pairs, where)
     check_overlap(made["train"], made["dev"], made["test"])
     return made
-
-
-def _draw(task: Task, pairs: list[tuple[str, str]], sample: int) -> list[tuple[str, str]]:
-    """K of the training rows of a sandbox task: N rows in all, in which labels keep their share."""
-    assert isinstance(task.shots, int)
-    kinds = [answer if task.labels else "" for _, answer in pairs]
-    try:
-        chosen, _ = draw_stratified(kinds, task.shots, 0, sample)
-    except DataError as error:
-        raise DataError(f"{task.name}: {error}") from None
-    return [pairs[row] for row in chosen]

@@ -1,10 +1,10 @@
 """Which rows a step sees, and the batches that training and evaluation iterate over.
 
 Every draw is a pure function of seeds and the number of the batch, so nothing about it needs to be
-saved, and a resumed fit sees what an uninterrupted one would. There are three: each run of a bank
-reads its own endless stream of rows (`bank_draw`), the rows of many tasks are mixed
-(`mixture_draw`), and episodes of meta-learning have support and query rows (`episode_draw`).
-Finished runs ask for no rows. Processes share the rows of a batch; none is padded or repeated.
+saved, and a resumed fit sees what an uninterrupted one would: each run of a bank reads its own
+endless stream of rows (`bank_draw`), the rows of many tasks are mixed (`mixture_draw`), episodes of
+meta-learning have support and query rows (`episode_draw`). Finished runs ask for no rows. Processes
+have every n-th row or episode of a batch (``share``: which, and n); none is padded or repeated.
 """
 
 from __future__ import annotations
@@ -92,13 +92,7 @@ class Draw:
 
 
 class TrainSteps:
-    """The batches of a fit, each made when it is asked for.
-
-    Args:
-        draw: what a batch holds.
-        progress: says which batch is next.
-        length: how many there are in an epoch.
-    """
+    """The batches of a fit, ``length`` in an epoch, each made when it is asked for."""
 
     def __init__(self, draw: Draw, progress: Progress, length: int) -> None:
         self.draw, self.progress, self.length = draw, progress, length
@@ -118,21 +112,16 @@ class TrainSteps:
 def epoch_order(
     order_seed: int, task: str, sample: int, epoch: int, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Order of the rows in one epoch, and a draw per row that picks among its references.
+    """Order of the rows in one epoch (size,), and a draw per row that picks among its references.
 
-    Returns:
-        A permutation (size,) and non-negative integers (size,).
+    The draws (size,) are integers from 0 to 2^31 - 1.
     """
     rng = np.random.default_rng([order_seed, zlib.crc32(task.encode()), sample, epoch])
     return rng.permutation(size), rng.integers(2**31, size=size)
 
 
 def row_of_draw(seed: int, task: str, sample: int, number: int, size: int) -> tuple[int, int]:
-    """What a stream's draw with this number, counted from 0, reads: one permutation after another.
-
-    Returns:
-        The row, and a number that picks among its references.
-    """
+    """Row and reference of a stream's draw, counted from 0: one permutation after another."""
     epoch, at = divmod(number, size)
     order, draws = epoch_order(seed, task, sample, epoch, size)
     return int(order[at]), int(draws[at])
@@ -145,9 +134,11 @@ def step_rows(run: Run, order_seed: int, step: int, size: int) -> Drawn:
 
 
 def _batch(
-    picked: Sequence[tuple[Rows, int, int, int, float]], layout: Layout, share: tuple[int, int]
+    picked: Sequence[tuple[Rows, int, int, int, float]],
+    layout: Layout,
+    share: tuple[int, int] = (0, 1),
 ) -> Batch:
-    """Rows (with draw, prompt and weight) as a batch: this process's, every n-th by length."""
+    """Rows with draw, prompt and weight as a batch; this process's are every n-th by length."""
     inputs = [rows.inputs[row] for rows, row, *_ in picked]
     answers = [(rows.targets[row], draw) for rows, row, draw, *_ in picked]
     targets = [references[draw % len(references)] for references, draw in answers]
@@ -174,15 +165,7 @@ def bank_draw(
     layout: Layout,
     share: tuple[int, int] = (0, 1),
 ) -> Draw:
-    """The rows of all live runs, each with its own order and batch size; weight 1/batch size.
-
-    Args:
-        runs: all runs of the bank.
-        rows: training rows by (task, sample).
-        order_seed: seed of the data order.
-        layout: padding.
-        share: this process, and how many share the rows.
-    """
+    """The rows of all live runs, each with its own order and batch size; weight 1/batch size."""
 
     def batch(step: int, live: Sequence[int]) -> Batch:
         picked = []
@@ -231,17 +214,11 @@ def mixture_draw(
 ) -> Draw:
     """Rows of many tasks mixed, those of the t-th (task, sample) under prompt t.
 
-    Args:
-        rows: training rows by (task, sample).
-        mixing: how tasks are weighted, see :func:`task_weights`.
-        batch_size: rows of a step over all processes; each weighs 1 / batch_size.
-        seed: seed of the order.
-        layout: padding.
-        share: this process, and how many share the rows.
-        temperature: T of ``temperature``.
+    A step has ``batch_size`` rows over all processes, of weight 1 / batch_size each; ``mixing`` and
+    ``temperature`` are those of :func:`task_weights`.
 
     Raises:
-        ValueError: as :func:`task_weights` and :func:`mixture_rows`; a batch size below 1.
+        ValueError: as :func:`task_weights`; a batch size below 1.
     """
     if batch_size < 1:
         raise ValueError(f"model.batch_size is {batch_size}: give at least 1")
@@ -369,16 +346,8 @@ def episode_draw(
 ) -> Draw:
     """The episodes of a meta-batch; a process has every n-th of them.
 
-    Args:
-        support: train rows by (task, sample).
-        query: dev rows of the same, with targets.
-        episodes: episodes of a meta-step over all processes, M.
-        inner_steps: inner steps, K.
-        support_size: train rows of an inner step.
-        query_size: dev rows of an episode.
-        seed: seed of the order.
-        layout: padding.
-        share: this process, and how many share the episodes.
+    ``support`` and ``query`` are the rows of train and dev, with targets, of the same keys; the
+    numbers are those of :func:`episode_rows`.
     """
     sizes = {key: (len(support[key]), len(query[key])) for key in support}
     counts = (episodes, inner_steps, support_size, query_size)
@@ -389,16 +358,7 @@ def episode_draw(
             for index, (key, rows) in enumerate(zip(keys, drawn, strict=True))
             for row, draw in rows
         ]
-        answers = [(rows.targets[row], draw) for rows, row, draw, *_ in picked]
-        return make_batch(
-            [rows.inputs[row] for rows, row, *_ in picked],
-            [references[draw % len(references)] for references, draw in answers],
-            [own[3] for own in picked],
-            pad_id=layout.pad_id,
-            left_padded=layout.left_padded,
-            weight=[own[4] for own in picked],
-            rows=[own[1] for own in picked],
-        )
+        return _batch(picked, layout)
 
     def batch(step: int, live: Sequence[int]) -> Episodes:
         mine = episode_rows(seed, step, sizes, *counts)[share[0] :: share[1]]
@@ -438,7 +398,8 @@ def episode_rows(
     keys, found = list(sizes), []
     for position in range(step * episodes, (step + 1) * episodes):
         visit, at = divmod(position, len(keys))
-        task, sample = key = keys[_pass_order(seed, visit, len(keys))[at]]
+        order = np.random.default_rng([seed, zlib.crc32(b"episodes"), visit]).permutation(len(keys))
+        task, sample = key = keys[order[at]]
         train, dev = sizes[key]
         rows = _visit_rows(seed, task, sample, visit, inner_steps * support_size, train)
         cuts = range(0, len(rows), support_size)
@@ -447,11 +408,6 @@ def episode_rows(
         query = _visit_rows(seed, f"{task}/query", sample, visit, query_size, dev)
         found.append(EpisodeRows(key, support, query))
     return found
-
-
-@lru_cache(maxsize=8)
-def _pass_order(seed: int, number: int, count: int) -> np.ndarray:
-    return np.random.default_rng([seed, zlib.crc32(b"episodes"), number]).permutation(count)
 
 
 def _visit_rows(seed: int, task: str, sample: int, visit: int, count: int, size: int) -> Drawn:
@@ -536,28 +492,29 @@ class EvaluationSteps:
         Every second prompt has its shortest row first, so that a batch that holds rows of two
         prompts joins rows of about one length.
         """
-        live = list(self.live())
-        if self._made[0] == live:
-            return self._made[1]
-        parts = []
-        for start in range(0, len(live), self.block or len(live) or 1):
+        live, (lives, parts) = list(self.live()), self._made
+        if live == lives:
+            return parts
+        parts, block = [], self.block or len(live) or 1
+        for start in range(0, len(live), block):
             members: dict[Key, list[int]] = {}
-            for place in live[start : start + (self.block or len(live))]:
+            for place in live[start : start + block]:
                 run = self.runs[place]
                 members.setdefault((run.task, run.sample), []).append(place)
             for key, places in members.items():
-                rows, longest = self.rows[key], self.longest_answer[key]
-                pairs = [(place, row) for place in places for row in range(len(rows))]
-                pairs.sort(key=lambda pair: -len(rows.inputs[pair[1]]))
+                rows = self.rows[key]
+                order = sorted(range(len(rows)), key=lambda row: -len(rows.inputs[row]))
                 if self.layout.left_padded:
-                    order = sorted(range(len(rows)), key=lambda row: -len(rows.inputs[row]))
                     turned = [order[::-1] if at % 2 else order for at in range(len(places))]
                     both = zip(places, turned, strict=True)
                     pairs = [(place, row) for place, own in both for row in own]
+                else:
+                    pairs = [(place, row) for place in places for row in range(len(rows))]
+                    pairs.sort(key=lambda pair: -len(rows.inputs[pair[1]]))
                 pairs = pairs[self.share[0] :: self.share[1]]
                 lengths = [len(rows.inputs[row]) for _, row in pairs]
-                extra = self.extra_per_row(rows.task, longest)
-                for a, b in spans(lengths, [0] * len(pairs), self.tokens_per_forward, extra):
-                    parts.append((key, pairs[a:b]))
+                extra = self.extra_per_row(rows.task, self.longest_answer[key])
+                cuts = spans(lengths, [0] * len(pairs), self.tokens_per_forward, extra)
+                parts += [(key, pairs[a:b]) for a, b in cuts]
         self._made = live, parts
         return parts

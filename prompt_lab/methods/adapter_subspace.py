@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from prompt_lab.core.adapters import AdaptedBackbone
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import with_gradient
 from prompt_lab.core.batch import Batch
-from prompt_lab.core.optim import OptimConfig, adamw_with_warmup, check_warmup_and_clip
+from prompt_lab.core.optim import OptimConfig, adamw_with_warmup
 from prompt_lab.core.run import Run
 from prompt_lab.core.subspace import AdapterMap, Subspace
 from prompt_lab.data.datamodule import PromptDataModule
@@ -47,12 +46,6 @@ class _AdapterMethod(PromptTuning):
 
     std: float
     intrinsic_dim: int
-
-    def check_std(self, std: float) -> None:
-        """Take the spread of initial codes; refuse one below 0."""
-        if std < 0:
-            raise ValueError(f"model.std is {std}: give 0 or more")
-        self.std, self.num_virtual_tokens = std, 0
 
     def plain_backbone(self) -> Backbone:
         """The backbone without adapters.
@@ -73,6 +66,12 @@ class _AdapterMethod(PromptTuning):
         """The map from codes to adapters."""
         assert self.subspace is not None
         return self.subspace
+
+    def build(self, backbone: Backbone, runs: Sequence[Run]) -> None:
+        """Make the codes."""
+        self.prompt = None
+        self.code = nn.Parameter(torch.zeros(len(runs), self.map.intrinsic_dim))
+        self.register_buffer("init", torch.zeros(len(runs), 1, backbone.hidden_size))
 
     @property
     def variant(self) -> str:
@@ -118,8 +117,7 @@ class AdapterTuning(_AdapterMethod):
             learning_rate=learning_rate,
             **kwargs,
         )
-        self.check_std(std)
-        self.adapters = adapters
+        self.adapters, self.std, self.num_virtual_tokens = adapters, std, 0
 
     def load_backbone(self) -> Backbone:
         """Load map and backbone, once."""
@@ -128,12 +126,6 @@ class AdapterTuning(_AdapterMethod):
             self.subspace = load_network(self.adapters, AdapterMap, plain)
             return AdaptedBackbone(plain, self.subspace.metadata["bottleneck"])
         return self.backbone
-
-    def build(self, backbone: Backbone, runs: Sequence[Run]) -> None:
-        """Make the codes."""
-        self.prompt = None
-        self.code = nn.Parameter(torch.zeros(len(runs), self.map.intrinsic_dim))
-        self.register_buffer("init", torch.zeros(len(runs), 1, backbone.hidden_size))
 
     @torch.no_grad()
     def start(self, data: PromptDataModule) -> None:
@@ -204,21 +196,19 @@ class AdapterSubspace(_AdapterMethod):
             test_baselines=False,
             **kwargs,
         )
-        sizes = {"intrinsic_dim": intrinsic_dim, "inner_size": inner_size, "bottleneck": bottleneck}
-        for name, size in sizes.items():
-            if size is not None and size < 1:
-                raise ValueError(f"model.{name} is {size}: give at least 1")
-        check_warmup_and_clip(warmup, clip)
-        self.check_std(std)
+        self.std, self.num_virtual_tokens = std, 0
         self.intrinsic_dim, self.inner_size, self.bottleneck = intrinsic_dim, inner_size, bottleneck
         self.warmup, self.clip, self.seed = warmup, clip, seed
 
     # ---- what is trained ------------------------------------------------------------------------
 
-    def describe_fit(self, data: PromptDataModule, trainer: Trainer) -> str:
-        """What would be trained; there is no grid."""
-        self.look(data, trainer)
-        return PromptMethod.describe_fit(self, data, trainer)
+    def described(self, data: PromptDataModule) -> list[str]:
+        """Map and codes; there is no grid."""
+        return [self.summary()]
+
+    def held(self) -> dict[str, int]:
+        """As every method's."""
+        return PromptMethod.held(self)
 
     def load_backbone(self) -> Backbone:
         """Load the backbone, once, and let it take adapters."""
@@ -228,13 +218,11 @@ class AdapterSubspace(_AdapterMethod):
 
     def build(self, backbone: Backbone, runs: Sequence[Run]) -> None:
         """Make map and codes."""
-        self.prompt = None
         self.subspace = AdapterMap(
             backbone.hidden_size, self.intrinsic_dim, self.inner_size, self.seed
         )
         self.best_map = copy.deepcopy(self.subspace).requires_grad_(False)
-        self.code = nn.Parameter(torch.zeros(len(runs), self.intrinsic_dim))
-        self.register_buffer("init", torch.zeros(len(runs), 1, backbone.hidden_size))
+        super().build(backbone, runs)
 
     @torch.no_grad()
     def start(self, data: PromptDataModule) -> None:
@@ -289,25 +277,19 @@ class AdapterSubspace(_AdapterMethod):
     def write(self) -> None:
         """Write the best map, and the adapters of every task."""
         if self.trainer.is_global_zero:
-            self._write_map()
+            metadata = {
+                "backbone": self.backbone.name,
+                "backbone_digest": self.backbone.digest,
+                "tokenizer_digest": self.backbone.tokenizer_digest,
+                "bottleneck": self.bottleneck,
+                "source_tasks": list(self.datamodule.tasks),
+                "samples": self.datamodule.samples,
+                "seed": self.seed,
+                "steps": int(self.keeper.step),
+                "dev_score": float(self.keeper.score),
+            }
+            save_network(self.map_path, self.best_map, metadata)
         super().write()
-
-    def _write_map(self) -> None:
-        """Write the file of the best map."""
-        backbone = self.backbone
-        assert backbone is not None
-        metadata = {
-            "backbone": backbone.name,
-            "backbone_digest": backbone.digest,
-            "tokenizer_digest": backbone.tokenizer_digest,
-            "bottleneck": self.bottleneck,
-            "source_tasks": list(self.datamodule.tasks),
-            "samples": self.datamodule.samples,
-            "seed": self.seed,
-            "steps": int(self.keeper.step),
-            "dev_score": float(self.keeper.score),
-        }
-        save_network(self.map_path, self.best_map, metadata)
 
     @property
     def map_path(self) -> Path:

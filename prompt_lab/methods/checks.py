@@ -1,14 +1,36 @@
-"""What a Trainer must not do, since it would do nothing or quietly change the result."""
+"""Values that a setting may have, and what a Trainer must not do.
+
+What is refused would do nothing, or quietly change the result.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lightning.pytorch import callbacks
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 
 if TYPE_CHECKING:
     from prompt_lab.methods.method import PromptMethod
+
+COUNTS = (
+    *("tokens_per_forward", "num_beams", "max_new_tokens", "num_virtual_tokens", "batch_size"),
+    *("intrinsic_dim", "inner_size", "bottleneck", "episodes", "support_size", "query_size"),
+)
+LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
+    **dict.fromkeys(COUNTS, (lambda value: value >= 1, "at least 1")),
+    "patience": (lambda value: value >= 1, "at least 1, or null"),
+    **dict.fromkeys(("alpha", "std"), (lambda value: value >= 0, "0 or more")),
+    **dict.fromkeys(
+        ("learning_rate", "attention_learning_rate", "rate_factor", "temperature"),
+        (lambda value: value > 0, "a positive number"),
+    ),
+    "label_smoothing": (lambda value: 0 <= value < 1, "0 up to below 1"),
+    "warmup": (lambda value: 0 <= value <= 1, "a share of the steps, 0 to 1"),
+    "clip": (lambda value: value > 0, "a positive norm, or null for none"),
+}
+"""What settings of one number may be, whichever method has them."""
 
 REFUSED_CALLBACKS = {
     "WeightAveraging": "prompts are kept by dev score, not averaged",
@@ -19,6 +41,18 @@ REFUSED_CALLBACKS = {
     "BatchSizeFinder": "model.tokens_per_forward bounds memory; a batch size changes the result",
 }
 """Callbacks of Lightning that would do nothing, or change what is recorded, and why."""
+
+
+def check_settings(given: Mapping[str, Any]) -> None:
+    """Refuse a number beyond what its setting may be; null and lists are checked elsewhere.
+
+    Raises:
+        ValueError: the setting, and what is allowed.
+    """
+    for name, (is_allowed, allowed) in LIMITS.items():
+        value = given.get(name)
+        if isinstance(value, (int, float)) and not is_allowed(value):
+            raise ValueError(f"model.{name} is {value}: give {allowed}")
 
 
 def check_trainer(method: PromptMethod) -> None:
@@ -83,3 +117,9 @@ def refuse_strategy(name: str) -> NoReturn:
         "backbone that is too large for a device use model.backbone.dtype bfloat16, "
         "model.backbone.gradient_checkpointing true and a smaller model.tokens_per_forward"
     )
+
+
+def some(names: list[str], most: int = 3) -> str:
+    """The first few names and how many more there are, for a sentence."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

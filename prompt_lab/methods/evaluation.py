@@ -51,6 +51,13 @@ class Way:
     max_new_tokens: int | None
     num_beams: int
 
+    @property
+    def described(self) -> str:
+        """The way, for the results."""
+        if self.labels is not None:
+            return "score"
+        return f"generate beams={self.num_beams} tokens={self.max_new_tokens or 'longest'}"
+
 
 def answers(backbone: Backbone, prefix_of: PrefixOf, step: EvaluationBatch, way: Way) -> list[str]:
     """One answer per row of an evaluation batch; a batch too large for memory is halved."""
@@ -178,43 +185,59 @@ class Report:
     """
 
     def __init__(self, method: PromptMethod, evaluation: Evaluation, stage: str) -> None:
-        self.method, self.evaluation, self.stage = method, evaluation, stage
+        self.method, self.evaluation, self.testing = method, evaluation, stage == "test"
         self.fit_id, settings, self.digests = fit_id(method)
         known = {k: v for k, v in unusual(method, settings).items() if k not in IN_COLUMNS}
         self.settings = json.dumps(known, default=str)
-        self.predictions: list[tuple[str, str, int, int, str]] = []
+        self.predictions: list[tuple[str, int, int, str, str]] = []
 
     def write(self, scores: Tensor) -> None:
         """Print the table; on ``test`` also write results, predictions and scored prompts."""
-        method = self.method
-        rows = method.shares.join(self._result_rows(scores))
-        rows = [row for row in rows if row is not None]
-        if self.stage == "test" and method.test_baselines:
-            rows += self._baseline_rows()
-        if self.stage == "test":
-            self._write(rows, scores)
+        method, folder = self.method, self.method.run_dir
+        rows = [row for row in method.shares.join(self._result_rows(scores)) if row is not None]
+        kept = "results and predictions"
+        if self.testing:
+            if method.test_baselines:
+                rows += self._baseline_rows()
+            predictions = sorted(gather_values(self.predictions))
+            if folder and method.stores_prompts:
+                method.save_prompts(PromptStore(folder / "prompts"), method.best_prompts(scores))
+                kept = "results, predictions and prompts"
+            if folder and method.trainer.is_global_zero:
+                write_csv(folder / "results.csv", RESULT_COLUMNS, rows)
+                lines = (self._prediction(*found) for found in predictions)
+                write_predictions(folder / "predictions.jsonl", lines)
+                digests = json.dumps(self.digests, indent=1).encode()
+                write_atomically(folder / "digests.json", digests)
         if not method.trainer.is_global_zero:
             return
-        shown = rows
-        if self.stage == "validate":
-            shown = [{**row, "test": row["dev"]} for row in rows]
+        shown = rows if self.testing else [{**row, "test": row["dev"]} for row in rows]
         say = method.print  # which puts a progress bar out of the way
         say(f"\n{self.evaluation.split} scores\n{method.score_table(shown)}\n", flush=True)
-        if self.stage == "test" and method.run_dir:
-            kept = "results, predictions and prompts"
-            kept = kept if method.stores_prompts else "results and predictions"
-            say(f"{kept} are in {method.run_dir}", flush=True)
+        if self.testing and folder:
+            say(f"{kept} are in {folder}", flush=True)
+
+    def _prediction(self, variant: str, place: int, row: int, name: str, text: str) -> Any:
+        run = self.method.all_runs[place]
+        return {
+            "variant": variant,
+            "run": name,
+            "task": run.task,
+            "row": row,
+            "prediction": text,
+            "references": self.evaluation.references((run.task, run.sample))[row],
+        }
 
     def _result_rows(self, scores: Tensor) -> list[dict[str, Any] | None]:
         """A line of results per own run; None for one that was not evaluated."""
-        method, testing = self.method, self.stage == "test"
+        method, place_of = self.method, self.method.shares.own
         seen = self.evaluation.rows_seen()
         found: dict[int, list[tuple[int, str]]] = defaultdict(list)
         for i, row, text in self.evaluation.predictions:
             found[i].append((row, text))
         lines: list[dict[str, Any] | None] = [None] * len(method.runs)
         for i, prompt in zip(method.evaluated, method.best_prompts(), strict=True):
-            run = method.runs[i]
+            run, score = method.runs[i], scores[i].item()
             line = self._common((run.task, run.sample)) | {
                 "init_seed": run.init_seed,
                 "order_seed": method.datamodule.order_seed,
@@ -222,20 +245,20 @@ class Report:
                 "num_virtual_tokens": method.num_virtual_tokens,
                 "learning_rate": run.learning_rate,
                 "batch_size": run.batch_size,
-                "dev": prompt.dev_score if testing else scores[i].item(),
-                "test": scores[i].item() if testing else None,
-                "test_rows": seen[i] if testing else None,
+                "dev": prompt.dev_score if self.testing else score,
+                "test": score if self.testing else None,
+                "test_rows": seen[i] if self.testing else None,
                 "best_step": prompt.steps,
                 "seconds": prompt.seconds,
                 "status": prompt.status,
-                "run": method.shares.own[i],
+                "run": place_of[i],
             }
             line |= method.result_facts(i)
             if method.stores_prompts:
                 line["prompt_file"] = f"prompts/{prompt.name}.safetensors"
             lines[i] = line
-            told = (line["variant"], prompt.name, i)
-            self.predictions += [(*told, row, text) for row, text in found[i]]
+            told = (line["variant"], place_of[i])
+            self.predictions += [(*told, row, prompt.name, text) for row, text in found[i]]
         return lines
 
     def _common(self, key: Key) -> dict[str, Any]:
@@ -243,62 +266,59 @@ class Report:
         from prompt_lab import __version__
 
         method, data = self.method, self.method.datamodule
-        assert method.backbone is not None
         task = data.tasks[key[0]]
+        splits = SPLITS if self.testing else SPLITS[:2]
         return {
             "fit_id": self.fit_id,
             "method": type(method).__name__,
-            "stage": self.stage,
+            "stage": "test" if self.testing else "validate",
             "backbone": method.backbone.name,
             "task": task.name,
             "ontology": task.ontology,
             "sample": key[1],
             "shots": task.shots,
-            "decoding": method.describe_decoding(task),
+            "decoding": method.way(task).described,
             "metric": task.metric,
             "metric_variant": method.metric_variant,
-            "test_rows": len(self.evaluation.references(key)) if self.stage == "test" else None,
-            **{
-                f"cut_{split}": data.tokens(*key, split).cut
-                for split in (SPLITS if self.stage == "test" else SPLITS[:2])
-            },
+            "test_rows": len(self.evaluation.references(key)) if self.testing else None,
+            **{f"cut_{split}": data.tokens(*key, split).cut for split in splits},
             "settings": self.settings,
             "version": __version__,
         }
 
     def _baseline_rows(self) -> list[dict[str, Any]]:
         """Lines for no prompt, the initial prompt, chance and the majority class."""
-        method, lines = self.method, []
+        method, data, lines = self.method, self.method.datamodule, []
         best = dict(zip(method.evaluated, method.best_prompts(), strict=True))
         for variant in method.prompt_baselines:
-            chosen = self._distinct(by_start=variant == "initial_prompt")
-            scores = self._score_variant(variant, chosen)
+            by_start = variant == "initial_prompt"
+            chosen = self._distinct(by_start)
+            made = Prefixes(method.backbone, method.init if by_start else method.init[:, :0])
+            other = method.answer_all(self.evaluation.split, chosen, made)
+            for i, row, text in other.predictions:
+                told = (variant, method.shares.own[i], row, method.runs[i].name, text)
+                self.predictions.append(told)
+            scores = other.scores()
             own: list[dict[str, Any] | None] = [None] * len(method.runs)
             for i in chosen:
                 run = method.runs[i]
                 line = self._common((run.task, run.sample)) | {"variant": variant}
-                if variant == "initial_prompt":
+                if by_start:
                     line["init_seed"] = run.init_seed
                     line |= {name: getattr(best[i], name) for name in STARTS}
                 own[i] = line | {"test": scores[i].item()}
             lines += [line for line in method.shares.join(own) if line is not None]
-        if method.guess_baselines:
-            lines += [line for key in self._keys() for line in self._guesses(key)]
+        keys = dict.fromkeys((run.task, run.sample) for run in method.all_runs)
+        for key in keys if method.guess_baselines else ():
+            if key in data.splits:
+                task, test = data.tasks[key[0]], self.evaluation.references(key)
+                train = [row[0] for row in data.splits[key]["train"].references]
+                metric, labels, way = task.metric, task.labels, method.metric_variant
+                chance = chance_score(metric, labels, test, way)
+                majority = majority_score(metric, train, test, labels, way)
+                lines.append(self._common(key) | {"variant": "chance", "test": chance})
+                lines.append(self._common(key) | {"variant": "majority", "test": majority})
         return lines
-
-    def _keys(self) -> list[Key]:
-        """The (task, sample) of the runs of all processes."""
-        found = [(run.task, run.sample) for run in self.method.all_runs]
-        return [key for key in dict.fromkeys(found) if key in self.method.datamodule.splits]
-
-    def _guesses(self, key: Key) -> list[dict[str, Any]]:
-        data, variant = self.method.datamodule, self.method.metric_variant
-        task, test = data.tasks[key[0]], self.evaluation.references(key)
-        common = [row[0] for row in data.splits[key]["train"].references]
-        chance = chance_score(task.metric, task.labels, test, variant)
-        majority = majority_score(task.metric, common, test, task.labels, variant)
-        both = (("chance", chance), ("majority", majority))
-        return [self._common(key) | {"variant": name, "test": value} for name, value in both]
 
     def _distinct(self, by_start: bool) -> list[int]:
         """Own runs among one per (task, sample), or per (task, sample, initial seed, source)."""
@@ -310,40 +330,3 @@ class Report:
             first.setdefault((run.task, run.sample, *start), place)
         chosen = set(first.values())
         return [i for i in method.evaluated if own[i] in chosen]
-
-    def _score_variant(self, variant: str, chosen: list[int]) -> Tensor:
-        """Scores (R,) of chosen runs with no prompt or with their initial prompt."""
-        method = self.method
-        assert method.backbone is not None
-        prompts = method.init if variant == "initial_prompt" else method.init[:, :0]
-        other = method.answer_all(self.evaluation.split, chosen, Prefixes(method.backbone, prompts))
-        names = ((variant, method.runs[i].name, i, row, x) for i, row, x in other.predictions)
-        self.predictions += names
-        return other.scores()
-
-    def _write(self, rows: list[dict[str, Any]], scores: Tensor) -> None:
-        """Write what a test leaves behind, once, by the first process."""
-        method, places, folder = self.method, self.method.shares.own, self.method.run_dir
-        gathered = gather_values([(v, places[i], r, n, x) for v, n, i, r, x in self.predictions])
-        if folder is None:
-            return
-        if method.stores_prompts:
-            method.save_prompts(PromptStore(folder / "prompts"), method.best_prompts(scores))
-        if not method.trainer.is_global_zero:
-            return
-        write_csv(folder / "results.csv", RESULT_COLUMNS, rows)
-        write_predictions(folder / "predictions.jsonl", map(self._prediction, sorted(gathered)))
-        write_atomically(folder / "digests.json", json.dumps(self.digests, indent=1).encode())
-
-    def _prediction(self, found: tuple[str, int, int, str, str]) -> dict[str, Any]:
-        """One line of the predictions file."""
-        variant, place, row, name, text = found
-        run = self.method.all_runs[place]
-        return {
-            "variant": variant,
-            "run": name,
-            "task": run.task,
-            "row": row,
-            "prediction": text,
-            "references": self.evaluation.references((run.task, run.sample))[row],
-        }

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from prompt_lab.core.backbone import Backbone
@@ -35,7 +34,6 @@ from prompt_lab.data.sampling import Draw, bank_draw
 from prompt_lab.files.prompts import Prompt
 from prompt_lab.files.tensors import load_tensors, save_tensors
 from prompt_lab.methods.configs import as_config, as_list
-from prompt_lab.methods.look import saved_bytes
 from prompt_lab.methods.method import STATUS, PromptMethod
 
 
@@ -91,11 +89,6 @@ class FineTuning(PromptMethod):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"model.label_smoothing is {label_smoothing}: give 0 up to below 1")
-        for name, value in {"patience": patience, "intrinsic_dim": intrinsic_dim}.items():
-            if value is not None and value < 1:
-                raise ValueError(f"model.{name} is {value}: give at least 1, or null")
         self.optim_config: OptimConfig = as_config(OptimConfig, optim)
         if self.optim_config.name == "sgd":
             raise ValueError("FineTuning has no sgd: set model.optim.name to adamw or adafactor")
@@ -139,22 +132,18 @@ class FineTuning(PromptMethod):
         """
         backbone.unfreeze()
         self.weights = dict(backbone.model.named_parameters())
-        self.trained = self.weights if self.intrinsic_dim is None else self._make_subspace(runs[0])
+        self.trained = self.weights
+        if self.intrinsic_dim is not None:
+            sizes = {name: weight.numel() for name, weight in self.weights.items()}
+            self.fastfood = FastfoodMap(sizes, self.intrinsic_dim, runs[0].init_seed)
+            self.code = nn.Parameter(torch.zeros(self.intrinsic_dim, dtype=backbone.model.dtype))
+            for at, weight in enumerate(self.weights.values()):  # no checkpoint need hold these
+                self.register_buffer(f"initial_{at}", weight.detach().clone(), persistent=False)
+            self.trained = {"code": self.code}
         self.best_weights = {
             name: value.detach().to("cpu", copy=True) for name, value in self.trained.items()
         }
         self.register_buffer("init", torch.zeros(1, 0, backbone.hidden_size), persistent=False)
-
-    def _make_subspace(self, run: Run) -> dict[str, nn.Parameter]:
-        """Make P and v; note the initial weights, which a checkpoint need not hold."""
-        assert self.backbone is not None
-        assert self.intrinsic_dim is not None
-        sizes = {name: weight.numel() for name, weight in self.weights.items()}
-        self.fastfood = FastfoodMap(sizes, self.intrinsic_dim, run.init_seed)
-        self.code = nn.Parameter(torch.zeros(self.intrinsic_dim, dtype=self.backbone.model.dtype))
-        for at, weight in enumerate(self.weights.values()):
-            self.register_buffer(f"initial_{at}", weight.detach().clone(), persistent=False)
-        return {"code": self.code}
 
     def bank(self) -> Tensor:
         """A prompt of no tokens, (1, 0, D)."""
@@ -179,14 +168,15 @@ class FineTuning(PromptMethod):
         return Adafactor(self._groups(), lr=rate, scale_parameter=False, relative_step=False)
 
     def _groups(self) -> list[dict[str, Any]]:
-        """What is trained with weight decay, and biases and norms without, and their settings."""
         config = self.optim_config
         common = {"betas": config.betas, "eps": config.eps} if config.name == "adamw" else {}
-        spared = [name for name in self.trained if _is_bias_or_norm(name, self.trained[name])]
+        decayed, spared = [], []  # biases and norms; v is neither
+        for name, weight in self.trained.items():
+            is_spared = name != "code" and (weight.dim() < 2 or "bias" in name)
+            (spared if is_spared else decayed).append(weight)
         groups = [
-            {"params": [w for name, w in self.trained.items() if (name in spared) == is_spared]}
-            | {"weight_decay": 0.0 if is_spared else config.weight_decay, **common}
-            for is_spared in (False, True)
+            {"params": decayed, "weight_decay": config.weight_decay, **common},
+            {"params": spared, "weight_decay": 0.0, **common},
         ]
         return [group for group in groups if group["params"]]
 
@@ -199,13 +189,13 @@ class FineTuning(PromptMethod):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of the rows; from a loss or gradient that is not finite on, no gradient."""
-        backbone = self.backbone
-        assert backbone is not None
         increments = {} if self.intrinsic_dim is None else self.move_weights()
         weights = list(self.weights.values())
         loss, gradients = self.within_memory(
             batch,
-            lambda tokens: weights_gradient(backbone, weights, batch, tokens, self.label_smoothing),
+            lambda tokens: weights_gradient(
+                self.backbone, weights, batch, tokens, self.label_smoothing
+            ),
         )
         if increments:
             flat = [gradient.flatten() for gradient in gradients]
@@ -241,7 +231,6 @@ class FineTuning(PromptMethod):
 
     def prefixes(self, current: bool) -> Prefixes:
         """No prompt; the weights are the current ones, or the best."""
-        assert self.backbone is not None
         if current and self.intrinsic_dim is not None:
             self.move_weights()
         return Prefixes(self.backbone, self.init)
@@ -263,8 +252,18 @@ class FineTuning(PromptMethod):
 
     def write(self) -> None:
         """Write the best weights."""
-        if self.trainer.is_global_zero and self.save_weights:
-            save_tensors(self.best_path, "weights", self.best_weights, self._facts())
+        if not (self.trainer.is_global_zero and self.save_weights):
+            return
+        step, score = int(self.keeper.step), float(self.keeper.score)
+        facts = {
+            **self._belongs_to(),
+            "backbone": self.backbone.name,
+            "best_step": step,
+            "dev_score": score if step >= 0 else None,
+            "status": int(self.status),
+            "seconds": self.seconds,
+        }
+        save_tensors(self.best_path, "weights", self.best_weights, facts)
 
     @property
     def best_path(self) -> Path:
@@ -272,21 +271,8 @@ class FineTuning(PromptMethod):
         assert self.run_dir is not None
         return self.run_dir / "best.safetensors"
 
-    def _facts(self) -> dict[str, Any]:
-        """What the file of the best weights says beside them."""
-        assert self.backbone is not None
-        return {
-            **self._belongs_to(),
-            "backbone": self.backbone.name,
-            "best_step": int(self.keeper.step),
-            "dev_score": float(self.keeper.score) if int(self.keeper.step) >= 0 else None,
-            "status": int(self.status),
-            "seconds": self.seconds,
-        }
-
     def _belongs_to(self) -> dict[str, Any]:
         """What weights must have in common with the settings: for files and checkpoints."""
-        assert self.backbone is not None
         run = self.runs[0]
         return {
             "backbone_digest": self.backbone.digest,
@@ -309,7 +295,13 @@ class FineTuning(PromptMethod):
                 "model.save_weights is false; or give a checkpoint with --ckpt_path"
             )
         tensors, facts = load_tensors(self.best_path, "weights")
-        self._check(facts)
+        other = [
+            f"{name} {facts.get(name)} there and {value} here"
+            for name, value in self._belongs_to().items()
+            if facts.get(name) != value
+        ]
+        if other:
+            raise ValueError(f"{self.best_path} is of another fit: {', '.join(other)}")
         shapes, own = ({n: t.shape for n, t in x.items()} for x in (tensors, self.best_weights))
         if shapes != own:
             raise ValueError(f"{self.best_path}: damaged, its tensors are not those of the weights")
@@ -320,40 +312,16 @@ class FineTuning(PromptMethod):
         self.status.fill_(facts["status"])
         self.seconds = facts["seconds"]
 
-    def _check(self, saved: dict[str, Any]) -> None:
-        """Refuse weights of another backbone, task, sample or subspace.
-
-        Raises:
-            ValueError: naming both sides.
-        """
-        own = self._belongs_to()
-        other = [
-            f"{name} {saved.get(name)} there and {value} here"
-            for name, value in own.items()
-            if saved.get(name) != value
-        ]
-        if other:
-            raise ValueError(f"{self.best_path} is of another fit: {', '.join(other)}")
-
     def best_prompts(self, test_scores: Tensor | None = None) -> list[Prompt]:
         """The record of the run, as a prompt of no tokens; it is not stored."""
-        backbone, run = self.backbone, self.runs[0]
-        assert backbone is not None
-        score = self.keeper.score.item()
+        run, in_subspace = self.runs[0], self.intrinsic_dim is not None
         return [
-            Prompt(
-                prompt=self.init[0].cpu(),
-                init=self.init[0].cpu(),
-                name=run.name,
-                backbone=backbone.name,
-                backbone_digest=backbone.digest,
-                tokenizer_digest=backbone.tokenizer_digest,
-                start="weights" if self.intrinsic_dim is None else "codes",
-                start_seed=None if self.intrinsic_dim is None else run.init_seed,
+            self.stored_prompt(
+                *(run, self.init[0], self.init[0], self.keeper.score.item(), None),
+                start="codes" if in_subspace else "weights",
+                start_seed=run.init_seed if in_subspace else None,
                 steps=int(self.keeper.step),
-                dev_score=score if score > -torch.inf else None,
                 status=STATUS[int(self.status)],
-                seconds=round(self.seconds, 3),
             )
         ]
 
@@ -395,32 +363,24 @@ class FineTuning(PromptMethod):
             return f"1 run of all {count:,} weights"
         return f"1 run of {self.intrinsic_dim:,} numbers for all {count:,} weights"
 
-    def describe_fit(self, data: PromptDataModule, trainer: Trainer) -> str:
-        """The text of ``fit --dry_run``: run, rows, and memory; activations are measured."""
-        self.look(data, trainer)
-        backbone, run = self.backbone, self.runs[0]
-        assert backbone is not None
-        parts = micro_batches(self.draw(data).batch(0, [0]), self.tokens_per_forward)
-        weights = sum(weight.nbytes for weight in self.weights.values())
+    def described(self, data: PromptDataModule) -> list[str]:
+        """The run, and how large its checkpoint is."""
         trained = sum(value.nbytes for value in self.trained.values())
-        moments = 2 * trained if self.optim_config.name == "adamw" else 0
-        smoothing = self.label_smoothing
-        kept = max(saved_bytes(backbone, self.init, part, smoothing) for part in parts)
-        held = {"weights": weights, "gradient": 2 * weights, "optimizer": moments}
-        held["activations of the largest micro-batch"] = kept
+        size = 2 * trained + self.held()["optimizer"]
+        return [
+            f"{self.summary()}: {self.runs[0].name}",
+            f"checkpoint: {size / 1e6:,.1f} MB",
+        ]
+
+    def held(self) -> dict[str, int]:
+        """Weights, gradient, optimizer and the map of a subspace."""
+        weights = sum(weight.nbytes for weight in self.weights.values())
+        moments = 2 if self.optim_config.name == "adamw" else 0
+        optimizer = moments * sum(value.nbytes for value in self.trained.values())
+        held = {"weights": weights, "gradient": 2 * weights, "optimizer": optimizer}
         if self.intrinsic_dim is not None:
             held["subspace"] = weights + sum(tensor.nbytes for tensor in self.fastfood.buffers())
-        sizes = ", ".join(f"{name} {count / 1e6:,.1f} MB" for name, count in held.items())
-        return "\n".join(
-            [
-                f"{self.summary()}: {run.name}",
-                f"backbone: {backbone.name}",
-                f"steps: {trainer.max_steps}, evaluation every {trainer.val_check_interval}",
-                f"first step: {run.batch_size} rows in {len(parts)} micro-batches",
-                f"memory: {sizes}",
-                f"checkpoint: {(2 * trained + moments) / 1e6:,.1f} MB",
-            ]
-        )
+        return held
 
 
 def weights_gradient(
@@ -473,8 +433,3 @@ class _GivenGradients(torch.autograd.Function):
         for gradient in gradients:
             gradient.mul_(outer[0])
         return None, None, *gradients
-
-
-def _is_bias_or_norm(name: str, weight: Tensor) -> bool:
-    """Whether weight decay spares a weight of the backbone; v is neither."""
-    return name != "code" and (weight.dim() < 2 or "bias" in name)

@@ -24,13 +24,12 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import Prefixes, renumber, with_gradient
 from prompt_lab.core.batch import IGNORE, Batch, index_tensor
-from prompt_lab.core.optim import adamw_with_warmup, check_warmup_and_clip
+from prompt_lab.core.optim import adamw_with_warmup
 from prompt_lab.core.pretrained import tensor_digest
 from prompt_lab.core.run import Run
 from prompt_lab.core.subspace import Subspace, reconstruction_loss
@@ -95,8 +94,9 @@ class IntrinsicSubspace(PromptMethod):
     ) -> None:
         super().__init__(**kwargs)
         self.folders, self.dims = as_list(prompts), as_list(intrinsic_dim)
-        _check(self.dims, alpha, learning_rate)
-        check_warmup_and_clip(warmup, clip)
+        if not self.dims or min(self.dims) < 1 or len({*self.dims}) < len(self.dims):
+            given = f"model.intrinsic_dim is {self.dims}"
+            raise ValueError(f"{given}: give distinct numbers of 1 or more")
         self.unseen_tasks = expand_sets(unseen_tasks)
         self.inner_size, self.alpha = inner_size, alpha
         self.mixing: Mixing = mixing
@@ -112,20 +112,11 @@ class IntrinsicSubspace(PromptMethod):
     # ---- what is trained ------------------------------------------------------------------------
 
     def make_runs(self, data: PromptDataModule) -> list[Run]:
-        """A run for each map and task; it is only scored.
+        """A run for each map and task, first those to train on; it is only scored.
 
         Raises:
             ValueError: an unseen task that the data do not have, or no task to train on.
         """
-        keys, unseen = self._part(data)
-        return [
-            Run(task, sample, self.seed, self.learning_rate, self.batch_size)
-            for _ in self.dims
-            for task, sample in (*keys, *unseen)
-        ]
-
-    def _part(self, data: PromptDataModule) -> tuple[list[Key], list[Key]]:
-        """The tasks to train on and the unseen ones, each with every sample."""
         strange = [task for task in self.unseen_tasks if task not in data.tasks]
         if strange:
             raise ValueError(
@@ -135,8 +126,12 @@ class IntrinsicSubspace(PromptMethod):
         seen = [task for task in data.tasks if task not in self.unseen_tasks]
         if not seen:
             raise ValueError("every task of data.tasks is unseen: leave some to train on")
-        keys = [(task, sample) for task in seen for sample in data.samples]
-        return keys, [(task, sample) for task in self.unseen_tasks for sample in data.samples]
+        return [
+            Run(task, sample, self.seed, self.learning_rate, self.batch_size)
+            for _ in self.dims
+            for task in (*seen, *self.unseen_tasks)
+            for sample in data.samples
+        ]
 
     def build(self, backbone: Backbone, runs: Sequence[Run]) -> None:
         """Make a map for each dimension, and room for the prompts."""
@@ -173,7 +168,6 @@ class IntrinsicSubspace(PromptMethod):
             )
 
     def _read_prompts(self) -> None:
-        assert self.backbone is not None
         found = source_prompts(
             self.folders, [*self.keys, *self.unseen], self.backbone, self.num_virtual_tokens
         )
@@ -228,7 +222,9 @@ class IntrinsicSubspace(PromptMethod):
         source = self.source.index_select(0, index_tensor(used, self.source.device))
         batch = renumber(batch, used)
         share = source.new_zeros(len(used)).index_add(0, batch.prompt_index, batch.weight)
-        batch = self._reduced(batch)
+        if self.lm_reduction == "sum":  # of a row's tokens and of the rows, not the mean of both
+            tokens = (batch.target_ids != IGNORE).sum(1).to(batch.weight.dtype)
+            batch = Batch(**{**vars(batch), "weight": tokens})
         world = self.trainer.world_size
         total = source.new_zeros(())
         for at, subspace in enumerate(self.subspaces):
@@ -243,13 +239,6 @@ class IntrinsicSubspace(PromptMethod):
         self.loss_steps += 1
         return total
 
-    def _reduced(self, batch: Batch) -> Batch:
-        """The batch with the weights of the reduction: 1/B of a row's mean, or its sum."""
-        if self.lm_reduction == "mean":
-            return batch
-        tokens = (batch.target_ids != IGNORE).sum(1).to(batch.weight.dtype)
-        return Batch(**{**vars(batch), "weight": tokens})
-
     # ---- evaluation -----------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -263,14 +252,17 @@ class IntrinsicSubspace(PromptMethod):
 
     def prefixes(self, current: bool) -> Prefixes:
         """What the current maps, or the best, reconstruct."""
-        assert self.backbone is not None
         chosen = self.subspaces if current else self.best_subspaces
         return Prefixes(self.backbone, self.reconstructed(chosen))
 
+    @property
+    def each(self) -> int:
+        """Runs of a map."""
+        return len(self.keys) + len(self.unseen)
+
     def evaluated_in_fit(self) -> list[int]:
         """Runs of the training tasks."""
-        each = len(self.keys) + len(self.unseen)
-        return [at * each + i for at in range(len(self.dims)) for i in range(len(self.keys))]
+        return [at * self.each + i for at in range(len(self.dims)) for i in range(len(self.keys))]
 
     def unit_scores(self, scores: Tensor) -> Tensor:
         """The mean over the training tasks, of each map."""
@@ -325,15 +317,8 @@ class IntrinsicSubspace(PromptMethod):
 
     def write(self) -> None:
         """Write the best maps, and the prompts that they reconstruct."""
-        if self.trainer.is_global_zero:
-            self._write_subspaces()
-        super().write()
-
-    def _write_subspaces(self) -> None:
-        """Write a file per map."""
         backbone = self.backbone
-        assert backbone is not None
-        for at, dim in enumerate(self.dims):
+        for at, dim in enumerate(self.dims if self.trainer.is_global_zero else ()):
             metadata = {
                 "backbone": backbone.name,
                 "backbone_digest": backbone.digest,
@@ -350,6 +335,7 @@ class IntrinsicSubspace(PromptMethod):
                 "dev_score": float(self.keeper.score[at]),
             }
             save_network(self.subspace_path(dim), self.best_subspaces[at], metadata)
+        super().write()
 
     def subspace_path(self, dim: int) -> Any:
         """The file of a map."""
@@ -380,16 +366,14 @@ class IntrinsicSubspace(PromptMethod):
             self.seconds = known.get("seconds") or self.seconds
 
     def _name(self, i: int) -> str:
-        """Name of a reconstructed prompt."""
-        run, each = self.runs[i], len(self.keys) + len(self.unseen)
-        return f"{run.task}_{run.sample}_dim{self.dims[i // each]}"
+        return f"{self.runs[i].task}_{self.runs[i].sample}_dim{self.dims[i // self.each]}"
 
     def best_prompts(self, test_scores: Tensor | None = None) -> list[Prompt]:
         """The reconstructed prompt of every task under every map, ready to be stored."""
         made, init = self.reconstructed(self.best_subspaces).cpu(), self.init
         with torch.no_grad():
             codes = [subspace.project(self.source).cpu() for subspace in self.best_subspaces]
-        dev, each = self.keeper.dev.tolist(), len(self.keys) + len(self.unseen)
+        dev, each = self.keeper.dev.tolist(), self.each
         return [
             self.stored_prompt(
                 self.runs[i],
@@ -425,11 +409,10 @@ class IntrinsicSubspace(PromptMethod):
 
     def result_facts(self, run: int) -> dict[str, Any]:
         """What the results say of how a run was trained."""
-        each = len(self.keys) + len(self.unseen)
-        is_unseen = run % each >= len(self.keys)
+        is_unseen = run % self.each >= len(self.keys)
         return {
             "variant": "reconstructed_unseen" if is_unseen else "reconstructed",
-            "intrinsic_dim": self.dims[run // each],
+            "intrinsic_dim": self.dims[run // self.each],
             "optimizer": "adamw",
         }
 
@@ -440,32 +423,11 @@ class IntrinsicSubspace(PromptMethod):
             f"prompts of {self.num_virtual_tokens} virtual tokens"
         )
 
-    def describe_fit(self, data: PromptDataModule, trainer: Trainer) -> str:
-        """What would be trained, on which tasks, and its memory."""
-        self.look(data, trainer)
+    def described(self, data: PromptDataModule) -> list[str]:
+        """The maps, and the tasks whose prompts they learn from."""
         numbers = sum(weight.numel() for weight in self.subspaces.parameters())
-        return "\n".join(
-            [
-                self.summary(),
-                f"source tasks: {', '.join(dict.fromkeys(task for task, _ in self.keys))}",
-                f"unseen tasks: {', '.join(self.unseen_tasks) or 'none'}",
-                f"steps: {trainer.max_steps} of {self.batch_size} rows, evaluation every "
-                f"{trainer.val_check_interval}",
-                f"memory: {numbers} numbers in the maps, {numbers * 20 / 2**20:.0f} MB with their "
-                "gradient, moments and best copy",
-            ]
-        )
-
-
-def _check(dims: list[int], alpha: float, learning_rate: float) -> None:
-    """Refuse settings that make no sense.
-
-    Raises:
-        ValueError: naming the setting and what is allowed.
-    """
-    if not dims or min(dims) < 1 or len(set(dims)) < len(dims):
-        raise ValueError(f"model.intrinsic_dim is {dims}: give distinct numbers of 1 or more")
-    if alpha < 0:
-        raise ValueError(f"model.alpha is {alpha}: give 0 or more")
-    if learning_rate <= 0:
-        raise ValueError(f"model.learning_rate is {learning_rate}: give a positive number")
+        return [
+            f"{self.summary()}: {numbers} numbers, {self.batch_size} rows a step",
+            f"source tasks: {', '.join(dict.fromkeys(task for task, _ in self.keys))}",
+            f"unseen tasks: {', '.join(self.unseen_tasks) or 'none'}",
+        ]

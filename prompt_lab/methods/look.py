@@ -1,13 +1,13 @@
 """A look before training: what rows a fit will run, and what it would cost.
 
-Memory is counted, not guessed: weights and bank by their bytes, activations as the bytes that
-autograd keeps for the largest micro-batch of the first step, which is run once for that. Of several
-processes it is the first one's.
+Memory is counted, not guessed: weights and what is trained by their bytes, activations as the bytes
+that autograd keeps for the largest micro-batch of the first step, which is run once for that. Of
+several processes it is the first one's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,14 +15,13 @@ from lightning.pytorch import Trainer
 
 from prompt_lab.core.batch import Batch, micro_batches
 from prompt_lab.data.files import SplitName
-from prompt_lab.data.sampling import Rows
+from prompt_lab.data.sampling import Key, Rows
 from prompt_lab.data.tasks import Task
 
 if TYPE_CHECKING:
     from prompt_lab.core.backbone import Backbone
     from prompt_lab.data.datamodule import PromptDataModule
     from prompt_lab.methods.method import PromptMethod
-    from prompt_lab.methods.prompt_tuning import PromptTuning
 
 
 def look_at_rows(method: PromptMethod, data: PromptDataModule, *splits: SplitName) -> list[str]:
@@ -35,39 +34,36 @@ def look_at_rows(method: PromptMethod, data: PromptDataModule, *splits: SplitNam
         ValueError: rows of train or dev that do not fit the backbone's positions, inputs
             without tokens, or a task all of whose labels have the same tokens.
     """
-    told: list[str] = []
-    keys = [(task, sample) for task in data.tasks for sample in data.samples]
-    if method.shares.divided:
-        keys = list(dict.fromkeys((run.task, run.sample) for run in method.runs))
-    for task in dict.fromkeys(task for task, _ in keys):
-        told += _look_alikes(method, data.tasks[task])
-    cut: dict[str, tuple[int, int]] = {}
-    too_long: dict[tuple[str, int], dict[str, str]] = {}
+    keys = _own_keys(method, data)
+    tasks = {task: data.tasks[task] for task, _ in keys}
+    told = [said for task in tasks.values() for said in _look_alikes(method, task)]
+    cut, rows_of = defaultdict[str, int](int), defaultdict[str, int](int)
+    too_long = defaultdict[tuple[str, int], list[str]](list)
     for task, sample in keys:
-        longest = longest_generated(method, data, task, sample)
+        longest = None
+        if not method.scored(tasks[task]):
+            longest = method.max_new_tokens or data.longest_answer(task, sample)
         for split in splits:
             rows = data.tokens(task, sample, split, keep=split != "test")
-            name = f"{task} {split}"
-            known = cut.get(name, (0, 0))
-            cut[name] = known[0] + rows.cut, known[1] + len(rows)
+            cut[f"{task} {split}"] += rows.cut
+            rows_of[f"{task} {split}"] += len(rows)
             try:
-                check_lengths(method, [rows], method.num_virtual_tokens)
+                _check_length(method, rows)
             except ValueError as error:
                 if split != "test":
                     raise
                 told.append(f"test rows will be refused: {error}")
-            lost = 0 if longest is None else sum(n > longest for n in rows.shortest_targets)
-            if lost:
-                known_lost = too_long.setdefault((task, longest or 0), {})
-                known_lost[split] = f"{split} {lost} of {len(rows)}"
+            lost = sum(length > longest for length in rows.shortest_targets) if longest else 0
+            if longest and lost:
+                too_long[task, longest].append(f"{split} {lost} of {len(rows)}")
     why = "" if method.max_new_tokens else ", the longest answer of train and dev"
     told += [
         f"task {task}: rows all of whose references are longer than the {longest} tokens that "
         f"are generated (model.max_new_tokens{why}), so that no answer can match in full: "
-        f"{', '.join(lost.values())}"
+        f"{', '.join(lost)}"
         for (task, longest), lost in too_long.items()
     ]
-    found = [f"{name} {some_} of {of}" for name, (some_, of) in cut.items() if some_]
+    found = [f"{name} {count} of {rows_of[name]}" for name, count in cut.items() if count]
     if found:
         end = "end" if data.truncation_side == "right" else "beginning"
         told.append(
@@ -77,9 +73,24 @@ def look_at_rows(method: PromptMethod, data: PromptDataModule, *splits: SplitNam
     return list(dict.fromkeys(told))
 
 
+def check_lengths(method: PromptMethod, data: PromptDataModule, *splits: SplitName) -> None:
+    """Refuse rows of this process's runs that do not fit the backbone's positions.
+
+    Raises:
+        ValueError: naming the task, the lengths and what to lower.
+    """
+    for key in _own_keys(method, data):
+        for split in splits:
+            _check_length(method, data.tokens(*key, split))
+
+
+def _own_keys(method: PromptMethod, data: PromptDataModule) -> list[Key]:
+    if not method.shares.divided:
+        return data.keys
+    return list(dict.fromkeys((run.task, run.sample) for run in method.runs))
+
+
 def _look_alikes(method: PromptMethod, task: Task) -> list[str]:
-    """A sentence about labels that have the same tokens; refuses a task of no other labels."""
-    assert method.backbone is not None
     told, labels = [], task.labels or ()
     if len({label.lower() for label in labels}) < len(labels):
         told = [f"task {task.name}: some labels differ by case alone: {', '.join(labels)}"]
@@ -100,99 +111,52 @@ def _look_alikes(method: PromptMethod, task: Task) -> list[str]:
     ]
 
 
-def longest_generated(
-    method: PromptMethod, data: PromptDataModule, task: str, sample: int
-) -> int | None:
-    """Most tokens of a generated answer; None where answers are chosen by score."""
-    if method.scored(data.tasks[task]):
-        return None
-    return method.max_new_tokens or data.longest_answer(task, sample)
-
-
-def check_lengths(method: PromptMethod, rows: Iterable[Rows], num_virtual_tokens: int) -> None:
-    """Refuse rows that do not fit the backbone's positions, before anything is computed.
-
-    Raises:
-        ValueError: naming the task, the lengths and what to lower.
-    """
-    assert method.backbone is not None
-    positions = method.backbone.max_positions
+def _check_length(method: PromptMethod, rows: Rows) -> None:
+    positions, prompt = method.backbone.max_positions, method.num_virtual_tokens
     if positions is None:
         return
-    for part in rows:
-        made = 0 if method.scored(part.task) else method.max_new_tokens or 0
-        answer = max(part.longest_target, made)
-        longest = max(map(len, part.inputs))
-        after = 0 if method.backbone.is_encoder_decoder else answer
-        if max(num_virtual_tokens + longest + after, answer) > positions:
-            raise ValueError(
-                f"task {part.task.name}: {num_virtual_tokens} virtual tokens, inputs of up to "
-                f"{longest} tokens and answers of up to {answer} do not fit the {positions} "
-                f"positions of backbone {method.backbone.name!r}: lower data.max_input_length, "
-                "model.num_virtual_tokens or model.max_new_tokens"
-            )
+    made = 0 if method.scored(rows.task) else method.max_new_tokens or 0
+    answer, longest = max(rows.longest_target, made), max(map(len, rows.inputs))
+    after = 0 if method.backbone.is_encoder_decoder else answer
+    if max(prompt + longest + after, answer) > positions:
+        raise ValueError(
+            f"task {rows.task.name}: {prompt} virtual tokens, inputs of up to {longest} tokens "
+            f"and answers of up to {answer} do not fit the {positions} positions of backbone "
+            f"{method.backbone.name!r}: lower data.max_input_length, model.num_virtual_tokens or "
+            "model.max_new_tokens"
+        )
 
 
-def describe_grid(method: PromptTuning, data: PromptDataModule, trainer: Trainer) -> str:
+def describe(method: PromptMethod, data: PromptDataModule, trainer: Trainer) -> str:
     """The text of ``fit --dry_run``."""
     processes = trainer.world_size
     method.look(data, trainer)
-    assert method.backbone is not None
-    batch = method.draw(data).batch(0, method.progress.live)
+    lines = [*method.described(data), f"backbone: {method.backbone.name}"]
+    lines.append(f"steps: {trainer.max_steps}, evaluation every {trainer.val_check_interval}")
+    if processes > 1:
+        shared = "the rows of every step shared"
+        if method.shares.divided:
+            shared = f"whole runs shared, {len(method.runs)} of them in the first"
+        lines.append(f"processes: {processes}, {shared}; of the first process:")
+    drawn = method.draw(data)
+    batch = None if drawn is None else drawn.batch(0, method.progress.live)
+    if not isinstance(batch, Batch):
+        return "\n".join(lines)
+    bank = method.bank().detach()
     extra = method.num_virtual_tokens if method.backbone.is_encoder_decoder else 0
     parts = micro_batches(batch, method.tokens_per_forward, extra)
-    prompt_tokens = 0 if extra else len(method.runs) * method.num_virtual_tokens
-    padded = sum(_tokens(part, extra) for part in parts) + prompt_tokens
-    weights = sum(p.numel() * p.element_size() for p in method.backbone.parameters())
-    bank = method.init.numel() * 4
-    trained = method.trained.numel() * 4
-    optimizer = trained * (2 if method.optim_config.name == "adamw" else 0)
-    smoothing = method.label_smoothing
-    prompts = method.bank().detach().requires_grad_()
-    activations = max(saved_bytes(method.backbone, prompts, p, smoothing) for p in parts)
-    axes = (
-        ("tasks", list(data.tasks)),
-        ("samples", data.samples),
-        ("init_seed", method.init_seeds),
-        ("learning_rate", method.learning_rates),
-        ("batch_size", method.batch_sizes),
-        ("source_tasks", method.init_config.source_tasks or []),
+    padded = 0 if extra else len(bank) * bank.shape[1]
+    padded += sum(
+        len(part) * (part.input_ids.shape[1] + part.target_ids.shape[1] + extra) for part in parts
     )
-    axes = tuple((name, values) for name, values in axes if values)
-    lines = [
-        f"{len(method.all_runs)} runs = " + " x ".join(f"{len(v)} {name}" for name, v in axes),
-        *(f"  {name}: {', '.join(map(str, values))}" for name, values in axes),
-        f"prompt: {method.num_virtual_tokens} x {method.backbone.hidden_size}, "
-        f"starting from {', '.join(_starts(method))}",
-        f"backbone: {method.backbone.name}",
-        f"steps: {trainer.max_steps}, evaluation every {trainer.val_check_interval}",
-        *_sharing(method, processes),
+    prompts, smoothing = bank.requires_grad_(), method.label_smoothing
+    kept = [saved_bytes(method.backbone, prompts, part, smoothing) for part in parts]
+    held = method.held() | {"activations of the largest micro-batch": max(kept, default=0)}
+    lines += [
         f"first step: {len(batch)} rows, {padded} padded tokens in {len(parts)} micro-batches",
-        f"memory: weights {_size(weights)}, bank {_size(3 * bank)} and optimizer "
-        f"{_size(optimizer)}, activations of the largest micro-batch {_size(activations)}",
+        f"memory: {', '.join(f'{name} {_size(count)}' for name, count in held.items())}",
     ]
     return "\n".join(lines)
-
-
-def _starts(method: PromptTuning) -> list[str]:
-    """The kinds of starts, each once."""
-    found = (" ".join(filter(None, (s.start, s.start_of))) for s in method.starts)
-    return list(dict.fromkeys(found))
-
-
-def _sharing(method: PromptTuning, processes: int) -> list[str]:
-    """What several processes share, in a line; the lines after it are of the first of them."""
-    if processes == 1:
-        return []
-    shared = "the rows of every step shared"
-    if method.shares.divided:
-        shared = f"whole runs shared, {len(method.runs)} of them in the first"
-    return [f"processes: {processes}, {shared}; of the first process:"]
-
-
-def _tokens(part: Batch, extra: int) -> int:
-    """Padded tokens of a micro-batch."""
-    return len(part) * (part.input_ids.shape[1] + part.target_ids.shape[1] + extra)
 
 
 def saved_bytes(
@@ -203,7 +167,6 @@ def saved_bytes(
     seen: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        """Count a tensor's storage, once, unless it is a weight's."""
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             seen[storage.data_ptr()] = storage.nbytes()
@@ -217,7 +180,6 @@ def saved_bytes(
 
 
 def _size(count: int) -> str:
-    """Bytes in a readable unit."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
         if count >= scale:
             return f"{count / scale:.1f} {unit}"

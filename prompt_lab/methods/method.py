@@ -3,46 +3,50 @@
 A method says what is trained (``make_runs``, ``build``, ``start``, ``bank``, ``draw``,
 ``training_step``), what the best evaluation keeps (``kept``) and what a checkpoint must agree in
 (``identity``). Here stand, once: loading the backbone, making what is trained when data or a
-checkpoint bring the runs, the clock, keeping the best, patience, curves, logging, files, answers,
-results, checkpoints without the backbone, and what a Trainer must not do.
+checkpoint bring the runs, the clock, keeping the best, patience, answers, files, and checkpoints
+without the backbone.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from prompt_lab.core.backbone import Backbone, Prefix
 from prompt_lab.core.bank import Prefixes, bank_gradient, is_out_of_memory, renumber
-from prompt_lab.core.batch import Batch, default_tokens_per_forward, micro_batches
-from prompt_lab.core.optim import BankOptimizer
+from prompt_lab.core.batch import Batch, default_tokens_per_forward
 from prompt_lab.core.run import Run
 from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.files import SplitName
-from prompt_lab.data.sampling import Draw, EvaluationBatch, Progress, bank_draw
+from prompt_lab.data.sampling import Draw, EvaluationBatch, Progress
 from prompt_lab.data.tasks import Task
 from prompt_lab.files.prompts import Prompt, PromptStore
-from prompt_lab.files.results import Start, append_curves, start_curves, summary_table
+from prompt_lab.files.results import Start, summary_table
 from prompt_lab.files.tensors import write_atomically
-from prompt_lab.methods.checks import check_trainer
+from prompt_lab.methods.checkpoints import (
+    change_runs,
+    check_identity,
+    fill_checkpoint,
+    kind_of,
+)
+from prompt_lab.methods.checks import check_settings, check_trainer, some
 from prompt_lab.methods.configs import BackboneConfig, as_config, plain
 from prompt_lab.methods.evaluation import Evaluation, Report, Way, answers
-from prompt_lab.methods.identity import settings_of, trainer_settings
+from prompt_lab.methods.identity import trainer_settings
 from prompt_lab.methods.keeper import Keeper
-from prompt_lab.methods.look import check_lengths, look_at_rows
-from prompt_lab.methods.sharing import RunShares, share_runs
+from prompt_lab.methods.logs import begin_curves, log_evaluation, log_rates, log_settings
+from prompt_lab.methods.look import check_lengths, describe, look_at_rows
+from prompt_lab.methods.sharing import RunShares, left_out_of_ddp, share_runs
 
 Made = TypeVar("Made")
 
@@ -110,6 +114,7 @@ class PromptMethod(LightningModule):
     frozen: tuple[str, ...] = ("backbone.", "subspace.")
     fixed: tuple[str, ...] = ()
     patience: int | None = None
+    label_smoothing: float = 0.0
     prompts_at_once: int | None = None
 
     def __init__(
@@ -129,16 +134,13 @@ class PromptMethod(LightningModule):
                 del self.hparams[name]
             else:  # plain values, which checkpoints can hold
                 self.hparams[name] = plain(self.hparams[name])
-        given = {"tokens_per_forward": tokens_per_forward, "num_beams": num_beams}
-        for name, value in {**given, "max_new_tokens": max_new_tokens}.items():
-            if value is not None and value < 1:
-                raise ValueError(f"model.{name} is {value}: give at least 1")
+        check_settings(self.hparams)
         self.backbone_config = as_config(BackboneConfig, backbone)
         self._tokens_per_forward = tokens_per_forward
         self.decoding, self.num_beams = decoding, num_beams
         self.max_new_tokens, self.metric_variant = max_new_tokens, metric_variant
         self.dev_loss = dev_loss
-        self.backbone: Backbone | None = None
+        self.backbone: Backbone = None  # pyright: ignore - set up before anything needs it
         self.runs: list[Run] = []
         self.all_runs: list[Run] = []
         self.starts: list[Start] = []
@@ -232,9 +234,19 @@ class PromptMethod(LightningModule):
         """The table that an evaluation prints, from its lines of results."""
         return summary_table(rows)
 
+    def described(self, data: PromptDataModule) -> list[str]:
+        """What is trained and on what, the first lines of ``fit --dry_run``."""
+        return [self.summary()]
+
+    def held(self) -> dict[str, int]:
+        """Bytes that a fit holds beside activations, by what they are of."""
+        weights = sum(weight.nbytes for weight in self.backbone.parameters())
+        trained = sum(p.nbytes for p in self.parameters() if p.requires_grad)
+        return {"weights": weights, "trained with gradient, moments and best copy": 5 * trained}
+
     def describe_fit(self, data: PromptDataModule, trainer: Trainer) -> str:
         """The text of ``fit --dry_run``; what is trained is made, and nothing is trained."""
-        return self.summary()
+        return describe(self, data, trainer)
 
     # ---- the Trainer's set-up -------------------------------------------------------------------
 
@@ -250,9 +262,21 @@ class PromptMethod(LightningModule):
         if self._trainer is None or self.backbone is None:
             return
         self.check_trainer()  # some callbacks call this before setup
+        data, fitting = self.datamodule, self._fitting
         with torch.device("cpu"):  # not on the GPU that Lightning makes tensors on here
-            self.take(self.datamodule, self.trainer.state.fn == "fit")
-        self._feed(self.datamodule)
+            self.take(data, fitting)
+        if fitting:
+            check_lengths(self, data, "train", "dev")
+        data.feed(
+            self.runs,
+            self.progress,
+            self.draw(data) if fitting else None,
+            lambda: self.progress.live if fitting else self.evaluated,
+            self.tokens_per_forward,
+            lambda task, longest: self.tokens_beside_input(self.num_virtual_tokens, task, longest),
+            self.row_share,
+            self.prompts_at_once,
+        )
 
     def take(self, data: PromptDataModule, fitting: bool = True, anew: bool | None = None) -> None:
         """Take the runs that settings and data ask for, and make what they train, once.
@@ -266,7 +290,6 @@ class PromptMethod(LightningModule):
         Raises:
             ValueError: an evaluation of tasks that no run was trained for.
         """
-        assert self.backbone is not None
         asked = self.make_runs(data)
         if anew is None:
             anew = fitting and not self.trainer.ckpt_path
@@ -282,19 +305,19 @@ class PromptMethod(LightningModule):
         if fitting:
             self.progress.live = self.evaluated_in_fit()
         else:
-            known = {(run.task, run.sample) for run in self.all_runs}
-            strange = [key for run in asked if (key := (run.task, run.sample)) not in known]
+            own, known = (
+                {(r.task, r.sample): f"{r.task} (sample {r.sample})" for r in runs}
+                for runs in (asked, self.all_runs)
+            )
+            strange = [told for key, told in own.items() if key not in known]
             if strange:
                 raise ValueError(
-                    f"no run was trained for {some(_told(strange))}; there are runs for "
-                    f"{some(_told(known))}: test the tasks of the fit, or fit these"
+                    f"no run was trained for {some(strange)}; there are runs for "
+                    f"{some([*known.values()])}: test the tasks of the fit, or fit these"
                 )
-            own = {(run.task, run.sample) for run in asked}
             self.evaluated = [i for i, r in enumerate(self.runs) if (r.task, r.sample) in own]
 
     def _build(self, runs: list[Run], data: PromptDataModule | None) -> None:
-        """Make parameters, buffers and keeper for these runs, of which this process has a share."""
-        assert self.backbone is not None
         trainer = self._trainer
         self.all_runs = list(runs)
         world = 1 if trainer is None else trainer.world_size
@@ -320,7 +343,7 @@ class PromptMethod(LightningModule):
         self.keeper = Keeper(units, len(self.runs), self.kept())
         self.is_built = True
         self.progress.live = self.evaluated_in_fit()
-        self._leave_to_ddp()
+        self._ddp_params_and_buffers_to_ignore = left_out_of_ddp(self)
 
     def evaluated_in_fit(self) -> list[int]:
         """Places of the runs that a fit evaluates at first."""
@@ -333,41 +356,6 @@ class PromptMethod(LightningModule):
     def kept_units(self) -> list[str]:
         """Names of what is chosen by one score: the runs, or all of them together."""
         return ["all"] if self.joint else [run.name for run in self.runs]
-
-    def _leave_to_ddp(self) -> None:
-        """Keep out of DDP what is frozen, and own runs, whose gradients no other process has.
-
-        Buffers are not broadcast either: each process has its own sums, and the others are equal.
-        Where whole runs are divided DDP is left with a number that nothing depends on, since it
-        refuses to have nothing; it broadcasts by the first name and reduces by the second.
-        """
-        names = [name for name, _ in self.named_parameters(remove_duplicate=False)]  # tied ones too
-        kept_out = [name for name in names if name.startswith(self.frozen)]
-        buffers = [name for name, _ in self.named_buffers()]
-        if self.shares.divided:
-            own = [name for name in names if not name.startswith(self.frozen)]
-            kept_out += [*own, *(f".{name}" for name in own)]
-            self.anchor = torch.nn.Parameter(torch.zeros(()))
-            self.frozen = (*self.frozen, "anchor")
-        self._ddp_params_and_buffers_to_ignore = kept_out + buffers
-
-    def _feed(self, data: PromptDataModule) -> None:
-        """Let the data make its loaders."""
-        fitting = self.trainer.state.fn == "fit"
-        draw = None
-        if fitting:
-            self.look_at_lengths(data, "train", "dev")
-            draw = self.draw(data)
-        data.feed(
-            self.runs,
-            self.progress,
-            draw,
-            lambda: self.progress.live if fitting else self.evaluated,
-            self.tokens_per_forward,
-            lambda task, longest: self.tokens_beside_input(self.num_virtual_tokens, task, longest),
-            self.row_share,
-            self.prompts_at_once,
-        )
 
     def look(self, data: PromptDataModule, trainer: Trainer) -> None:
         """Make what a fit would train, for a look at it before training."""
@@ -432,13 +420,11 @@ class PromptMethod(LightningModule):
 
     def _find_run_dir(self) -> Path | None:
         trainer = self.trainer
-        if getattr(trainer, "fast_dev_run", False):
-            return None
-        if self._named_run_dir is not None:
+        if getattr(trainer, "fast_dev_run", False) or self._named_run_dir is not None:
             return self._named_run_dir
-        for logger in trainer.loggers:
-            if isinstance(logger, (CSVLogger, TensorBoardLogger)):
-                return Path(trainer.strategy.broadcast(str(logger.log_dir)))
+        logs = [x for x in trainer.loggers if isinstance(x, (CSVLogger, TensorBoardLogger))]
+        if logs:
+            return Path(trainer.strategy.broadcast(str(logs[0].log_dir)))
         name = time.strftime("%Y%m%d-%H%M%S")
         folder = Path(trainer.default_root_dir) / "prompt_lab_runs" / name
         folder = Path(trainer.strategy.broadcast(str(folder)))
@@ -490,13 +476,6 @@ class PromptMethod(LightningModule):
         """Whether answers of a task are chosen by score (else generated)."""
         return self.decoding == "score" and task.labels is not None
 
-    def describe_decoding(self, task: Task) -> str:
-        """The way of answering, for the results."""
-        if self.scored(task):
-            return "score"
-        length = self.max_new_tokens or "longest"
-        return f"generate beams={self.num_beams} tokens={length}"
-
     def way(self, task: Task) -> Way:
         """How answers to a task are made."""
         labels = list(task.labels or ()) if self.scored(task) else None
@@ -523,7 +502,6 @@ class PromptMethod(LightningModule):
 
     def answer(self, prefixes: Prefixes, step: EvaluationBatch) -> list[str]:
         """One answer per row of an evaluation batch."""
-        assert self.backbone is not None
         way = self.way(self.datamodule.tasks[step.task])
         return answers(self.backbone, lambda batch: self.prefix_of(prefixes, batch), step, way)
 
@@ -540,7 +518,6 @@ class PromptMethod(LightningModule):
 
     def tokens_beside_input(self, num_virtual_tokens: int, task: Task, longest: int) -> int:
         """Tokens that an evaluated row costs besides its input, for cutting batches."""
-        assert self.backbone is not None
         prompt = num_virtual_tokens if self.backbone.is_encoder_decoder else 0
         if self.scored(task):
             return prompt + longest
@@ -552,30 +529,13 @@ class PromptMethod(LightningModule):
         """Look at all rows that the fit and its test will run, and tell loggers the settings."""
         self._is_written = False
         self._tell_of_rows("train", "dev", "test")
-        found = {k: v for k, v in settings_of(self).items() if k.startswith(("model.", "data."))}
-        for logger in self.trainer.loggers if self.trainer.is_global_zero else []:
-            if isinstance(logger, WandbLogger):  # a sweep's own settings are locked
-                known = logger.experiment.config
-                new = {k: v for k, v in found.items() if k not in known}
-                known.update(new, allow_val_change=True)
-            else:
-                logger.log_hyperparams(found)
+        log_settings(self)
 
-    def _tell_of_rows(self, *splits: SplitName) -> None:
-        """Warn of what :meth:`look_at_rows` finds, once for a split; all processes call it."""
-        if self._seen_splits.issuperset(splits):
-            return
-        self._seen_splits.update(splits)
-        for said in self.shares.gather(look_at_rows(self, self.datamodule, *splits)):
-            self.warn_once(said, said)
-
-    def look_at_lengths(self, data: PromptDataModule, *splits: SplitName) -> None:
-        """Refuse rows of this process's runs that do not fit the backbone's positions."""
-        keys = data.keys
-        if self.shares.divided:
-            keys = list(dict.fromkeys((run.task, run.sample) for run in self.runs))
-        rows = [data.tokens(*key, split) for key in keys for split in splits]
-        check_lengths(self, rows, self.num_virtual_tokens)
+    def _tell_of_rows(self, *splits: SplitName) -> None:  # all processes call it
+        if not self._seen_splits.issuperset(splits):
+            self._seen_splits.update(splits)
+            for said in self.shares.gather(look_at_rows(self, self.datamodule, *splits)):
+                self.warn_once(said, said)
 
     # ---- training -------------------------------------------------------------------------------
 
@@ -583,43 +543,38 @@ class PromptMethod(LightningModule):
         self, bank: Tensor, batch: Batch, label_smoothing: float
     ) -> tuple[Tensor, Tensor]:
         """Losses (R,) and gradient (R, N, D); micro-batches are halved when memory runs out."""
-        backbone = self.backbone
-        assert backbone is not None
         return self.within_memory(
             batch,
-            lambda tokens: bank_gradient(backbone, bank, batch, tokens, label_smoothing),
+            lambda tokens: bank_gradient(self.backbone, bank, batch, tokens, label_smoothing),
         )
 
     def within_memory(self, batch: Batch, step: Callable[[int], Made]) -> Made:
-        """What ``step`` makes, given the tokens of a forward pass; fewer when memory runs out."""
+        """What ``step`` makes, given the tokens of a forward pass; fewer when memory runs out.
+
+        Raises:
+            ValueError: it runs out with one row in a forward pass.
+        """
         while True:
             try:
                 return step(self.tokens_per_forward)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-            self._halve_tokens_per_forward(batch)  # here the failed step's tensors are gone
-
-    def _halve_tokens_per_forward(self, batch: Batch) -> None:
-        """Let micro-batches be smaller from here on.
-
-        Raises:
-            ValueError: they hold one row each already.
-        """
-        lengths = zip(batch.input_lengths, batch.target_lengths, strict=True)
-        if self.tokens_per_forward <= max(map(sum, lengths)):
-            raise ValueError(
-                "memory runs out with a single row in a forward pass: use a smaller "
-                "data.max_input_length or model.num_virtual_tokens, model.backbone.dtype bfloat16 "
-                "or model.backbone.gradient_checkpointing true"
+            # Here the failed step's tensors are gone.
+            lengths = zip(batch.input_lengths, batch.target_lengths, strict=True)
+            if self.tokens_per_forward <= max(map(sum, lengths)):
+                raise ValueError(
+                    "memory runs out with a single row in a forward pass: use a smaller "
+                    "data.max_input_length or model.num_virtual_tokens, model.backbone.dtype "
+                    "bfloat16 or model.backbone.gradient_checkpointing true"
+                )
+            self._tokens_per_forward = self.tokens_per_forward // 2
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            rank_zero_warn(
+                f"memory ran out: model.tokens_per_forward is {self.tokens_per_forward} from step "
+                f"{self.trainer.global_step} on; give that to start with it"
             )
-        self._tokens_per_forward = self.tokens_per_forward // 2
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        rank_zero_warn(
-            f"memory ran out: model.tokens_per_forward is {self.tokens_per_forward} from step "
-            f"{self.trainer.global_step} on; give that to start with it"
-        )
 
     def on_train_start(self) -> None:
         """Take up the clock, the progress and the curves; a larger budget revives finished runs."""
@@ -635,26 +590,17 @@ class PromptMethod(LightningModule):
             self.status.masked_fill_(finished, TRAINING)
             self.active |= finished
         self.progress.batches = step * trainer.accumulate_grad_batches
-        if not self.joint:
-            self.progress.live = [i for i, s in enumerate(self.status.tolist()) if s == TRAINING]
-        if not self._count_live():
+        self._set_live()
+        if not self.count_live():
             trainer.should_stop = True
         self._clock = time.monotonic()
-        scores = self.shares.join(self._start_scores) if self._start_scores else []
+        begin_curves(self, self._start_scores)
         self._start_scores = []
-        if trainer.is_global_zero and self.run_dir:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            curves = self.run_dir / "curves.csv"
-            start_curves(curves, step)
-            names = [run.name for run in self.all_runs]
-            scored = zip(names, scores, strict=False)  # none, or one for each run
-            append_curves(curves, ({"step": 0, "run": n, "dev": dev} for n, dev in scored))
         every = trainer.val_check_interval
         if step and self._evaluated_at < step and isinstance(every, int) and step % every == 0:
             self._evaluate()  # the checkpoint was written between the step and its evaluation
 
     def _evaluate(self) -> None:
-        """Run Lightning's loop of validation."""
         trainer = self.trainer
         trainer.validating = True
         trainer.fit_loop.epoch_loop.val_loop.run()
@@ -668,25 +614,13 @@ class PromptMethod(LightningModule):
         self.log("train/loss", outputs["loss"].detach() * (batches / runs), rank_zero_only=False)
         every: int = getattr(self.trainer, "log_every_n_steps", 50) or 50
         if self.progress.batches % every == 0 and self.progress.live:
-            self._log_rates()
-
-    def _log_rates(self) -> None:
-        """Log the mean, lowest and highest learning rate of the live runs."""
-        (optimizer,) = self.trainer.optimizers
-        rates = [group["lr"] for group in optimizer.param_groups]
-        if isinstance(optimizer, BankOptimizer) and not self.joint:
-            factor = optimizer.param_groups[0]["lr"] / max(optimizer.learning_rates)
-            rates = [self.runs[i].learning_rate * factor for i in self.progress.live]
-        logged = {"lr": sum(rates) / len(rates), "lr/min": min(rates), "lr/max": max(rates)}
-        self.log_dict(logged, rank_zero_only=False)
+            log_rates(self)
 
     def finite_everywhere(self, finite: Tensor) -> Tensor:
         """Which units are finite in all processes that share rows."""
-        if self.row_share[1] == 1:
-            return finite
-        return self.trainer.strategy.reduce((~finite).float(), reduce_op="sum") == 0
+        return self.over_ranks((~finite).float()) == 0
 
-    def _count_live(self) -> int:
+    def count_live(self) -> int:
         """How many runs of all processes still train."""
         return sum(self.shares.gather([int((self.status == TRAINING).sum())]))
 
@@ -704,7 +638,6 @@ class PromptMethod(LightningModule):
 
     def prefixes(self, current: bool) -> Prefixes:
         """What answers: the current prompts, or the best."""
-        assert self.backbone is not None
         bank = self.bank().detach() if current else self.keeper["bank"]
         return Prefixes(self.backbone, bank)
 
@@ -712,7 +645,7 @@ class PromptMethod(LightningModule):
         if not self._fitting:
             self.restore_best()
             self._tell_of_rows(split)
-            self.look_at_lengths(self.datamodule, split)
+            check_lengths(self, self.datamodule, split)
         self.evaluation = self.new_evaluation(split)
         self._prefixes = self.prefixes(self._fitting)
 
@@ -750,26 +683,16 @@ class PromptMethod(LightningModule):
             self._start_scores = scores.tolist() if whole and not self.joint else []
             return
         self._evaluated_at = self.trainer.global_step
-        alive = self.status == TRAINING
-        better = self.keeper.update(
-            self.unit_scores(scores),
-            scores,
-            self.trainer.global_step,
-            alive & self.active,
-            always=not self.runs,
-        )
-        if not self.joint:
-            self.keeper.bad.copy_(
-                torch.where(alive & ~self.active, self.keeper.bad + 1, self.keeper.bad)
-            )
-        self.keep(better)
+        units, live = self.unit_scores(scores), self.active & (self.status == TRAINING)
+        step = self.trainer.global_step
+        self.keep(self.keeper.update(units, scores, step, live, always=not self.runs))
         lines = list(self.progress.live)
         self._stop_runs()
         self._log_evaluation(scores, lines)
         self.after_evaluation(scores, lines)
         self.loss_sum.zero_()
         self.loss_steps.zero_()
-        if not self._count_live():
+        if not self.count_live():
             self.trainer.should_stop = True
 
     def unit_scores(self, scores: Tensor) -> Tensor:
@@ -787,81 +710,42 @@ class PromptMethod(LightningModule):
 
     def _stop_runs(self) -> None:
         """End runs that failed, lost patience or reached the budget."""
-        training = self.status == TRAINING
-        self.status.masked_fill_(training & ~self.active, FAILED)
+        failed = (self.status == TRAINING) & ~self.active
+        self.status.masked_fill_(failed, FAILED)
         if self.patience is not None:
-            stopped = training & self.active & (self.keeper.bad >= self.patience)
-            self.status.masked_fill_(stopped, STOPPED)
+            impatient = (self.status == TRAINING) & (self.keeper.bad >= self.patience)
+            self.status.masked_fill_(impatient, STOPPED)
         if self.trainer.global_step >= self.total_steps:
             self.status.masked_fill_(self.status == TRAINING, FINISHED)
         self.active &= self.status == TRAINING
-        status = self.status.tolist()
-        if self.joint:
-            own = [name for name, s in zip(self.kept_units(), status, strict=True) if s == FAILED]
-        else:
-            own = [self.runs[i].name for i in self.progress.live if status[i] == FAILED]
-        if failed := self.shares.gather(own):
+        names = zip(self.kept_units(), failed.tolist(), strict=True)
+        if told := self.shares.gather([name for name, has_failed in names if has_failed]):
             rank_zero_warn(
                 f"loss or gradient not finite by step {self.trainer.global_step}: "
-                f"{', '.join(failed)}; these runs stop, with their best prompt so far. A lower "
+                f"{', '.join(told)}; these runs stop, with their best prompt so far. A lower "
                 "learning_rate or optim.clip may help"
             )
+        self._set_live()
+
+    def _set_live(self) -> None:
+        """Joint runs are evaluated to the end, others while they train."""
         if not self.joint:
-            self.progress.live = [i for i in self.progress.live if status[i] == TRAINING]
+            self.progress.live = [i for i, s in enumerate(self.status.tolist()) if s == TRAINING]
 
     def mean_losses(self) -> Tensor:
         """Mean loss of each run since the last evaluation."""
         return self.over_ranks(self.loss_sum) / self.loss_steps.clamp(min=1)
 
     def _log_evaluation(self, scores: Tensor, lines: list[int]) -> None:
-        """Log the spread over runs, and each run's own line in ``curves.csv``."""
         now = time.monotonic()
-        self.seconds += now - self._clock
-        self._clock = now
-        losses = self.mean_losses().tolist()
-        rows = self.curve_lines(losses, scores, lines)
-        if not self.joint:  # those of all processes, in the order of the grid
-            whole: list[dict[str, Any] | None] = [None] * len(self.runs)
-            for i, row in zip(lines, rows, strict=True):
-                whole[i] = row
-            rows = [row for row in self.shares.join(whole) if row is not None]
-        best = (
-            self.shares.join(self.keeper.score.tolist())
-            if not self.joint
-            else [*self.keeper.score.tolist()]
-        )
-        finite = [value for value in best if value > -torch.inf]
-        logged = {"best/val_score": sum(finite) / len(finite) if finite else float("nan")}
-        known = [row["train_loss"] for row in rows if row.get("train_loss") is not None]
-        logged["train/loss"] = sum(known) / max(1, len(known))
-        if self.trains_a_bank and not self.joint:
-            logged["runs_alive"] = float(self._count_live())
-        self.log_dict(logged, prog_bar=True, rank_zero_only=False)
-        own = dict(zip(lines, (scores[i].item() for i in lines), strict=True))
-        found = [(self.runs[i].task, value) for i, value in own.items() if value == value]
-        spread: dict[str, list[float]] = {}
-        for task, value in self.shares.gather(found):
-            spread.setdefault(task, []).append(value)
-        more = self.logged(scores)
-        for task, values in spread.items():
-            more |= {f"dev/{task}/min": min(values), f"dev/{task}/max": max(values)}
-            more[f"dev/{task}/mean"] = sum(values) / len(values)
-        if self.joint and self.runs:
-            more["dev/mean"] = scores.nanmean().item()
-        if self.dev_loss:
-            more["dev/loss"] = self._dev_loss(lines)
-        self.log_dict(more, rank_zero_only=False)
-        if self.trainer.is_global_zero and self.run_dir:
-            append_curves(self.run_dir / "curves.csv", rows)
+        self.seconds, self._clock = self.seconds + now - self._clock, now
+        log_evaluation(self, scores, lines)
 
     def curve_lines(
         self, losses: list[float], scores: Tensor, lines: list[int]
     ) -> list[dict[str, Any]]:
         """A line of ``curves.csv`` for each run that was evaluated."""
-        dev, further = scores.tolist(), self.curve()
-        kept = self.keeper.dev.tolist()
-        if not self.joint:
-            kept = [x if x > -torch.inf else None for x in self.keeper.score.tolist()]
+        dev, best, further = scores.tolist(), self.keeper.dev.tolist(), self.curve()
         each = len(self.runs) // max(1, len(self.status))
         steps, status = self.keeper.step.tolist(), self.status.tolist()
         return [
@@ -870,7 +754,7 @@ class PromptMethod(LightningModule):
                 "run": self.runs[i].name,
                 "train_loss": losses[i],
                 "dev": dev[i],
-                "best_dev": kept[i],
+                "best_dev": best[i] if best[i] == best[i] else None,
                 "best_step": steps[i // each],
                 "status": STATUS[status[i // each]],
                 **{name: values[i] for name, values in further.items()},
@@ -882,27 +766,6 @@ class PromptMethod(LightningModule):
         """Distance of each prompt from its start, relative to the start's norm: R numbers."""
         change = (self.bank().detach() - self.init).flatten(1).norm(dim=1)
         return (change / self.init.flatten(1).norm(dim=1).clamp(min=1e-12)).tolist()
-
-    @torch.no_grad()
-    def _dev_loss(self, lines: list[int]) -> float:
-        """Mean over runs of the mean loss of their dev rows."""
-        assert self.backbone is not None
-        data, total = self.datamodule, 0.0
-        prefixes, share = self._prefixes, self.row_share
-        for i in lines:
-            run = self.runs[i]
-            rows = data.tokens(run.task, run.sample, "dev")
-            whole = Run(run.task, run.sample, 0, 1.0, len(rows))  # one step reads every row once
-            drawn = bank_draw([whole], {(run.task, run.sample): rows}, 0, data.layout, share)
-            batch = drawn.batch(0, [0]).to(self.device)
-            batch = Batch(**{**vars(batch), "prompts": [i] * len(batch)})
-            batch = renumber(batch, list(range(len(self.runs))))
-            for part in micro_batches(batch, self.tokens_per_forward, self.num_virtual_tokens):
-                prefix, part = self.prefix_of(prefixes, part)
-                total += (self.backbone.row_losses(prefix, part) * part.weight).sum().item()
-        summed = self.over_ranks(torch.tensor([total], device=self.device)).item()
-        found = self.shares.gather([(summed, len(lines))])
-        return sum(x for x, _ in found) / max(1, sum(n for _, n in found))
 
     def on_train_end(self) -> None:
         """Evaluate the last step if it was not, and write the best."""
@@ -934,13 +797,13 @@ class PromptMethod(LightningModule):
         self.evaluation.add(batch, self.answer(self._prefixes, batch))
 
     def on_test_epoch_end(self) -> None:
-        """Score test, and write results, predictions and, where there are any, prompts."""
+        """Score test, and write what it leaves."""
         scores = self.evaluation.scores()
         self.log("test/mean", scores[self.evaluated].nanmean().float(), rank_zero_only=False)
         self.report_test(scores)
 
     def report_test(self, scores: Tensor) -> None:
-        """Write what the test leaves."""
+        """Write results, predictions and, where there are any, prompts."""
         Report(self, self.evaluation, "test").write(scores)
 
     def on_predict_start(self) -> None:
@@ -951,15 +814,10 @@ class PromptMethod(LightningModule):
     def predict_step(self, batch: EvaluationBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Answers to test rows under each run's best prompt: run, task, sample, row, answer."""
         texts = self.answer(self._prefixes, batch)
+        runs = [self.runs[i] for i in batch.batch.prompts]
         return [
-            {
-                "run": self.runs[i].name,
-                "task": self.runs[i].task,
-                "sample": self.runs[i].sample,
-                "row": row,
-                "answer": text,
-            }
-            for i, row, text in zip(batch.batch.prompts, batch.batch.rows, texts, strict=True)
+            {"run": r.name, "task": r.task, "sample": r.sample, "row": row, "answer": text}
+            for r, row, text in zip(runs, batch.batch.rows, texts, strict=True)
         ]
 
     # ---- identity, warnings ---------------------------------------------------------------------
@@ -969,7 +827,6 @@ class PromptMethod(LightningModule):
 
         All processes call it.
         """
-        assert self.backbone is not None
         files = {
             f"{task}/{sample}/{name}": split.digest
             for (task, sample), splits in self.datamodule.splits.items()
@@ -1003,25 +860,6 @@ class PromptMethod(LightningModule):
             self._warned.add(key)
             rank_zero_warn(message)
 
-    def warn_of_constant_answers(self, lines: list[int], still: bool = True) -> None:
-        """Warn of runs that answer every dev row alike, and of prompts that do not move."""
-        step = self.trainer.global_step
-        constant = self.shares.gather([self.runs[i].name for i in self.evaluation.constant_runs()])
-        if constant and step > self.total_steps // 4:
-            self.warn_once(
-                "constant",
-                f"step {step}: the same answer to every dev row from {some(constant)}; the score "
-                "is that of a constant. Try another learning_rate",
-            )
-        moved = self.moved()
-        idle = self.shares.gather([self.runs[i].name for i in lines if moved[i] < 1e-3])
-        if idle:
-            self.warn_once(
-                "still",
-                f"step {step}: prompts within 0.1 % of their start: {some(idle)}. Soft prompts "
-                "need large learning rates (0.3 is usual for T5)",
-            )
-
     def stored_prompt(
         self, run: Run, prompt: Tensor, init: Tensor, dev: float, test: float | None, **facts: Any
     ) -> Prompt:
@@ -1037,7 +875,6 @@ class PromptMethod(LightningModule):
         """
         from prompt_lab import __version__
 
-        assert self.backbone is not None
         fields = {
             "name": run.name,
             "backbone": self.backbone.name,
@@ -1063,17 +900,9 @@ class PromptMethod(LightningModule):
     # ---- checkpoints ----------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Join the runs of all processes, and note what they are, and what must agree."""
-        assert self.backbone is not None
-        self._convert_runs(checkpoint, self.shares.join_tensor)
-        kind = type(self)
-        checkpoint["method"] = f"{kind.__module__}.{kind.__qualname__}"
-        checkpoint["runs"] = [asdict(run) for run in self.all_runs]
-        checkpoint["starts"] = [asdict(start) for start in self.shares.join(self.starts)]
-        checkpoint["identity"] = self._whole_identity()
+        """Note what the runs are, and what must agree."""
+        fill_checkpoint(self, checkpoint)
         checkpoint["seconds"], checkpoint["evaluated_at"] = self.seconds, self._evaluated_at
-        checkpoint["backbone_digest"] = self.backbone.digest
-        checkpoint["tokenizer_digest"] = self.backbone.tokenizer_digest
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take this process's runs; refuse other data, seeds or weights, which may look like these.
@@ -1083,47 +912,15 @@ class PromptMethod(LightningModule):
         Raises:
             ValueError: naming both sides.
         """
-        lacking = [x for x in ("runs", "starts", "identity", "seconds") if x not in checkpoint]
-        if lacking:
+        if any(name not in checkpoint for name in ("runs", "starts", "identity", "seconds")):
             raise ValueError("the checkpoint is not of a method of prompt_lab")
         if not self.is_built:
             self.backbone = self.load_backbone()
             self._build([Run(**run) for run in checkpoint["runs"]], None)
-        saved, own = checkpoint["identity"], self._whole_identity()
-        for name in own:
-            if saved.get(name) != own.get(name):
-                raise ValueError(
-                    f"the checkpoint is of {name.replace('_', ' ')} {_shown(saved.get(name))}, the "
-                    f"settings give {_shown(own.get(name))}: resume with those of the fit"
-                )
+        check_identity(self, checkpoint["identity"])
         self.starts = [Start(**checkpoint["starts"][place]) for place in self.shares.own]
         self.seconds, self._evaluated_at = checkpoint["seconds"], checkpoint["evaluated_at"]
-        self._convert_runs(checkpoint, self.shares.take)
-
-    def _whole_identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree in."""
-        assert self.backbone is not None
-        names = [
-            f"{run.task} {run.sample} seed {run.init_seed}" + (run.source and f" from {run.source}")
-            for run in self.all_runs
-        ]
-        common = {"method": type(self).__name__, "backbone": self.backbone.digest, "runs": names}
-        return common | self.identity()
-
-    def _convert_runs(
-        self, checkpoint: dict[str, Any], convert: Callable[[Tensor], Tensor]
-    ) -> None:
-        """Put what ``convert`` makes of it in the place of what a checkpoint holds of each run."""
-        if not self.shares.divided:
-            return
-        state = checkpoint["state_dict"]
-        found = {name: convert(value) for name, value in state.items() if value.dim()}
-        checkpoint["state_dict"] = {**state, **found}
-        for of_optimizer in checkpoint.get("optimizer_states", []):
-            of_optimizer["state"] = {
-                parameter: {name: convert(value) for name, value in values.items()}
-                for parameter, values in of_optimizer["state"].items()
-            }
+        change_runs(self, checkpoint, self.shares.take)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -1133,14 +930,9 @@ class PromptMethod(LightningModule):
             ValueError: a checkpoint of another class.
         """
         kwargs.setdefault("weights_only", True)
-        if cls is not PromptMethod:
-            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
-        saved = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
-        if "method" not in saved:
-            raise ValueError(f"{checkpoint_path} is not the checkpoint of a method of prompt_lab")
-        module, _, name = saved["method"].rpartition(".")
-        kind = getattr(importlib.import_module(module), name)
-        return kind.load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        if cls is PromptMethod:
+            return kind_of(checkpoint_path).load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The state without the frozen backbone."""
@@ -1170,20 +962,3 @@ class PromptMethod(LightningModule):
                 f"{result.unexpected_keys}; was it made with other settings or by another method?"
             )
         return type(result)(missing, result.unexpected_keys)
-
-
-def _told(keys: Iterable[tuple[str, int]]) -> list[str]:
-    return list(dict.fromkeys(f"{task} (sample {sample})" for task, sample in keys))
-
-
-def _shown(value: Any) -> str:
-    """A side of a disagreement, short: lists by their first members, digests by their beginning."""
-    if isinstance(value, list):
-        return f"{len(value)} ({some([str(item) for item in value])})"
-    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
-
-
-def some(names: list[str], most: int = 3) -> str:
-    """The first few names and how many more there are."""
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest

@@ -23,7 +23,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from prompt_lab.core.backbone import Backbone
@@ -37,9 +36,10 @@ from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.sampling import Draw, bank_draw
 from prompt_lab.files.prompts import Prompt, PromptStore
 from prompt_lab.files.tensors import read_metadata
+from prompt_lab.methods.checks import some
 from prompt_lab.methods.configs import as_config, as_list
-from prompt_lab.methods.look import describe_grid
-from prompt_lab.methods.method import FINISHED, STATUS, PromptMethod, some
+from prompt_lab.methods.logs import warn_of_answers
+from prompt_lab.methods.method import FINISHED, STATUS, PromptMethod
 from prompt_lab.methods.starts import (
     InitConfig,
     SubspaceConfig,
@@ -96,12 +96,6 @@ class PromptTuning(PromptMethod):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if num_virtual_tokens < 1:
-            raise ValueError(f"model.num_virtual_tokens is {num_virtual_tokens}: give at least 1")
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"model.label_smoothing is {label_smoothing}: give 0 up to below 1")
-        if patience is not None and patience < 1:
-            raise ValueError(f"model.patience is {patience}: give at least 1, or null")
         self.optim_config: OptimConfig = as_config(OptimConfig, optim)
         self.init_config: InitConfig = as_config(InitConfig, init)
         self.subspace_config: SubspaceConfig | None = as_config(SubspaceConfig, subspace)
@@ -157,7 +151,6 @@ class PromptTuning(PromptMethod):
     def start(self, data: PromptDataModule) -> None:
         """Put prompts or codes where they start."""
         backbone, config = self.backbone, self.subspace_config
-        assert backbone is not None
         if config is not None:
             subspace = config.load(backbone, self.num_virtual_tokens)
             self.starts = [config.start(run.init_seed) for run in self.runs]
@@ -226,7 +219,7 @@ class PromptTuning(PromptMethod):
 
     def after_evaluation(self, scores: Tensor, lines: list[int]) -> None:
         """Warn, and keep the prompts of the evaluated runs, if this is one of the steps to keep."""
-        self.warn_of_constant_answers(lines)
+        warn_of_answers(self, lines)
         step = self.trainer.global_step
         if step not in self.save_steps or not self.run_dir:
             return
@@ -246,7 +239,6 @@ class PromptTuning(PromptMethod):
 
     def restore(self) -> None:
         """Read each run's best prompt from the prompt store."""
-        assert self.backbone is not None
         assert self.run_dir is not None
         keeper, store = self.keeper, PromptStore(self.run_dir / "prompts")
         for i, saved in enumerate(store.load([run.name for run in self.runs], self.backbone)):
@@ -320,9 +312,31 @@ class PromptTuning(PromptMethod):
         """Name of what is trained, in the results."""
         return "tuned" if self.subspace_config is None else self.subspace_config.variant
 
-    def describe_fit(self, data: PromptDataModule, trainer: Trainer) -> str:
-        """The grid of runs, its cost and memory."""
-        return describe_grid(self, data, trainer)
+    def described(self, data: PromptDataModule) -> list[str]:
+        """The grid of runs, and where they start."""
+        axes = {
+            "tasks": list(data.tasks),
+            "samples": data.samples,
+            "init_seed": self.init_seeds,
+            "learning_rate": self.learning_rates,
+            "batch_size": self.batch_sizes,
+            "source_tasks": self.init_config.source_tasks or [],
+        }
+        axes = {name: values for name, values in axes.items() if values}
+        sizes = " x ".join(f"{len(values)} {name}" for name, values in axes.items())
+        starts = dict.fromkeys(" ".join(filter(None, (s.start, s.start_of))) for s in self.starts)
+        return [
+            f"{len(self.all_runs)} runs = {sizes}",
+            *(f"  {name}: {', '.join(map(str, values))}" for name, values in axes.items()),
+            f"prompt: {self.num_virtual_tokens} x {self.init.shape[2]}, "
+            f"starting from {', '.join(starts)}",
+        ]
+
+    def held(self) -> dict[str, int]:
+        """Weights, bank and optimizer."""
+        moments = 2 if self.optim_config.name == "adamw" else 0
+        bank, optimizer = 3 * self.init.nbytes, moments * self.trained.nbytes
+        return {"weights": super().held()["weights"], "bank": bank, "optimizer": optimizer}
 
     def result_facts(self, run: int) -> dict[str, Any]:
         """What the results say of how a run was trained."""
@@ -335,7 +349,6 @@ class PromptTuning(PromptMethod):
 
     def _warn_of_starts(self, data: PromptDataModule, init: Tensor) -> None:
         """Warn of initial prompts off the scale of the embeddings, or learned on these tasks."""
-        assert self.backbone is not None
         ratio = scale_ratio(self.backbone, init)
         if not 1 / 3 <= ratio <= 3:
             self.warn_once(

@@ -1,21 +1,16 @@
 """``VectorArithmetic``: evaluate sums of task prompt vectors as one bank.
 
 A task prompt vector is what tuning added to an initial prompt (Belanec et al. 2024, arXiv
-2408.01119). Here the sums of a study (single vectors, all pairs, every vector on every initial
-prompt, or expressions of your own) become prompts init + lambda * sum, and all of them answer side
-by side, many prompts in a forward. For each sum lambda is the value of a grid with the best mean
-dev score; test rows are answered under that one alone. Nothing is trained.
-
-Prompts are made when their turn comes, a bounded number at a time, and let go afterwards; what
-grows with the study are scores, the chosen prompts' files, and the answers to test. Left out: the
-search for a lambda beyond the grid, and one for each vector of a sum.
+2408.01119). Prompts init + lambda * sum answer side by side; for each sum lambda is the value of a
+grid with the best mean dev score. They are made when their turn comes and let go afterwards. Left
+out: a search for a lambda beyond the grid, and one for each vector of a sum.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -63,11 +58,6 @@ NO_FIT = "VectorArithmetic trains nothing: use prompt-lab test (or validate, for
 SCALES = "scales.csv"
 """The file of a test's folder with the dev score of every value of lambda."""
 
-SCALE_COLUMNS = (
-    *("expression", "variant", "task", "sample", "init_seed", *STARTS),
-    *("scale", "dev", "chosen"),
-)
-
 
 @dataclass(frozen=True, eq=False)
 class VectorSum:
@@ -98,25 +88,19 @@ class VectorSum:
     scales: tuple[float, ...]
     crosses: bool = False
 
-    @property
-    def init(self) -> Tensor:
-        """The initial prompt (N, D)."""
-        if self.base is None:
-            return torch.zeros_like(next(iter(self.vectors.values())).prompt.init)
-        return self.base.prompt.init
-
     def prompt(self, scale: float) -> Tensor:
         """The prompt init + scale * sum (N, D), float32."""
         vectors = torch.stack([self.vectors[task].vector for task in self.coefficients])
-        return add_vectors(self.init, vectors, list(self.coefficients.values()), scale)
+        init = torch.zeros_like(vectors[0]) if self.base is None else self.base.prompt.init
+        return add_vectors(init, vectors, list(self.coefficients.values()), scale)
 
     @property
     def name(self) -> str:
         """A name that can be a file name, without the task and the scale."""
-        place = f"{self.variant}_{expression_name(self.coefficients)}_{self.sample}_seed{self.seed}"
-        if self.variant == "initial_prompt":
-            place = f"{self.variant}_{self.sample}_seed{self.seed}"
-        return place if not self.crosses else f"{place}_on_seed{self.init_seed}"
+        is_sum = self.variant != "initial_prompt"
+        place = f"_{expression_name(self.coefficients)}" if is_sum else ""
+        place = f"{self.variant}{place}_{self.sample}_seed{self.seed}"
+        return f"{place}_on_seed{self.init_seed}" if self.crosses else place
 
     @property
     def init_seed(self) -> int | None:
@@ -135,22 +119,10 @@ class VectorSum:
         """The tasks that choose the scale: all but those whose vector is taken away."""
         return tuple(task for task in self.tasks if self.coefficients.get(task, 0) >= 0)
 
-    @property
-    def is_tuned_prompt(self) -> bool:
-        """Whether it is one of the prompt files as it stands: init + 1 * tau (equality 9)."""
-        (source, *others) = self.vectors.values()
-        whole = list(self.coefficients.values()) == [1.0] and self.scales == (1.0,)
-        return whole and not others and self.base is source
-
 
 @dataclass(frozen=True)
 class Trial(Run):
-    """A sum at one scale, on one task.
-
-    Attributes:
-        of: the sum.
-        scale: lambda.
-    """
+    """A sum at one scale, lambda, on one task."""
 
     of: VectorSum
     scale: float
@@ -160,6 +132,13 @@ class Trial(Run):
         """A name that is unique among the chosen scales, and can be a file name."""
         own = self.of.variant != "initial_prompt" and list(self.of.coefficients) == [self.task]
         return self.of.name if own else f"{self.of.name}_for_{self.task}"
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What tells it apart from others of its task and sample, in columns of the results."""
+        made = self.of
+        told = {"variant": made.variant, "expression": made.expression or None}
+        return told | {"init_seed": made.seed, **asdict(made.start), "scale": self.scale}
 
 
 class MadePrefixes(Prefixes):
@@ -243,10 +222,29 @@ class VectorArithmetic(PromptMethod):
         self.folders = as_list(prompts)
         self.study, self.evaluate_on = study, evaluate_on
         self.test_baselines = evaluate_on == "all"
-        self.expressions = _expressions(study, expressions)
+        if bool(expressions) != (study == "expressions"):
+            raise ValueError(
+                f"model.study is {study} and model.expressions has {len(expressions)} expressions: "
+                "give expressions with study expressions, and with it only"
+            )
         if evaluate_on == "all" and study != "expressions":
             raise ValueError(f"model.evaluate_on all goes with study expressions, not {study}")
-        self.scales = _scales(study, scales)
+        self.expressions: dict[str, dict[str, float]] = {}
+        for text in expressions:
+            factors = parse_expression(text)
+            if same := [other for other, own in self.expressions.items() if own == factors]:
+                raise ValueError(
+                    f"expressions {same[0]!r} and {text!r} are the same: leave one out"
+                )
+            self.expressions[" ".join(text.split())] = factors
+        if scales is None:
+            scales = [1.0] if study in ("singles", "cross") else list(GRID)
+        if not scales or len(set(scales)) < len(scales) or not all(0 <= x <= 1 for x in scales):
+            raise ValueError(
+                f"model.scales is {scales}: give distinct numbers from 0 (the bare initial "
+                "prompt) to 1; larger factors go into an expression, such as '2 * qnli'"
+            )
+        self.scales = tuple(sorted(map(float, scales)))
         self.trials: list[Trial] = []
         self.dev: dict[int, float] = {}
         self._sources: list[FoundPrompt] = []
@@ -254,20 +252,19 @@ class VectorArithmetic(PromptMethod):
     # ---- set-up ---------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """As every method's.
-
-        Raises:
-            ValueError: ``fit``, or a run folder that holds the tuned prompts.
-        """
+        """As every method's; refuse a fit, and the folder of the tuned prompts."""
         if stage == "fit":
             raise ValueError(NO_FIT)
         super().setup(stage)
         own = self.run_dir and self.run_dir.resolve()
-        if own in [place for name in self.folders for place in _places(Path(name))]:
-            raise ValueError(
-                f"--run_dir {self.run_dir} holds the tuned prompts, whose results would be "
-                "overwritten: give another folder"
-            )
+        for place in (Path(name).resolve() for name in self.folders):
+            folder = place.parent if place.is_file() else place
+            is_part = folder.name in ("prompts", "checkpoints")  # of the folder of a fit
+            if own == folder or (is_part and own == folder.parent):
+                raise ValueError(
+                    f"--run_dir {self.run_dir} holds the tuned prompts, whose results would be "
+                    "overwritten: give another folder"
+                )
 
     def make_runs(self, data: PromptDataModule) -> list[Run]:
         """Every sum at every scale on every task; rows of a task come together.
@@ -277,9 +274,33 @@ class VectorArithmetic(PromptMethod):
             ValueError: prompts that are missing, do not combine or belong to another backbone; or
                 expressions and tasks that do not go together.
         """
-        found = self._found(data)
-        sums = list(self._sums(data, found))
-        sums = [*self._baselines(sums, found), *_beside_single(sums)]
+        found = {
+            group: files
+            for group, files in find_vectors(self.folders).items()
+            if group[0] in data.samples and group[1] is not None
+        }
+        absent = [str(n) for n in data.samples if n not in {sample for sample, _ in found}]
+        if absent:
+            raise ValueError(
+                f"no tuned prompt of sample {', '.join(absent)} in {', '.join(self.folders)}: tune "
+                "them first, or leave the sample out of data.samples"
+            )
+        asked = list(self._sums(data, found))
+        sums = list(self._baselines(asked, found))
+        for made in asked:
+            is_tuned = list(made.coefficients.values()) == [1.0] and made.scales == (1.0,)
+            if is_tuned and made.base in made.vectors.values():  # equality 9: init + 1 * tau
+                others = tuple(task for task in made.tasks if task not in made.coefficients)
+                made = replace(made, tasks=others)  # on its own task it is listed as single
+            sums.append(made)
+        known: dict[tuple[str, str], VectorSum] = {}
+        for made in sums:
+            for other in (known.setdefault((made.name, task), made) for task in made.tasks):
+                if other is not made:
+                    raise ValueError(
+                        f"{other.expression!r} and {made.expression!r} have the same name, "
+                        f"{made.name}: leave one out"
+                    )
         self.trials = [
             Trial(*place, made.seed, math.nan, 0, made, scale)
             for place in data.keys
@@ -287,9 +308,7 @@ class VectorArithmetic(PromptMethod):
             if made.sample == place[1] and place[0] in made.tasks
             for scale in made.scales
         ]
-        _check_names(sums)
-        self._warn_of_settings(data)
-        self._warn_of_classes(data, dict.fromkeys((t.task, t.sample) for t in self.trials))
+        self._warn(data)
         return list(self.trials)
 
     def build(self, backbone: Backbone, runs: Sequence[Run]) -> None:
@@ -310,21 +329,7 @@ class VectorArithmetic(PromptMethod):
     def restore_best(self) -> None:
         """Nothing: the prompts are those of the files."""
 
-    def _found(self, data: PromptDataModule) -> Found:
-        """The files of the samples of the data."""
-        found = find_vectors(self.folders)
-        own = {group: files for group, files in found.items() if group[0] in data.samples}
-        own = {group: files for group, files in own.items() if group[1] is not None}
-        absent = [str(n) for n in data.samples if n not in {sample for sample, _ in own}]
-        if absent:
-            raise ValueError(
-                f"no tuned prompt of sample {', '.join(absent)} in {', '.join(self.folders)}: tune "
-                "them first, or leave the sample out of data.samples"
-            )
-        return own
-
     def _source(self, found: FoundPrompt) -> FoundPrompt:
-        """A prompt, read once, that goes with the backbone and all others."""
         if found not in self._sources:
             assert self.backbone is not None
             prompt = found.prompt
@@ -339,45 +344,47 @@ class VectorArithmetic(PromptMethod):
     # ---- the sums of a study --------------------------------------------------------------------
 
     def _sums(self, data: PromptDataModule, found: Found) -> Iterator[VectorSum]:
-        """The sums of the study, without what they are compared with."""
-        if self.study == "cross":
-            for task in data.tasks:
-                yield from self._crossed(task, data, found)
-            return
-        for expression, coefficients in self._asked(data).items():
-            tasks = self._evaluated(expression, coefficients, data)
-            for (sample, seed), files in self._groups(list(coefficients), data, found):
-                vectors = {task: self._source(path) for task, path in files.items()}
-                advice = "tune them from one, such as model.init.name vocab, or use vectors apply"
-                base = common_init(list(vectors.values()), advice)
-                made = VectorSum(
-                    *("vectors", expression, coefficients, vectors, base, sample, seed),
-                    *(tasks, self.scales),
-                )
-                if len(self.scales) > 1 and not made.counted:
-                    raise ValueError(
-                        f"expression {expression!r} takes away the vector of every task that it is "
-                        "evaluated on, so none can choose lambda: give one number in "
-                        "model.scales, or further data.tasks"
-                    )
-                yield made
-
-    def _asked(self, data: PromptDataModule) -> dict[str, dict[str, float]]:
-        """The coefficients of every expression of the study."""
-        if self.study == "expressions":
-            return self.expressions
-        sets = combinations(data.tasks, 1 if self.study == "singles" else 2)
         if self.study == "pairs" and len(data.tasks) < 2:
             raise ValueError("study pairs needs at least two data.tasks")
-        return {" + ".join(map(_written, tasks)): dict.fromkeys(tasks, 1.0) for tasks in sets}
+        asked, crosses = self.expressions, self.study == "cross"
+        if self.study != "expressions":
+            sets = combinations(data.tasks, 2 if self.study == "pairs" else 1)
+            asked = {" + ".join(map(_written, own)): dict.fromkeys(own, 1.0) for own in sets}
+        for expression, factors in asked.items():
+            tasks = self._evaluated(expression, factors, data)
+            groups = self._groups(list(factors), data, found)
+            for sample, seed, vectors in groups:
+                if crosses:
+                    bases = [own[tasks[0]] for other, _, own in groups if other == sample]
+                    if all(bases[0].prompt.init.equal(one.prompt.init) for one in bases):
+                        raise ValueError(
+                            f"study cross: the prompts of {expression} sample {sample} start from "
+                            "one initial prompt: tune some with several model.init_seed"
+                        )
+                else:
+                    advice = "tune them from one, such as model.init.name vocab, or use vectors"
+                    bases = [common_init(list(vectors.values()), f"{advice} apply")]
+                place = (expression, factors, vectors)
+                for base in bases:
+                    made = VectorSum(
+                        *("vectors", *place, base, sample, seed, tasks, self.scales, crosses)
+                    )
+                    if len(self.scales) > 1 and not made.counted:
+                        raise ValueError(
+                            f"expression {expression!r} takes away the vector of every task that "
+                            "it is evaluated on, so none can choose lambda: give one number in "
+                            "model.scales, or further data.tasks"
+                        )
+                    yield made
+                if crosses:
+                    yield VectorSum("vector_alone", *place, None, sample, seed, tasks, (1.0,))
 
     def _evaluated(
-        self, expression: str, coefficients: Mapping[str, float], data: PromptDataModule
+        self, expression: str, factors: Mapping[str, float], data: PromptDataModule
     ) -> tuple[str, ...]:
-        """The tasks that an expression is evaluated on."""
         if self.evaluate_on == "all":
             return tuple(data.tasks)
-        added = [task for task, factor in coefficients.items() if factor > 0]
+        added = tuple(task for task, factor in factors.items() if factor > 0)
         if not added:
             raise ValueError(
                 f"expression {expression!r} adds no vector, so it names no task to be evaluated "
@@ -389,12 +396,12 @@ class VectorArithmetic(PromptMethod):
                 f"expression {expression!r} is evaluated on {', '.join(strange)}, which data.tasks "
                 "has not: add them there, or set model.evaluate_on to all"
             )
-        return tuple(added)
+        return added
 
     def _groups(
         self, names: list[str], data: PromptDataModule, found: Found
-    ) -> Iterator[tuple[tuple[int, int], dict[str, FoundPrompt]]]:
-        """Sample, seed and files of some tasks, wherever all of them have a prompt."""
+    ) -> list[tuple[int, int, dict[str, FoundPrompt]]]:
+        """Sample, seed and prompts of some tasks, wherever all of them have one."""
         groups, left_out = complete(found, names, self.folders)
         absent = [str(n) for n in data.samples if n not in {sample for sample, _ in groups}]
         if absent:
@@ -404,32 +411,11 @@ class VectorArithmetic(PromptMethod):
             )
         if left_out:
             self.warn_once(f"left out {names}", f"left out: {left_out}")
-        for (sample, seed), files in groups.items():
-            assert sample is not None
-            assert seed is not None
-            yield (sample, seed), files
-
-    def _crossed(self, task: str, data: PromptDataModule, found: Found) -> Iterator[VectorSum]:
-        """A task's vectors on every initial prompt of their sample, and alone."""
-        own: dict[int, dict[int, FoundPrompt]] = {sample: {} for sample in data.samples}
-        for (sample, seed), files in self._groups([task], data, found):
-            own[sample][seed] = self._source(files[task])
-        for sample, by_seed in own.items():
-            inits = [source.prompt.init for source in by_seed.values()]
-            if all(inits[0].equal(other) for other in inits):
-                raise ValueError(
-                    f"study cross: the prompts of {task} sample {sample} start from one initial "
-                    "prompt: tune some with several model.init_seed"
-                )
-            for seed, source in by_seed.items():
-                parts = (_written(task), {task: 1.0}, {task: source})
-                alone = ((task,), (1.0,))
-                for base in by_seed.values():
-                    yield VectorSum(
-                        *("vectors", *parts, base, sample, seed, (task,), self.scales),
-                        crosses=True,
-                    )
-                yield VectorSum("vector_alone", *parts, None, sample, seed, *alone)
+        return [
+            (sample, seed, {task: self._source(one) for task, one in files.items()})
+            for (sample, seed), files in groups.items()
+            if sample is not None and seed is not None
+        ]
 
     def _baselines(self, sums: Sequence[VectorSum], found: Found) -> Iterator[VectorSum]:
         """The initial prompts, and the tuned prompts of the tasks, that the sums compare with."""
@@ -447,10 +433,8 @@ class VectorArithmetic(PromptMethod):
             if path is not None:
                 yield VectorSum("single", _written(task), *parts, (1.0,))
 
-    # ---- warnings -------------------------------------------------------------------------------
-
-    def _warn_of_settings(self, data: PromptDataModule) -> None:
-        """Warn of prompts that were tuned on rows of another form."""
+    def _warn(self, data: PromptDataModule) -> None:
+        """Tell of prompts tuned on rows of another form, and of dev rows that lack classes."""
         for name in ("task_prefix", "max_input_length"):
             own, seen = getattr(data, name), [one.prompt for one in self._sources]
             other = [prompt for prompt in seen if getattr(prompt, name) not in (own, None)]
@@ -460,10 +444,7 @@ class VectorArithmetic(PromptMethod):
                     f"data.{name} is {own}, but it was {getattr(other[0], name)} when "
                     f"{some([prompt.name for prompt in other])} were tuned",
                 )
-
-    def _warn_of_classes(self, data: PromptDataModule, keys: Iterable[tuple[str, int]]) -> None:
-        """Warn of dev sets without rows of every class, on which scores say little of lambda."""
-        for task, sample in keys:
+        for task, sample in dict.fromkeys((trial.task, trial.sample) for trial in self.trials):
             given = {answers[0] for answers in data.splits[task, sample]["dev"].references}
             missing = [label for label in data.tasks[task].labels or () if label not in given]
             if missing:
@@ -494,7 +475,6 @@ class VectorArithmetic(PromptMethod):
         return torch.empty(len(self.runs), 0, self.backbone.hidden_size, device=self.device)
 
     def _made(self, places: Sequence[int]) -> Tensor:
-        """The prompts of some runs, (R, N, D)."""
         trials = [self.trials[place] for place in places]
         return torch.stack([trial.of.prompt(trial.scale) for trial in trials]).to(self.device)
 
@@ -515,33 +495,33 @@ class VectorArithmetic(PromptMethod):
 
     def on_test_start(self) -> None:
         """Choose the scales on dev, in the precision of the test; then begin the test."""
-        everything = list(range(len(self.trials)))
-        self.evaluated = everything
-        made = self.answer_all("dev", everything, self.prefixes(current=False), keep=False)
+        self.evaluated = list(range(len(self.trials)))
+        made = self.answer_all("dev", self.evaluated, self.prefixes(current=False), keep=False)
         self._choose(made.scores())
         super().on_test_start()
 
     def _choose(self, scores: Tensor) -> None:
         """Evaluate the best scale of each sum from here on, and write the scores of all."""
-        dev = dict(enumerate(scores.tolist()))
-        by_sum: dict[VectorSum, dict[float, dict[str, float]]] = {}
-        for place, score in dev.items():
-            trial = self.trials[place]
-            by_sum.setdefault(trial.of, {}).setdefault(trial.scale, {})[trial.task] = score
+        dev = scores.tolist()
+        by_sum: dict[VectorSum, dict[float, list[float]]] = {}
+        for trial, score in zip(self.trials, dev, strict=True):
+            if trial.task in (trial.of.counted or trial.of.tasks):
+                by_sum.setdefault(trial.of, {}).setdefault(trial.scale, []).append(score)
         best = {
-            made: best_scale({scale: _mean(made, found) for scale, found in by_scale.items()})
-            for made, by_scale in by_sum.items()
+            made: best_scale({scale: statistics.fmean(found) for scale, found in own.items()})
+            for made, own in by_sum.items()
         }
-        chosen = [i for i, trial in enumerate(self.trials) if trial.scale == best[trial.of]]
-        self.evaluated, self.dev = chosen, {i: dev[i] for i in chosen}
+        self.evaluated = [i for i, t in enumerate(self.trials) if t.scale == best[t.of]]
+        self.dev = {i: dev[i] for i in self.evaluated}
         if self.trainer.is_global_zero and self.run_dir:
             self.run_dir.mkdir(parents=True, exist_ok=True)
+            place = ("expression", "variant", "task", "sample", "init_seed", *STARTS, "scale")
             rows = (
-                {**_place(t), "task": t.task, "sample": t.sample, "dev": dev[i]}
+                {**t.columns, "task": t.task, "sample": t.sample, "dev": score}
                 | {"chosen": t.scale == best[t.of]}
-                for i, t in enumerate(self.trials)
+                for t, score in zip(self.trials, dev, strict=True)
             )
-            write_csv(self.run_dir / SCALES, SCALE_COLUMNS, rows)
+            write_csv(self.run_dir / SCALES, (*place, "dev", "chosen"), rows)
 
     # ---- results --------------------------------------------------------------------------------
 
@@ -578,7 +558,7 @@ class VectorArithmetic(PromptMethod):
     def result_facts(self, run: int) -> dict[str, Any]:
         """What the results say of a chosen sum; how its vectors were tuned is in their files."""
         absent = dict.fromkeys(("learning_rate", "batch_size", "order_seed"))
-        return absent | _place(self.trials[run]) | {"run": self.evaluated.index(run)}
+        return absent | self.trials[run].columns | {"run": self.evaluated.index(run)}
 
     def digests(self) -> dict[str, Any]:
         """Digests of backbone weights, tokenizer, data files and prompt files."""
@@ -595,15 +575,14 @@ class VectorArithmetic(PromptMethod):
         self.look(data, trainer)
         lines = ["nothing is trained; prompt-lab test evaluates:"]
         for variant in dict.fromkeys(trial.of.variant for trial in self.trials):
-            own = [trial for trial in self.trials if trial.of.variant == variant]
-            sums = {trial.of for trial in own}
-            scales = max(len(made.scales) for made in sums)
+            own = [trial.of for trial in self.trials if trial.of.variant == variant]
+            sums = set(own)
             lines.append(
-                f"{variant}: {len(sums)} x {scales} values of lambda, {len(own)} prompts on dev "
-                f"and {sum(len(made.tasks) for made in sums)} on test"
+                f"{variant}: {len(sums)} x {max(len(made.scales) for made in sums)} values of "
+                f"lambda, {len(own)} prompts on dev and {sum(len(made.tasks) for made in sums)} on "
+                "test"
             )
-        lines.append(f"at most {self.prompts_at_once} prompts in memory at a time")
-        return "\n".join(lines)
+        return "\n".join([*lines, f"at most {self.prompts_at_once} prompts in memory at a time"])
 
     def score_table(self, rows: list[dict[str, Any]]) -> str:
         """A line for each variant, expression and task, over samples and seeds.
@@ -611,31 +590,25 @@ class VectorArithmetic(PromptMethod):
         ``of single`` is the mean score over that of the task's tuned prompts of the same samples
         and seeds (single-task performance kept).
         """
-        place = {row.get("expression"): -at for at, row in enumerate(reversed(rows))}  # the first
-        groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-        for row in sorted(
-            rows, key=lambda row: (VARIANTS.index(row["variant"]), place[row.get("expression")])
-        ):
-            key = (row.get("expression") or "-", row["variant"], row["task"])
-            groups.setdefault(key, []).append(row)
-        single = {
-            (row["task"], row["sample"], row["init_seed"]): row["test"]
-            for row in rows
-            if row["variant"] == "single"
-        }
-        head = ("expression", "variant", "task", "metric", "score", "of single", "scale", "prompts")
-        lines: list[tuple[str, ...]] = []
-        for (expression, variant, task), own in groups.items():
-            paired = [single.get((task, row["sample"], row.get("init_seed"))) for row in own]
-            scores = [row["test"] for row in own]
-            lines.append(
-                (
-                    *(expression, variant, task, own[0]["metric"], _spread(scores)),
-                    *(_kept(scores, paired), _mean_scale(own)),
-                    str(len(own)),
-                )
-            )
-        return text_table(head, lines)
+        import pandas as pd
+
+        frame: Any = pd.DataFrame(rows)
+        frame["expression"] = frame["expression"].fillna("-")
+        frame["order"] = pd.factorize(frame["expression"])[0]
+        frame["kind"] = frame["variant"].map(VARIANTS.index)
+        frame = frame.sort_values(["kind", "order"], kind="stable")
+        place = ["task", "sample", "init_seed"]
+        single = frame[frame["variant"] == "single"].set_index(place)["test"]
+        frame["single"] = single.reindex(pd.MultiIndex.from_frame(frame[place])).to_numpy()
+        lines, keys = [], ["expression", "variant", "task", "metric"]
+        for key, own in frame.astype({"test": float}).groupby(keys, sort=False):
+            test, of_single, scale = own["test"], own["single"].mean(skipna=False), own["scale"]
+            spread = f" ± {test.std():.3f}" if test.count() > 1 else ""
+            score = f"{test.mean():.3f}{spread}" if test.count() else "-"
+            kept = f"{test.mean(skipna=False) / of_single:.3f}" if of_single > 0 else "-"
+            mean_scale = f"{scale.mean():.3g}" if scale.count() else "-"
+            lines.append((*key, score, kept, mean_scale, str(len(own))))
+        return text_table((*keys, "score", "of single", "scale", "prompts"), lines)
 
 
 def best_scale(means: Mapping[float, float]) -> float:
@@ -656,55 +629,6 @@ def best_scale(means: Mapping[float, float]) -> float:
     return best
 
 
-def _mean(made: VectorSum, found: Mapping[str, float]) -> float:
-    """The mean dev score over the tasks that count; over all where there is no choice."""
-    return statistics.fmean(found[task] for task in made.counted or made.tasks)
-
-
-def _place(trial: Trial) -> dict[str, Any]:
-    """What tells a trial apart from others of its task and sample, in columns of the results."""
-    made = trial.of
-    return {
-        "variant": made.variant,
-        "expression": made.expression or None,
-        "init_seed": made.seed,
-        **asdict(made.start),
-        "scale": trial.scale,
-    }
-
-
-def _spread(scores: Sequence[float]) -> str:
-    """Mean and standard deviation (ddof 1) of scores that are numbers."""
-    known = [score for score in scores if score == score]
-    if not known:
-        return "-"
-    spread = f" ± {statistics.stdev(known):.3f}" if len(known) > 1 else ""
-    return f"{statistics.fmean(known):.3f}{spread}"
-
-
-def _kept(scores: Sequence[float], single: Sequence[float | None]) -> str:
-    """Mean score over that of the tuned prompts; ``-`` where one is missing or not above 0."""
-    reference = statistics.fmean(math.nan if own is None else own for own in single)
-    return f"{statistics.fmean(scores) / reference:.3f}" if reference > 0 else "-"
-
-
-def _mean_scale(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Mean scale of some lines; ``-`` for no prompt."""
-    scales = [row["scale"] for row in rows if row.get("scale") is not None]
-    return f"{statistics.fmean(scales):.3g}" if scales else "-"
-
-
-def _beside_single(sums: Iterable[VectorSum]) -> Iterator[VectorSum]:
-    """The sums, those that are a tuned prompt only on other tasks than its own."""
-    for made in sums:
-        if not made.is_tuned_prompt:
-            yield made
-            continue
-        others = tuple(task for task in made.tasks if task not in made.coefficients)
-        if others:
-            yield replace(made, tasks=others)
-
-
 def _written(task: str) -> str:
     """A task's name as an expression, in quotes where it needs them."""
     try:
@@ -712,66 +636,3 @@ def _written(task: str) -> str:
     except ValueError:
         plain = False
     return task if plain else f"'{task}'"
-
-
-def _places(place: Path) -> list[Path]:
-    """The folder of a place of prompts, and the folder of the fit that it belongs to."""
-    place = place.resolve()
-    folder = place.parent if place.is_file() else place
-    return [folder, folder.parent] if folder.name in ("prompts", "checkpoints") else [folder]
-
-
-def _expressions(study: Study, expressions: Sequence[str]) -> dict[str, dict[str, float]]:
-    """The coefficients of each expression.
-
-    Raises:
-        ValueError: expressions without their study or the other way round, one that cannot be read,
-            or two that are the same sum.
-    """
-    if bool(expressions) != (study == "expressions"):
-        raise ValueError(
-            f"model.study is {study} and model.expressions has {len(expressions)} expressions: "
-            "give expressions with study expressions, and with it only"
-        )
-    found: dict[str, dict[str, float]] = {}
-    for text in expressions:
-        coefficients = parse_expression(text)
-        for other, known in found.items():
-            if known == coefficients:
-                raise ValueError(f"expressions {other!r} and {text!r} are the same: leave one out")
-        found[" ".join(text.split())] = coefficients
-    return found
-
-
-def _scales(study: Study, scales: Sequence[float] | None) -> tuple[float, ...]:
-    """The values of lambda, rising.
-
-    Raises:
-        ValueError: none, one out of its range, or one twice.
-    """
-    if scales is None:
-        return (1.0,) if study in ("singles", "cross") else GRID
-    wrong = [scale for scale in scales if not 0 <= scale <= 1]
-    if wrong or not scales or len(set(scales)) < len(scales):
-        raise ValueError(
-            f"model.scales is {list(scales)}: give distinct numbers from 0 (the bare initial "
-            "prompt) to 1; larger factors go into an expression, such as '2 * qnli'"
-        )
-    return tuple(sorted(float(scale) for scale in scales))
-
-
-def _check_names(sums: Sequence[VectorSum]) -> None:
-    """Refuse sums whose prompts would have one file.
-
-    Raises:
-        ValueError: naming both.
-    """
-    known: dict[tuple[str, str], VectorSum] = {}
-    for made in sums:
-        for task in made.tasks:
-            other = known.setdefault((made.name, task), made)
-            if other is not made:
-                raise ValueError(
-                    f"{other.expression!r} and {made.expression!r} have the same name, {made.name}:"
-                    " leave one out"
-                )
