@@ -458,8 +458,8 @@ def _clear(run_dir: Path, checkpoint: str | None, allowed: bool) -> None:
     signs = ("config-*.yaml", "curves.csv", FIT_RECORD, "checkpoints/last.ckpt", "results.csv")
     if found and not any(True for name in signs for _ in run_dir.glob(name)):
         raise ValueError(
-            f"{run_dir} holds {found[0].name} and no fit of prompt-lab, so nothing there is deleted: "
-            "give another --run_dir"
+            f"{run_dir} holds {found[0].name} and no fit of prompt-lab, so nothing there is "
+            "deleted: give another --run_dir"
         )
     for path in found:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
