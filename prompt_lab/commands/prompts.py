@@ -250,12 +250,10 @@ def compare_vectors(prompts: list[str], *, out: str) -> list[Path]:
     Raises:
         FileNotFoundError, ValueError, NotADirectoryError: what lacks or is wrong, in a sentence.
     """
-    from prompt_lab.analysis.report import markdown, write_report
+    from prompt_lab.analysis.report import check_folder, markdown, write_report
     from prompt_lab.analysis.vectors import cosine_sections
 
-    folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"--out {folder} is a file: name a folder")
+    folder = check_folder(out)
     groups: dict[int | None, list[FoundPrompt]] = {}
     for (sample, _), own in find_vectors(prompts).items():
         groups.setdefault(sample, []).extend(own.values())
@@ -269,7 +267,7 @@ def compare_vectors(prompts: list[str], *, out: str) -> list[Path]:
     files = write_report(sections, folder, "How alike prompts and vectors are")
     for section in sections:
         print(f"{section.title}\n\n{section.legend}\n\n{markdown(section.shown)}\n")
-    return files[:2]
+    return files
 
 
 def apply_vectors(
