@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
-from prompt_lab.analysis.tables import find_results, read_results
+from prompt_lab.analysis.tables import find_results, read_results, read_text
 from prompt_lab.files.prompts import FoundPrompt, find_prompts
 from prompt_lab.files.results import PLAIN_STARTS, choose_by_dev
 from prompt_lab.files.vectors import check_compatible, listed
@@ -251,11 +251,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}: give a CSV table")
-    try:
-        given = {"header": None, "dtype": str, "comment": "#", "keep_default_na": False}
-        cells = pd.read_csv(path, encoding="utf-8-sig", **given)
-    except ValueError as error:  # also pandas' own, and text that is not UTF-8
-        raise ValueError(f"{path} is no CSV table: {' '.join(str(error).split())}") from None
+    cells = read_text(path, "CSV table", header=None, comment="#", encoding="utf-8-sig")
     cells = cells.fillna("").map(str.strip)
     header, is_long = [*cells.iloc[0]], {"source", "target", "score"} <= {*cells.iloc[0]}
     optional = ("target", "score", "sample", "seed", "size") if is_long else ("size",)
