@@ -99,8 +99,9 @@ def best_of_top_k(scores: Sequence[float], similarities: Sequence[float], k: int
     for value in np.unique(likeness)[::-1]:
         tied = np.sort(score[likeness == value])
         if len(tied) >= left:
-            chances = [math.comb(j, left - 1) for j in range(len(tied))]
-            return float(np.maximum(tied, sure) @ chances) / math.comb(len(tied), left)
+            ways = math.comb(len(tied), left)
+            chances = [math.comb(j, left - 1) / ways for j in range(len(tied))]
+            return float(np.maximum(tied, sure) @ chances)
         sure, left = max(sure, tied[-1]), left - len(tied)
     raise ValueError(f"k is {k}, and there are {len(score)} sources: give 1 to {len(score)}")
 

@@ -365,13 +365,11 @@ def mix_prompts(
     with the files and their digests. Nothing is overwritten.
 
     Args:
-        target: prompt file of the target task, tuned briefly or to the end; or a prompt store, the
-            folder of a fit or a checkpoint with those of several tasks, of which the best by dev of
-            each task, sample and seed is taken.
+        target: prompt of the target task; or a prompt store, the folder of a fit or a checkpoint,
+            of which the best by dev of each task, sample and seed is taken.
         prompts: prompt stores, folders of fits, prompt files or checkpoints with source prompts.
         out: prompt store to write to; made if it is not there.
-        sources: source tasks, or sets of partitions; by default all tasks of the stores but the
-            target's own.
+        sources: source tasks, or sets of partitions; by default all of the stores but the target.
         sample: few-shot sample of the source prompts; by default that of the target prompt.
 
     Raises:

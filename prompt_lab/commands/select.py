@@ -105,10 +105,9 @@ def select_command(
     if both := [task for task in names if task in wanted]:
         raise ValueError(f"source and target at once: {', '.join(both)}; take it out of one")
     if not names:
-        given = (
-            f"{', '.join(prompts)} hold no task but the targets" if prompts else "no source tasks"
-        )
-        raise ValueError(f"{given}: name tasks with --sources, or give further stores to --prompts")
+        held = f"{', '.join(prompts)} hold no task but the targets" if prompts else ""
+        advice = "name tasks with --sources, or give further stores to --prompts"
+        raise ValueError(f"{held or 'no source tasks'}: {advice}")
     if not 1 <= number <= len(names):
         raise ValueError(
             f"--number is {number}, and there are {len(names)} source tasks: give 1 to {len(names)}"
@@ -353,14 +352,12 @@ def _chance(sides: Sequence[dict[TaskSample, Tensor]], flags: dict[str, Any]) ->
 
     from prompt_lab.core.similarity import subspaces
 
-    one, other = (
-        [subspaces(x[None], **flags)[0].shape[1] for x in side.values()] for side in sides
-    )
-    width = next(iter(sides[0].values())).shape[1]
-    least, most = min(one + other), max(one + other)
+    found = [[subspaces(x[None], **flags)[0] for x in side.values()] for side in sides]
+    one, other = ([len(x.T) for x in side] for side in found)
+    width, sizes = len(found[0][0]), sorted({*one, *other})
     chance = math.sqrt(np.maximum.outer(one, other).mean() / width)
     return (
-        f": {most if least == most else f'{least} to {most}'} of {width} dimensions; between "
+        f": {' to '.join(map(str, sizes[:1] + sizes[1:][-1:]))} of {width} dimensions; between "
         f"random subspaces of these sizes about {chance:.3f}"
     )
 
