@@ -413,13 +413,12 @@ def find_steps(folders: Sequence[str], targets: Sequence[str]) -> tuple[pd.DataF
                 "model.save_steps"
             )
         every += [(step, one) for step in sorted(places) for one in find_prompts(places[step])]
-    facts = [
-        {x: one.metadata.get(x) for x in (*_RUN, "start", "run")}
-        | {"step": step, "fit": one.path.parents[1], "file": one.path.name}
-        | {"dev": one.dev, "found": one}
-        for step, one in every
-    ]
-    table = pd.DataFrame(facts)
+    rows = []
+    for step, one in every:
+        place = {"step": step, "fit": one.path.parents[1], "file": one.path.name}
+        row = {name: one.metadata.get(name) for name in (*_RUN, "start", "run")}
+        rows.append({**row, **place, "dev": one.dev, "found": one})
+    table = pd.DataFrame(rows)
     table = table[table["task"].isin(targets) & table["start"].isin(PLAIN_STARTS)]
     others = len(every) - len(table)
     table[_RUN[1:]] = table[_RUN[1:]].fillna(-1).astype(int)
