@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from prompt_lab.analysis.statistics import Floats
-from prompt_lab.analysis.tables import find_results, read_results
+from prompt_lab.analysis.tables import find_results, read_results, read_text
 from prompt_lab.core.vectors import parse_expression
 from prompt_lab.files.prompts import FoundPrompt, best_found, find_prompts
 from prompt_lab.files.vectors import check_compatible
@@ -361,11 +361,7 @@ def read_transfer(places: Sequence[str], prompts: pd.DataFrame) -> pd.DataFrame:
 
 
 def _table_lines(path: Path) -> pd.DataFrame:
-    try:
-        lines = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
-    except ValueError as error:  # also pandas' parser errors
-        why = " ".join(str(error).split())
-        raise ValueError(f"{path} is no table of transfer: {why}") from None
+    lines = read_text(path, "table of transfer", index_col=False)
     lacking = [name for name in TRANSFER if name not in lines]
     if lacking or not len(lines):
         raise ValueError(

@@ -184,17 +184,12 @@ def heatmap(
     inside = len(rows) * max(0.24, 0.08 + 0.12 * lines)
     height = 0.6 + inside + 0.065 * longest * upright + 0.15 * bool(xlabel)
     with _figure(min(PAGE, 1.9 + 0.52 * len(columns)), height) as (figure, axes):
-        seaborn.heatmap(
-            table.set_axis(rows).set_axis(columns, axis=1).astype(float),
-            ax=axes,
-            cmap="cividis" if centre is None else "vlag",
-            center=centre,
-            annot=True if texts is None else texts.to_numpy(),
-            fmt=".2f" if texts is None else "",
-            annot_kws={"size": 7},
-            linewidths=0.5,
-            cbar_kws={"label": _wrap(label, max(int(inside / 0.07), 16))},
-        )
+        style = {"cmap": "cividis" if centre is None else "vlag", "center": centre}
+        style |= {"annot": True if texts is None else texts.to_numpy(), "annot_kws": {"size": 7}}
+        style |= {"fmt": ".2f" if texts is None else "", "linewidths": 0.5}
+        style["cbar_kws"] = {"label": _wrap(label, max(int(inside / 0.07), 16))}
+        grid = table.set_axis(rows).set_axis(columns, axis=1).astype(float)
+        seaborn.heatmap(grid, ax=axes, **style)
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.tick_params(axis="both", length=0)
         axes.tick_params(axis="y", rotation=0)

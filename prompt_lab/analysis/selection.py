@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
-from prompt_lab.analysis.tables import find_results, read_results
+from prompt_lab.analysis.tables import find_results, read_results, read_text
 from prompt_lab.files.prompts import FoundPrompt, find_prompts
 from prompt_lab.files.results import PLAIN_STARTS, choose_by_dev
 from prompt_lab.files.vectors import check_compatible, listed
@@ -99,8 +99,9 @@ def best_of_top_k(scores: Sequence[float], similarities: Sequence[float], k: int
     for value in np.unique(likeness)[::-1]:
         tied = np.sort(score[likeness == value])
         if len(tied) >= left:
-            chances = [math.comb(j, left - 1) for j in range(len(tied))]
-            return float(np.maximum(tied, sure) @ chances) / math.comb(len(tied), left)
+            ways = math.comb(len(tied), left)
+            chances = [math.comb(j, left - 1) / ways for j in range(len(tied))]
+            return float(np.maximum(tied, sure) @ chances)
         sure, left = max(sure, tied[-1]), left - len(tied)
     raise ValueError(f"k is {k}, and there are {len(score)} sources: give 1 to {len(score)}")
 
@@ -251,11 +252,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}: give a CSV table")
-    try:
-        given = {"header": None, "dtype": str, "comment": "#", "keep_default_na": False}
-        cells = pd.read_csv(path, encoding="utf-8-sig", **given)
-    except ValueError as error:  # also pandas' own, and text that is not UTF-8
-        raise ValueError(f"{path} is no CSV table: {' '.join(str(error).split())}") from None
+    cells = read_text(path, "CSV table", header=None, comment="#", encoding="utf-8-sig")
     cells = cells.fillna("").map(str.strip)
     header, is_long = [*cells.iloc[0]], {"source", "target", "score"} <= {*cells.iloc[0]}
     optional = ("target", "score", "sample", "seed", "size") if is_long else ("size",)
@@ -416,13 +413,12 @@ def find_steps(folders: Sequence[str], targets: Sequence[str]) -> tuple[pd.DataF
                 "model.save_steps"
             )
         every += [(step, one) for step in sorted(places) for one in find_prompts(places[step])]
-    facts = [
-        {x: one.metadata.get(x) for x in (*_RUN, "start", "run")}
-        | {"step": step, "fit": one.path.parents[1], "file": one.path.name}
-        | {"dev": one.dev, "found": one}
-        for step, one in every
-    ]
-    table = pd.DataFrame(facts)
+    rows = []
+    for step, one in every:
+        place = {"step": step, "fit": one.path.parents[1], "file": one.path.name}
+        row = {name: one.metadata.get(name) for name in (*_RUN, "start", "run")}
+        rows.append({**row, **place, "dev": one.dev, "found": one})
+    table = pd.DataFrame(rows)
     table = table[table["task"].isin(targets) & table["start"].isin(PLAIN_STARTS)]
     others = len(every) - len(table)
     table[_RUN[1:]] = table[_RUN[1:]].fillna(-1).astype(int)

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -84,17 +85,21 @@ def find_results(place: str | Path) -> list[Path]:
     return files
 
 
+def read_text(file: str | Path, what: str, **how: Any) -> pd.DataFrame:
+    """A CSV file as text, empty where a cell is; a ``ValueError`` where it is no such file."""
+    try:
+        return pd.read_csv(file, dtype=str, keep_default_na=False, **how)
+    except ValueError as error:  # also pandas' parser errors, and text that is not UTF-8
+        raise ValueError(f"{file} is no {what}: {' '.join(str(error).split())}") from None
+
+
 def read_results(file: str | Path) -> pd.DataFrame:
     """One ``results.csv``: names and seeds as text, numbers as numbers; a column ``folder``.
 
     Raises:
         ValueError: no such table, one of another version, or a cell that is no number.
     """
-    try:
-        frame = pd.read_csv(file, dtype=str, keep_default_na=False)
-    except (UnicodeDecodeError, ValueError) as error:  # also pandas' parser errors
-        why = " ".join(str(error).split())
-        raise ValueError(f"{file} is no results.csv of prompt-lab: {why}") from None
+    frame = read_text(file, "results.csv of prompt-lab")
     if not {"fit_id", "test"} <= {*frame}:
         raise ValueError(f"{file} is no results.csv of prompt-lab: no columns fit_id and test")
     if lacking := [name for name in NEEDED if name not in frame]:

@@ -186,16 +186,11 @@ _LEGEND = (
 def _sum_columns(table: pd.DataFrame) -> pd.DataFrame:
     """What all sums show: a row for each sum and task, the sum named in its first."""
     scales = zip(table["scale"], table["scale_least"], table["scale_largest"], strict=True)
-    shown = pd.DataFrame(
-        {
-            "line": table["line"],
-            "sum": table["expression"],
-            "lambda": [f"{x:.3g}" + (f" ({y:g} to {z:g})" if y < z else "") for x, y, z in scales],
-            "task": table["task"],
-            "metric": table["metric"],
-            **{x: plus_minus(table[x], table[f"{x}_std"]) for x in ("score", "tuned", "initial")},
-        }
-    )
+    shown = table[["line", "expression", "scale", "task", "metric"]]
+    shown = shown.rename(columns={"expression": "sum", "scale": "lambda"})
+    shown["lambda"] = [f"{x:.3g}" + (f" ({y:g} to {z:g})" if y < z else "") for x, y, z in scales]
+    for name in ("score", "tuned", "initial"):
+        shown[name] = plus_minus(table[name], table[f"{name}_std"])
     shown.loc[table.duplicated(_SUM), ["sum", "lambda"]] = ""
     return _short(shown)
 
@@ -289,19 +284,14 @@ def norm_table(groups: Mapping[int | None, Sequence[FoundPrompt]]) -> pd.DataFra
 
     Means and, as ``vector_std`` and so on, standard deviations (ddof 1) over its ``prompts``.
     """
-    everyone = [x for sources in groups.values() for x in sources]
-    norms = pd.DataFrame(
-        {
-            "task": [x.prompt.task for x in everyone],
-            "vector": [float(x.vector.norm()) for x in everyone],
-            "init": [float(x.prompt.init.double().norm()) for x in everyone],
-        }
-    )
+    found = [x for sources in groups.values() for x in sources]
+    norms = pd.DataFrame({"task": [x.prompt.task for x in found]})
+    norms["vector"] = [float(x.vector.norm()) for x in found]
+    norms["init"] = [float(x.prompt.init.double().norm()) for x in found]
     norms["ratio"] = (norms["vector"] / norms["init"]).where(norms["init"] > 0)
     by_task = norms.groupby("task")
-    table = pd.DataFrame({"prompts": by_task.size()})
-    for name in ("vector", "init", "ratio"):
-        table[name], table[f"{name}_std"] = by_task[name].mean(), by_task[name].std()
+    table = by_task.mean().join(by_task.std().add_suffix("_std"))
+    table.insert(0, "prompts", by_task.size())
     return table.reset_index()
 
 
@@ -317,26 +307,19 @@ def cosine_sections(groups: Mapping[int | None, Sequence[FoundPrompt]]) -> list[
         both = pd.concat([own, mirrored]).drop_duplicates(["task", "other"])
         texts = plus_minus(both["mean"], both["std"])
         both["text"] = [f"{x} ({n})" for x, n in zip(texts, both["pairs"], strict=True)]
-        texts = both.pivot(index="task", columns="other", values="text").fillna("–")
+        both["cell"] = [x.replace(" ±", "\n±") for x in plus_minus(both["mean"], both["std"], 2)]
+        grids = both.pivot(index="task", columns="other", values=["mean", "text", "cell"])
         which = "equal" if same else "different"
-        heads = pd.DataFrame({"cosine of": what, "initial prompts": which, "task": texts.index})
+        heads = pd.DataFrame({"cosine of": what, "initial prompts": which, "task": grids.index})
         heads.loc[1:, ["cosine of", "initial prompts"]] = ""
-        shown.append(pd.concat([heads, texts.reset_index(drop=True)], axis=1))
+        texts = grids["text"].fillna("–").reset_index(drop=True)
+        shown.append(pd.concat([heads, texts], axis=1))
         if own["pairs"].any():
-            cells = plus_minus(both["mean"], both["std"], 2)
-            both["text"] = [x.replace(" ±", "\n±") for x in cells]
-            means, cells = (
-                both.pivot(index="task", columns="other", values=x) for x in ("mean", "text")
-            )
-            label = f"cosine of {what}, {which} initial prompts"
-            figures[f"{what}-{which}"] = plots.heatmap(means, label, texts=cells.fillna(""))
-    zero = [
-        f"{what} of {source.where}"
-        for sources in groups.values()
-        for source in sources
-        for what, tensor in (("prompt", source.prompt.prompt), ("vector", source.vector))
-        if not tensor.any()
-    ]
+            label, cells = f"cosine of {what}, {which} initial prompts", grids["cell"].fillna("")
+            figures[f"{what}-{which}"] = plots.heatmap(grids["mean"], label, texts=cells)
+    found = [x for sources in groups.values() for x in sources]
+    zero = [f"prompt of {x.where}" for x in found if not x.prompt.prompt.any()]
+    zero += [f"vector of {x.where}" for x in found if not x.vector.any()]
     legend = (
         "Mean cosine ± standard deviation (ddof 1) over all pairs of a prompt of the one task and "
         "a prompt of the other, of one few-shot sample, and their number; on the diagonal over "
@@ -352,7 +335,8 @@ def cosine_sections(groups: Mapping[int | None, Sequence[FoundPrompt]]) -> list[
     cosines = Section("similarities", title, legend, table, pd.concat(shown).fillna("–"), figures)
     norms = norm_table(groups)
     shown = norms[["task", "prompts"]].copy()
-    for name, head in (("vector", "vector"), ("init", "init"), ("ratio", "vector / init")):
-        shown[head] = plus_minus(norms[name], norms[f"{name}_std"])
+    for name in ("vector", "init", "ratio"):
+        shown[name] = plus_minus(norms[name], norms[f"{name}_std"])
+    shown = shown.rename(columns={"ratio": "vector / init"})
     legend = "Frobenius norms: mean ± standard deviation (ddof 1) over the prompts of a task."
     return [cosines, Section("norms", "Norms", legend, norms, shown)]

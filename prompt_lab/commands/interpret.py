@@ -47,12 +47,10 @@ def interpret_command(
     """
     from prompt_lab.analysis.interpretation import find_tuned, prompt_points, read_transfer
     from prompt_lab.analysis.interpretation_sections import interpret_prompts
-    from prompt_lab.analysis.report import markdown, write_report
+    from prompt_lab.analysis.report import check_folder, markdown, write_report
     from prompt_lab.core.backbone import Backbone
 
-    folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"--out {folder} is a file: name a folder")
+    folder = check_folder(out)
     if top < 1:
         raise ValueError(f"--top is {top}: give 1 or more")
     tuned = find_tuned(prompts)
@@ -63,4 +61,4 @@ def interpret_command(
     files = write_report(sections, folder, "What the prompts say")
     for section in sections[:-1]:  # the tokens are many
         print(f"{section.title}\n\n{section.legend}\n\n{markdown(section.shown)}\n")
-    return files[:2]
+    return files

@@ -84,16 +84,14 @@ def predict_command(
         format: text, jsonl, or auto for jsonl where out ends with .jsonl and text elsewhere.
         backbone: hub id or folder; by default the one that the prompts were made for.
         dtype: dtype of the backbone's weights.
-        labels: answers to choose from; by default those that the prompt was tested with, or else
-            those of its task, where the package knows the task.
+        labels: answers to choose from; by default those of the test, or of a task that is known.
         decoding: score chooses among labels where there are any and generates other answers,
             generate generates all answers; by default as the prompt was tested, or else score.
-        max_new_tokens: longest generated answer; by default as the prompt was tested, or else 64.
-        num_beams: beams of generated answers; by default as the prompt was tested, or else 1.
+        max_new_tokens: longest generated answer; by default as tested, or else 64.
+        num_beams: beams of generated answers; by default as tested, or else 1.
         max_input_length: longer inputs are cut to so many tokens, and to what the backbone's
             positions leave; by default as the prompt was trained, or else 512.
-        truncation_side: where they are cut, right (the end) or left; by default as the prompt was
-            trained, or else right.
+        truncation_side: where they are cut, right (the end) or left; by default as trained.
         tokens_per_forward: most padded tokens of one forward pass; bounds memory, not results; by
             default 2048 on a CPU and 16384 on a GPU.
         device: auto takes a GPU where there is one.

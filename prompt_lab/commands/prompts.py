@@ -250,12 +250,10 @@ def compare_vectors(prompts: list[str], *, out: str) -> list[Path]:
     Raises:
         FileNotFoundError, ValueError, NotADirectoryError: what lacks or is wrong, in a sentence.
     """
-    from prompt_lab.analysis.report import markdown, write_report
+    from prompt_lab.analysis.report import check_folder, markdown, write_report
     from prompt_lab.analysis.vectors import cosine_sections
 
-    folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"--out {folder} is a file: name a folder")
+    folder = check_folder(out)
     groups: dict[int | None, list[FoundPrompt]] = {}
     for (sample, _), own in find_vectors(prompts).items():
         groups.setdefault(sample, []).extend(own.values())
@@ -269,7 +267,7 @@ def compare_vectors(prompts: list[str], *, out: str) -> list[Path]:
     files = write_report(sections, folder, "How alike prompts and vectors are")
     for section in sections:
         print(f"{section.title}\n\n{section.legend}\n\n{markdown(section.shown)}\n")
-    return files[:2]
+    return files
 
 
 def apply_vectors(
@@ -367,13 +365,11 @@ def mix_prompts(
     with the files and their digests. Nothing is overwritten.
 
     Args:
-        target: prompt file of the target task, tuned briefly or to the end; or a prompt store, the
-            folder of a fit or a checkpoint with those of several tasks, of which the best by dev of
-            each task, sample and seed is taken.
+        target: prompt of the target task; or a prompt store, the folder of a fit or a checkpoint,
+            of which the best by dev of each task, sample and seed is taken.
         prompts: prompt stores, folders of fits, prompt files or checkpoints with source prompts.
         out: prompt store to write to; made if it is not there.
-        sources: source tasks, or sets of partitions; by default all tasks of the stores but the
-            target's own.
+        sources: source tasks, or sets of partitions; by default all of the stores but the target.
         sample: few-shot sample of the source prompts; by default that of the target prompt.
 
     Raises:

@@ -18,12 +18,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from prompt_lab.data.files import list_files, parse_line, split_lines
+from prompt_lab.data.partitions import expand_sets
+from prompt_lab.files.prompts import FoundPrompt, TaskSample, best_prompts
+from prompt_lab.files.results import text_table
+from prompt_lab.files.tensors import write_atomically
+from prompt_lab.sandbox import SANDBOX, TASKS, rows
+
 if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
-
-    from prompt_lab.data.sampling import Key
-    from prompt_lab.files.prompts import FoundPrompt
 
 Method = Literal[
     "subspace", "feature", "feature-unit", "unigram", "unigram-unit", "max", "max-source", "cosine",
@@ -89,9 +93,6 @@ def select_command(
     import yaml
 
     from prompt_lab.analysis.selection import PROMPT_RANKINGS, rank_by_prompts
-    from prompt_lab.data.partitions import expand_sets
-    from prompt_lab.files.prompts import best_prompts
-    from prompt_lab.files.tensors import write_atomically
 
     if out is not None and Path(out).is_dir():
         raise IsADirectoryError(f"--out {out} is a folder: name a file")
@@ -104,10 +105,9 @@ def select_command(
     if both := [task for task in names if task in wanted]:
         raise ValueError(f"source and target at once: {', '.join(both)}; take it out of one")
     if not names:
-        given = (
-            f"{', '.join(prompts)} hold no task but the targets" if prompts else "no source tasks"
-        )
-        raise ValueError(f"{given}: name tasks with --sources, or give further stores to --prompts")
+        held = f"{', '.join(prompts)} hold no task but the targets" if prompts else ""
+        advice = "name tasks with --sources, or give further stores to --prompts"
+        raise ValueError(f"{held or 'no source tasks'}: {advice}")
     if not 1 <= number <= len(names):
         raise ValueError(
             f"--number is {number}, and there are {len(names)} source tasks: give 1 to {len(names)}"
@@ -198,11 +198,10 @@ def evaluate_command(
     import pandas as pd
 
     from prompt_lab.analysis import selection, selection_sections
-    from prompt_lab.files.prompts import best_prompts
-    from prompt_lab.files.results import text_table
+    from prompt_lab.analysis.report import check_folder, write_report
 
-    if out is not None and Path(out).is_file():
-        raise NotADirectoryError(f"--out {out} is a file: name a folder")
+    if out is not None:
+        check_folder(out)
     if steps and not prompts:
         raise ValueError("--steps needs prompts of the source tasks: give their stores: --prompts")
     table, notes = selection.read_transfer(transfer)
@@ -253,14 +252,14 @@ def evaluate_command(
         _tell_steps(selection_sections.mean_measures(by_step, ("step", "ranking"))[0], more)
     if out is None:
         return []
-    from prompt_lab.analysis.report import write_report
-
     shown = files if prompts and not untuned else None
     sections = selection_sections.selection_sections(table, rankings, judged, by_step, shown)
-    return write_report([*sections], Path(out))[:2]
+    return write_report([*sections], Path(out))
 
 
-def _loaded(files: dict[Key, FoundPrompt], *sides: list[str]) -> list[dict[Key, Tensor]]:
+def _loaded(
+    files: dict[TaskSample, FoundPrompt], *sides: list[str]
+) -> list[dict[TaskSample, Tensor]]:
     """The prompts of targets and of sources."""
     from prompt_lab.analysis.selection import load_prompts
 
@@ -273,7 +272,7 @@ def _check_prompts(
     method: str,
     targets: Sequence[str],
     sources: Sequence[str],
-    files: Iterable[Key],
+    files: Iterable[TaskSample],
     stores: Sequence[str] | None,
 ) -> None:
     if not stores:
@@ -322,9 +321,6 @@ def _without_prompts(
 
 def _training_inputs(root: str | None, tasks: Sequence[str]) -> dict[str, list[str]]:
     """Inputs of the training file of each task: that of the largest K, of its samples the first."""
-    from prompt_lab.data.files import list_files, parse_line, split_lines
-    from prompt_lab.sandbox import SANDBOX, TASKS, rows
-
     if root is None:
         raise ValueError("size and semb read training files: name their folder with --root")
     found: dict[str, list[str]] = {}
@@ -351,19 +347,17 @@ def _training_inputs(root: str | None, tasks: Sequence[str]) -> dict[str, list[s
 # ---- what is told --------------------------------------------------------------------------------
 
 
-def _chance(sides: Sequence[dict[Key, Tensor]], flags: dict[str, Any]) -> str:
+def _chance(sides: Sequence[dict[TaskSample, Tensor]], flags: dict[str, Any]) -> str:
     import numpy as np
 
     from prompt_lab.core.similarity import subspaces
 
-    one, other = (
-        [subspaces(x[None], **flags)[0].shape[1] for x in side.values()] for side in sides
-    )
-    width = next(iter(sides[0].values())).shape[1]
-    least, most = min(one + other), max(one + other)
+    found = [[subspaces(x[None], **flags)[0] for x in side.values()] for side in sides]
+    one, other = ([len(x.T) for x in side] for side in found)
+    width, sizes = len(found[0][0]), sorted({*one, *other})
     chance = math.sqrt(np.maximum.outer(one, other).mean() / width)
     return (
-        f": {most if least == most else f'{least} to {most}'} of {width} dimensions; between "
+        f": {' to '.join(map(str, sizes[:1] + sizes[1:][-1:]))} of {width} dimensions; between "
         f"random subspaces of these sizes about {chance:.3f}"
     )
 
@@ -373,8 +367,6 @@ def _sorted(ranked: pd.DataFrame) -> pd.DataFrame:
 
 
 def _ranking_text(ranked: pd.DataFrame, counted: str = "samples") -> str:
-    from prompt_lab.files.results import text_table
-
     cells = []
     for place, row in enumerate(ranked.itertuples(), 1):
         spread = "" if math.isnan(row.std) else f" ± {_text(row.std)}"
@@ -394,7 +386,6 @@ def _tell_steps(table: pd.DataFrame, notes: Sequence[str]) -> None:
     import numpy as np
 
     from prompt_lab.analysis.sections import number
-    from prompt_lab.files.results import text_table
 
     steps = table["step"].unique()
     shown = steps[np.linspace(0, len(steps) - 1, min(_MOST_STEPS, len(steps))).round().astype(int)]

@@ -170,10 +170,7 @@ def combine(
 
     used, numbers = [sources[task] for task in factors], list(factors.values())
     word = "weight" if role == "mixture" else "coefficient"
-    parts = [
-        {"task": task, word: factor, **sources[task].provenance()}
-        for task, factor in factors.items()
-    ]
+    parts = [{"task": x, word: y, **sources[x].provenance()} for x, y in factors.items()]
     like, start = used[0].prompt, Start("zeros")
     if role == "mixture":
         assert base is not None
@@ -191,19 +188,9 @@ def combine(
                 start = start_from(base.metadata, base.path)
         prompt = add_vectors(init, torch.stack([one.vector for one in used]), numbers, scale)
         made_from = {"expression": expression, "scale": scale, "vectors": parts, "init": origin}
-    made = {
-        "prompt": prompt,
-        "init": init,
-        "name": name,
-        "backbone": like.backbone,
-        "backbone_digest": like.backbone_digest,
-        "tokenizer_digest": like.tokenizer_digest,
-        "sample": like.sample,
-        **asdict(start),
-        "init_seed": None if base is None else base.prompt.init_seed,
-        "version": __version__,
-        "role": role,
-        "source_tasks": list(factors),
-        "made_from": made_from,
-    }
-    return Prompt(**{**made, **further})
+    made: dict[str, Any] = {"prompt": prompt, "init": init, "name": name, **asdict(start)}
+    for kept in ("backbone", "backbone_digest", "tokenizer_digest", "sample"):
+        made[kept] = getattr(like, kept)
+    made |= {"init_seed": None if base is None else base.prompt.init_seed, "role": role}
+    made |= {"version": __version__, "source_tasks": list(factors), "made_from": made_from}
+    return Prompt(**made | further)
