@@ -236,7 +236,7 @@ def test_the_files_answer_as_the_fit_did(fit, backbone, tmp_path):
 
 
 def test_target_prompts_are_refused_where_a_prompt_answers_alone(fit, tmp_path, capsys):
-    folder = fit(trainer={"max_steps": 3}).target_store.folder
+    folder = fit(trainer={"max_steps": 3}).run_dir / "target_prompts"
     file, inputs = sorted(folder.glob("*.safetensors"))[0], tmp_path / "inputs.txt"
     inputs.write_text("a text\n")
     for source in (folder, file):

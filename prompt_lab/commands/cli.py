@@ -22,6 +22,7 @@ import shutil
 import sys
 import time
 import warnings
+from contextlib import suppress
 from datetime import timedelta
 from io import BytesIO
 from pathlib import Path
@@ -191,9 +192,8 @@ class PromptLabCLI(LightningCLI):
         self.config = parser.parse_args(given)
         if rank_zero_only.rank == 0 and self.config.get("subcommand"):
             dumped = yaml.safe_load(parser.dump(self.config, skip_unset=False))
-            for line in _dropped(
-                _given(given, self.config.subcommand), dumped[self.config.subcommand]
-            ):
+            command = self.config.subcommand
+            for line in _dropped(_given(given, command), dumped[command]):
                 print(f"prompt-lab: {line}", file=sys.stderr)
 
     def _parse_ckpt_path(self) -> None:
@@ -268,13 +268,6 @@ class PromptLabCLI(LightningCLI):
         self.is_finished = record.is_file() and not more and not timed
 
     @property
-    def _starts_anew(self) -> bool:
-        """Whether the command makes its own results, and reads no run folder of an earlier one."""
-        command = self.config.subcommand
-        method = str(self._settings.model.class_path).rpartition(".")[2]
-        return command == "fit" or (command == "test" and method == VectorArithmetic.__name__)
-
-    @property
     def _settings(self) -> Any:
         """The settings of the command."""
         return self.config[self.config.subcommand]
@@ -287,13 +280,17 @@ class PromptLabCLI(LightningCLI):
             refuse_strategy(str(trainer.strategy))
         if trainer.default_root_dir is not None:
             raise ValueError("use --run_dir instead of --trainer.default_root_dir")
-        if not self._starts_anew and config.run_dir is None:
+        method = str(config.model.class_path).rpartition(".")[2]
+        makes_results = command == "fit" or (command, method) == ("test", "VectorArithmetic")
+        if config.run_dir is None and not makes_results:
             raise ValueError(f"{command} needs --run_dir, the folder of the fit")
         run_dir = Path(config.run_dir or _new_run_dir())
         os.environ[RUN_DIR_VARIABLE] = str(run_dir)  # for the processes that DDP starts
         trainer.default_root_dir = str(run_dir)
         if trainer.logger in (None, True):
-            trainer.logger = _csv_logger(run_dir)
+            arguments = Namespace(save_dir=str(run_dir), name="logs", version=None)
+            kind = "lightning.pytorch.loggers.CSVLogger"
+            trainer.logger = Namespace(class_path=kind, init_args=arguments)
         for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
             if logger and logger.init_args.get("save_dir") in (None, "."):
                 logger.init_args.save_dir = str(run_dir)
@@ -325,14 +322,13 @@ class PromptLabCLI(LightningCLI):
             ValueError: another process holds it, or an earlier fit is in it.
         """
         config = self._settings
-        first = rank_zero_only.rank == 0
-        run_dir, job = Path(config.trainer.default_root_dir), _job()
+        run_dir = Path(config.trainer.default_root_dir)
+        # A job whose processes something else than the first one starts has an id.
+        job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID") or ""
         by = "another prompt-lab fit, validate or test"
-        if subcommand == "fit" and config.dry_run:
-            self._train_or_test(subcommand)
-            return
-        if not first:
-            if job:  # not one that the first process started
+        is_dry = subcommand == "fit" and config.dry_run
+        if is_dry or rank_zero_only.rank != 0:
+            if job and not is_dry:
                 with held(run_dir, by, job, first=False):
                     pass
             self._train_or_test(subcommand)
@@ -375,35 +371,28 @@ def run(args: list[str] | None = None) -> int:
     _quieten()
     try:
         PromptLabCLI(args)
+        return 0
     except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get("PROMPT_LAB_TRACEBACK"):
             raise
-        print(f"prompt-lab: {_reason(error)}", file=sys.stderr)
-        return 1
+        # What a constructor said, without the parser's account of all types that it tried.
+        own = re.search(r"^Errors:\n  - (?!Expected a )(.+)$", str(error), re.MULTILINE)
+        print(f"prompt-lab: {own[1] if own else error}", file=sys.stderr)
     except RuntimeError as error:
-        if os.environ.get("PROMPT_LAB_TRACEBACK") or not _is_lost_process(error):
+        said = " ".join(str(error).split())
+        of_gloo = "gloo" in said and re.search(
+            "closed by peer|reset by peer|Timed out|timeout", said
+        )
+        is_lost = isinstance(error, torch.distributed.DistBackendError) or of_gloo
+        if os.environ.get("PROMPT_LAB_TRACEBACK") or not is_lost:
             raise
         print(
             "prompt-lab: another process of this job is gone or cannot be reached (what it said "
             "may tell why). A fit can go on from its last evaluation: --resume and the same "
-            f"--run_dir. {' '.join(str(error).split())}",
+            f"--run_dir. {said}",
             file=sys.stderr,
         )
-        return 1
-    return 0
-
-
-def _is_lost_process(error: RuntimeError) -> bool:
-    """Whether an error of torch.distributed says that another process does not answer."""
-    said = str(error)
-    of_gloo = "gloo" in said and re.search(r"closed by peer|reset by peer|Timed out|timeout", said)
-    return isinstance(error, torch.distributed.DistBackendError) or bool(of_gloo)
-
-
-def _reason(error: Exception) -> str:
-    """What a constructor said, without the parser's account of all types that it tried."""
-    said = re.search(r"^Errors:\n  - (?!Expected a )(.+)$", str(error), re.MULTILINE)
-    return said[1] if said else str(error)
+    return 1
 
 
 def _new_run_dir() -> str:
@@ -412,26 +401,13 @@ def _new_run_dir() -> str:
     Raises:
         ValueError: processes that torchrun started without an id for the job.
     """
-    if (
-        "LOCAL_RANK" in os.environ and RUN_DIR_VARIABLE in os.environ
-    ):  # started by the first process
-        return os.environ[RUN_DIR_VARIABLE]
-    job = next(
-        (
-            os.environ[name]
-            for name in ("WANDB_RUN_ID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
-            if name in os.environ
-        ),
-        None,
-    )
+    if "LOCAL_RANK" in os.environ and RUN_DIR_VARIABLE in os.environ:
+        return os.environ[RUN_DIR_VARIABLE]  # this process was started by the first one
+    names = ("WANDB_RUN_ID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
+    job = next((os.environ[name] for name in names if name in os.environ), None)
     if job == "none":
         raise ValueError("torchrun gives this job no id (--standalone, --rdzv_id): give --run_dir")
     return f"runs/{job or time.strftime('%Y%m%d-%H%M%S') + f'-{os.getpid()}'}"
-
-
-def _job() -> str:
-    """The id of a job whose processes something else than the first one starts; empty for none."""
-    return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID") or ""
 
 
 def _of_fit(settings: dict[str, Any]) -> dict[str, Any]:
@@ -465,23 +441,18 @@ def _clear(run_dir: Path, checkpoint: str | None, allowed: bool) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _csv_logger(run_dir: Path) -> Any:
-    """The default logger, as a config."""
-    arguments = Namespace(save_dir=str(run_dir), name="logs", version=None)
-    return Namespace(class_path="lightning.pytorch.loggers.CSVLogger", init_args=arguments)
-
-
 def _given(words: list[str], subcommand: str) -> list[tuple[str, Any]]:
-    """The settings that files and flags give, in their order, by their short names.
-
-    Of a class it is the short name, under the setting itself.
-    """
+    """The settings that files and flags give, in their order, by the names of their flags."""
     given: list[tuple[str, Any]] = []
     for word, following in zip(words, [*words[1:], ""], strict=True):
         name, equals, value = word.partition("=")
         if not name.startswith("-"):
             continue
-        content = _content(value if equals else following)
+        content = text = value if equals else following
+        with suppress(OSError, ValueError, yaml.YAMLError):
+            if Path(text).suffix in (".yaml", ".yml", ".json") and Path(text).is_file():
+                text = Path(text).read_text(encoding="utf-8")
+            content = get_loader("yaml")(text)
         if name in ("-c", "--config"):
             content = content.get(subcommand, content) if isinstance(content, dict) else {}
         else:
@@ -492,23 +463,10 @@ def _given(words: list[str], subcommand: str) -> list[tuple[str, Any]]:
     return given
 
 
-def _content(value: str) -> Any:
-    """What a word of the command line stands for: YAML, or a file of it."""
-    try:
-        is_file = Path(value).suffix in (".yaml", ".yml", ".json") and Path(value).is_file()
-        return get_loader("yaml")(Path(value).read_text(encoding="utf-8") if is_file else value)
-    except (OSError, ValueError, yaml.YAMLError):
-        return value
-
-
 def _dropped(given: list[tuple[str, Any]], config: dict[str, Any]) -> list[str]:
     """A line for each class that replaced another one, if it did not keep all settings given to it.
 
     jsonargparse keeps what the new class has too, where it takes the value.
-
-    Args:
-        given: settings and classes, in order.
-        config: the settings that came of them.
     """
     settings, last = flag_names(config), dict(given)
     nulled = tuple(f"{name}." for name, value in last.items() if value is None)
@@ -518,30 +476,24 @@ def _dropped(given: list[tuple[str, Any]], config: dict[str, Any]) -> list[str]:
         classes = [str(value).rpartition(".")[2] for name, value in given if name == key]
         if key == "model" and own[:1] != [key]:  # the default had settings already
             classes.insert(0, "PromptTuning")
-        lost = [
-            name.removeprefix(f"{key}.")
-            for name in dict.fromkeys(own)
-            if name != key
-            and not name.startswith(nulled)
-            and not _is_kept(name, last[name], settings)
-        ]
+        lost = []
+        for name in dict.fromkeys(own):
+            is_group = any(other.startswith(f"{name}.") for other in settings)
+            is_kept = is_group or (
+                name in settings
+                and (settings[name] == last[name] or str(settings[name]) == str(last[name]))
+            )
+            if name != key and not name.startswith(nulled) and not is_kept:
+                lost.append(name.removeprefix(f"{key}."))
         others = [name for name in classes if name != kind]
         if others and lost:
             lines.append(f"{key} is {kind} instead of {others[-1]}: dropped {', '.join(lost)}")
     return lines
 
 
-def _is_kept(name: str, value: Any, settings: dict[str, Any]) -> bool:
-    """Whether a setting is as it was given, be it as text, or is a group of settings."""
-    if any(other.startswith(f"{name}.") for other in settings):
-        return True
-    return name in settings and (settings[name] == value or str(settings[name]) == str(value))
-
-
 def _plain_error(message: str) -> str:
     """A parser's message without its nested repetitions, with the nearest known name."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    text = " ".join(lines)
+    text = " ".join(message.split())
     null = re.search(
         r'Parser key "([\w.]+)".*( value: (None|\[.*\bNone\b.*\])| config "(null|None|~)")$', text
     )
@@ -586,6 +538,5 @@ def _quieten() -> None:
         r".*instantiate_classes.*",
         r"You're resuming from a checkpoint that ended before the epoch ended.*",
         r"The number of training batches .* is smaller than the logging interval.*",
-        r".*isinstance\(treespec, LeafSpec\).*",
     ):
         warnings.filterwarnings("ignore", pattern)

@@ -2,11 +2,7 @@
 
 ATTEMPT (Asai et al. 2022, arXiv 2205.11961): the tuned prompts of source tasks stay as they are; a
 target prompt for each task and a small attention G are trained, and the prompt of a row is
-P_target + sum_j a_j(row) P_j (``attention_mixture.py`` has the formulas). Several target tasks in
-one fit share G and are trained on mixed batches; one task alone is the single-task method.
-
-A step gives the backbone a bank of one prompt per row. Its gradient comes in bounded memory from
-``bank_gradient``, and one backward pass through the mixture takes it to G and the target prompts.
+P_target + sum_j a_j(row) P_j (``attention_mixture.py`` has the formulas).
 
 The authors' code is corrected in these places: the maximum over the input leaves padding out; G's
 LayerNorm is trained; G has its own learning rate (there its parameter group is empty, since names
@@ -15,9 +11,9 @@ evaluation each row has the target prompt of its task (there rows without a task
 first); and each task has its own metric. Left out: G trained on the source tasks beforehand, other
 scores than G's, and a learned temperature.
 
-Cost: no two rows share a prompt, so in decoder-only models each row runs its own N virtual tokens,
-in training and in evaluation, which is what sharing saves elsewhere. A fit is of one few-shot
-sample, since samples that share G would not be independent.
+No two rows share a prompt, so in decoder-only models each row runs its own N virtual tokens, in
+training and in evaluation. A fit is of one few-shot sample, since samples that share G would not be
+independent.
 """
 
 from __future__ import annotations
@@ -25,18 +21,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from prompt_lab.core.attention_mixture import PromptAttention, max_pool, row_prompts
 from prompt_lab.core.backbone import Backbone, Prefix
 from prompt_lab.core.bank import Prefixes, with_gradient
 from prompt_lab.core.batch import Batch, index_tensor, micro_batches
-from prompt_lab.core.optim import adamw_with_warmup, check_warmup_and_clip
+from prompt_lab.core.optim import adamw_with_warmup
 from prompt_lab.core.pretrained import tensor_digest
 from prompt_lab.core.run import Run
 from prompt_lab.data.datamodule import PromptDataModule
@@ -45,8 +39,9 @@ from prompt_lab.data.sampling import Draw, Mixing, mixture_draw
 from prompt_lab.data.tasks import Task
 from prompt_lab.files.prompts import TARGET_OF, Prompt, PromptStore, source_prompts
 from prompt_lab.files.tensors import load_network, save_network, write_csv
+from prompt_lab.methods.checks import some
 from prompt_lab.methods.configs import as_config, as_list
-from prompt_lab.methods.method import PromptMethod, some
+from prompt_lab.methods.method import PromptMethod
 from prompt_lab.methods.starts import InitConfig, initial_prompts
 
 ATTENTION_FILE, TARGET_FOLDER = "attention.safetensors", "target_prompts"
@@ -131,35 +126,11 @@ class Attempt(PromptMethod):
         self.label_smoothing, self.test_baselines = label_smoothing, test_baselines
         self.source_names: list[str] = []
         self._is_read = False
-        self._check_settings()
-
-    def _check_settings(self) -> None:
-        """Refuse settings that make no sense.
-
-        Raises:
-            ValueError: naming the setting and what is allowed.
-        """
-        for name in ("num_virtual_tokens", "inner_size", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} is {getattr(self, name)}: give at least 1")
-        for name in ("learning_rate", "attention_learning_rate", "temperature"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"model.{name} is {value}: give a positive number")
-        check_warmup_and_clip(self.warmup, self.clip)
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(
-                f"model.label_smoothing is {self.label_smoothing}: give 0 up to below 1"
-            )
 
     # ---- what is trained ------------------------------------------------------------------------
 
     def make_runs(self, data: PromptDataModule) -> list[Run]:
-        """A target prompt for each task.
-
-        Raises:
-            ValueError: several samples.
-        """
+        """A target prompt for each task of one sample."""
         if len(data.samples) > 1:
             raise ValueError(
                 f"data.samples has {len(data.samples)} samples, which would share one attention "
@@ -189,12 +160,7 @@ class Attempt(PromptMethod):
 
     @torch.no_grad()
     def start(self, data: PromptDataModule) -> None:
-        """Read the source prompts, and put target prompts where they start.
-
-        Raises:
-            FileNotFoundError: source prompts that are not there, all named.
-            ValueError: prompts of another backbone or length.
-        """
+        """Read the source prompts, and put target prompts where they start."""
         assert self.backbone is not None
         self._read_sources()
         init, self.starts = initial_prompts(
@@ -211,7 +177,6 @@ class Attempt(PromptMethod):
             )
 
     def _read_sources(self) -> None:
-        """Read the source prompts, in the order of their tasks."""
         assert self.backbone is not None
         own = self.all_runs[0].sample
         sample = own if self.source_sample is None else self.source_sample
@@ -220,11 +185,6 @@ class Attempt(PromptMethod):
         self.source_names = [prompt.name for prompt in found]
         self.sources.copy_(torch.stack([prompt.prompt for prompt in found]))
         self._is_read = True
-
-    @property
-    def sources_digest(self) -> str:
-        """SHA-256 of the source prompts."""
-        return tensor_digest(self.sources)
 
     def bank(self) -> Tensor:
         """The target prompts, (R, N, D)."""
@@ -268,10 +228,17 @@ class Attempt(PromptMethod):
         Returns:
             (B, J + 1), the last column for the target prompt.
         """
+        backbone = self.backbone
+        assert backbone is not None
         with torch.autocast(targets.device.type, enabled=False):
-            pooled = self._pooled_inputs(batch).to(targets.dtype)
+            with torch.no_grad():  # the maximum of each row's embeddings over its tokens, (B, D)
+                pooled = [
+                    max_pool(backbone.embed(part.input_ids), part.input_mask)
+                    for part in micro_batches(batch, self.tokens_per_forward)
+                ] or [targets.new_zeros(0, backbone.hidden_size)]
+                inputs = torch.cat(pooled).to(targets.dtype)
             own = targets.amax(1).index_select(0, batch.prompt_index)  # (B, D)
-            return attention(pooled, self.sources.amax(1), own)
+            return attention(inputs, self.sources.amax(1), own)
 
     def mixed(self, batch: Batch, attention: PromptAttention, targets: Tensor) -> Tensor:
         """The prompt of each row, (B, N, D); settings as for :meth:`weights`."""
@@ -279,17 +246,6 @@ class Attempt(PromptMethod):
         with torch.autocast(targets.device.type, enabled=False):
             own = targets.index_select(0, batch.prompt_index)
             return row_prompts(weights, self.sources, own)
-
-    @torch.no_grad()
-    def _pooled_inputs(self, batch: Batch) -> Tensor:
-        """Maximum of each row's input embeddings over its tokens: (B, D)."""
-        backbone = self.backbone
-        assert backbone is not None
-        pooled = [
-            max_pool(backbone.embed(part.input_ids), part.input_mask)
-            for part in micro_batches(batch, self.tokens_per_forward)
-        ]
-        return torch.cat(pooled) if pooled else self.prompt.new_zeros(0, backbone.hidden_size)
 
     def prefixes(self, current: bool) -> Prefixes:
         """The target prompts, which each row mixes with the sources by the attention of now."""
@@ -351,8 +307,9 @@ class Attempt(PromptMethod):
 
     def write(self, test_scores: Tensor | None = None) -> None:
         """Write the best attention and target prompts."""
-        backbone = self.backbone
+        backbone, folder = self.backbone, self.run_dir
         assert backbone is not None
+        assert folder is not None
         if not self.trainer.is_global_zero:
             return
         metadata = {
@@ -361,86 +318,69 @@ class Attempt(PromptMethod):
             "tokenizer_digest": backbone.tokenizer_digest,
             "source_tasks": self.source_tasks,
             "source_prompts": self.source_names,
-            "sources_digest": self.sources_digest,
+            "sources_digest": tensor_digest(self.sources),
             "target_prompts": [run.name for run in self.runs],
             "steps": int(self.keeper.step),
             "dev_score": self.keeper.score.item(),
             "seconds": round(self.seconds, 3),
         }
-        save_network(self.attention_path, self.best_attention, metadata)
-        self.target_store.save(self.best_prompts(test_scores))
-
-    @property
-    def attention_path(self) -> Path:
-        """The file of G."""
-        assert self.run_dir is not None
-        return self.run_dir / ATTENTION_FILE
-
-    @property
-    def target_store(self) -> PromptStore:
-        """The store of the target prompts."""
-        assert self.run_dir is not None
-        return PromptStore(self.run_dir / TARGET_FOLDER)
+        save_network(folder / ATTENTION_FILE, self.best_attention, metadata)
+        PromptStore(folder / TARGET_FOLDER).save(self.best_prompts(test_scores))
 
     # ---- test -----------------------------------------------------------------------------------
 
     def report_test(self, scores: Tensor) -> None:
-        """Write results, predictions, target prompts and the attention's weights."""
+        """Write results, predictions, target prompts and the attention's weights.
+
+        Those are the mean over the test rows of each task, and the spread (ddof 0).
+        """
         super().report_test(scores)
-        rows = self._attention_rows()
+        sums = torch.zeros(
+            *(len(self.runs), 3, len(self.sources) + 1), dtype=torch.float64, device=self.device
+        )
+        with torch.no_grad():
+            for step in self.datamodule.test_dataloader():
+                batch = step.batch.to(self.device)
+                weights = self.weights(batch, self.best_attention, self.best).double()
+                parts = torch.stack([weights, weights.square(), torch.ones_like(weights)], 1)
+                sums.index_add_(0, batch.prompt_index, parts)
+        weight, square, rows = self.over_ranks(sums).unbind(1)
+        weight, square = weight / rows, square / rows
+        spread = (square - weight.square()).clamp(min=0).sqrt()
         if self.run_dir:
             self.write(scores)
         if self.run_dir and self.trainer.is_global_zero:
-            write_csv(self.run_dir / "attention.csv", ATTENTION_COLUMNS, rows)
-
-    @torch.no_grad()
-    def _attention_rows(self) -> list[dict[str, Any]]:
-        """Mean weight of each source over the test rows of each task, and its spread (ddof 0)."""
-        count, width = len(self.runs), len(self.sources) + 1
-        sums = torch.zeros(count, 2, width, dtype=torch.float64, device=self.device)
-        rows = torch.zeros(count, dtype=torch.float64, device=self.device)
-        for step in self.datamodule.test_dataloader():
-            batch = step.batch.to(self.device)
-            weights = self.weights(batch, self.best_attention, self.best).double()
-            both = torch.stack([weights, weights.square()], 1)
-            sums.index_add_(0, batch.prompt_index, both)
-            rows.index_add_(0, batch.prompt_index, torch.ones_like(weights[:, 0]))
-        means = self.over_ranks(sums) / self.over_ranks(rows)[:, None, None]
-        weight, square = means.unbind(1)
-        spread = (square - weight.square()).clamp(min=0).sqrt()
-        names = [*self.source_tasks, TARGET]
-        return [
-            {"task": run.task, "sample": run.sample, "source": name, "weight": mean, "std": std}
-            for run, own, stds in zip(self.runs, weight.tolist(), spread.tolist(), strict=True)
-            for name, mean, std in zip(names, own, stds, strict=True)
-        ]
+            lines = [
+                {"task": run.task, "sample": run.sample, "source": name, "weight": mean, "std": std}
+                for run, own, stds in zip(self.runs, weight.tolist(), spread.tolist(), strict=True)
+                for name, mean, std in zip([*self.source_tasks, TARGET], own, stds, strict=True)
+            ]
+            write_csv(self.run_dir / "attention.csv", ATTENTION_COLUMNS, lines)
 
     def restore(self) -> None:
-        """Read sources and best state from their files.
-
-        Raises:
-            FileNotFoundError: a file that is not there.
-            ValueError: files of another backbone, of other source prompts or of another shape.
-        """
+        """Read sources and best state from their files."""
+        assert self.run_dir is not None
         self._read_sources()
-        saved = load_network(self.attention_path, PromptAttention, self.backbone)
+        file = self.run_dir / ATTENTION_FILE
+        saved = load_network(file, PromptAttention, self.backbone)
         known = saved.metadata
-        if known.get("sources_digest") != self.sources_digest:
+        if known.get("sources_digest") != tensor_digest(self.sources):
             raise ValueError(
-                f"{self.attention_path} is of the source prompts {some(known['source_prompts'])}, "
+                f"{file} is of the source prompts {some(known['source_prompts'])}, "
                 f"the settings give {some(self.source_names)}: use the config and the prompt files "
                 "of the fit"
             )
         own = self.best_attention
         if (saved.inner_size, saved.temperature) != (own.inner_size, own.temperature):
             raise ValueError(
-                f"{self.attention_path} has inner_size {saved.inner_size} and temperature "
+                f"{file} has inner_size {saved.inner_size} and temperature "
                 f"{saved.temperature:g}, the config asks for {own.inner_size} and "
                 f"{own.temperature:g}: use the config of the fit"
             )
         own.load_state_dict(saved.state_dict())
-        prompts = self.target_store.load([run.name for run in self.runs], self.backbone)
-        for i, prompt in enumerate(prompts):
+        store = PromptStore(self.run_dir / TARGET_FOLDER)
+        names = [run.name for run in self.runs]
+        for i, prompt in enumerate(store.load(names, self.backbone)):
             self.best[i], self.init[i] = prompt.prompt, prompt.init
             self.starts[i] = prompt.start_fields
             self.keeper.dev[i] = torch.nan if prompt.dev_score is None else prompt.dev_score
@@ -472,7 +412,9 @@ class Attempt(PromptMethod):
     def identity(self) -> dict[str, Any]:
         """The source prompts, by name and digest."""
         known = {"source_prompts": self.source_names}
-        return known | ({"digest of source prompts": self.sources_digest} if self._is_read else {})
+        return known | (
+            {"digest of source prompts": tensor_digest(self.sources)} if self._is_read else {}
+        )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """As every method's; without a trainer the source prompts are the checkpoint's."""
@@ -482,7 +424,7 @@ class Attempt(PromptMethod):
 
     def digests(self) -> dict[str, Any]:
         """Digests of backbone weights, tokenizer, data files, source prompts and prompts read."""
-        found = {**super().digests(), "source_prompts": self.sources_digest}
+        found = {**super().digests(), "source_prompts": tensor_digest(self.sources)}
         if self.init_config.name == "file":
             found["initial_prompts"] = tensor_digest(self.init)
         return found
@@ -502,21 +444,16 @@ class Attempt(PromptMethod):
             f"prompts of {self.num_virtual_tokens} virtual tokens"
         )
 
-    def describe_fit(self, data: PromptDataModule, trainer: Trainer) -> str:
-        """What would be trained, beside which prompts."""
-        self.look(data, trainer)
+    def described(self, data: PromptDataModule) -> list[str]:
+        """What is trained, beside which prompts."""
         numbers = sum(weight.numel() for weight in self.attention.parameters())
-        return "\n".join(
-            [
-                self.summary(),
-                f"source tasks: {', '.join(self.source_tasks)}",
-                f"target tasks: {', '.join(run.task for run in self.runs)}",
-                f"trained: {numbers:,} numbers of the attention, {self.prompt.numel():,} of target "
-                "prompts",
-                f"steps: {trainer.max_steps} of {self.batch_size} rows, evaluation every "
-                f"{trainer.val_check_interval}",
-            ]
-        )
+        return [
+            self.summary(),
+            f"source tasks: {', '.join(self.source_tasks)}",
+            f"target tasks: {', '.join(run.task for run in self.runs)}",
+            f"trained: {numbers:,} numbers of the attention, {self.prompt.numel():,} of target "
+            f"prompts, on {self.batch_size} rows a step",
+        ]
 
 
 def _one_each(batch: Batch) -> Batch:

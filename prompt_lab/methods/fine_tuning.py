@@ -235,10 +235,6 @@ class FineTuning(PromptMethod):
             self.move_weights()
         return Prefixes(self.backbone, self.init)
 
-    def moved(self) -> list[float]:
-        """There is no prompt to move."""
-        return [1.0]
-
     @torch.no_grad()
     def restore_best(self) -> None:
         """Put the best weights in place; from the file, unless a fit or checkpoint has them."""

@@ -2,25 +2,20 @@
 
 Meta prompt tuning (Qin et al. 2023, arXiv 2302.08143): in each step a few episodes, (task, sample)
 each, adapt the prompt on support rows and judge it on query rows; MAML, FoMAML, Reptile or
-multi-task learning says how to move the prompt (``meta_gradient.py``). MAML, FoMAML and multi-task
-learning read the same rows; Reptile, which has no query, reads the support rows alone. The loss of
-a step has the meta-gradient as its gradient, so Lightning's automatic optimisation is all that is
-needed: clipping, accumulation, DDP over episodes.
-
-Validation adapts the prompt to held-out tasks, few-shot, and scores dev. The learned prompt is one
-file, from which ``PromptTuning`` starts. Left out: other parameters than the prompt, and the inner
+multi-task learning says how to move the prompt (``meta_gradient.py``). The loss of a step has the
+meta-gradient as its gradient, so Lightning's automatic optimisation is all that is needed:
+clipping, accumulation, DDP over episodes. Left out: other parameters than the prompt, and the inner
 learning rate, that could be learned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
@@ -36,8 +31,9 @@ from prompt_lab.data.partitions import expand_sets
 from prompt_lab.data.sampling import Draw, Episodes, Key, bank_draw, episode_draw
 from prompt_lab.files.prompts import Prompt, load_prompt, save_prompt
 from prompt_lab.files.results import Start
+from prompt_lab.methods.checks import some
 from prompt_lab.methods.configs import as_config
-from prompt_lab.methods.method import STATUS, PromptMethod, some
+from prompt_lab.methods.method import STATUS, PromptMethod
 from prompt_lab.methods.starts import InitConfig, initial_prompts
 
 Algorithm = Literal["maml", "fomaml", "reptile", "multitask"]
@@ -85,8 +81,9 @@ class MetaPrompt(PromptMethod):
 
     The source tasks are those of ``data.tasks`` without ``validation_tasks``; every sample of a
     task is an item that episodes are made of. ``trainer.max_steps`` is the number of meta-steps.
-    The fit leaves ``prompt.safetensors``: the prompt of the best evaluation, or the last one where
-    there are no validation tasks.
+    Validation adapts the prompt to held-out tasks, few-shot, and scores dev. The fit leaves
+    ``prompt.safetensors``: the prompt of the best evaluation, or the last one where there are no
+    validation tasks.
 
     An episode has K = ``inner.steps`` support batches of ``support_size`` train rows, and
     ``query_size`` dev rows. Of these each algorithm reads:
@@ -175,64 +172,39 @@ class MetaPrompt(PromptMethod):
         self.learning_rate, self.rate_factor = learning_rate, rate_factor
         self.seed, self.label_smoothing = seed, label_smoothing
         self.keys: list[Key] = []
-        self._check_settings()
-
-    def _check_settings(self) -> None:
-        """Refuse settings that make no sense, or that would be without effect.
-
-        Raises:
-            ValueError: naming the setting and what is allowed.
-        """
-        numbers = ("episodes", "support_size", "query_size", "num_virtual_tokens")
-        for name in numbers:
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} is {getattr(self, name)}: give at least 1")
-        if self.algorithm not in get_args(Algorithm):
+        if algorithm not in get_args(Algorithm):
             raise ValueError(
-                f"model.algorithm is {self.algorithm!r}; allowed: {', '.join(get_args(Algorithm))}"
+                f"model.algorithm is {algorithm!r}; allowed: {', '.join(get_args(Algorithm))}"
             )
-        if not self.learning_rate > 0 or not self.rate_factor > 0:
-            raise ValueError("model.learning_rate and model.rate_factor must be positive")
-        if not 0 <= self.label_smoothing < 1:
+        if depth is not None and (depth < 0 or algorithm != "maml"):
             raise ValueError(
-                f"model.label_smoothing is {self.label_smoothing}: give 0 up to below 1"
+                f"model.depth is {depth} for {algorithm}: it is of maml, 0 or more inner steps, or "
+                "null for all"
             )
-        if self.depth is not None and (self.depth < 0 or self.algorithm != "maml"):
+        if self.inner.learned != "fixed" and algorithm not in ("maml", "fomaml"):
             raise ValueError(
-                f"model.depth is {self.depth} for {self.algorithm}: it is of maml, 0 or more inner "
-                "steps, or null for all"
+                f"model.inner.learned is {self.inner.learned}, but {algorithm} has no query loss "
+                "to learn an inner learning rate from: use maml or fomaml, or fixed"
             )
-        if self.inner.learned != "fixed" and self.algorithm not in ("maml", "fomaml"):
-            raise ValueError(
-                f"model.inner.learned is {self.inner.learned}, but {self.algorithm} has no query "
-                "loss to learn an inner learning rate from: use maml or fomaml, or fixed"
-            )
-        if self.second_order:
-            self._check_second_order()
-
-    def _check_second_order(self) -> None:
-        """Refuse ways to run a backbone that cannot be differentiated twice.
-
-        Raises:
-            ValueError: naming the setting and what to use.
-        """
-        backbone, instead = self.backbone_config, "or model.algorithm fomaml"
-        if backbone.attention == "flash_attention_2":
-            raise ValueError(
-                "maml differentiates attention twice, which flash_attention_2 cannot: use "
-                f"model.backbone.attention sdpa, {instead}"
-            )
-        if backbone.compile:
-            raise ValueError(
-                "maml differentiates the backbone twice, which torch.compile cannot: use "
-                f"model.backbone.compile false, {instead}"
-            )
-        if backbone.dtype != "float32":
-            raise ValueError(
-                f"maml with model.backbone.dtype {backbone.dtype}: the adapted prompt is rounded "
-                "to the weights' 8 bits, and Hessian products are off by more than what they add; "
-                f"use float32, {instead}"
-            )
+        config = self.backbone_config
+        for is_wrong, why in (
+            (
+                config.attention == "flash_attention_2",
+                "flash_attention_2 cannot: use model.backbone.attention sdpa",
+            ),
+            (config.compile, "torch.compile cannot: use model.backbone.compile false"),
+            (
+                config.dtype != "float32",
+                f"model.backbone.dtype {config.dtype} cannot: the adapted prompt is rounded to the "
+                "weights' 8 bits, and Hessian products are off by more than what they add; use "
+                "float32",
+            ),
+        ):
+            if self.second_order and is_wrong:
+                raise ValueError(
+                    f"maml differentiates the backbone twice, which {why}, or model.algorithm "
+                    "fomaml"
+                )
 
     @property
     def second_order(self) -> bool:
@@ -242,17 +214,19 @@ class MetaPrompt(PromptMethod):
     # ---- what is trained ------------------------------------------------------------------------
 
     def check_trainer(self) -> None:
-        """As every method's; evaluations fall between steps.
-
-        Raises:
-            ValueError: the setting, and what to use instead.
-        """
+        """As every method's; evaluations fall between steps."""
         super().check_trainer()
         if self.trainer.precision == "bf16-mixed" and self.second_order:
             self.warn_once(
                 "bf16",
                 "maml with trainer.precision bf16-mixed: exact enough for small inner learning "
                 "rates; with large ones the second-order part may point elsewhere (README)",
+            )
+        if self._fitting and self.trainer.world_size > self.episodes:
+            self.warn_once(
+                "ranks",
+                f"model.episodes is {self.episodes} on {self.trainer.world_size} processes: some "
+                "have nothing to do; give at least as many episodes",
             )
         interval, batches = self.trainer.val_check_interval, self.trainer.accumulate_grad_batches
         if isinstance(interval, int) and interval % batches:
@@ -379,27 +353,15 @@ class MetaPrompt(PromptMethod):
 
     # ---- training -------------------------------------------------------------------------------
 
-    def on_train_start(self) -> None:
-        """As every method's."""
-        super().on_train_start()
-        if self.trainer.world_size > self.episodes:
-            self.warn_once(
-                "ranks",
-                f"model.episodes is {self.episodes} on {self.trainer.world_size} processes: some "
-                "have nothing to do; give at least as many episodes",
-            )
-
     def training_step(self, batch: Episodes, batch_idx: int) -> Tensor:
         """A loss whose gradient is the mean meta-gradient over all episodes of the step.
 
         A step with an episode whose loss or gradient is not finite, or whose inner loop runs far
         away, is skipped: neither the prompt nor the optimizer's state moves.
         """
-        rate = self.rate
-        scale = self.trainer.world_size / self.episodes
-        if not batch.keys:
-            found, finite = None, self.moves.new_ones(1)
-        else:
+        rate, scale = self.rate, self.trainer.world_size / self.episodes
+        found, finite = None, self.moves.new_ones(1)
+        if batch.keys:
             found = self.meta_gradient(batch, rate)
             finite = (found.finite() & (found.moved <= MOST_MOVED)).all(0, keepdim=True)
             if found.rate_gradient is not None:
@@ -408,8 +370,7 @@ class MetaPrompt(PromptMethod):
         place = batch_idx % self.trainer.accumulate_grad_batches
         self.moves.copy_(self.moves & finite if place else finite)
         self._count(found, finite, is_last=place + 1 == self.trainer.accumulate_grad_batches)
-        gradient = torch.zeros_like(self.prompt)
-        value = self.prompt.new_zeros(())
+        gradient, value = torch.zeros_like(self.prompt), self.prompt.new_zeros(())
         if found is not None:
             gradient = found.gradient.sum(0, keepdim=True) * scale
             value = found.losses.sum() * scale
@@ -429,37 +390,27 @@ class MetaPrompt(PromptMethod):
             episodes: at least one episode.
             rate: inner learning rate, () or (N, 1).
         """
-        largest = max(
-            (*episodes.support, episodes.query),
-            key=lambda part: part.input_lengths[0] + part.target_lengths[0],  # the longest row
-        )
-        start = self.prompt.detach().expand(len(episodes.keys), -1, -1).contiguous()
-        return self.within_memory(largest, self._step(start, episodes, rate))
-
-    def _step(
-        self, start: Tensor, episodes: Episodes, rate: Tensor
-    ) -> Callable[[int], MetaGradient]:
-        """The meta-step as a function of the tokens of a forward pass."""
         assert self.backbone is not None
-        backbone = self.backbone
+        backbone, parts = self.backbone, [*episodes.support, episodes.query]
+        start = self.prompt.detach().expand(len(episodes.keys), -1, -1).contiguous()
+        if self.algorithm == "multitask":  # the mean of the parts' losses is that over all rows
+            mean = sum(map(len, parts)) / len(parts)
+            parts = [replace(part, weight=part.weight * (len(part) / mean)) for part in parts]
 
         def made(tokens: int) -> MetaGradient:
-            """The meta-gradient in micro-batches of so many tokens."""
-
-            def objective(batch: Batch) -> BankObjective:
-                """The loss on one batch."""
-                return BankObjective(backbone, batch, tokens, self.label_smoothing)
-
+            told = [BankObjective(backbone, part, tokens, self.label_smoothing) for part in parts]
+            *support, query = told
             if self.algorithm == "multitask":
-                parts = _weighted_by_rows([*episodes.support, episodes.query])
-                return multitask(start, list(map(objective, parts)))
-            support = [objective(batch) for batch in episodes.support]
+                return multitask(start, told)
             if self.algorithm == "reptile":
                 return reptile(start, support, self.inner, rate)
             depth = 0 if self.algorithm == "fomaml" else self.depth
-            return maml(start, support, objective(episodes.query), self.inner, rate, depth)
+            return maml(start, support, query, self.inner, rate, depth)
 
-        return made
+        def longest(part: Batch) -> int:
+            return part.input_lengths[0] + part.target_lengths[0]
+
+        return self.within_memory(max(parts, key=longest), made)
 
     def _count(self, found: MetaGradient | None, finite: Tensor, is_last: bool) -> None:
         """Sum what is logged; nothing waits for the device."""
@@ -561,9 +512,30 @@ class MetaPrompt(PromptMethod):
         return super().line_names() or [self.algorithm]
 
     def logged(self, scores: Tensor) -> dict[str, float]:
-        """What inner loops do."""
-        means = self._means()
-        self._warn(means)
+        """What inner loops do; warn of skipped steps, and of loops that make it worse or stand."""
+        means, step = self._means(), self.trainer.global_step
+        if means["skipped"]:
+            rank_zero_warn(
+                f"step {step}: skipped {means['skipped']:.0f} of the steps since the last "
+                f"evaluation, {int(self.skipped)} in all: a loss or gradient was not finite, or "
+                "the inner loop ran far away. A lower model.inner.learning_rate may help"
+            )
+        has_loop = self.algorithm != "multitask" and means["batches"] > 0
+        if has_loop and self.inner.steps > 1 and means["improved"] < 0.25:
+            self.warn_once(
+                "worse",
+                f"step {step}: in {1 - means['improved']:.0%} of the episodes the support loss "
+                "rose within the inner loop; a lower model.inner.learning_rate may help",
+            )
+        if has_loop and means["inner_moved"] < 1e-4:
+            rows = "support" if self.algorithm == "reptile" else "query"
+            self.warn_once(
+                "still",
+                f"step {step}: the inner loop moves the prompt by {means['inner_moved']:.1e} of "
+                f"its norm, so {self.algorithm} is hardly different from multi-task learning on "
+                f"the {rows} rows; prompts usually need inner learning rates of 0.1 and more "
+                "(model.inner.learning_rate)",
+            )
         return {
             "meta/second_order": means["second_order"],
             "meta/inner_moved": means["inner_moved"],
@@ -577,11 +549,8 @@ class MetaPrompt(PromptMethod):
     ) -> list[dict[str, Any]]:
         """As every method's, with what inner loops do."""
         means = self._means()
-        more = {
-            "second_order": means["second_order"],
-            "inner_moved": means["inner_moved"],
-            "skipped": int(self.skipped),
-        }
+        more = {name: means[name] for name in ("second_order", "inner_moved")}
+        more["skipped"] = int(self.skipped)
         if self.runs:
             moved = self._moved.tolist()
             own = super().curve_lines(losses, scores, lines)
@@ -593,34 +562,6 @@ class MetaPrompt(PromptMethod):
     def after_evaluation(self, scores: Tensor, lines: list[int]) -> None:
         """Begin the sums anew."""
         self.sums.zero_()
-
-    def _warn(self, means: Mapping[str, float]) -> None:
-        """Warn of skipped steps, of inner loops that make it worse, and of those that stand."""
-        if means["skipped"]:
-            rank_zero_warn(
-                f"step {self.trainer.global_step}: skipped {means['skipped']:.0f} of the steps "
-                f"since the last evaluation, {int(self.skipped)} in all: a loss or gradient was "
-                "not finite, or the inner loop ran far away. A lower model.inner.learning_rate "
-                "may help"
-            )
-        if self.algorithm == "multitask" or not means["batches"]:
-            return
-        if self.inner.steps > 1 and means["improved"] < 0.25:
-            self.warn_once(
-                "worse",
-                f"step {self.trainer.global_step}: in {1 - means['improved']:.0%} of the episodes "
-                "the support loss rose within the inner loop; a lower model.inner.learning_rate "
-                "may help",
-            )
-        if means["inner_moved"] < 1e-4:
-            rows = "support" if self.algorithm == "reptile" else "query"
-            self.warn_once(
-                "still",
-                f"step {self.trainer.global_step}: the inner loop moves the prompt by "
-                f"{means['inner_moved']:.1e} of its norm, so {self.algorithm} is hardly different "
-                f"from multi-task learning on the {rows} rows; prompts usually need inner learning "
-                "rates of 0.1 and more (model.inner.learning_rate)",
-            )
 
     # ---- files ----------------------------------------------------------------------------------
 
@@ -766,28 +707,17 @@ class MetaPrompt(PromptMethod):
             f"{len(self.keys)} items of {len(self.source_tasks)} source tasks"
         )
 
-    def describe_fit(self, data: PromptDataModule, trainer: Trainer) -> str:
+    def described(self, data: PromptDataModule) -> list[str]:
         """What would be learned, on which tasks, and the rows of a step."""
-        self.look(data, trainer)
-        self.draw(data)
         rows = f"{self.inner.steps} x {self.support_size} support rows"
         if self.algorithm != "reptile":
             rows += f" and {self.query_size} query rows"
         inner = f"{self.inner.name}, learning rate {self.inner.learning_rate:g}"
-        return "\n".join(
-            [
-                self.summary(),
-                f"source tasks: {', '.join(self.source_tasks)}",
-                f"validation tasks: {', '.join(self.validation_tasks) or 'none'}",
-                f"step: {self.episodes} episodes of {rows}",
-                f"inner loop: {'none' if self.algorithm == 'multitask' else inner}",
-                f"steps: {trainer.max_steps}, evaluation every {trainer.val_check_interval}, "
-                f"adapting by {self.adaptation.steps} steps",
-            ]
-        )
-
-
-def _weighted_by_rows(parts: list[Batch]) -> list[Batch]:
-    """Batches of the same episodes, so that the mean of their losses is that over all rows."""
-    mean = sum(map(len, parts)) / len(parts)
-    return [replace(part, weight=part.weight * (len(part) / mean)) for part in parts]
+        return [
+            self.summary(),
+            f"source tasks: {', '.join(self.source_tasks)}",
+            f"validation tasks: {', '.join(self.validation_tasks) or 'none'}",
+            f"step: {self.episodes} episodes of {rows}",
+            f"inner loop: {'none' if self.algorithm == 'multitask' else inner}",
+            f"adaptation: {self.adaptation.steps} steps",
+        ]

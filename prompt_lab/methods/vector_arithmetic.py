@@ -37,9 +37,10 @@ from prompt_lab.files.vectors import (
     complete,
     find_vectors,
 )
+from prompt_lab.methods.checks import some
 from prompt_lab.methods.configs import as_list
 from prompt_lab.methods.evaluation import Report
-from prompt_lab.methods.method import PromptMethod, some
+from prompt_lab.methods.method import PromptMethod
 
 Found = dict[Group, dict[str, FoundPrompt]]
 Study = Literal["singles", "pairs", "cross", "expressions"]
