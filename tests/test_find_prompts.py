@@ -84,10 +84,10 @@ def prompt(model: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     save_peft(PLACES["peft"], made, "SEQ_2_SEQ_LM", 2, 4)
     saved = {
         "state_dict": {
-            "best": made.prompt[None],
+            "keeper.kept_bank": made.prompt[None],
             "init": made.init[None],
-            "best_score": torch.tensor([0.5]),
-            "best_step": torch.tensor([3]),
+            "keeper.score": torch.tensor([0.5]),
+            "keeper.step": torch.tensor([3]),
         },
         "hyper_parameters": {"backbone": {"name": model.name}, "init": {"name": "vocab"}},
         "runs": [asdict(RUN)],

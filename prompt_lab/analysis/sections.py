@@ -251,7 +251,8 @@ def gains_section(runs: pd.DataFrame, ratios: pd.DataFrame) -> Section:
     shown["E_rel"] = bold_best(plus_minus(own["e_rel"], own["e_rel_std"]), best)
     shown["95 % interval"] = intervals(own["low"], own["high"])
     shown["ARG (%)"] = plus_minus(100 * own["e_rel"] - 100, 100 * own["arg_std"], 1, "+")
-    means = own["shared_mean"].map(number) + " : " + own["reference_mean"].map(number)
+    both = zip(own["shared_mean"], own["reference_mean"], strict=True)
+    means = [f"{number(x)} : {number(y)}" for x, y in both]
     shown = shown.assign(**{"score : reference": means, "p": p_values(own["p_corrected"])})
     shown = shown.assign(**counts)
     gains = ratios[is_method(ratios) & (ratios["line"] != reference)]

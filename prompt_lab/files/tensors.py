@@ -275,7 +275,7 @@ def held(folder: Path, by: str, job: str = "", first: bool = True) -> Iterator[i
         if first:
             with naming(path):
                 os.truncate(lock, 0)
-                os.pwrite(lock, f"{os.getpid()} {job}".encode(), 0)
+                os.pwrite(lock, f"{os.getpid()} {job}".strip().encode(), 0)
         else:
             os.close(lock)
             lock = -1
