@@ -125,6 +125,8 @@ def pages(
     stem: str, table: pd.DataFrame, value: str, looks: plots.Looks, note: str, **style: Any
 ) -> dict[str, Figure]:
     """Figures of dots, with as many tasks as a page takes, in order of ontology and name."""
+    if not len(table):
+        return {}
     ranks = {row.task: group_rank(row.ontology) for row in table.itertuples()}
     tasks = sorted(ranks, key=lambda task: (ranks[task], task))
     table = table.assign(at=table["task"].map(tasks.index)).sort_values("at", kind="stable")

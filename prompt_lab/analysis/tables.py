@@ -73,11 +73,7 @@ def find_results(place: str | Path) -> list[Path]:
     place = Path(place)
     if not place.exists():
         raise FileNotFoundError(f"no file or folder {place}: name the run_dir of a fit")
-    files = [
-        file
-        for file in ([place] if place.is_file() else sorted(place.rglob("results.csv")))
-        if not any(part.startswith("previous-") for part in file.relative_to(place).parts)
-    ]
+    files = [file for file in ([place] if place.is_file() else sorted(place.rglob("results.csv")))]
     if not files:
         raise FileNotFoundError(
             f"no results.csv in {place} or below: prompt-lab test writes it; name its run_dir"
