@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models run faster on one t
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import nn
 
 if TYPE_CHECKING:
@@ -213,6 +214,16 @@ def test_data() -> Path:
     if not folder:
         pytest.skip("PROMPT_LAB_TEST_DATA is not set: it names a folder with crossfit/ and models/")
     return Path(folder)
+
+
+class InFolder(Callback):
+    """Lets a method write into a folder, as the command line does."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        pl_module.run_dir = self.folder
 
 
 @pytest.fixture

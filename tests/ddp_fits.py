@@ -32,9 +32,9 @@ from prompt_lab.methods.adapter_subspace import AdapterSubspace, AdapterTuning
 from prompt_lab.methods.fine_tuning import FineTuning
 from prompt_lab.methods.intrinsic_subspace import IntrinsicSubspace
 from prompt_lab.methods.meta_prompt import AdaptationConfig, MetaPrompt
-from prompt_lab.methods.prompt_method import PromptMethod
+from prompt_lab.methods.method import PromptMethod
 from prompt_lab.methods.prompt_tuning import PromptTuning
-from prompt_lab.methods.subspace_tuning import SubspaceConfig
+from prompt_lab.methods.starts import SubspaceConfig
 from prompt_lab.methods.vector_arithmetic import VectorArithmetic
 
 STEPS, EVERY, DIES_AT = 6, 2, 5
@@ -188,7 +188,7 @@ def check_shares(method: PromptMethod, name: str, trainer: Any) -> None:
     many, world = len(method.all_runs), trainer.world_size
     shared = name in ("whole runs", "codes", "adapter codes") and 1 < world <= many
     assert method.shares.divided == shared
-    if isinstance(method, PromptTuning) and method.independent_runs:
+    if isinstance(method, PromptTuning) and method.shares_runs:
         (optimizer,) = trainer.optimizers
         (state,) = optimizer.state.values()
         held = {len(value) for value in [method.trained, method.best, method.init, *state.values()]}

@@ -20,12 +20,12 @@ from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import Prefixes
 from prompt_lab.core.batch import Batch
 from prompt_lab.core.pretrained import weights_digest
-from prompt_lab.data.mixtures import MixtureSteps
+from prompt_lab.data.sampling import mixture_draw
 from prompt_lab.files.prompts import PromptStore
 from prompt_lab.files.results import read_csv
 from prompt_lab.files.tensors import load_network
 from prompt_lab.methods.attempt import Attempt
-from prompt_lab.methods.initial_prompts import InitConfig
+from prompt_lab.methods.starts import InitConfig
 
 TOKENS = 5
 SOURCES = ["glue-cola", "e2e_nlg_cleaned"]
@@ -94,7 +94,7 @@ def test_a_step_and_its_gradients_are_those_of_a_loop_over_rows(fit, kind):
     method = fit(kind, model=make_backbone(kind), tokens_per_forward=64)
     method.double()
     method.weight_sum = method.weight_sum.float()  # sums the float32 weights of batches
-    batch = method.train_steps().batch(5)
+    batch = method.datamodule.draw.batch(5, range(len(method.runs)))
     assert len(set(batch.prompts)) == 2
     assert len(set(batch.input_lengths)) > 1
     trained = [method.prompt, *method.attention.parameters()]
@@ -121,12 +121,12 @@ def test_answers_are_those_of_each_row_alone(fit, kind, decoding):
     Batches hold several rows, and rows of other lengths.
     """
     method = fit(kind, decoding=decoding, max_new_tokens=4, trainer={"max_steps": 3})
-    backbone, steps = method.backbone, list(method.test_steps())
+    backbone, steps = method.backbone, list(method.datamodule.test_dataloader())
     assert max(len(step.batch) for step in steps) > 3
+    method._current = False
     for step in steps:
         prefixes = Prefixes(backbone, method.best)
-        method._current = False
-        found = method.answers(prefixes, step)
+        found = method.answer(prefixes, step)
         labels = list(method.datamodule.tasks[step.task].labels)
         for row, text in enumerate(found):
             target = method.best[step.batch.prompts[row]]
@@ -146,7 +146,7 @@ def test_rows_of_one_task_take_the_step_of_that_task_alone(fit):
     alone = fit("t5", run_dir="alone", tasks=TARGETS[:1])
     alone.prompt.data.copy_(both.prompt.data[:1])
     alone.attention.load_state_dict(both.attention.state_dict())
-    batch = alone.train_steps().batch(2)
+    batch = alone.datamodule.draw.batch(2, range(len(alone.runs)))
     one, two = (method.training_step(batch, 0) for method in (alone, both))
     assert torch.equal(one, two)
     found = torch.autograd.grad(two, [both.prompt, *both.attention.parameters()])
@@ -159,10 +159,12 @@ def test_rows_of_one_task_take_the_step_of_that_task_alone(fit):
 
 def test_one_task_sees_the_rows_that_prompt_tuning_sees(fit, backbone, tmp_path):
     method = fit(tasks=TARGETS[:1])
+    drawn = method.datamodule.draw
     plain = make_method(backbone("gpt2"), batch_size=7)
     make_trainer(tmp_path / "plain").fit(plain, datamodule=method.datamodule)
     for step in range(4):
-        assert method.train_steps().batch(step).rows == plain.train_steps().batch(step, [0]).rows
+        rows = drawn.batch(step, [0]).rows
+        assert rows == plain.datamodule.draw.batch(step, [0]).rows
 
 
 def test_only_target_prompts_and_attention_change(fit, backbone):
@@ -186,11 +188,11 @@ def test_a_checkpoint_holds_what_is_trained_and_nothing_else(fit, tmp_path):
     path = tmp_path / "four.ckpt"
     method = fit(trainer={"callbacks": [SaveAtStepFour(path)]})
     saved = torch.load(path, weights_only=True)["state_dict"]
-    assert not [name for name in saved if name.startswith(("backbone", "initial", "sources"))]
+    assert not [name for name in saved if name.startswith(("backbone", "initial"))]
     trained = method.prompt.numel() + sum(
         weight.numel() for weight in method.attention.parameters()
     )
-    assert sum(tensor.numel() for tensor in saved.values()) < 3 * trained
+    assert sum(tensor.numel() for tensor in saved.values()) < 4 * trained
 
 
 @pytest.mark.parametrize("kind", ["t5", "gpt2"])
@@ -234,7 +236,7 @@ def test_the_files_answer_as_the_fit_did(fit, backbone, tmp_path):
 
 
 def test_target_prompts_are_refused_where_a_prompt_answers_alone(fit, tmp_path, capsys):
-    folder = fit(trainer={"max_steps": 3}).target_store.folder
+    folder = fit(trainer={"max_steps": 3}).run_dir / "target_prompts"
     file, inputs = sorted(folder.glob("*.safetensors"))[0], tmp_path / "inputs.txt"
     inputs.write_text("a text\n")
     for source in (folder, file):
@@ -257,7 +259,7 @@ def test_attention_csv_has_the_mean_weights_of_the_test_rows(fit):
     rows = read_csv(method.run_dir / "attention.csv")
     assert [row["source"] for row in rows] == [*SOURCES, "target prompt"] * 2
     for at, task in enumerate(TARGETS):
-        inputs = method.datamodule.rows(task, 13, "test").inputs
+        inputs = method.datamodule.tokens(task, 13, "test").inputs
         keys = torch.cat([method.sources, method.best[at : at + 1]]).amax(1)
         weights = []
         for ids in inputs:
@@ -278,7 +280,7 @@ def test_the_baseline_of_initial_prompts_is_the_mixture_before_training(fit):
     lines = [json.loads(line) for line in (method.run_dir / "predictions.jsonl").open()]
     untrained = PromptAttention(32, 6, 2.0, seed=0)
     initial = Prefixes(method.backbone, method.init)
-    for step in method.test_steps():
+    for step in method.datamodule.test_dataloader():
         labels = list(method.datamodule.tasks[step.task].labels)
         (mixed,), _ = method.prefix_of(initial, step.batch)
         for row, number in enumerate(step.batch.rows):
@@ -300,12 +302,14 @@ def test_the_baseline_of_initial_prompts_is_the_mixture_before_training(fit):
 def test_two_processes_sum_to_the_gradient_of_one(fit):
     """Also where the second has no rows; the mean that DDP takes is undone in the step."""
     method = fit(batch_size=1)
-    steps, trained = method.train_steps(), [method.prompt, *method.attention.parameters()]
+    data, trained = method.datamodule, [method.prompt, *method.attention.parameters()]
+    rows = {
+        (run.task, run.sample): data.tokens(run.task, run.sample, "train") for run in method.runs
+    }
 
     def gradients(size: int, rank: int, world: int) -> Any:
         """Gradients of one process's rows."""
-        given = (steps.rows, steps.prompts, steps.weights, size, 0, steps.layout, 6, lambda: 0)
-        batch = MixtureSteps(*given, rank, world).batch(3)
+        batch = mixture_draw(rows, "tasks", size, 0, data.layout, (rank, world)).batch(3, [0])
         return torch.autograd.grad(method.training_step(batch, 0), trained)
 
     for size in (5, 1):
@@ -324,7 +328,7 @@ def test_the_best_mean_dev_score_is_kept(fit):
     best = min(step for step, mean in means.items() if mean == max(means.values()))
     assert list(means) == [2, 4, 6, 8, 10, 12]
     assert int(method.best_step) == best
-    assert method.dev.tolist() == pytest.approx(by_step[best])
+    assert method.keeper.dev.tolist() == pytest.approx(by_step[best])
 
 
 def test_training_lowers_the_loss_and_clips_it(fit):
@@ -389,8 +393,8 @@ def test_checkpoints_and_files_of_other_sources_are_refused(fit, backbone, tmp_p
     path = tmp_path / "four.ckpt"
     fitted = fit(trainer={"callbacks": [SaveAtStepFour(path)]})
     for settings, reason in (
-        ({"source_tasks": SOURCES[::-1]}, "of the source prompts glue-cola, e2e_nlg_cleaned"),
-        ({"tasks": TARGETS[:1]}, "of the target tasks glue-sst2 13, emotion 13"),
+        ({"source_tasks": SOURCES[::-1]}, r"of source prompts 2 \(glue-cola, e2e_nlg_cleaned\)"),
+        ({"tasks": TARGETS[:1]}, r"of runs 2 \(glue-sst2 13 seed 0, emotion 13 seed 0\)"),
     ):
         with pytest.raises(ValueError, match=reason):
             fit(run_dir="other", ckpt=path, **settings)
@@ -418,8 +422,9 @@ def test_the_command_line_fits_and_tests(model_folder, fewshot_root, tmp_path, m
     config = str(run_dir / "config-fit.yaml")
     assert cli.run(["test", f"--config={config}", f"--run_dir={run_dir}"]) == 0
     assert (run_dir / "attention.csv").read_bytes() == first
-    assert cli.run(words) == 0
-    assert (run_dir / "previous-1" / "target_prompts").is_dir()
+    assert cli.run(words) == 1
+    assert "holds an earlier fit: --resume" in capsys.readouterr().err
+    assert cli.run([*words, "--overwrite"]) == 0
     assert not (run_dir / "attention.csv").exists()
     with pytest.raises(SystemExit):
         cli.run([*words, "--dry_run"])

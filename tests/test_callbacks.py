@@ -20,7 +20,7 @@ from prompt_lab.core.batch import IGNORE
 from prompt_lab.core.meta_gradient import InnerConfig
 from prompt_lab.files.results import read_csv
 from prompt_lab.methods.meta_prompt import MetaPrompt
-from prompt_lab.methods.prompt_method import PromptMethod
+from prompt_lab.methods.method import PromptMethod
 
 LINE = re.compile(
     r"trained (?:(\d+) runs? )?(?:from step (\d+) )?in ([\d.,]+) s(?:, ([\d.,]+) runs/s)?: "

@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import Timer
 
 from prompt_lab.commands import cli
 from prompt_lab.commands.sweep_command import Trial, make_trials, read_sweep
@@ -289,7 +290,7 @@ def test_a_saved_config_reruns_to_the_same_prompt_and_serves_test_in_a_fresh_pro
     assert fit("--run_dir=first", "--test_after_fit", "--model.test_baselines=true") == 0
     config = "first/config-fit.yaml"
     saved = yaml.safe_load(Path(config).read_text())
-    assert not {"run_dir", "ckpt_path", "dry_run"} & set(saved)
+    assert not {"run_dir", "ckpt_path", "dry_run", "resume", "overwrite"} & set(saved)
     assert cli.run(["fit", "-c", config, "--run_dir=second", "--test_after_fit=false"]) == 0
     assert only_prompt(Path("first")).equal(only_prompt(Path("second")))
     assert not Path("second/results.csv").exists()
@@ -339,22 +340,33 @@ def test_the_table_of_scores_fits_a_terminal_of_80_columns(tiny_file, tmp_path, 
     assert table[rule + 1].split()[:2] == ["glue-sst2", "ACC"]
 
 
-def test_a_second_fit_in_the_same_folder_sets_the_first_aside(fit, capsys):
-    assert fit("--run_dir=r") == 0
-    first = only_prompt(Path("r"))
-    assert fit("--run_dir=r", "--model.learning_rate=0.02") == 0
-    assert "r held an earlier run, now in r/previous-1" in capsys.readouterr().err
-    assert fit("--run_dir=r", "--model.learning_rate=0.01") == 0
-    assert only_prompt(Path("r/previous-1")).equal(first)
-    assert not only_prompt(Path("r/previous-2")).equal(first)
-    for name in ("config-fit.yaml", "curves.csv", "checkpoints/last.ckpt"):
-        assert Path("r/previous-1", name).is_file()
-        assert Path("r", name).is_file()
-    rates = [
-        yaml.safe_load(Path(folder, "config-fit.yaml").read_text())["model"]["init_args"]
-        for folder in ("r/previous-1", "r/previous-2", "r")
-    ]
-    assert [settings["learning_rate"] for settings in rates] == [0.05, 0.02, 0.01]
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files of a folder but the lock."""
+    found = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+def test_a_second_fit_in_the_same_folder_is_refused(fit, two_steps, capsys):
+    shutil.copytree(two_steps, "r")
+    for words in ([], [f"--ckpt_path={two_steps}/checkpoints/last.ckpt"]):  # of another folder
+        assert fit("--run_dir=r", "--model.learning_rate=0.02", *words) == 1
+        told = "r holds an earlier fit: --resume to go on with it, --overwrite to delete it"
+        assert f"prompt-lab: {told}, or give another --run_dir\n" in capsys.readouterr().err
+        assert contents(Path("r")) == contents(two_steps)
+
+
+def test_overwrite_leaves_what_a_fit_in_a_new_folder_leaves_and_what_is_not_of_a_fit(fit):
+    """Reference: the same fit in a new folder."""
+    assert fit("--run_dir=r", "--test_after_fit", "--model.save_steps=[1]") == 0
+    Path("r/mine.safetensors").write_text("mine")
+    assert fit("--run_dir=r", "--model.learning_rate=0.02", "--overwrite") == 0
+    assert fit("--run_dir=new", "--model.learning_rate=0.02", "--overwrite") == 0
+    kept, new = contents(Path("r")), contents(Path("new"))
+    assert kept.pop("mine.safetensors") == b"mine"
+    assert kept.keys() == new.keys()
+    for name in ("curves.csv", "config-fit.yaml", "fit.json"):
+        assert kept[name] == new[name]
+    assert only_prompt(Path("r")).equal(only_prompt(Path("new")))
 
 
 def test_without_a_run_dir_each_fit_has_a_new_folder(fit):
@@ -407,10 +419,9 @@ def two_steps(tiny_file: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_flags_win_over_a_checkpoint_and_the_difference_is_told(fit, two_steps, capsys):
-    """Reference: the same resume without the flag."""
-    for name in ("plain", "smooth"):
-        shutil.copytree(two_steps, name)
-    words = ("--trainer.max_steps=4", "--ckpt_path=last")
+    """Reference: the same without the flag."""
+    last = f"--ckpt_path={two_steps}/checkpoints/last.ckpt"
+    words = ("--trainer.max_steps=4", last)
     assert fit("--run_dir=plain", *words) == 0
     assert "other settings" not in capsys.readouterr().err
     assert fit("--run_dir=smooth", *words, "--model.label_smoothing=0.5") == 0
@@ -425,31 +436,152 @@ def test_flags_win_over_a_checkpoint_and_the_difference_is_told(fit, two_steps, 
     assert states[1]["hyper_parameters"]["label_smoothing"] == 0.5
 
 
-def test_a_finished_fit_can_be_continued_with_a_larger_budget(fit, two_steps):
+@pytest.mark.parametrize("words", [["--resume"], ["--ckpt_path=longer/checkpoints/last.ckpt"]])
+def test_a_finished_fit_can_be_continued_with_a_larger_budget(fit, two_steps, words):
     """Reference: a fit that had the larger budget from the start."""
     shutil.copytree(two_steps, "longer")
-    assert fit("--run_dir=longer", "--trainer.max_steps=4", "--ckpt_path=last") == 0
+    Path("longer/results.csv").touch()  # of the two steps
+    assert fit("--run_dir=longer", "--trainer.max_steps=4", *words) == 0
     assert fit("--run_dir=whole", "--trainer.max_steps=4") == 0
     rows, wanted = (read_csv(Path(name, "curves.csv")) for name in ("longer", "whole"))
     assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
     assert [{**row, "status": ""} for row in rows] == [{**row, "status": ""} for row in wanted]
     assert only_prompt(Path("longer")).equal(only_prompt(Path("whole")))
+    longer, whole = contents(Path("longer")), contents(Path("whole"))
+    assert longer.keys() == whole.keys()
+    for name in ("config-fit.yaml", "fit.json"):
+        assert longer[name] == whole[name]
+
+
+def test_a_larger_budget_that_is_interrupted_is_not_taken_for_finished(
+    fit, two_steps, monkeypatch, capsys
+):
+    shutil.copytree(two_steps, "r")
+    longer = ("--run_dir=r", "--trainer.max_steps=4", "--resume")
+    method = cli.METHODS["PromptTuning"]
+    with monkeypatch.context() as patch:
+        patch.setattr(method, "on_train_batch_start", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fit(*longer)
+    assert fit(*longer) == 0
+    assert "is finished" not in capsys.readouterr().out
+    assert read_csv(Path("r/curves.csv"))[-1]["step"] == "4"
+
+
+def test_a_fit_that_its_time_limit_ended_is_resumed(fit, two_steps, capsys, monkeypatch):
+    """Reference: the fit without a limit."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Timer, "time_elapsed", lambda *_: 99 * Path("r/curves.csv").is_file())
+        assert fit("--run_dir=r", "--trainer.max_time=00:00:00:09") == 0
+    assert Path("r/fit.json").is_file()
+    assert read_csv(Path("r/curves.csv"))[-1]["step"] == "1"
+    assert fit("--run_dir=r", "--resume") == 0
+    assert "is finished" not in capsys.readouterr().out
+    assert only_prompt(Path("r")).equal(only_prompt(two_steps))
+    steps = [row["step"] for row in read_csv(Path("r/curves.csv"))]
+    assert steps == ["1", "2"]
+
+
+def test_resume_of_a_finished_fit_says_so_and_changes_nothing(fit, two_steps, capsys):
+    for name in ("r", "bare"):
+        shutil.copytree(two_steps, name)
+    shutil.rmtree("bare/checkpoints")
+    for name in ("r", "bare"):
+        before = contents(Path(name))
+        for word in ("--resume", "--resume=true"):
+            assert fit(f"--run_dir={name}", word) == 0
+            said = f"the fit in {name} is finished: nothing is left to train\n"
+            assert capsys.readouterr().out == said
+        assert contents(Path(name)) == before
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_resume_makes_up_for_a_test_that_was_interrupted(fit, two_steps, capsys, checkpoint):
+    """Reference: the test of the fit that nothing interrupted."""
+    assert fit("--run_dir=whole", "--test_after_fit") == 0
+    shutil.copytree(two_steps, "r")
+    if not checkpoint:
+        shutil.rmtree("r/checkpoints")
+    capsys.readouterr()
+    assert fit("--run_dir=r", "--test_after_fit", "--resume") == 0
+    out = capsys.readouterr().out
+    assert "nothing is left to train" in out
+    assert "test scores" in out
+    assert "step " not in out
+    for name in ("predictions.jsonl", "digests.json"):
+        assert Path("r", name).read_bytes() == Path("whole", name).read_bytes()
+    rows, wanted = (
+        [{**row, "seconds": ""} for row in read_csv(Path(folder, "results.csv"))]
+        for folder in ("r", "whole")
+    )
+    assert rows == wanted
+    assert fit("--run_dir=r", "--test_after_fit", "--resume") == 0
+    assert "test scores" not in capsys.readouterr().out
+
+
+def test_resume_without_a_checkpoint_clears_what_is_left_and_starts_anew(fit, two_steps):
+    """Reference: the fit that nothing interrupted, here for the first time and after an error."""
+    shutil.copytree(two_steps, "r")
+    shutil.rmtree("r/checkpoints")
+    Path("r/fit.json").unlink()
+    Path("r/curves.csv").write_text("torn")
+    for name in ("r", "new"):
+        assert fit(f"--run_dir={name}", "--resume") == 0
+        assert contents(Path(name)).keys() == contents(two_steps).keys()
+        assert Path(name, "curves.csv").read_bytes() == (two_steps / "curves.csv").read_bytes()
+        assert only_prompt(Path(name)).equal(only_prompt(two_steps))
+
+
+@pytest.mark.parametrize(
+    ("words", "differs"),
+    [
+        (["--model.num_virtual_tokens=7"], "model.num_virtual_tokens 4 there, 7 here"),
+        (["--data.samples=[42]"], "data.samples [13] there, [42] here"),
+        (["--trainer.max_steps=1"], "trainer.max_steps 2 there, 1 here"),
+        (["--seed_everything=3"], "seed_everything 0 there, 3 here"),
+        (
+            ["--model.optim.clip=1", "--trainer.precision=bf16-mixed", "--trainer.max_steps=4"],
+            "model.optim.clip None there, 1.0 here; trainer.precision None there, 'bf16-mixed' "
+            "here",
+        ),
+    ],
+)
+def test_resume_refuses_other_settings_and_names_them(fit, two_steps, capsys, words, differs):
+    shutil.copytree(two_steps, "r")
+    assert fit("--run_dir=r", "--resume", *words) == 1
+    told = f"prompt-lab: --resume: the fit in r has other settings: {differs}; give those of the"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(told)
+    assert contents(Path("r")) == contents(two_steps)
+
+
+def test_resume_does_not_ask_for_settings_that_change_no_number(fit, two_steps):
+    shutil.copytree(two_steps, "r")
+    words = ("--trainer.logger=true", "--trainer.log_every_n_steps=1")
+    assert fit("--run_dir=r", "--resume", "--trainer.max_steps=3", *words) == 0
+
+
+@pytest.mark.parametrize("word", ["--overwrite", "--ckpt_path=x.ckpt"])
+def test_resume_needs_a_folder_and_nothing_else(fit, capsys, word):
+    for words in (["--resume"], ["--resume", "--run_dir=r", word]):
+        assert fit(*words) == 1
+        assert "--resume goes on with the fit in --run_dir: give that" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (["--model.num_virtual_tokens=7"], "prompt has shape (1, 4, 32) there and (1, 7, 32) here"),
-        (["--data.samples=[42]"], "(glue-sst2 13 seed 0), the settings ask for 1 (glue-sst2 42"),
-        (["--data.samples=[13, 42]"], "the checkpoint is of 1 runs"),
+        (["--data.samples=[42]"], "(glue-sst2 13 seed 0), the settings give 1 (glue-sst2 42"),
+        (["--data.samples=[13, 42]"], "the checkpoint is of runs 1 (glue-sst2 13 seed 0), the"),
     ],
 )
 def test_a_checkpoint_of_other_prompts_is_refused(fit, two_steps, capsys, words, sentence):
-    shutil.copytree(two_steps, "r")
-    assert fit("--run_dir=r", "--trainer.max_steps=4", "--ckpt_path=last", *words) == 1
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("prompt-lab: the checkpoint ")
-    assert sentence in last
+    last = f"--ckpt_path={two_steps}/checkpoints/last.ckpt"
+    assert fit("--run_dir=r", "--trainer.max_steps=4", last, *words) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("prompt-lab: the checkpoint ")
+    assert sentence in told
 
 
 # ---- errors --------------------------------------------------------------------------------------
@@ -467,12 +599,11 @@ def test_a_checkpoint_of_other_prompts_is_refused(fit, two_steps, capsys, words,
         (["--model.backbone.name=nowhere"], "no backbone 'nowhere'"),
         (["--data.root=nowhere"], "no folder nowhere: the data root does not exist"),
         (["--data.samples=[77]"], "the samples in"),
-        (["--trainer.max_steps=-1"], "trainer.max_steps is not set"),
-        (["--trainer.max_steps=3", "--trainer.val_check_interval=2"], "not a multiple of"),
+        (["--trainer.max_steps=-1"], "the fit has no end: give trainer.max_steps"),
         (["--trainer.precision=bf16-true"], "model.backbone.dtype bfloat16"),
         (["--trainer.gradient_clip_val=1"], "use model.optim.clip"),
         (["--trainer.default_root_dir=x"], "use --run_dir instead"),
-        (["--ckpt_path=last"], "no checkpoint r/checkpoints/last.ckpt"),
+        (["--ckpt_path=last"], "no checkpoint last: leave --ckpt_path out to start anew"),
         (["--model.init.name=file"], "give a prompt file, a prompt store, "),
         (["--model.num_virtual_tokens=0"], "model.num_virtual_tokens is 0: give at least 1"),
         (["--data.samples=[13, 13]"], "data.samples must be distinct"),
@@ -565,3 +696,12 @@ def test_wandb_gets_the_config_under_the_names_of_the_flags(fit, monkeypatch):
     best = max(float(row["dev"]) for row in read_csv(Path("r/curves.csv")))
     assert summary["best/val_score"] == pytest.approx(best)
     assert "curves" in summary
+
+
+def test_nothing_is_deleted_where_no_fit_ever_was(fit, capsys):
+    Path("mine/prompts").mkdir(parents=True)
+    Path("mine/prompts/own.safetensors").write_bytes(b"mine")
+    for flag in ("--overwrite", "--resume"):
+        assert fit("--run_dir=mine", flag) == 1
+        assert "mine holds prompts and no fit of prompt-lab, so" in capsys.readouterr().err
+    assert Path("mine/prompts/own.safetensors").read_bytes() == b"mine"

@@ -96,9 +96,8 @@ def start(given: list[str], log: Path, prepare: Callable[[], Any] = bool) -> int
 
 
 def finish(words: Words) -> None:
-    """Run the fit to its end, from its last checkpoint if there is one."""
-    resumed = ["--ckpt_path=last"] if LAST.is_file() else []
-    assert cli.run(words(*resumed)) == 0
+    """Run the fit to its end, from its last checkpoint if there is one, else anew."""
+    assert cli.run(words("--resume")) == 0
 
 
 def ended(child: int) -> int:
@@ -189,8 +188,7 @@ def test_a_fit_that_is_killed_again_and_again_at_any_moment_comes_to_the_same_en
 ):
     delays = random.Random(0)
     for _ in range(5):
-        resumed = ["--ckpt_path=last"] if LAST.is_file() else []
-        child = start(words(*resumed), Path("log"))
+        child = start(words("--resume"), Path("log"))
         time.sleep(delays.uniform(0.05, 0.6))
         os.kill(child, signal.SIGKILL)
         assert ended(child) in (-signal.SIGKILL, 0), Path("log").read_text()
@@ -387,10 +385,10 @@ def test_damaged_metadata_of_a_prompt_is_told(words, undisturbed, capsys, change
 def test_damaged_curves_are_told_when_a_fit_is_resumed(words, undisturbed, capsys, content):
     shutil.copytree(undisturbed, "r")
     Path("r/curves.csv").write_bytes(content)
-    assert cli.run(words("--ckpt_path=last", f"--trainer.max_steps={STEPS + 1}")) == 1
+    assert cli.run(words("--resume", f"--trainer.max_steps={STEPS + 1}")) == 1
     assert_told(capsys, "r/curves.csv", "damaged")
     Path("r/curves.csv").unlink()
-    assert cli.run(words("--ckpt_path=last", f"--trainer.max_steps={STEPS + 1}")) == 0
+    assert cli.run(words("--resume", f"--trainer.max_steps={STEPS + 1}")) == 0
 
 
 def test_an_index_that_is_damaged_is_not_read_and_is_made_anew(words, undisturbed):
@@ -461,17 +459,16 @@ def test_a_second_process_in_a_folder_is_refused_until_the_first_has_ended(
                 break
             time.sleep(0.02)
         before = {path: path.read_bytes() for path in Path("r").rglob("*") if path.is_file()}
-        for given in (words(), words("--ckpt_path=last"), words(command="test")):
+        for given in (words(), words("--resume"), words("--overwrite"), words(command="test")):
             assert cli.run(given) == 1
             told = "r is in use by another prompt-lab fit, validate or test"
             assert_told(capsys, told, f"(process {child})", "wait for it or stop it")
         after = {path: path.read_bytes() for path in Path("r").rglob("*") if path.is_file()}
         assert after == before
-        assert not Path("r/previous-1").exists()
     finally:
         os.kill(child, signal.SIGKILL)
         ended(child)
-    assert cli.run(words("--ckpt_path=last")) == 0  # at once
+    assert cli.run(words("--resume")) == 0  # at once
     assert_like(Path("r"), undisturbed)
 
 

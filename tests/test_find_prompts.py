@@ -29,7 +29,7 @@ from prompt_lab.files.prompts import (
     source_prompts,
 )
 from prompt_lab.files.results import choose_by_dev
-from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts
+from prompt_lab.methods.starts import InitConfig, initial_prompts
 
 TASK, N = "emotion", 4
 RUN = Run(TASK, 13, 0, 0.3, 8)
@@ -84,10 +84,10 @@ def prompt(model: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     save_peft(PLACES["peft"], made, "SEQ_2_SEQ_LM", 2, 4)
     saved = {
         "state_dict": {
-            "best": made.prompt[None],
+            "keeper.kept_bank": made.prompt[None],
             "init": made.init[None],
-            "best_score": torch.tensor([0.5]),
-            "best_step": torch.tensor([3]),
+            "keeper.score": torch.tensor([0.5]),
+            "keeper.step": torch.tensor([3]),
         },
         "hyper_parameters": {"backbone": {"name": model.name}, "init": {"name": "vocab"}},
         "runs": [asdict(RUN)],

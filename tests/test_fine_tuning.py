@@ -23,11 +23,11 @@ from prompt_lab.commands import cli
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.batch import IGNORE
 from prompt_lab.core.optim import OptimConfig
-from prompt_lab.data.batches import step_rows
+from prompt_lab.data.sampling import step_rows
 from prompt_lab.files.results import read_csv
+from prompt_lab.methods.configs import BackboneConfig
 from prompt_lab.methods.fine_tuning import FineTuning, weights_gradient
-from prompt_lab.methods.prompt_method import BackboneConfig
-from prompt_lab.methods.prompt_tuning import FAILED, FINISHED, STATUS, STOPPED
+from prompt_lab.methods.method import FAILED, FINISHED, STATUS, STOPPED
 
 TEXTS = ["the dog ran", "a small red house", "the cat and the dog ran over the hill"]
 ANSWERS = ["yes", "maybe no", "positive"]
@@ -78,7 +78,8 @@ def prepare(fewshot_root: Path) -> Callable[..., FineTuning]:
     def run(kind: str, **settings: Any) -> FineTuning:
         method, data = make(make_backbone(kind), **settings), make_data(fewshot_root, TASK, [13])
         data.setup()
-        method.prepare(data)
+        data.connect(method.backbone)
+        method.take(data, anew=True)
         return method
 
     return run
@@ -185,9 +186,7 @@ def test_weight_decay_spares_biases_and_norms(prepare, kind):
 def test_a_subspaces_gradient_is_that_of_finite_differences(fit):
     """Reference: central differences of the loss in every coordinate of v, in float64."""
     method = fit("gpt2", model=make_backbone("gpt2", torch.float64), intrinsic_dim=5)
-    batch = method.datamodule.train_steps(method.runs, 9, lambda: 0, lambda: [0], 0, 1).batch(
-        0, [0]
-    )
+    batch = method.datamodule.draw.batch(0, [0])
     method.active.fill_(True)
     v = torch.tensor([0.3, -0.2, 0.5, 0.1, -0.4], dtype=torch.float64)
 
@@ -214,7 +213,7 @@ def test_a_fit_is_the_naive_loop_over_the_rows_of_prompt_tuning(fit, kind):
     model = make_backbone(kind, torch.float64)
     plain = copy.deepcopy(model.model).requires_grad_(True)
     method = fit(kind, model=model, task="e2e_nlg_cleaned", **SCHEDULED)
-    (run,), rows = method.runs, method.datamodule.rows("e2e_nlg_cleaned", 13, "train")
+    (run,), rows = method.runs, method.datamodule.tokens("e2e_nlg_cleaned", 13, "train")
     parameters = dict(plain.named_parameters())
     decayed = {n: w for n, w in parameters.items() if w.dim() > 1 and "bias" not in n}
     spared = [w for n, w in parameters.items() if n not in decayed]
@@ -315,7 +314,7 @@ def test_the_best_weights_are_kept_and_put_in_place_by_test(fit, tmp_path):
     assert method.best_score == float(best["dev"])
     last = weights_of(method)
     assert differing(last, keep.weights[step])
-    assert not differing(method.best, keep.weights[step])
+    assert not differing(method.best_weights, keep.weights[step])
     method.trainer.test(method, datamodule=method.datamodule, verbose=False)
     assert not differing(weights_of(method), keep.weights[step])
 
@@ -323,18 +322,23 @@ def test_the_best_weights_are_kept_and_put_in_place_by_test(fit, tmp_path):
 def test_ties_keep_the_earlier_and_nan_is_the_worst(fit):
     method = fit(trainer={"max_steps": 1, "val_check_interval": 1})
     method.active.fill_(True)
-    best, kept = copy.deepcopy(method.best), float(method.best_score)
+    best, kept = copy.deepcopy(method.best_weights), float(method.best_score)
     method.weights["shared.weight"].data.zero_()
+
+    def evaluate(score: float) -> None:
+        scores = torch.tensor([score], dtype=torch.float64)
+        method.keep(method.keeper.update(scores, scores, 2, method.active))
+
     for worse in (kept, float("nan")):
-        method._keep_better(worse)
-    assert not differing(method.best, best)
-    assert method.bad_evaluations == 2
+        evaluate(worse)
+    assert not differing(method.best_weights, best)
+    assert method.keeper.bad == 2
     method.best_score.fill_(-torch.inf)
-    method._keep_better(float("nan"))
-    assert method.bad_evaluations == 3
-    method._keep_better(0.0)
-    assert differing(method.best, best) == ["shared.weight"]
-    assert method.bad_evaluations == 0
+    evaluate(float("nan"))
+    assert method.keeper.bad == 3
+    evaluate(0.0)
+    assert differing(method.best_weights, best) == ["shared.weight"]
+    assert method.keeper.bad == 0
 
 
 def test_patience_ends_the_fit_and_a_resumed_one_trains_no_further(fit, tmp_path):
@@ -420,8 +424,8 @@ def test_testing_from_file_or_checkpoint_equals_testing_after_the_fit(
 def test_the_file_holds_the_best_weights_or_the_best_numbers(fit):
     for name, settings in {"all": {}, "subspace": {"intrinsic_dim": 9}}.items():
         method = fit(run_dir=name, **settings)
-        assert not differing(load_file(method.best_path), method.best)
-    assert {key: tuple(v.shape) for key, v in method.best.items()} == {"code": (9,)}
+        assert not differing(load_file(method.best_path), method.best_weights)
+    assert {key: tuple(v.shape) for key, v in method.best_weights.items()} == {"code": (9,)}
     assert not fit(run_dir="none", save_weights=False).best_path.exists()
 
 
@@ -469,7 +473,7 @@ def test_a_resumed_fit_equals_the_uninterrupted_one(fit, tmp_path, kind, setting
     trainer = {**trainer, "callbacks": [again]}
     resumed = fit(kind, "rest", **settings, trainer=trainer, ckpt=tmp_path / "a.ckpt")
     assert not differing(weights_of(resumed), weights_of(whole))
-    assert not differing(resumed.best, whole.best)
+    assert not differing(resumed.best_weights, whole.best_weights)
     assert list(again.weights) == [at for at in (3, 6, 9) if at > step]
     for at, weights in again.weights.items():
         assert not differing(weights, keep.weights[at])
@@ -496,14 +500,14 @@ def test_settings_of_the_optimizer_win_over_the_checkpoint(fit, tmp_path):
 def test_a_checkpoint_of_something_else_is_refused(fit, fewshot_root, tmp_path):
     fit("gpt2").trainer.save_checkpoint(tmp_path / "a.ckpt")
     more = {"ckpt": tmp_path / "a.ckpt", "trainer": {"max_steps": 9}}
-    with pytest.raises(ValueError, match="the checkpoint is of another fit: task glue-sst2 there"):
+    with pytest.raises(ValueError, match=r"is of runs 1 \(glue-sst2 13 seed 0\), the settings"):
         fit("gpt2", task="glue-cola", **more)
-    with pytest.raises(ValueError, match="is of optimizer adamw, the settings ask for adafactor"):
+    with pytest.raises(ValueError, match="is of optimizer adamw, the settings give adafactor"):
         fit("gpt2", optim=OptimConfig("adafactor"), **more)
     other, trainer = make_method(make_backbone("gpt2")), make_trainer(tmp_path / "pt")
     trainer.fit(other, datamodule=make_data(fewshot_root, TASK, [13]))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match="the checkpoint is not of FineTuning"):
+    with pytest.raises(ValueError, match="is of method PromptTuning, the settings give FineTuning"):
         fit("gpt2", **more)
 
 
@@ -515,13 +519,15 @@ def test_a_checkpoint_of_something_else_is_refused(fit, fewshot_root, tmp_path):
     [
         ({"learning_rate": [1e-5, 2e-5]}, r"model.learning_rate has 2 values: give one of each"),
         ({"batch_size": [2, 4, 8]}, "model.batch_size has 3 values: .* with prompt-lab sweep"),
-        ({"trainer": {"precision": "bf16-true"}}, "precision bf16-true .* use 32-true or bf16"),
+        (
+            {"trainer": {"precision": "bf16-true"}},
+            "precision bf16-true .* use trainer.precision 32-true",
+        ),
         ({"trainer": {"gradient_clip_val": 1.0}}, "model.optim.clip"),
-        ({"trainer": {"max_steps": 7}}, "not a multiple of trainer.val_check_interval 3"),
         ({"patience": 0}, "model.patience is 0: give at least 1, or null"),
-        ({"intrinsic_dim": 0}, "model.intrinsic_dim is 0: give at least 1, or null"),
+        ({"intrinsic_dim": 0}, "model.intrinsic_dim is 0: give at least 1"),
         ({"label_smoothing": 1.0}, "model.label_smoothing is 1.0"),
-        ({"learning_rate": 0.0}, "learning_rate must be positive"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0: give a positive number"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
@@ -541,7 +547,7 @@ def test_weights_in_half_precision_are_refused(fit, dtype):
 
 
 def test_the_command_fits_tests_and_looks(fewshot_root, model_folder, tmp_path, capsys):
-    """Reference: the same settings through the class; a second fit sets the first aside."""
+    """Reference: the same settings through the class; a second fit deletes the first if told."""
     words = [
         *("fit", f"--config={CONFIG}", f"--model.backbone.name={model_folder('t5')}"),
         *(f"--data.root={fewshot_root}", "--data.tasks=[glue-sst2]", "--data.samples=[13]"),
@@ -560,12 +566,13 @@ def test_the_command_fits_tests_and_looks(fewshot_root, model_folder, tmp_path, 
         (row,) = read_csv(tmp_path / "r" / "results.csv")
         assert (row["method"], row["status"]) == ("FineTuning", STATUS[FINISHED])
         first = load_file(tmp_path / "r" / "best.safetensors")
-        assert cli.run(words) == 0
-        assert not differing(load_file(tmp_path / "r/previous-1/best.safetensors"), first)
+        assert cli.run(words) == 1
+        assert "holds an earlier fit: --resume" in capsys.readouterr().err
+        assert cli.run([*words, "--overwrite"]) == 0
         assert not differing(load_file(tmp_path / "r/best.safetensors"), first)
         assert cli.run(["test", f"--config={tmp_path}/r/config-fit.yaml", words[-1]]) == 0
         assert read_csv(tmp_path / "r" / "results.csv")[0]["test"] == row["test"]
-        assert cli.run([*words, "--data.samples=[13, 42]"]) == 1
+        assert cli.run([*words, "--overwrite", "--data.samples=[13, 42]"]) == 1
         assert (
             "FineTuning trains one run per fit, but data.samples has 2" in capsys.readouterr().err
         )

@@ -18,12 +18,12 @@ from test_prompt_tuning import make_method, make_trainer
 
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.subspace import Subspace
-from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.files.prompts import find_prompts
 from prompt_lab.files.results import read_csv
 from prompt_lab.files.tensors import save_network
 from prompt_lab.methods.prompt_tuning import PromptTuning
-from prompt_lab.methods.subspace_tuning import SubspaceConfig
+from prompt_lab.methods.starts import SubspaceConfig
 
 MODEL = {"num_virtual_tokens": 3, "learning_rate": 0.03, "batch_size": 4}
 TASK = "glue-sst2"
@@ -106,12 +106,9 @@ def test_a_later_test_by_another_trainer_has_the_name_of_the_fit(
     before = tested("run")
     (tmp_path / "run").rename(tmp_path / "moved")
     method = make_method(backbone("gpt2"), **MODEL)
+    method.run_dir = tmp_path / "moved"
     plain = Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        default_root_dir=tmp_path / "moved",
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
     data = CrossFitDataModule([TASK], str(fewshot_root), [13])
     plain.test(method, datamodule=data, verbose=False)

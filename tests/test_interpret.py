@@ -181,8 +181,8 @@ def test_prompts_of_unequal_lengths_are_refused_with_the_choices_and_compared_by
     [
         (("nowhere",), "no prompt file or folder nowhere"),
         (("empty",), "empty holds no prompts: give"),
-        (("store", "other.safetensors"), "only prompts of one backbone"),
-        (("nan.safetensors",), "nan.safetensors holds NaN"),
+        (("store", "other.safetensors"), "do not combine: backbone"),
+        (("nan.safetensors",), "nan.safetensors: the prompt holds numbers that are not"),
         (("store", "--top", "0"), "--top is 0"),
         (("store", "--top", "9999"), "--top is 9999: there are "),
         (("store", "--transfer", "none.csv", "store"), "no table of transfer none.csv"),

@@ -18,9 +18,10 @@ from prompt_lab.core.subspace import Subspace
 from prompt_lab.files.prompts import Prompt, PromptStore, source_prompts
 from prompt_lab.files.results import read_csv
 from prompt_lab.files.tensors import load_network
+from prompt_lab.methods.identity import fit_id
 from prompt_lab.methods.intrinsic_subspace import IntrinsicSubspace
 from prompt_lab.methods.prompt_tuning import PromptTuning
-from prompt_lab.methods.subspace_tuning import SubspaceConfig
+from prompt_lab.methods.starts import SubspaceConfig
 
 TOKENS = 5
 TASKS = ["glue-sst2", "glue-cola", "e2e_nlg_cleaned", "emotion"]
@@ -87,7 +88,7 @@ def test_the_joint_loss_and_its_gradient_are_those_of_a_loop_over_rows(
 ):
     """Reference: one row after another, each under its own decoded prompt, in one graph."""
     method = fit(kind, lm_reduction=lm, reconstruction_reduction=reconstruction, alpha=0.7)
-    batch = method.train_steps().batch(5)
+    batch = method.datamodule.draw.batch(5, range(len(method.runs)))
     assert len(set(batch.prompts)) == 3
     maps = list(method.subspaces.parameters())
     loss = method.training_step(batch, 0)
@@ -207,10 +208,10 @@ def test_a_resumed_fit_equals_the_uninterrupted_one(fit, tmp_path):
     assert whole.trainer.global_step == resumed.trainer.global_step == 6
     for own, other in zip(resumed.parameters(), whole.parameters(), strict=True):
         assert torch.equal(own, other)
-    assert torch.equal(resumed.dev.nan_to_num(-1), whole.dev.nan_to_num(-1))
+    assert torch.equal(resumed.keeper.dev.nan_to_num(-1), whole.keeper.dev.nan_to_num(-1))
     saved = torch.load(path, weights_only=True)["state_dict"]
-    assert not any(name.startswith(("backbone.", "source", "init")) for name in saved)
-    with pytest.raises(ValueError, match="is of a subspace of the prompts"):
+    assert not any(name.startswith("backbone.") for name in saved)
+    with pytest.raises(ValueError, match=r"is of (runs|source prompts) \d"):
         fit(run_dir="other", ckpt=path, unseen_tasks=["emotion", "glue-cola"])
 
 
@@ -255,6 +256,6 @@ def test_more_dimensions_than_prompts_are_warned_of(fit):
 
 def test_a_fit_on_other_source_prompts_has_another_name(fit: Callable[..., Any]) -> None:
     method = fit()
-    name = method.identity()[0]
+    name = fit_id(method)[0]
     method.source[0, 0, 0] += 1
-    assert method.identity()[0] != name
+    assert fit_id(method)[0] != name

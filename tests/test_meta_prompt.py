@@ -27,15 +27,15 @@ from prompt_lab.core.meta_gradient import InnerConfig
 from prompt_lab.core.optim import OptimConfig
 from prompt_lab.core.pretrained import weights_digest
 from prompt_lab.core.training_forward import twice_differentiable
-from prompt_lab.data.crossfit import CrossFitDataModule
-from prompt_lab.data.episodes import Episodes
+from prompt_lab.data.datamodule import CrossFitDataModule
+from prompt_lab.data.sampling import Episodes
 from prompt_lab.files.prompts import load_prompt
 from prompt_lab.files.results import read_csv
+from prompt_lab.methods.configs import BackboneConfig
 from prompt_lab.methods.evaluation import Evaluation
-from prompt_lab.methods.initial_prompts import InitConfig
 from prompt_lab.methods.meta_prompt import AdaptationConfig, MetaPrompt
-from prompt_lab.methods.prompt_method import BackboneConfig
 from prompt_lab.methods.prompt_tuning import PromptTuning
+from prompt_lab.methods.starts import InitConfig
 
 TOKENS = 5
 SOURCES = ["glue-sst2", "glue-cola", "e2e_nlg_cleaned"]
@@ -181,7 +181,7 @@ def test_a_step_is_that_of_a_naive_loop_over_episodes(fit, kind, algorithm):
     watch = Watch()
     trainer = {"steps": 1, "every": 1, "callbacks": [watch]}
     method = fit(kind, algorithm=algorithm, episodes=3, learning_rate=1.0, trainer=trainer)
-    expected, _ = naive_step(method, method.train_steps().batch(0))
+    expected, _ = naive_step(method, method.datamodule.draw.batch(0, range(len(method.runs))))
     assert_near(watch.gradients[0], expected)
     torch.testing.assert_close(method.prompt, method.init - expected, rtol=1e-5, atol=1e-6)
 
@@ -214,7 +214,9 @@ def test_the_learned_inner_rate_takes_the_step_of_the_naive_loop(fit, algorithm,
     method = fit(
         algorithm=algorithm, inner=inner, learning_rate=0.5, rate_factor=0.4, trainer=trainer
     )
-    of_prompt, of_rate = naive_step(method, method.train_steps().batch(0))
+    of_prompt, of_rate = naive_step(
+        method, method.datamodule.draw.batch(0, range(len(method.runs)))
+    )
     assert_near(watch.gradients[0], of_prompt)
     assert_near(watch.rate_gradients[0], of_rate)
     torch.testing.assert_close(method.log_rate, -0.5 * 0.4 * of_rate, rtol=1e-5, atol=1e-6)
@@ -278,7 +280,7 @@ def test_a_resumed_fit_equals_the_uninterrupted_one(fit, tmp_path, batches):
     rest = fit(run_dir=tmp_path / "rest", ckpt=path, **settings)
     assert rest.trainer.global_step == whole.trainer.global_step == 4
     first, second = whole.state_dict(), rest.state_dict()
-    assert {"prompt", "best", "log_rate", "best_dev", "skipped"} <= first.keys()
+    assert {"prompt", "keeper.kept_bank", "log_rate", "keeper.dev", "skipped"} <= first.keys()
     for name in first.keys() - {"seconds"}:
         assert first[name].equal(second[name]), name
     states = [m.trainer.optimizers[0].state_dict()["state"] for m in (whole, rest)]
@@ -296,12 +298,12 @@ def test_a_checkpoint_of_other_tasks_or_weights_is_refused_and_holds_no_backbone
     path = tmp_path / "last.ckpt"
     method.trainer.save_checkpoint(path)
     saved = torch.load(path, weights_only=True)
-    assert {"prompt", "best", "init"} <= saved["state_dict"].keys()
+    assert {"prompt", "keeper.kept_bank", "init"} <= saved["state_dict"].keys()
     assert not [name for name in saved["state_dict"] if name.startswith("backbone")]
     assert path.stat().st_size <= 5 * method.prompt.numel() * 4 + 64 * 1024
-    with pytest.raises(ValueError, match=r"3 items \(glue-sst2 13.*the settings give 2"):
+    with pytest.raises(ValueError, match=r"of items 3 \(glue-sst2 13.*the settings give 2"):
         fit(ckpt=path, tasks=SOURCES[:2])
-    with pytest.raises(ValueError, match="of a backbone with other weights"):
+    with pytest.raises(ValueError, match=r"is of backbone [0-9a-f]{12}, the settings give"):
         fit(ckpt=path, model=make_backbone("gpt2", seed=1))
     with pytest.raises(ValueError, match=r"missing \['log_rate'\]"):
         fit(ckpt=path, inner=InnerConfig(2, learned="shared"))
@@ -318,7 +320,7 @@ def test_without_adaptation_dev_is_the_score_of_the_prompt_itself(fit, fewshot_r
     settings |= {"adaptation": AdaptationConfig(steps=0), "samples": [13, 42]}
     method = fit(**settings, learning_rate=1.0, optim=OptimConfig("adamw"))
     labels = ["negative", "positive"]
-    for run, found in enumerate(method.best_dev.tolist()):
+    for run, found in enumerate(method.keeper.dev.tolist()):
         rows = method.datamodule.splits["glue-sst2", [13, 42][run]]["dev"]
         batch = method.backbone.batch(rows.inputs)
         chosen = method.backbone.score(method.best, batch, labels).argmax(1).tolist()
@@ -349,9 +351,9 @@ def test_adaptation_is_prompt_tuning_from_the_learned_prompt(fit, fewshot_root, 
     made = make_trainer(tmp_path / "tuned", steps=4, every=4)
     made.fit(tuned, datamodule=make_data(fewshot_root, HELD_OUT, [13, 42]))
     assert [run.task for run in tuned.runs] == [run.task for run in method.runs]
-    method.on_test_start()
-    torch.testing.assert_close(method.adapted, tuned.prompt.detach(), rtol=0, atol=1e-5)
-    assert method.best_dev.tolist() == pytest.approx(tuned.best_score.tolist())
+    adapted, _ = method.adapt(method.best)
+    torch.testing.assert_close(adapted, tuned.prompt.detach(), rtol=0, atol=1e-5)
+    assert method.keeper.dev.tolist() == pytest.approx(tuned.best_score.tolist())
     assert (tuned.prompt - tuned.init).norm() > 0.1
 
 
@@ -366,7 +368,7 @@ def test_the_prompt_of_the_best_mean_is_kept_and_of_equal_ones_the_first(fit, mo
     method = fit(**validated({"steps": 5, "every": 1, "callbacks": [watch]}))
     assert method.best_step.item() == 3
     assert method.best_score.item() == pytest.approx(0.35)
-    assert method.best_dev.tolist() == table[2]
+    assert method.keeper.dev.tolist() == table[2]
     assert [row["best_step"] for row in curves(method)[::2]] == ["1", "1", "3", "3", "3"]
     saved = load_prompt(method.prompt_path)
     assert saved.prompt.equal(watch.prompts[2][0])
@@ -446,8 +448,10 @@ def test_the_file_starts_prompt_tuning_and_says_where_it_comes_from(fit, fewshot
     assert row["start_file"] == str(method.prompt_path)
     again = PromptTuning(**tuned.hparams)
     again.backbone = method.backbone
+    made = make_trainer(tmp_path / "again", steps=1, every=1)
+    data = make_data(fewshot_root, ["glue-sst2", "emotion"], [13])
     with pytest.warns(UserWarning, match="learned on glue-sst2, tuned here"):
-        again.prepare(make_data(fewshot_root, ["glue-sst2", "emotion"], [13]))
+        made.fit(again, datamodule=data)
 
 
 SET = "sandbox/12_to_4/source"
@@ -594,8 +598,8 @@ def test_a_fit_that_diverges_later_keeps_its_best_prompt(fit, monkeypatch):
         ({"query_size": -1}, r"model\.query_size is -1: give at least 1"),
         ({"num_virtual_tokens": 0}, r"model\.num_virtual_tokens is 0: give at least 1"),
         ({"algorithm": "anil"}, "'anil'; allowed: maml, fomaml, reptile, multitask"),
-        ({"learning_rate": 0.0}, "must be positive"),
-        ({"rate_factor": -1.0}, "must be positive"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0: give a positive"),
+        ({"rate_factor": -1.0}, "rate_factor is -1.0: give a positive"),
         ({"label_smoothing": 1.0}, "give 0 up to below 1"),
         ({"depth": -1}, r"model\.depth is -1 for maml.*0 or more"),
         ({"depth": 1, "algorithm": "fomaml"}, r"model\.depth is 1 for fomaml: it is of maml"),
@@ -624,10 +628,7 @@ def test_settings_that_make_no_sense_are_refused(settings, reason):
         ({"validation_tasks": ["emotion"]}, r"has emotion, which data\.tasks has not"),
         ({"validation_tasks": SOURCES}, "every task of data.tasks is held out"),
         ({"trainer": {"precision": "bf16-true"}}, "32-true"),
-        ({"trainer": {"max_steps": -1, "max_epochs": 1}}, "give the number of meta-steps"),
         ({"trainer": {"accumulate_grad_batches": 2}}, r"interval 3 counts meta-batches.*\(2\)"),
-        ({"trainer": {"steps": 4}}, r"max_steps \(4\)"),
-        ({"trainer": {"limit_val_batches": 2}}, "would score part of the rows"),
     ],
 )
 def test_fits_that_make_no_sense_are_refused(fit, settings, reason):
@@ -793,7 +794,9 @@ def test_dry_run_says_what_would_be_learned_on_which_tasks(
         "validation tasks: emotion",
         f"step: 4 episodes of {rows}",
         f"inner loop: {inner}",
-        "steps: 6, evaluation every 3, adapting by 20 steps",
+        "adaptation: 20 steps",
+        f"backbone: {method.backbone.name}",
+        "steps: 6, evaluation every 3",
     ]
 
 

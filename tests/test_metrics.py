@@ -350,16 +350,31 @@ def test_two_processes_with_unequal_rows_equal_one(tmp_path: Path):
             assert torch.equal(scores[case], filled(*case).compute()), (rank, case)
 
 
-def test_a_prompt_without_rows_is_nan_and_a_partial_one_is_an_error():
+def test_a_prompt_without_rows_is_nan():
     """Runs that have finished are not evaluated again."""
     scorer = BankMetric("ACC", 3, [["a"], ["b"]])
     scorer.update([], [], [])
     assert scorer.compute().isnan().all()
     scorer.update([1, 1], [0, 1], ["a", "x"])
     assert torch.equal(scorer.compute().nan_to_num(-1), torch.tensor([-1, 0.5, -1]).double())
-    scorer.update([2], [0], ["a"])
-    with pytest.raises(ValueError, match="Prompt 2 lacks 1 of 2 rows"):
-        scorer.compute()
+
+
+@pytest.mark.parametrize("variant", ["crossfit", "corrected"])
+@pytest.mark.parametrize("metric", METRICS)
+def test_each_prompt_is_scored_on_the_rows_that_it_was_given(metric: str, variant: str):
+    """Reference: a metric of these rows alone."""
+    gold, predictions = bank_example(metric)
+    rows = [range(11), range(8), range(3, 11), []]
+    scorer = BankMetric(metric, 4, [[g] for g in gold], LABELS, variant)
+    for prompt, own in enumerate(rows):
+        scorer.update([prompt] * len(own), own, [predictions[prompt][i] for i in own])
+    scores = scorer.compute()
+    assert scorer.rows_seen.tolist() == [11, 8, 8, 0]
+    assert scores[3].isnan()
+    for prompt, own in enumerate(rows[:3]):
+        texts, answers = ([given[i] for i in own] for given in (predictions[prompt], gold))
+        expected = score(metric, texts, answers, LABELS, variant)
+        assert scores[prompt].item() == pytest.approx(expected, rel=1e-12, nan_ok=True)
 
 
 def test_nan_of_one_prompt_leaves_the_others_alone():

@@ -380,7 +380,7 @@ def test_the_packages_partitions_are_read_without_torch() -> None:
 
 
 def test_sets_stand_for_their_tasks_where_tasks_are_named() -> None:
-    from prompt_lab.data.crossfit import CrossFitDataModule
+    from prompt_lab.data.datamodule import CrossFitDataModule
 
     target = partition("mpt/cls_to_cls").target
     assert expand_sets(["sick", "mpt/cls_to_cls/target"]) == ["sick", *target]

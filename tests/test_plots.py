@@ -26,7 +26,7 @@ def table() -> pd.DataFrame:
 def draw(kind: str, table: pd.DataFrame) -> Figure:
     looks = plots.looks(table)
     if kind == "dots":
-        return plots.dots(table, "y", "task", "label", looks, "score", "std", 0.5)
+        return plots.dots(table, "y", looks, "score", "std", 0.5)
     if kind == "lines":
         return plots.lines(table, "x", "y", "label", looks, "K", "score", "std", 0.5)
     if kind == "steps":
@@ -106,19 +106,19 @@ def test_a_line_has_one_colour_and_its_points_differ(table):
 
 
 def test_dots_stand_at_their_values_with_their_bars(table):
-    figure = plots.dots(table, "y", "task", "label", plots.looks(table), "score", "std")
+    figure = plots.dots(table, "y", plots.looks(table), "score", "std")
     first = figure.axes[0].containers[0]
     assert first.lines[0].get_xdata().tolist() == pytest.approx([0, 0.1, 0.2])
     assert first.lines[2][0].get_segments()[0][:, 0].tolist() == pytest.approx([-0.1, 0.1])
     ends = table.assign(low=table["y"] - 0.2, high=table["y"] + 0.3)
-    figure = plots.dots(ends, "y", "task", "label", plots.looks(table), "score", ("low", "high"))
+    figure = plots.dots(ends, "y", plots.looks(table), "score", ("low", "high"))
     segment = figure.axes[0].containers[0].lines[2][0].get_segments()[0]
     assert segment[:, 0].tolist() == pytest.approx([-0.2, 0.3])
 
 
 def test_missing_values_leave_gaps_and_dollars_are_no_formulas(table, tmp_path):
     table.loc[0, ["y", "std"]] = np.nan
-    figure = plots.dots(table, "y", "task", "label", plots.looks(table), "cost in $ and $", "std")
+    figure = plots.dots(table, "y", plots.looks(table), "cost in $ and $", "std")
     plots.save_figure(figure, tmp_path / "dots")
     figure = plots.lines(table, "x", "y", "label", plots.looks(table), "K", "score", "std")
     assert figure.axes[0].containers[0].lines[0].get_xdata().size == 2

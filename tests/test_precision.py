@@ -21,11 +21,12 @@ from torch import Tensor
 
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import FLOAT16_SCALE, bank_gradient, with_gradient
-from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.data.datamodule import CrossFitDataModule
+from prompt_lab.methods.configs import BackboneConfig
 from prompt_lab.methods.fine_tuning import FineTuning
 from prompt_lab.methods.meta_prompt import MetaPrompt
-from prompt_lab.methods.prompt_method import BackboneConfig
-from prompt_lab.methods.prompt_tuning import FAILED, PromptTuning
+from prompt_lab.methods.method import FAILED
+from prompt_lab.methods.prompt_tuning import PromptTuning
 
 KINDS = ("t5", "bart", "gpt2", "bloom", "llama")
 WAYS = {
@@ -74,7 +75,10 @@ def fit(fewshot_root: Path, tmp_path: Path) -> Fit:
     ) -> tuple[PromptTuning, Watch]:
         name: Any = str(dtype).removeprefix("torch.")
         method = PromptTuning(
-            BackboneConfig(dtype=name), num_virtual_tokens=5, batch_size=4, init_seed=[0, 1]
+            backbone=BackboneConfig(dtype=name),
+            num_virtual_tokens=5,
+            batch_size=4,
+            init_seed=[0, 1],
         )
         loaded = (model or mild_model(kind)).to(dtype)
         method.backbone = Backbone(loaded, make_tokenizer(kind), f"tiny-{kind}")

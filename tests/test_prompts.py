@@ -19,7 +19,7 @@ from prompt_lab.core.run import Run
 from prompt_lab.data.tasks import Task
 from prompt_lab.files.prompts import Prompt, PromptStore, save_prompt
 from prompt_lab.files.results import Start
-from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts, scale_ratio
+from prompt_lab.methods.starts import InitConfig, initial_prompts, scale_ratio
 
 Factory = Callable[..., Backbone]
 
@@ -172,7 +172,7 @@ def test_the_scale_ratio_is_that_of_standard_deviations(
 ) -> None:
     """Reference: the whole table at once; for BART as the model scales it."""
     model = backbone(kind)
-    monkeypatch.setattr("prompt_lab.methods.initial_prompts.ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("prompt_lab.methods.starts.ROWS_AT_ONCE", 7)
     assert scale_ratio(model, 3 * model.embedding_table()[None]) == pytest.approx(3)
     far = [part + 1000 for part in torch.randn(50, 8).split(7)]
     assert prompts.standard_deviation(far) == pytest.approx(torch.cat(far).std().item(), rel=1e-4)

@@ -24,13 +24,13 @@ from safetensors.torch import load_file, save_file
 from prompt_lab.commands.prompts import export_prompts, import_prompts
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.run import Run
-from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.files.peft import load_checkpoint, load_peft, save_peft
 from prompt_lab.files.prompts import Prompt, PromptStore, check_prompt, load_prompt, save_prompt
 from prompt_lab.files.results import read_csv
-from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts
-from prompt_lab.methods.prompt_method import BackboneConfig
+from prompt_lab.methods.configs import BackboneConfig
 from prompt_lab.methods.prompt_tuning import PromptTuning
+from prompt_lab.methods.starts import InitConfig, initial_prompts
 
 Factory = Callable[..., Backbone]
 Folders = Callable[[str], Path]
@@ -357,11 +357,12 @@ def fitted(
     """Two tasks x two samples x two rates, trained for two steps, and the checkpoint of the fit."""
     folder = tmp_path_factory.mktemp("fit")
     method = PromptTuning(
-        BackboneConfig(str(model_folder("t5"))),
+        backbone=BackboneConfig(str(model_folder("t5"))),
         num_virtual_tokens=N,
         learning_rate=[0.03, 0.01],
         batch_size=4,
     )
+    method.run_dir = folder
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=-1,
@@ -410,8 +411,8 @@ def test_a_run_that_was_never_scored_gives_its_last_prompt(
     fitted: tuple[PromptTuning, Path], tmp_path: Path
 ) -> None:
     def unscore(saved: dict[str, Any]) -> None:
-        saved["state_dict"]["best_step"][1] = -1
-        saved["state_dict"]["best_score"][1] = -torch.inf
+        saved["state_dict"]["keeper.step"][1] = -1
+        saved["state_dict"]["keeper.score"][1] = -torch.inf
         saved["state_dict"]["prompt"] += 1
 
     found = load_checkpoint(altered(fitted[1], tmp_path / "x.ckpt", unscore))
@@ -425,7 +426,7 @@ def test_a_run_that_was_never_scored_gives_its_last_prompt(
     "change",
     [
         lambda saved: saved.pop("runs"),
-        lambda saved: saved["state_dict"].pop("best"),
+        lambda saved: saved["state_dict"].pop("keeper.kept_bank"),
         lambda saved: saved.pop("hyper_parameters"),
         lambda saved: saved.update(runs=["what"]),
         lambda saved: saved.clear(),

@@ -79,16 +79,15 @@ def run(folder, *command):
     return made.stdout.strip()
 
 
-def examples() -> tuple[str, str]:
-    """The example of Python, and that of a table of one's own."""
-    codes = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    table, code = sorted(codes, key=lambda code: "import torch" in code)
-    return code, table
+def example(words: str) -> str:
+    """The example of Python that has these words."""
+    (code,) = (x for x in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if words in x)
+    return code
 
 
 def test_a_table_of_ones_own_is_that_of_the_report(capsys):
     folder = ROOT / "tests" / "data" / "report" / "pins" / "prompts"
-    _, code = examples()
+    code = example("read_csv")
     exec(code.replace("runs/quickstart", str(folder)), {})
     printed = capsys.readouterr().out.split()
     runs = pd.read_csv(folder / "results.csv")
@@ -100,9 +99,18 @@ def test_a_table_of_ones_own_is_that_of_the_report(capsys):
 
 
 def test_python_example_reaches_a_good_accuracy(tmp_path):
-    code, _ = examples()
+    code = example("vocabulary_prompt")
     accuracy, *_ = run(tmp_path, sys.executable, "-c", code).splitlines()
     assert float(accuracy) > 0.8
+
+
+def test_the_example_of_a_plain_trainer_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, object] = {}
+    exec(example("lightning as L"), found)
+    assert (found["method"].run_dir / "results.csv").is_file()
+    assert len(found["answers"][0]) == 8
+    assert found["again"].runs == found["method"].runs
 
 
 def test_commands_on_the_prompts_of_the_quickstart_run(quickstart):

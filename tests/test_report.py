@@ -109,6 +109,15 @@ def test_runs_in_are_runs_out(reports, study):
     assert sum(made) == (runs["variant"] == "vectors").sum()
 
 
+@pytest.mark.parametrize("study", STUDIES)
+def test_the_legend_counts_the_runs_of_the_lines(reports, study):
+    section = reports[study]["lines"]
+    counts = section.table.set_index("what").loc["runs"].astype(int)
+    assert section.legend.startswith(f"{counts.sum()} runs of ")
+    shared = lines_of(study)["line"].isin(["no_prompt", "chance", "majority"]).sum()
+    assert (f"and {shared} of baselines that all lines share" in section.legend) == (shared > 0)
+
+
 def test_five_lines_of_pandas_make_the_main_table(reports):
     table = reports["gains"]["scores"].table.set_index("label")["score"]
     for line, expected in table.items():

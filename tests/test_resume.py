@@ -107,14 +107,14 @@ def folders(
     for kind, name in CASES:
         given = words(kind, model_folder(kind), fewshot_root, base / f"{kind} {name}")
         jobs.append({"words": given, "die": KILLS[name], "method": "PromptTuning"})
-        jobs.append({"words": [*given, "--ckpt_path=last"], "die": None})
+        jobs.append({"words": [*given, "--resume"], "die": None})
     whole, given = (
         meta_words(model_folder("gpt2"), fewshot_root, base / f"meta {name}")
         for name in ("whole", META_KILL)
     )
     jobs.append({"words": whole, "die": None})
     jobs.append({"words": given, "die": KILLS[META_KILL], "method": "MetaPrompt"})
-    jobs.append({"words": [*given, "--ckpt_path=last"], "die": None})
+    jobs.append({"words": [*given, "--resume"], "die": None})
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
     environment["MKL_CBWR"] = "AUTO"  # as `prompt-lab` sets it
     environment["OMP_WAIT_POLICY"] = "passive"  # threads that wait leave the cores to others

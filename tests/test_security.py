@@ -219,7 +219,7 @@ def test_a_model_with_a_file_that_is_cut_short_is_named(words, model_folder, cap
         ("model", "subprocess.Popen", {"args": ["mkdir", "exploded"]}),
         ("model", "torch.nn.Linear", {"in_features": 1, "out_features": 1}),
         ("model", "lightning.pytorch.LightningModule", {}),
-        ("model", "prompt_lab.data.crossfit.CrossFitDataModule", {}),
+        ("model", "prompt_lab.data.datamodule.CrossFitDataModule", {}),
         ("data", "os.mkdir", {"path": "exploded"}),
         ("data", "lightning.pytorch.LightningDataModule", {}),
         ("trainer.callbacks", "os.mkdir", {"path": "exploded"}),

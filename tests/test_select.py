@@ -265,18 +265,19 @@ def test_what_cannot_be_chosen_from_is_refused_in_one_sentence(store, words, sen
 @pytest.mark.parametrize(
     ("other", "sentence"),
     [
-        ({"tensor": torch.full((N, D), math.nan)}, "store/odd-13.safetensors is all zeros, or hol"),
-        ({"tensor": torch.zeros(N, D)}, "store/odd-13.safetensors is all zeros, or holds NaN or"),
+        (
+            {"tensor": torch.full((N, D), math.nan)},
+            "store/odd-13.safetensors: the prompt holds",
+        ),
+        ({"tensor": torch.zeros(N, D)}, "store/odd-13.safetensors is all zeros: tune it again or"),
         (
             {"tensor": torch.ones(N, D), "backbone": "large", "backbone_digest": "c" * 64},
-            "store/aim-13.safetensors was made for backbone 'tiny' with weights aaaaaaaaaaaa and "
-            "width 24, but store/odd-13.safetensors for backbone 'large' with weights cccccccccccc",
+            "store/aim-13.safetensors and store/odd-13.safetensors do not combine: backbone 'tiny' "
+            "with weights aaaaaaaaaaaa and 'large' with weights cccccccccccc",
         ),
         (
             {"tensor": torch.ones(N, D + 1)},
-            "store/aim-13.safetensors was made for backbone 'tiny' with weights aaaaaaaaaaaa and "
-            "width 24, but store/odd-13.safetensors for backbone 'tiny' with weights aaaaaaaaaaaa "
-            "and width 25: only prompts of one backbone",
+            "store/aim-13.safetensors and store/odd-13.safetensors do not combine: width 24 and 25",
         ),
     ],
 )

@@ -15,7 +15,7 @@ from prompt_lab.files.prompts import PromptStore
 from prompt_lab.files.results import read_csv
 from prompt_lab.files.tensors import save_network
 from prompt_lab.methods.prompt_tuning import PromptTuning
-from prompt_lab.methods.subspace_tuning import SubspaceConfig
+from prompt_lab.methods.starts import SubspaceConfig
 
 TOKENS, DIM = 5, 3
 
@@ -57,16 +57,14 @@ def test_only_the_codes_change_and_prompts_are_made_from_them(fit, files):
     assert [tuple(p.shape) for p in method.parameters() if p.requires_grad] == [(2, DIM)]
     subspace = method.subspace
     assert all(torch.equal(p, before[name]) for name, p in subspace.named_parameters())
-    torch.testing.assert_close(method.best, subspace.back_project(method.best_code))
+    torch.testing.assert_close(method.best, subspace.back_project(method.keeper["code"]))
     assert (method.bank() - method.init).abs().max() > 1e-4
 
 
 def test_the_gradient_of_a_code_is_autograds_through_the_map(fit, files):
     """Reference: the loss of all rows under the decoded prompts, differentiated in one graph."""
     method = fit(init_seed=[0, 1], trainer={"max_steps": 3})
-    batch = method.datamodule.train_steps(method.runs, 9, lambda: 0, method.live, 0, 1).batch(
-        0, [0, 1]
-    )
+    batch = method.datamodule.draw.batch(0, [0, 1])
     method.zero_grad()
     method.status.zero_()
     method.active.fill_(True)
@@ -109,7 +107,7 @@ def test_prompt_files_hold_the_code_and_results_the_dimension(fit, files):
     trainer.test(tested, datamodule=method.datamodule)
     (row,) = read_csv(method.run_dir / "results.csv")
     assert (row["variant"], row["intrinsic_dim"]) == ("subspace", str(DIM))
-    torch.testing.assert_close(tested.best_code[0], saved.code)
+    torch.testing.assert_close(tested.keeper["code"][0], saved.code)
 
 
 def test_a_resumed_fit_equals_the_uninterrupted_one_and_needs_its_subspace(fit, files, tmp_path):
@@ -120,12 +118,12 @@ def test_a_resumed_fit_equals_the_uninterrupted_one_and_needs_its_subspace(fit, 
     )
     resumed = fit("rest", ckpt=str(tmp_path / "a.ckpt"), trainer={"max_steps": 6, **checkpoints})
     assert torch.equal(resumed.code, whole.code)
-    assert torch.equal(resumed.best_code, whole.best_code)
+    assert torch.equal(resumed.keeper["code"], whole.keeper["code"])
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert not any(name.startswith("subspace.") for name in saved["state_dict"])
     (prompt,) = load_checkpoint(tmp_path / "a.ckpt")
     assert prompt.prompt.shape == (TOKENS, files[0].hidden_size)
-    with pytest.raises(ValueError, match="tuned in another subspace, or in none"):
+    with pytest.raises(ValueError, match=r"is of subspace [0-9a-f]{12}, the settings give"):
         fit(
             "none",
             ckpt=str(tmp_path / "a.ckpt"),
@@ -146,7 +144,7 @@ def test_a_fit_hashes_its_subspace_once(fit, tmp_path, monkeypatch):
     for name in ("a.ckpt", "b.ckpt"):
         method.trainer.save_checkpoint(tmp_path / name)
         saved = torch.load(tmp_path / name, weights_only=True)
-        assert saved["subspace_digest"] == "a1"
+        assert saved["identity"]["subspace"] == "a1"
     assert hashed == [Subspace]
 
 

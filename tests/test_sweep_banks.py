@@ -198,7 +198,7 @@ def test_a_bank_has_the_scores_and_prompts_of_its_trials_alone():
     assert cli.run([*fit.whole.words[1:], "--run_dir=bank"]) == 0
     seen = set()
     for trial in fit.trials[::3]:  # two that differ in both
-        assert cli.run([*trial.words[1:], "--run_dir=alone"]) == 0
+        assert cli.run([*trial.words[1:], "--run_dir=alone", "--overwrite"]) == 0
         names = fit.runs_of(trial)
         assert sorted(path.stem for path in Path("alone/prompts").glob("*.safetensors")) == (
             sorted(names)
@@ -322,7 +322,7 @@ def test_the_trials_of_a_bank_that_failed_are_run_alone_and_an_interrupted_one_i
     assert swept([0.1, 0.3, 0.5], [0, 1], 5) == 0
     assert sorted(calls(), key=len) == [
         {SEED: "[0, 1]", RATE: "0.5", "steps": "5"},
-        {SEED: "[0, 1]", RATE: "[0.1, 0.3]", "steps": "5", "ckpt_path": "last"},
+        {SEED: "[0, 1]", RATE: "[0.1, 0.3]", "steps": "5", "resume": "true"},
     ]
 
 

@@ -277,6 +277,7 @@ def drawn(**given: Any) -> dict[str, Any]:
         ({"parameters": {"x": 3}}, "parameters.x is 3: write value: or values:"),
         ({"parameters": {"x y": {"value": 1}}}, "'x y' is no name of a setting"),
         ({"parameters": {"run_dir": {"value": 1}}}, "run_dir is set for each trial"),
+        ({"parameters": {"resume": {"value": True}}}, "resume is set for each trial"),
         (one(parameters={"y": {}}), "parameters.x.y: distribution uniform lacks min"),
         (one(parameters={"y": {"value": 1}}, value=3), "beside nested parameters nothing else"),
         (one(values=[]), "values is []: give a list"),
@@ -298,6 +299,7 @@ def drawn(**given: Any) -> dict[str, Any]:
         ({"command": ["a", "${args_json}", "${args}"]}, "${args_json} in the command is not fil"),
         ({"command": ["a", "--x=${envvar:HOME}", "${args}"]}, "--x=${envvar:HOME} in the command"),
         ({"command": ["a", "--run_dir", "x", "${args}"]}, "the sweep sets --run_dir"),
+        ({"command": ["a", "--overwrite=true", "${args}"]}, "the sweep sets --overwrite"),
         ({"command": None}, "program is None, and the command needs it"),
         ({"command": ["no-such-program", "${args}"]}, "no program 'no-such-program'"),
     ],
@@ -387,7 +389,7 @@ def test_a_failed_trial_stops_no_other_and_runs_again_from_its_start(capsys):
 
     Path("broken").unlink()
     assert sweep_command(write(), run_dir="r") == 0
-    assert calls() == [(folder.name, {"lr": "0.2", "steps": "5"})]
+    assert calls() == [(folder.name, {"lr": "0.2", "steps": "5", "overwrite": "true"})]
     assert len(read_csv(Path("r/results.csv"))) == 6
 
 
@@ -420,7 +422,7 @@ def test_a_signal_stops_the_trial_and_the_next_sweep_resumes_it(number):
     Path("hang").unlink()
     assert sweep_command("s.yaml", "r") == 0
     flags = [flags for _, flags in calls()]
-    assert flags == [{"lr": "0.2", "steps": "5", "ckpt_path": "last"}, {"lr": "0.3", "steps": "5"}]
+    assert flags == [{"lr": "0.2", "steps": "5", "resume": "true"}, {"lr": "0.3", "steps": "5"}]
 
 
 def test_a_trial_that_outlives_its_sweep_keeps_the_folder_and_is_resumed_when_killed():
@@ -436,7 +438,7 @@ def test_a_trial_that_outlives_its_sweep_keeps_the_folder_and_is_resumed_when_ki
     Path("hang").unlink()
     calls()
     assert sweep_when_free() == 0
-    assert [flags.get("ckpt_path") for _, flags in calls()] == ["last", None]
+    assert [flags.get("resume") for _, flags in calls()] == ["true", None]
 
 
 def test_a_dry_run_prints_the_commands_and_writes_nothing(capsys, monkeypatch):

@@ -224,3 +224,18 @@ def test_a_step_of_each_method_asks_for_nothing(name, fewshot_root, tmp_path):
     trainer.fit(method, datamodule=make_data(fewshot_root, ["glue-sst2"], [13]))
     assert watch.steps == 3
     assert not watch.found, sorted(set(watch.found))
+
+
+def test_a_process_of_another_job_is_refused_and_of_the_same_goes_on(tmp_path):
+    """Processes that SLURM or torchrun starts do not wait for a first one that was refused."""
+    from prompt_lab.files.tensors import held
+
+    with held(tmp_path, "another fit", "job 1"):
+        with held(tmp_path, "another fit", "job 1", first=False):
+            pass
+        for first in (True, False):
+            refused = pytest.raises(ValueError, match=r"is in use by another fit \(process \d+\)")
+            with refused, held(tmp_path, "another fit", "job 2", first=first):
+                pass
+    with held(tmp_path, "another fit", "job 2", first=False):
+        pass  # what a job that is over left behind holds nobody

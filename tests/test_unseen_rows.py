@@ -19,7 +19,7 @@ from test_prompt_tuning import make_method, make_trainer
 
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.prediction import predict
-from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.files.results import read_csv
 
 Rows = list[tuple[str, str]]
@@ -146,7 +146,7 @@ def test_inputs_that_are_cut_are_counted_and_cut_at_the_chosen_side(
     text = whole[front : len(whole) - back]
     room = 6 - front - back
     kept = text[:room] if side == "right" else text[-room:]
-    (found, _) = data.rows("mine", 13, "test").inputs
+    (found, _) = data.tokens("mine", 13, "test").inputs
     assert found == whole[:front] + kept + whole[len(whole) - back :]
 
 

@@ -12,7 +12,7 @@ from ddp_fits import FITS, loaded, make_files
 from test_prompt_tuning import make_data, make_trainer
 
 from prompt_lab.files.results import read_csv
-from prompt_lab.methods.prompt_method import PromptMethod
+from prompt_lab.methods.method import PromptMethod
 from prompt_lab.methods.prompt_tuning import PromptTuning
 from prompt_lab.methods.vector_arithmetic import VectorArithmetic
 

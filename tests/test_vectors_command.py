@@ -23,7 +23,7 @@ from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.run import Run
 from prompt_lab.files.prompts import Prompt, PromptStore, load_prompt, save_prompt
 from prompt_lab.files.vectors import find_vectors
-from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts
+from prompt_lab.methods.starts import InitConfig, initial_prompts
 
 N = 4
 TASKS = ("glue-qnli", "glue-mnli", "emotion")
@@ -43,26 +43,12 @@ def draw(*seeds: int) -> Tensor:
 def tuned(task: str, sample: int | None = 13, seed: int | None = 0, **changes: Any) -> Prompt:
     """A prompt of a task; the init is that of the seed."""
     number = [ord(letter) for letter in task]
-    made = Prompt(
-        prompt=draw(*number, sample or 0, seed or 0),
-        init=draw(seed or 0),
-        name=f"{task}_{sample}_seed{seed}",
-        backbone="someone/some-model",
-        backbone_digest="0123456789abcdef",
-        tokenizer_digest="fedcba",
-        task=task,
-        sample=sample,
-        start="vocab",
-        init_seed=seed,
-        dev_score=0.5,
-        metric="ACC",
-        decoding="score",
-        labels=["yes", "no"],
-        max_new_tokens=7,
-        num_beams=1,
-        max_input_length=99,
-    )
-    return replace(made, **changes)
+    digests = ("someone/some-model", "0123456789abcdef", "fedcba")
+    tensors = (draw(*number, sample or 0, seed or 0), draw(seed or 0))
+    made = Prompt(*tensors, f"{task}_{sample}_seed{seed}", *digests, task, sample, start="vocab")
+    known = {"init_seed": seed, "dev_score": 0.5, "metric": "ACC", "max_input_length": 99}
+    known |= {"decoding": "score", "labels": ["yes", "no"], "max_new_tokens": 7, "num_beams": 1}
+    return replace(made, **known | changes)
 
 
 def save(folder: str, *prompts: Prompt) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prompt_lab.analysis.vectors import cosine_sections, cosine_table, norm_table
 from prompt_lab.commands import offline
-from prompt_lab.commands.compare import compare_vectors
+from prompt_lab.commands.prompts import compare_vectors
 from prompt_lab.files.prompts import FoundPrompt, Prompt, PromptStore
 
 N, D = 4, 6

@@ -1,8 +1,5 @@
 """Sections of what fits leave beside their results: adaptation curves, and codes in a subspace."""
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -24,13 +21,11 @@ def adaptation_section(runs: pd.DataFrame) -> Iterator[Section]:
     if not read:
         return
     curves = pd.concat(read, ignore_index=True)
-    cells = curves[["label", "task", "sample"]].drop_duplicates()
-    labels = cells["label"].unique()
-    lines = cells.groupby(["task", "sample"]).size()
-    shared = lines[lines == len(labels)].index
+    lines = curves.groupby(["task", "sample"])["label"].nunique()
+    shared = lines[lines == curves["label"].nunique()].index
     curves = curves[curves.set_index(["task", "sample"]).index.isin(shared)]
-    tables, carried = [], []
-    for label, own in curves.groupby("label", sort=False):
+    tables, carried = [pd.DataFrame()], []
+    for (line, label), own in curves.groupby(["line", "label"], sort=False):
         run = ["task", "sample", "place"]
         grid = own.pivot_table(index="step", columns=run, values="dev")
         ended = own.groupby(run)["ended"].first()[grid.columns].to_numpy()
@@ -39,54 +34,31 @@ def adaptation_section(runs: pd.DataFrame) -> Iterator[Section]:
             carried.append(f"{short} of {grid.shape[1]} of {label}")
         grid = grid.mask(after, grid.ffill()).dropna()
         cell = grid.T.groupby(level=["task", "sample"]).mean()
-        tables.append(
-            pd.DataFrame(
-                {
-                    "line": own["line"].iloc[0],
-                    "label": label,
-                    "step": grid.index,
-                    "mean_dev": cell.groupby(level="task").mean().mean().to_numpy(),
-                    "std": cell.groupby(level="sample").mean().std().to_numpy(),
-                    "runs": grid.shape[1],
-                }
-            )
-        )
-    table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+        rows = {"line": line, "label": label, "step": grid.index}
+        rows["mean_dev"] = cell.groupby(level="task").mean().mean().to_numpy()
+        rows["std"] = cell.groupby(level="sample").mean().std().to_numpy()
+        tables.append(pd.DataFrame(rows | {"runs": grid.shape[1]}))
+    table = pd.concat(tables, ignore_index=True)
     if not len(table):
         return
     tasks, samples = (len(shared.unique(level)) for level in ("task", "sample"))
-    left = len(lines) - len(shared)
     legend = (
         f"Mean dev score of the runs that count, over {tasks} tasks and {samples} samples that all "
         "lines have; bands: standard deviation (ddof 1) over samples of the mean over tasks."
-        + (f" {left} pairs of task and sample that some lines lack are left out." if left else "")
-        + (
-            f" Runs that ended early keep their last score: {', '.join(carried)}."
-            if carried
-            else ""
-        )
     )
+    if left := len(lines) - len(shared):
+        legend += f" {left} pairs of task and sample that some lines lack are left out."
+    if carried:
+        legend += f" Runs that ended early keep their last score: {', '.join(carried)}."
     last = table.groupby("label", sort=False).tail(1)
-    shown = pd.DataFrame(
-        {
-            "line": last["label"],
-            "last step": last["step"],
-            "dev score": plus_minus(last["mean_dev"], last["std"]),
-            "runs": last["runs"],
-        }
-    )
+    shown = pd.DataFrame({"line": last["label"], "last step": last["step"]})
+    shown["dev score"] = plus_minus(last["mean_dev"], last["std"])
+    shown["runs"] = last["runs"]
     figures = {}
     if table["step"].nunique() > 1:
+        words = ("step", "mean dev score", "std" if table["std"].notna().any() else None)
         figures["adaptation"] = plots.lines(
-            table,
-            "step",
-            "mean_dev",
-            "label",
-            plots.looks(runs),
-            "step",
-            "mean dev score",
-            "std" if table["std"].notna().any() else None,
-            steps=True,
+            table, "step", "mean_dev", "label", plots.looks(runs), *words, steps=True
         )
     yield Section("adaptation", "Adaptation curves", legend, table, shown, figures)
 
@@ -123,21 +95,14 @@ def codes_section(runs: pd.DataFrame) -> Iterator[Section]:
         kinds = kinds if kinds.nunique() <= 6 else kinds.str.split("/").str[0]
         table = own[["label", "task", "sample", "init_seed"]]
         tables.append(table.assign(kind=kinds, first=points[:, 0], second=points[:, 1], codes=1))
-        figures[f"codes-{file_name(label)}"] = plots.scatter(
-            tables[-1],
-            "first",
-            "second",
-            "kind",
-            f"first component ({shares[0]:.0%} of the variance)",
-            f"second component ({shares[1]:.0%})",
-        )
+        words = (f"first component ({shares[0]:.0%} of the variance)", f"second ({shares[1]:.0%})")
+        figure = plots.scatter(tables[-1], "first", "second", "kind", *words)
+        figures[f"codes-{file_name(label)}"] = figure
     if tables:
         table = pd.concat(tables, ignore_index=True)
         shown = table.groupby("label", sort=False)["codes"].sum().rename_axis("line").reset_index()
-        legend = (
-            "Codes of the runs that count, on the first two principal components of their line."
-        )
-        yield Section("codes", "Codes in the subspace", legend, table, shown, figures)
+        words = "Codes of the runs that count, on the first two principal components of their line."
+        yield Section("codes", "Codes in the subspace", words, table, shown, figures)
 
 
 def tensors(folder: str, file: object, *names: str) -> list[np.ndarray]:

@@ -7,11 +7,6 @@ transfer is; here each is a formula. Of the model only embeddings and tokenizer 
 `interpretation_sections` lays the tables out.
 """
 
-# pandas' own types say of every column that it may be a table, an array or a number.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
-# pyright: reportAssignmentType=false, reportOperatorIssue=false
-
 from __future__ import annotations
 
 import json
@@ -24,9 +19,10 @@ import numpy as np
 import pandas as pd
 
 from prompt_lab.analysis.statistics import Floats
-from prompt_lab.analysis.tables import find_results, read_results
+from prompt_lab.analysis.tables import find_results, read_results, read_text
 from prompt_lab.core.vectors import parse_expression
 from prompt_lab.files.prompts import FoundPrompt, best_found, find_prompts
+from prompt_lab.files.vectors import check_compatible
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,16 +45,13 @@ def find_tuned(places: Sequence[str]) -> pd.DataFrame:
     Of a grid in a place the prompt of best dev score stands for its task, sample and seeds;
     ``attrs["left_out"]`` counts the others.
 
-    Args:
-        places: as of :func:`prompt_lab.files.prompts.find_prompts`.
-
     Returns:
         Columns ``prompt`` (a name that no other has), ``task`` (or what it was learned as),
         ``sample``, ``init_seed``, ``order_seed``, ``file`` and ``tuned``, the prompt itself.
 
     Raises:
         FileNotFoundError: a place that is not there or holds no prompts.
-        ValueError: a damaged file, NaN or infinite numbers, or several backbones.
+        ValueError: a damaged file, numbers that are not finite, or several backbones.
     """
     found: dict[str, FoundPrompt] = {}
     left_out = 0
@@ -68,25 +61,15 @@ def find_tuned(places: Sequence[str]) -> pd.DataFrame:
         chosen = [one for one in own if one in best or _cell(one.metadata) is None]
         found |= {one.where: one for one in chosen}
         left_out += len(own) - len(chosen)
+    check_compatible(*found.values(), any_length=True)
     rows = []
     for label, one in zip(_labels([*found.values()]), found.values(), strict=True):
-        tuned = one.load()
-        if not (tuned.prompt.isfinite().all() and tuned.init.isfinite().all()):
-            raise ValueError(f"{one.where} holds NaN or infinite numbers: leave it out")
+        tuned = one.prompt
         learned = tuned.source_set and f"{tuned.role} {tuned.source_set}"
         row = {"prompt": label, "task": tuned.task or learned or label}
         row |= {name: getattr(tuned, name) for name in _SEEDS}
         rows.append(row | {"file": one.where, "tuned": tuned})
     table = pd.DataFrame(rows).astype(dict.fromkeys(_SEEDS, "Int64"))
-    digests = table["tuned"].map(lambda one: one.backbone_digest)
-    if digests.nunique() > 1:
-        first, other = (table.loc[at] for at in digests.drop_duplicates().index[:2])
-        raise ValueError(
-            f"{first.file} was made for backbone {first.tuned.backbone!r} with weights "
-            f"{first.tuned.backbone_digest[:12]}, but {other.file} for {other.tuned.backbone!r} "
-            f"with weights {other.tuned.backbone_digest[:12]}: only prompts of one backbone have "
-            "one vocabulary"
-        )
     table = table.loc[pd.Series(pd.factorize(table["task"])[0]).sort_values(kind="stable").index]
     table.attrs["left_out"] = left_out
     return table.reset_index(drop=True)
@@ -111,21 +94,13 @@ def _labels(found: Sequence[FoundPrompt]) -> list[str]:
 
 @dataclass
 class Vocabulary:
-    """The tokens that may be found.
+    """The tokens that may be found: C of the V rows of a table of embeddings."""
 
-    Attributes:
-        table: (V, D) embeddings.
-        names: the readable token by its row in the table, in rising order.
-        norms: (C,) Euclidean norms of these rows.
-        median: of the norms, the lower one of two.
-        note: how many rows are left out, and why.
-    """
-
-    table: Tensor
-    names: pd.Series
-    norms: Floats
-    median: float
-    note: str
+    table: Tensor  # (V, D)
+    names: pd.Series  # the readable token by its row in the table, in rising order
+    norms: Floats  # (C,) Euclidean norms of these rows
+    median: float  # of the norms, the lower one of two
+    note: str  # how many rows are left out, and why
 
 
 def read_vocabulary(backbone: Backbone, all_rows: bool = False) -> Vocabulary:
@@ -156,16 +131,11 @@ def read_vocabulary(backbone: Backbone, all_rows: bool = False) -> Vocabulary:
 def readable(token: str, tokenizer: Any = None) -> str:
     r"""A token as a reader sees it: ␣ for a space, an escape such as ``\n`` for what is not seen.
 
-    Args:
-        token: as the tokenizer names it.
-        tokenizer: decodes it where it spells bytes; bytes that are no whole character keep their
-            name.
+    A tokenizer decodes it where it spells bytes; no whole character keeps its name.
     """
-    text = (
-        token.replace("▁", " ")
-        if tokenizer is None
-        else tokenizer.convert_tokens_to_string([token])
-    )
+    text = token.replace("▁", " ")
+    if tokenizer is not None:
+        text = tokenizer.convert_tokens_to_string([token])
     seen = [
         "␣" if x == " " else x if x.isprintable() and x not in "\\␣" else repr(x)[1:-1]
         for x in (token if "\ufffd" in text else text)
@@ -174,17 +144,10 @@ def readable(token: str, tokenizer: Any = None) -> str:
 
 
 def closeness(rows: Tensor, table: Tensor, ids: Tensor, measure: str = "cosine") -> Tensor:
-    """How near tokens are to the rows of a prompt (section 5.1 of the paper): higher is nearer.
+    """How near C tokens of a table (V, D) are to the rows of a prompt (N, D); (N, C), high is near.
 
-    Args:
-        rows: (N, D).
-        table: (V, D) embeddings of any precision; a chunk at a time becomes float64.
-        ids: (C,) rows of it.
-        measure: "cosine" (0 for a row of zeros), "dot", or "l2": 2 a b - |b|^2, which is |a|^2 less
-            the squared distance.
-
-    Returns:
-        (N, C) float64.
+    Section 5.1 of the paper, in float64. ``measure`` is "cosine" (0 for a row of zeros), "dot", or
+    "l2": 2 a b - |b|^2, which is |a|^2 less the squared distance.
     """
     import torch
 
@@ -204,8 +167,7 @@ def closeness(rows: Tensor, table: Tensor, ids: Tensor, measure: str = "cosine")
 def initial_tokens(init: Tensor, table: Tensor, ids: Tensor) -> Tensor:
     """The token whose embedding each row of an initial prompt (N, D) is, also rounded ones.
 
-    Returns:
-        (N,) places in ``ids``, -1 where there is none, as for a prompt that starts from noise.
+    (N,) places in ``ids``, -1 where there is none, as for a prompt that starts from noise.
     """
     import torch
 
@@ -220,11 +182,7 @@ def token_table(
 ) -> pd.DataFrame:
     """A row for each row of each prompt: its initial token and the place of that now, drift, norms.
 
-    Args:
-        prompts: as `find_tuned` gives them.
-        vocabulary: the tokens of their backbone.
-        top: how many nearest tokens.
-        measure: what near means, as of `closeness`; scores of "l2" are distances.
+    ``measure`` is as of `closeness`; scores of "l2" are distances.
 
     Returns:
         Columns ``prompt``, ``task``, ``row`` (from 1); ``initial_id``, ``initial_token``,
@@ -255,21 +213,23 @@ def token_table(
             scores = (table[ids[places]].double() - prompt[:, None]).norm(dim=2)
         own = near.gather(1, start.clamp(min=0)[:, None])
         ranks = 1 + (near > own + 1e-12 * own.abs()).sum(dim=1)  # equal ones differ in rounding
-        norms = prompt.norm(dim=1), init.norm(dim=1)
-        frame = {"prompt": one.prompt, "task": one.task, "row": range(1, len(init) + 1)}
-        frame |= {"initial_id": ids[start].cpu(), "initial_token": "", "initial_rank": ranks.cpu()}
-        frame |= {"survived": (ranks == 1).cpu(), "drift": (prompt - init).norm(dim=1).cpu()}
-        frame["cosine"] = ((prompt * init).sum(dim=1) / (norms[0] * norms[1])).clamp(-1, 1).cpu()
-        frame |= {"norm": norms[0].cpu(), "initial_norm": norms[1].cpu()}
-        frame["relative_norm"] = norms[0].cpu() / vocabulary.median
-        for at in range(top):
-            nearest = ids[places[:, at]].tolist()
-            frame |= {f"id_{at + 1}": nearest, f"token_{at + 1}": names[nearest].to_numpy()}
-            frame[f"score_{at + 1}"] = scores[:, at].cpu()
-        whole = pd.DataFrame(frame)
+        norm, was = prompt.norm(dim=1), init.norm(dim=1)
+        frame = {"initial_id": ids[start], "initial_token": start, "initial_rank": ranks}
+        frame |= {"survived": ranks == 1, "drift": (prompt - init).norm(dim=1)}
+        frame |= {"cosine": ((prompt * init).sum(dim=1) / (norm * was)).clamp(-1, 1), "norm": norm}
+        frame |= {"initial_norm": was, "relative_norm": norm / vocabulary.median}
+        whole = pd.DataFrame({name: values.cpu() for name, values in frame.items()})
         for name in ("initial_id", "initial_rank", "survived"):
             whole[name] = whole[name].astype("Int64").where((start >= 0).cpu().numpy())
-        frames.append(whole.assign(initial_token=whole["initial_id"].map(names)))
+        whole["initial_token"] = whole["initial_id"].map(names)
+        for at in range(top):
+            nearest = ids[places[:, at]].tolist()
+            whole[f"id_{at + 1}"], whole[f"token_{at + 1}"] = nearest, names[nearest].to_numpy()
+            whole[f"score_{at + 1}"] = scores[:, at].cpu()
+        whole.insert(0, "prompt", one.prompt)
+        whole.insert(1, "task", one.task)
+        whole.insert(2, "row", range(1, len(init) + 1))
+        frames.append(whole)
     return pd.concat(frames, ignore_index=True)
 
 
@@ -296,11 +256,7 @@ def prompt_points(prompts: pd.DataFrame, compare: str = "rows") -> Floats:
 
 
 def distance_table(prompts: pd.DataFrame, points: Floats) -> pd.DataFrame:
-    """Euclidean distances of prompts at points (R, P): section 5.3 of the paper.
-
-    Returns:
-        A row for every two: ``prompt``, ``other``, ``task``, ``other_task``, ``distance``.
-    """
+    """Euclidean distances of every two prompts at points (R, P): section 5.3 of the paper."""
     from scipy.spatial.distance import pdist
 
     one, other = np.triu_indices(len(prompts), 1)
@@ -312,14 +268,9 @@ def distance_table(prompts: pd.DataFrame, points: Floats) -> pd.DataFrame:
 def spread_table(prompts: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
     """How far the runs of each task lie apart: the paper's table 1, variances with ddof 1.
 
-    Args:
-        prompts: as `find_tuned` gives them.
-        pairs: as `distance_table` gives them.
-
-    Returns:
-        A row for each task: ``group``, ``runs``, mean and variance of the ``norm`` of its prompts,
-        of the distances ``within``, between two of them, and ``between``, from one of them to one
-        of another task, each with the number of pairs; NaN where there are too few.
+    A row for each task (``group``): mean and variance of the ``norm`` of its prompts, of the
+    distances ``within``, between two of them, and ``between``, from one of them to one of another
+    task, each with the number of pairs; NaN where there are too few.
     """
     both = _both_ways(pairs)
     is_own = both["task"] == both["other_task"]
@@ -347,8 +298,8 @@ def task_distances(prompts: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _both_ways(pairs: pd.DataFrame) -> pd.DataFrame:
-    names = {"task": "other_task", "other_task": "task"}
-    return pd.concat([pairs, pairs.rename(columns=names)], ignore_index=True)
+    mirrored = pairs.rename(columns={"task": "other_task", "other_task": "task"})
+    return pd.concat([pairs, mirrored], ignore_index=True)
 
 
 def prompt_norms(prompts: pd.DataFrame) -> pd.Series:
@@ -364,12 +315,8 @@ def read_transfer(places: Sequence[str], prompts: pd.DataFrame) -> pd.DataFrame:
 
     Of results the lines count in which ``VectorArithmetic`` has tested the vector of one task at
     scale 1, which on its own initial prompt is the tuned prompt; beside it stands the score without
-    prompt of the same task, sample and way of answering.
-
-    Args:
-        places: CSV files with at least the columns `TRANSFER`, results.csv files, or folders with
-            such.
-        prompts: as `find_tuned` gives them; a source may be one of their tasks or names.
+    prompt of the same task, sample and way of answering. Tables have at least the columns
+    `TRANSFER`; a source is a task or the name of a prompt.
 
     Returns:
         A row for each pair of tasks that is known: ``source``, ``target``, means of ``score`` and
@@ -392,12 +339,9 @@ def read_transfer(places: Sequence[str], prompts: pd.DataFrame) -> pd.DataFrame:
     if files:
         tables.append(_result_lines(files, prompts["tuned"].iloc[0].backbone_digest))
     lines = pd.concat(tables, ignore_index=True)
-    names = prompts["tuned"].map(lambda one: one.name)
-    task_of = {
-        x: y
-        for by in (names, prompts["prompt"], prompts["task"])
-        for x, y in zip(by, prompts["task"], strict=True)
-    }
+    tasks, task_of = prompts["task"], {}
+    for names in (prompts["tuned"].map(lambda one: one.name), prompts["prompt"], tasks):
+        task_of |= dict(zip(names, tasks, strict=True))
     lines["source"] = lines["source"].map(task_of)
     lines = lines[lines["source"].notna() & lines["target"].isin(prompts["task"])]
     if not len(lines):
@@ -417,11 +361,7 @@ def read_transfer(places: Sequence[str], prompts: pd.DataFrame) -> pd.DataFrame:
 
 
 def _table_lines(path: Path) -> pd.DataFrame:
-    try:
-        lines = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
-    except ValueError as error:  # also pandas' parser errors
-        why = " ".join(str(error).split())
-        raise ValueError(f"{path} is no table of transfer: {why}") from None
+    lines = read_text(path, "table of transfer", index_col=False)
     lacking = [name for name in TRANSFER if name not in lines]
     if lacking or not len(lines):
         raise ValueError(

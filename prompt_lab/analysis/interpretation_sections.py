@@ -1,9 +1,5 @@
 """The report of `prompt-lab interpret`: sections and figures of the tables of `interpretation`."""
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
-# pyright: reportAssignmentType=false, reportOperatorIssue=false
-
 from __future__ import annotations
 
 import math
@@ -53,14 +49,7 @@ def interpret_prompts(
 ) -> list[Section]:
     """All sections of a report on prompts; the tokens, which are many, come last.
 
-    Args:
-        prompts: as `find_tuned` gives them.
-        backbone: their model, compared by digest.
-        top: how many nearest tokens.
-        measure: what near means, as of `closeness`.
-        compare: what distances are of, as of `prompt_points`.
-        transfer: as `read_transfer` gives it.
-        all_rows: whether special tokens, and rows that no token has, may be found.
+    Arguments are those of the functions of `interpretation`, by their names.
 
     Raises:
         ValueError: prompts of another backbone, ``top`` out of range, or several lengths where

@@ -8,8 +8,6 @@ points differ in marker and dash. Sizes are those of a paper's column or page, s
 needs no scaling. Equal tables give equal files. No window and no global state is used.
 """
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-
 from __future__ import annotations
 
 import textwrap
@@ -41,27 +39,20 @@ Looks = Mapping[str, dict[str, Any]]
 """Colour, marker and dash by label."""
 
 _STYLE = {
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "xtick.labelsize": 7.5,
-    "ytick.labelsize": 7.5,
-    "legend.fontsize": 7.5,
-    "legend.frameon": False,
-    "legend.handlelength": 2.2,
-    "axes.linewidth": 0.6,
-    "axes.edgecolor": "#444444",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": "#e3e3e3",
-    "grid.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "lines.linewidth": 1.3,
-    "lines.markersize": 4.5,
+    **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 8),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 7.5),
+    **dict.fromkeys(("axes.linewidth", "grid.linewidth"), 0.6),
+    **dict.fromkeys(("xtick.major.width", "ytick.major.width"), 0.6),
+    **dict.fromkeys(("legend.frameon", "axes.spines.top", "axes.spines.right"), False),
+    **{"axes.edgecolor": "#444444", "axes.axisbelow": True, "grid.color": "#e3e3e3"},
+    **{"lines.linewidth": 1.3, "lines.markersize": 4.5, "legend.handlelength": 2.2},
     "svg.hashsalt": "prompt_lab",
 }
+_BARS = {
+    **{"elinewidth": 0.8, "capsize": 1.6, "capthick": 0.8},
+    **{"markeredgewidth": 0.4, "markeredgecolor": "white"},
+}
+_LEVEL = {"color": "#444444", "linewidth": 0.8, "dashes": (3, 2), "zorder": 1}
 
 
 def looks(points: pd.DataFrame, label: str = "label") -> dict[str, dict[str, Any]]:
@@ -85,34 +76,30 @@ def looks(points: pd.DataFrame, label: str = "label") -> dict[str, dict[str, Any
 def dots(
     table: pd.DataFrame,
     value: str,
-    place: str,
-    label: str,
     looks: Looks,
     xlabel: str,
     spread: str | tuple[str, str] | None = None,
     level: float | None = None,
 ) -> Figure:
-    """A value at each place (a task), from top to bottom, with a dot for each label.
+    """A value of each ``task``, from top to bottom, with a dot for each ``label``.
 
     ``spread`` is the column of a deviation either way, or the columns of both ends of an interval.
-    `places_on_page` says how many places fit a page.
+    `places_on_page` says how many tasks fit a page.
     """
-    places = list(dict.fromkeys(table[place]))
-    labels = _in_order(table[label], looks)
-    with _figure(PAGE, 0.5 + _room(len(labels)) * len(places), labels) as (figure, axes):
-        for at in range(0, len(places), 2):
+    tasks, labels = list(dict.fromkeys(table["task"])), _in_order(table["label"], looks)
+    with _figure(PAGE, 0.5 + _room(len(labels)) * len(tasks), labels) as (figure, axes):
+        for at in range(0, len(tasks), 2):
             axes.axhspan(at - 0.5, at + 0.5, color="#f6f6f6", linewidth=0, zorder=0)
         if level is not None:
-            axes.axvline(level, color="#444444", linewidth=0.8, dashes=(3, 2), zorder=1)
+            axes.axvline(level, **_LEVEL)
         step = min(0.8 / len(labels), 0.25)
         for at, name in enumerate(labels):
-            own = table[table[label] == name]
-            heights = own[place].map(places.index) + (at - (len(labels) - 1) / 2) * step
-            style = {**looks[name], "linestyle": "none"}
-            bars = _ends(own, value, spread)
-            axes.errorbar(own[value], heights, xerr=bars, label=_wrap(name, 40), **_BARS | style)
-        axes.set_yticks(range(len(places)), [_wrap(name, 34) for name in places])
-        axes.set_ylim(len(places) - 0.5, -0.5)
+            own = table[table["label"] == name]
+            heights = own["task"].map(tasks.index) + (at - (len(labels) - 1) / 2) * step
+            style = _BARS | looks[name] | {"linestyle": "none", "label": _wrap(name, 40)}
+            axes.errorbar(own[value], heights, xerr=_ends(own, value, spread), **style)
+        axes.set_yticks(range(len(tasks)), [_wrap(name, 34) for name in tasks])
+        axes.set_ylim(len(tasks) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
         axes.set_xlabel(_wrap(xlabel, 90))
@@ -126,7 +113,6 @@ def places_on_page(labels: int) -> int:
 
 
 def _room(labels: int) -> float:
-    """Height of a place in a figure of dots, in inches."""
     return 0.07 + max(0.085 * labels, 0.13)
 
 
@@ -153,23 +139,19 @@ def lines(
     wide = len(labels) > 5 or (len(places) > 8 and not steps)
     with _figure(PAGE if wide else COLUMN, 2.5 if wide else 2.1, labels) as (figure, axes):
         if level is not None:
-            axes.axhline(level, color="#444444", linewidth=0.8, dashes=(3, 2), zorder=1)
+            axes.axhline(level, **_LEVEL)
         for at, name in enumerate(labels):
             own = table[(table[label] == name) & table[y].notna()]
-            style = looks[name]
+            style = looks[name] | {"label": _wrap(name, 40)}
             if steps:
-                every = max(1, len(own) // 8)
-                axes.plot(own[x], own[y], label=_wrap(name, 40), markevery=every, **style)
+                axes.plot(own[x], own[y], markevery=max(1, len(own) // 8), **style)
                 if spread is not None:
-                    low, high = own[y] - own[spread], own[y] + own[spread]
-                    axes.fill_between(
-                        own[x], low, high, color=style["color"], alpha=0.2, linewidth=0
-                    )
+                    ends, colour = (own[y] - own[spread], own[y] + own[spread]), style["color"]
+                    axes.fill_between(own[x], *ends, color=colour, alpha=0.2, linewidth=0)
                 continue
-            shift = (at - (len(labels) - 1) / 2) * min(0.06, 0.4 / len(labels))
-            along = own[x].map(places.index) + shift
-            bars = _ends(own, y, spread)
-            axes.errorbar(along, own[y], yerr=bars, label=_wrap(name, 40), **_BARS | style)
+            along = own[x].map(places.index)
+            along += (at - (len(labels) - 1) / 2) * min(0.06, 0.4 / len(labels))
+            axes.errorbar(along, own[y], yerr=_ends(own, y, spread), **_BARS | style)
         if not steps:
             names = [f"{x:g}" if isinstance(x, float) else str(x) for x in places]
             axes.set_xticks(range(len(places)), names)
@@ -202,17 +184,12 @@ def heatmap(
     inside = len(rows) * max(0.24, 0.08 + 0.12 * lines)
     height = 0.6 + inside + 0.065 * longest * upright + 0.15 * bool(xlabel)
     with _figure(min(PAGE, 1.9 + 0.52 * len(columns)), height) as (figure, axes):
-        seaborn.heatmap(
-            table.set_axis(rows).set_axis(columns, axis=1).astype(float),
-            ax=axes,
-            cmap="cividis" if centre is None else "vlag",
-            center=centre,
-            annot=True if texts is None else texts.to_numpy(),
-            fmt=".2f" if texts is None else "",
-            annot_kws={"size": 7},
-            linewidths=0.5,
-            cbar_kws={"label": _wrap(label, max(int(inside / 0.07), 16))},
-        )
+        style = {"cmap": "cividis" if centre is None else "vlag", "center": centre}
+        style |= {"annot": True if texts is None else texts.to_numpy(), "annot_kws": {"size": 7}}
+        style |= {"fmt": ".2f" if texts is None else "", "linewidths": 0.5}
+        style["cbar_kws"] = {"label": _wrap(label, max(int(inside / 0.07), 16))}
+        grid = table.set_axis(rows).set_axis(columns, axis=1).astype(float)
+        seaborn.heatmap(grid, ax=axes, **style)
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.tick_params(axis="both", length=0)
         axes.tick_params(axis="y", rotation=0)
@@ -220,41 +197,18 @@ def heatmap(
     return figure
 
 
-def scatter(
-    table: pd.DataFrame,
-    x: str,
-    y: str,
-    hue: str,
-    xlabel: str,
-    ylabel: str,
-    style: str | None = None,
-) -> Figure:
-    """Points in two dimensions; ``hue`` is the column of their groups, ``style`` of markers."""
-    import seaborn
-
+def scatter(table: pd.DataFrame, x: str, y: str, hue: str, xlabel: str, ylabel: str) -> Figure:
+    """Points in two dimensions; ``hue`` is the column of their groups."""
     groups = list(dict.fromkeys(table[hue]))
-    colours = [COLOURS[at % len(COLOURS)] for at in range(len(groups))]
-    shown = [*groups, *(dict.fromkeys(table[style]) if style else ())]
-    with _figure(COLUMN * 1.3, 3.0, shown) as (figure, axes):
-        seaborn.scatterplot(
-            table,
-            x=x,
-            y=y,
-            hue=hue,
-            style=style or hue,
-            palette=dict(zip(groups, colours, strict=True)),
-            markers=[*MARKERS * 9][: table[style or hue].nunique()],
-            s=34,
-            linewidth=0.4,
-            edgecolor="white",
-            ax=axes,
-        )
+    with _figure(COLUMN * 1.3, 3.0, groups) as (figure, axes):
+        for at, name in enumerate(groups):
+            own, colour = table[table[hue] == name], COLOURS[at % len(COLOURS)]
+            style = {"marker": MARKERS[at % len(MARKERS)], "linewidth": 0.4, "edgecolor": "white"}
+            axes.scatter(own[x], own[y], 34, colour, label=_wrap(str(name), 40), **style)
         axes.margins(0.1)
         axes.grid()
         axes.set(xlabel=xlabel, ylabel=ylabel)
-        if axes.get_legend() is not None:
-            axes.get_legend().remove()  # pyright: ignore[reportOptionalMemberAccess]
-        _legend(figure, axes, (hue, style))
+        _legend(figure, axes)
     return figure
 
 
@@ -277,19 +231,10 @@ def violins(
     height = 2.6 + 0.065 * max(map(len, names)) * upright
     with _figure(min(PAGE, 1.2 + 0.75 * len(labels)), height) as (figure, axes):
         if level is not None:
-            axes.axhline(level, color="#444444", linewidth=0.8, dashes=(3, 2), zorder=1)
-        given = {"x": label, "y": value, "hue": label, "palette": palette, "legend": False}
-        given |= {"order": labels}
-        seaborn.violinplot(
-            table,
-            **given,
-            inner=None,
-            cut=0,
-            linewidth=0.6,
-            alpha=0.35,
-            density_norm="width",
-            ax=axes,
-        )
+            axes.axhline(level, **_LEVEL)
+        columns = {"x": label, "y": value, "hue": label, "palette": palette, "order": labels}
+        style = {"inner": None, "cut": 0, "linewidth": 0.6, "alpha": 0.35, "density_norm": "width"}
+        seaborn.violinplot(table, ax=axes, legend=False, **columns, **style)
         draw = np.random.default_rng(0)
         for at, name in enumerate(labels):
             own = table.loc[table[label] == name, value]
@@ -318,15 +263,6 @@ def save_figure(figure: Figure, stem: Path) -> list[Path]:
     return written
 
 
-_BARS: dict[str, Any] = {
-    "elinewidth": 0.8,
-    "capsize": 1.6,
-    "capthick": 0.8,
-    "markeredgewidth": 0.4,
-    "markeredgecolor": "white",
-}
-
-
 @contextmanager
 def _figure(
     width: float, height: float, labels: Sequence[str] = ()
@@ -345,7 +281,6 @@ def _figure(
 
 
 def _in_order(labels: pd.Series, looks: Looks) -> list[str]:
-    """The labels of a table, in the order that all figures have."""
     found = {*labels}
     return [name for name in looks if name in found]
 
@@ -357,23 +292,19 @@ def _ends(table: pd.DataFrame, value: str, spread: str | tuple[str, str] | None)
     if isinstance(spread, str):
         ends = table[[spread, spread]].to_numpy(float).T
     else:
-        low, high = (table[end].to_numpy(float) for end in spread)
-        middle = table[value].to_numpy(float)
-        ends = np.maximum(np.stack([middle - low, high - middle]), 0)
+        ends = np.abs(table[[*spread]].to_numpy(float).T - table[value].to_numpy(float))
     return None if np.isnan(ends).all() else ends
 
 
-def _legend(figure: Figure, axes: Axes, without: Sequence[str | None] = ()) -> None:
+def _legend(figure: Figure, axes: Axes) -> None:
     """A legend above the axes, in as many columns as fit; none for a single label."""
-    named = zip(*axes.get_legend_handles_labels(), strict=True)
-    found = {label: handle for handle, label in named if label not in without}
-    if len(found) > 1:
-        columns = _columns(figure.get_size_inches()[0], [*found])
-        figure.legend(found.values(), found, loc="outside upper center", ncols=columns)
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) > 1:
+        columns = _columns(figure.get_size_inches()[0], labels)
+        figure.legend(handles, labels, loc="outside upper center", ncols=columns)
 
 
 def _columns(width: float, labels: Sequence[str]) -> int:
-    """How many columns a legend has room for."""
     longest = max(len(line) for label in labels for line in _wrap(label, 40).split("\n"))
     return min(max(int(width * 15 // (longest + 7)), 1), len(labels))
 

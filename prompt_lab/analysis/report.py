@@ -1,7 +1,5 @@
 """A report of results: its sections, and the one writer of ``report.md`` and ``report.html``."""
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
-
 from __future__ import annotations
 
 import html
@@ -45,12 +43,10 @@ def make_report(
     references: Sequence[str] = (),
     partition: Mapping[str, Iterable[str]] | None = None,
 ) -> list[Section]:
-    """All sections that the runs have something for.
+    """All sections that the runs, as `tables.read_lines` gives them, have something for.
 
-    Args:
-        runs: as `tables.read_lines` gives them.
-        references: names of lines to compare with; tests of each task are against the first.
-        partition: tasks by the name of their set.
+    ``references`` are lines to compare with; tests of each task are against the first.
+    ``partition`` has tasks by the name of their set.
 
     Raises:
         ValueError: a reference that is no line, or is several on one task; a K that is none.
@@ -76,34 +72,31 @@ def make_report(
     return [*sections, *vector_sections(runs)]
 
 
+def check_folder(out: str) -> Path:
+    """The folder of a report; a ``NotADirectoryError`` where it is a file."""
+    if Path(out).exists() and not Path(out).is_dir():
+        raise NotADirectoryError(f"--out {out} is a file: name a folder")
+    return Path(out)
+
+
 def write_report(sections: Sequence[Section], folder: Path, title: str = "Results") -> list[Path]:
-    """Write ``report.md``, ``report.html``, and of each section a CSV file and its figures.
-
-    Args:
-        sections: as `make_report` gives them.
-        folder: where to; made if it is not there.
-        title: of the report.
-
-    Returns:
-        The files, the two reports first.
-    """
-    files, text, page = [], [f"# {title}"], [_HTML.replace("TITLE", html.escape(title))]
+    """Write ``report.md`` and ``report.html``, which it returns, and the tables and figures."""
+    text, page = [f"# {title}"], [_HTML.replace("TITLE", html.escape(title))]
     for section in sections:
-        files.append(folder / f"{section.name}.csv")
         table = section.table.to_csv(index=False, lineterminator="\n")
-        write_atomically(files[-1], table.encode())
+        write_atomically(folder / f"{section.name}.csv", table.encode())
         text += [f"## {section.title}", section.legend, markdown(section.shown)]
         page += [f"<h2>{html.escape(section.title)}</h2>", f"<p>{html.escape(section.legend)}</p>"]
         page.append(_html_table(section.shown))
         for name, figure in section.figures.items():
-            files += plots.save_figure(figure, folder / name)
+            plots.save_figure(figure, folder / name)
             text.append(f"![{name}]({name}.png)")
             width = round(110 * figure.get_size_inches()[0])
             page.append(f'<img src="{name}.png" alt="{name}" width="{width}">')
     reports = {"report.md": "\n\n".join(text), "report.html": "\n".join([*page, "</body></html>"])}
     for name, content in reports.items():
         write_atomically(folder / name, f"{content}\n".encode())
-    return [*(folder / name for name in reports), *files]
+    return [folder / name for name in reports]
 
 
 def markdown(shown: pd.DataFrame) -> str:

@@ -4,16 +4,11 @@ A section is a title, a legend, a table of unrounded numbers, the same as text, 
 made of the runs that `tables.read_lines` gives, and counts them out again.
 """
 
-# pandas' own types say of every column that it may be a table, an array or a number.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
-# pyright: reportAssignmentType=false, reportOperatorIssue=false
-
 from __future__ import annotations
 
 import re
 import string
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -127,15 +122,20 @@ def file_name(words: object) -> str:
 
 
 def pages(
-    stem: str, table: pd.DataFrame, draw: Callable[[pd.DataFrame], Figure]
+    stem: str, table: pd.DataFrame, value: str, looks: plots.Looks, note: str, **style: Any
 ) -> dict[str, Figure]:
     """Figures of dots, with as many tasks as a page takes, in order of ontology and name."""
+    if not len(table):
+        return {}
     ranks = {row.task: group_rank(row.ontology) for row in table.itertuples()}
     tasks = sorted(ranks, key=lambda task: (ranks[task], task))
     table = table.assign(at=table["task"].map(tasks.index)).sort_values("at", kind="stable")
     parts = table["at"] // plots.places_on_page(table["label"].nunique())
     name = stem if parts.nunique() == 1 else stem + "-{}"
-    return {name.format(at + 1): draw(part) for at, part in table.groupby(parts)}
+    return {
+        name.format(at + 1): plots.dots(part, value, looks, note, **style)
+        for at, part in table.groupby(parts)
+    }
 
 
 def _counts(table: pd.DataFrame, **columns: str) -> tuple[str, dict[str, pd.Series]]:
@@ -148,11 +148,9 @@ def _counts(table: pd.DataFrame, **columns: str) -> tuple[str, dict[str, pd.Seri
 
 # ---- lines and scores ----------------------------------------------------------------------------
 
-_COUNTS = ["runs", "tasks", "samples", "init seeds", "order seeds"]
-_FAULTS = ["failed", "unfinished", "without test score", "cut_train", "cut_dev", "cut_test"]
 _FACTS = [
     *("method", "backbone", "stage", "start", "num_virtual_tokens", "intrinsic_dim", "shots"),
-    *("optimizer", "learning_rate", "batch_size", "decoding"),
+    *("optimizer", "learning_rate", "batch_size", "decoding", "metric_variant"),
 ]
 
 
@@ -161,25 +159,28 @@ def lines_section(runs: pd.DataFrame) -> Section:
     own = runs[~runs["line"].isin(SHARED)]
     flags = flag_table(own)
     facts = pd.concat([own[_FACTS], flags.loc[:, flags.nunique() > 1]], axis=1)
-    table = {}
-    for line, at in own.groupby("line", sort=False).groups.items():
-        part = own.loc[at]
-        seeds = [part[x][part[x] != ""].nunique() for x in ("sample", "init_seed", "order_seed")]
+    lines, counts = {}, {}
+    for line, part in own.groupby("line", sort=False):
         status = part["status"].str.lower()
-        faults = [status.str.match("failed|diverged").sum(), (status == "training").sum()]
-        faults += [part["test"].isna().sum(), *part[_FAULTS[3:]].max().fillna(0)]
-        numbers = [len(part), part["task"].nunique(), *seeds, *faults]
-        table[line] = [f"{x:g}" for x in numbers] + [_values(facts.loc[at, x]) for x in facts]
-    what = [*_COUNTS, *_FAULTS[:3], *(f"most rows {x} may have" for x in _FAULTS[3:]), *facts]
-    what = [x.replace("rows cut_", "rows cut in ").replace(" may have", "") for x in what]
-    table = pd.DataFrame(table, index=pd.Index(what, name="what"))
-    is_fault = np.arange(len(table)) < len(_COUNTS) + len(_FAULTS)
-    differs = table.nunique(axis=1) > 1
-    keep = np.where(is_fault, (table != "0").any(axis=1), differs)
+        counts = {"runs": len(part), "tasks": part["task"].nunique()}
+        for name in ("sample", "init_seed", "order_seed"):
+            known = part.loc[part[name] != "", name]
+            counts[f"{name.replace('_', ' ')}s"] = known.nunique()
+        counts["failed"] = status.str.match("failed|diverged").sum()
+        counts["unfinished"] = (status == "training").sum()
+        counts["without test score"] = part["test"].isna().sum()
+        for split in ("train", "dev", "test"):
+            counts[f"most rows cut in {split}"] = part[f"cut_{split}"].fillna(0).max()
+        lines[line] = {name: f"{count:g}" for name, count in counts.items()}
+        lines[line] |= {name: _values(facts.loc[part.index, name]) for name in facts}
+    table = pd.DataFrame(lines).rename_axis("what")
+    differs, is_count = table.nunique(axis=1) > 1, table.index.isin([*counts])
+    keep = np.where(is_count, (table != "0").any(axis=1), differs)
     shown = table[keep | (table.shape[1] == 1) & table.index.isin(["method", "backbone"])]
-    twice = runs.attrs.get("twice", 0)
+    twice, shared = runs.attrs.get("twice", 0), len(runs) - len(own)
     legend = (
-        f"{len(runs)} runs of {runs['task'].nunique()} tasks. "
+        f"{len(own)} runs of {own['task'].nunique()} tasks"
+        + (f", and {shared} of baselines that all lines share. " if shared else ". ")
         + (f"{twice} runs stand in several files and count once. " if twice else "")
         + "Settings in which no line differs are left out."
     )
@@ -195,19 +196,18 @@ def _values(column: pd.Series) -> str:
 def scores_section(runs: pd.DataFrame, scores: pd.DataFrame) -> Section:
     """Mean test score of each point over its tasks, with dots for each task."""
     table = mean_over_tasks(scores)
-    tests = _tests_of(runs)
-    table[["low", "high"]] = [bootstrap([*tests[label].values()]) for label in table["label"]]
+    ends = {
+        label: bootstrap([tests for _, tests in own.groupby("task", sort=False)["test"]])
+        for label, own in chosen_runs(runs).groupby("label", sort=False)
+    }
+    table[["low", "high"]] = [ends[label] for label in table["label"]]
     count_out(runs, table)
     words, counts = _counts(table[is_method(table)], tasks="tasks", runs="scored")
     usual = table.loc[is_method(table), "tasks"].mode().max()
     alike = table["score"].where(is_method(table) & (table["tasks"] == usual))
-    shown = pd.DataFrame(
-        {
-            "line": table["label"],
-            "score": bold_best(plus_minus(table["score"], table["std"]), alike),
-            "95 % interval": intervals(table["low"], table["high"]),
-        }
-    )
+    shown = pd.DataFrame({"line": table["label"]})
+    shown["score"] = bold_best(plus_minus(table["score"], table["std"]), alike)
+    shown["95 % interval"] = intervals(table["low"], table["high"])
     shown = shown.assign(**{name: table["scored" if name == "runs" else name] for name in counts})
     if table["failed"].any():
         shown["failed"] = table["failed"]
@@ -218,27 +218,10 @@ def scores_section(runs: pd.DataFrame, scores: pd.DataFrame) -> Section:
         f"that count; both are means over tasks here. {words}{INTERVAL} Bold: the best of the "
         f"lines with {usual:g} tasks, baselines apart."
     )
-    drawn = plots.looks(scores)
     note = "test score; bars: standard deviation over samples and seeds"
     own = _few(scores[is_method(scores) & scores["score"].notna()])
-    figures = (
-        pages(
-            "scores",
-            own,
-            lambda page: plots.dots(page, "score", "task", "label", drawn, note, "std"),
-        )
-        if len(own)
-        else {}
-    )
+    figures = pages("scores", own, "score", plots.looks(scores), note, spread="std")
     return Section("scores", "Scores", legend, table, shown, figures)
-
-
-def _tests_of(runs: pd.DataFrame) -> dict[str, dict[str, np.ndarray]]:
-    """Test scores of the chosen runs by label and task."""
-    found: dict[str, dict[str, np.ndarray]] = {}
-    for (label, task), own in chosen_runs(runs).groupby(["label", "task"], sort=False):
-        found.setdefault(label, {})[task] = own["test"].to_numpy()
-    return found
 
 
 def _few(table: pd.DataFrame) -> pd.DataFrame:
@@ -266,17 +249,14 @@ def gains_section(runs: pd.DataFrame, ratios: pd.DataFrame) -> Section:
     columns = {"tasks": "e_rel_tasks", "runs": "e_rel_runs", "samples": "samples"}
     words, counts = _counts(own, **columns)
     best = own["e_rel"].where(is_method(own))
-    means = [map(number, own[x]) for x in ("shared_mean", "reference_mean")]
-    shown = pd.DataFrame(
-        {
-            "line": own["label"],
-            "E_rel": bold_best(plus_minus(own["e_rel"], own["e_rel_std"]), best),
-            "95 % interval": intervals(own["low"], own["high"]),
-            "ARG (%)": plus_minus(100 * own["e_rel"] - 100, 100 * own["arg_std"], 1, "+"),
-            "score : reference": [f"{x} : {y}" for x, y in zip(*means, strict=True)],
-            "p": p_values(own["p_corrected"]),
-        }
-    ).assign(**counts)
+    shown = own[["label"]].rename(columns={"label": "line"})
+    shown["E_rel"] = bold_best(plus_minus(own["e_rel"], own["e_rel_std"]), best)
+    shown["95 % interval"] = intervals(own["low"], own["high"])
+    shown["ARG (%)"] = plus_minus(100 * own["e_rel"] - 100, 100 * own["arg_std"], 1, "+")
+    both = zip(own["shared_mean"], own["reference_mean"], strict=True)
+    means = [f"{number(x)} : {number(y)}" for x, y in both]
+    shown = shown.assign(**{"score : reference": means, "p": p_values(own["p_corrected"])})
+    shown = shown.assign(**counts)
     gains = ratios[is_method(ratios) & (ratios["line"] != reference)]
     reasons = [
         f"{why}: {', '.join(dict.fromkeys(of_why['task']))}"
@@ -295,41 +275,20 @@ def gains_section(runs: pd.DataFrame, ratios: pd.DataFrame) -> Section:
     gains = _few(gains[gains["ratio"].notna()])
     spread = 100 * gains["std"] / gains["reference_score"]
     gains = gains.assign(gain=100 * gains["ratio"] - 100, spread=spread)
-    figures = (
-        pages(
-            name,
-            gains,
-            lambda page: plots.dots(
-                page,
-                "gain",
-                "task",
-                "label",
-                drawn,
-                f"{note}; bars: standard deviation",
-                "spread",
-                0.0,
-            ),
-        )
-        if len(gains)
-        else {}
-    )
+    bars = f"{note}; bars: standard deviation"
+    figures = pages(name, gains, "gain", drawn, bars, spread="spread", level=0.0)
     if gains["task"].nunique() >= 10:
         figures[f"{name}-violins"] = plots.violins(gains, "gain", "label", drawn, note, 0.0)
     return Section(name, f"Relative to {reference}", legend, table, shown, figures)
 
 
 def relative_means(runs: pd.DataFrame, ratios: pd.DataFrame) -> pd.DataFrame:
-    """A row for each point: E_rel, the spread of ARG over samples, means of both, a test.
-
-    Args:
-        runs: as `read_lines` gives them.
-        ratios: as `relate` gives them.
-    """
+    """A row for each point: E_rel, the spread of ARG over samples, means of both, a test."""
     base = ratios[(ratios["line"] == ratios["reference"]) & is_method(ratios)]
     label_of = {(x.task, x.shots): x.label for x in base.itertuples()}
-    tests = _tests_of(runs)
-    keys = ["task", "shots", "sample"]
-    cells = chosen_runs(runs).groupby(["label", *keys], sort=False)["test"].mean().reset_index()
+    chosen, keys = chosen_runs(runs), ["task", "shots", "sample"]
+    tests = dict([*chosen.groupby(["label", "task"], sort=False)["test"]])
+    cells = chosen.groupby(["label", *keys], sort=False)["test"].mean().reset_index()
     of_base = cells[cells["label"].isin(base["label"])].drop(columns="label")
     cells = cells.merge(of_base, on=keys, suffixes=("", "_base"))
     cells = cells[(cells["test_base"] > 0) & cells["test"].notna()]
@@ -340,26 +299,19 @@ def relative_means(runs: pd.DataFrame, ratios: pd.DataFrame) -> pd.DataFrame:
         used = own[own["ratio"].notna()]
         pairs = cells[(cells["label"] == label) & cells["task"].isin(used["task"])]
         gains = (pairs["test"] / pairs["test_base"] - 1).groupby(pairs["sample"]).mean()
-        bases = [tests[label_of[x.task, x.shots]][x.task] for x in used.itertuples()]
-        low, high = bootstrap([tests[label][task] for task in used["task"]], bases)
+        bases = [tests[label_of[x.task, x.shots], x.task] for x in used.itertuples()]
+        low, high = bootstrap([tests[label, task] for task in used["task"]], bases)
         test = t_test(both["score"], both["reference_score"], paired=True)
-        rows.append(
-            {
-                **dict(zip(POINT, point, strict=True)),
-                "reference": own["reference"].iloc[0],
-                "e_rel": used["ratio"].mean(),
-                "e_rel_std": (used["std"] / used["reference_score"]).mean(),
-                "e_rel_tasks": len(used),
-                "e_rel_runs": used["scored"].sum(),
-                **{"low": low, "high": high, "arg_std": gains.std(), "samples": len(gains)},
-                "shared_tasks": len(both),
-                "shared_mean": both["score"].mean(),
-                "reference_mean": both["reference_score"].mean(),
-                **{name: test[name] for name in ("difference", "t", "df", "p")},
-                "left_out": " ".join(own.loc[own["left_out"] != "", "task"]),
-                "runs": own["runs"].sum(),
-            }
-        )
+        row = dict(zip(POINT, point, strict=True)) | {"reference": own["reference"].iloc[0]}
+        row |= {"e_rel": used["ratio"].mean(), "e_rel_tasks": len(used)}
+        row |= {"e_rel_std": (used["std"] / used["reference_score"]).mean()}
+        row |= {"e_rel_runs": used["scored"].sum(), "low": low, "high": high}
+        row |= {"arg_std": gains.std(), "samples": len(gains), "shared_tasks": len(both)}
+        row |= {"shared_mean": both["score"].mean()}
+        row |= {"reference_mean": both["reference_score"].mean()}
+        row |= {name: test[name] for name in ("difference", "t", "df", "p")}
+        row["left_out"] = " ".join(own.loc[own["left_out"] != "", "task"])
+        rows.append(row | {"runs": own["runs"].sum()})
     return pd.DataFrame(rows)
 
 
@@ -372,7 +324,8 @@ def sets_sections(
     """Means over the tasks of each set, such as an ontology group: scores, then each E_rel."""
     order = sorted(sets.unique(), key=group_rank)
     for table, value, title, name in _valued(scores.assign(set=sets), ratios):
-        means = _mean_of(table, value, [*POINT, "set"])
+        means = mean_over_tasks(table, value, "spread", [*POINT, "set"])
+        means = means.rename(columns={value: "mean"})
         grid = means.pivot_table(index="label", columns="set", values="mean", sort=False)
         grid = grid.reindex(columns=[x for x in order if x in grid])
         stem, figures = f"{name}-by-{kind}", {}
@@ -389,21 +342,13 @@ def dimension_sections(scores: pd.DataFrame, ratios: Sequence[pd.DataFrame]) -> 
     drawn = plots.looks(scores, "family")
     for table, value, title, name in _valued(scores, ratios) if order else ():
         has = table["intrinsic_dim"].notna()
-        means = _mean_of(table[has], value, POINT).sort_values("intrinsic_dim", kind="stable")
+        means = mean_over_tasks(table[has], value, "spread").rename(columns={value: "mean"})
+        means = means.sort_values("intrinsic_dim", kind="stable")
         shown, words = _pivot(means, "family", "intrinsic_dim", order)
         stem, figures = f"{name}-by-dimension", {}
         if len(order) > 1 and means["mean"].notna().any():
-            figures[stem] = plots.lines(
-                means,
-                "intrinsic_dim",
-                "mean",
-                "family",
-                drawn,
-                "intrinsic dimension",
-                title,
-                "std",
-                1.0 if value == "ratio" else None,
-            )
+            words = ("intrinsic dimension", title, "std", 1.0 if value == "ratio" else None)
+            figures[stem] = plots.lines(means, "intrinsic_dim", "mean", "family", drawn, *words)
         whole = table[~has & is_method(table)].groupby("label", sort=False)[value].mean().dropna()
         beside = ", ".join(f"{label} {x:.3f}" for label, x in whole.items())
         legend = f"{title} in a subspace, ± standard deviation over runs, mean over tasks. {words}"
@@ -422,20 +367,6 @@ def _valued(
         name = table["reference"].iloc[0]
         table = table.assign(spread=spread.where(table["ratio"].notna()), **extra)
         yield table, "ratio", f"E_rel against {name}", f"e_rel-{file_name(name)}"
-
-
-def _mean_of(table: pd.DataFrame, value: str, by: Sequence[str]) -> pd.DataFrame:
-    """Means over tasks of a value and its spread, with the tasks and runs that count."""
-    table = table.assign(scored=table["scored"].where(table[value].notna(), 0))
-    means = table.groupby([*by], dropna=False, sort=False).agg(
-        mean=(value, "mean"),
-        std=("spread", "mean"),
-        tasks=(value, "count"),
-        scored=("scored", "sum"),
-        runs=("runs", "sum"),
-    )
-    assert means["runs"].sum() == table["runs"].sum()
-    return means.reset_index()
 
 
 def _pivot(
@@ -465,7 +396,7 @@ def task_section(runs: pd.DataFrame) -> Iterator[Section]:
     tuned = pd.concat([tuned, *_initial_prompts(tuned, runs)]) if over_k else tuned
     if not len(tuned):
         return
-    table = task_scores(tuned.reset_index(drop=True), [*POINT, *TASK])
+    table = task_scores(tuned.reset_index(drop=True))
     table["rank"] = table["shots"].map(shots_rank)
     table["group"] = table["ontology"].map(group_rank)
     names = list(dict.fromkeys(table["name"]))
@@ -488,16 +419,9 @@ def task_section(runs: pd.DataFrame) -> Iterator[Section]:
     drawn, figures = plots.looks(table, "name"), {}
     for task, own in table.sort_values("rank", kind="stable").groupby("task", sort=False):
         if own["shots"].nunique() > 1:
-            figures[f"shots-{file_name(task)}"] = plots.lines(
-                own,
-                "shots",
-                "score",
-                "name",
-                drawn,
-                f"K ({task})",
-                f"test {own['metric'].iloc[0]}",
-                "std",
-            )
+            words = (f"K ({task})", f"test {own['metric'].iloc[0]}", "std")
+            figure = plots.lines(own, "shots", "score", "name", drawn, *words)
+            figures[f"shots-{file_name(task)}"] = figure
     title = "Scores by task, start and K" if over_k else "Scores by task"
     yield Section("tasks", title, legend, table.drop(columns=["rank", "group"]), shown, figures)
 
@@ -536,19 +460,12 @@ def tests_section(runs: pd.DataFrame, references: Sequence[str]) -> Iterator[Sec
         return
     table["p_corrected"] = holm(table["p"])
     known = table[table["p"].notna()]
-    shown = pd.DataFrame(
-        {
-            "task": known["task"],
-            "K": known["shots"],
-            "line": known["one"],
-            "against": known["other"],
-            "n": [f"{x} : {y}" for x, y in zip(known["n"], known["n_other"], strict=True)],
-            "difference": [number(x, "+") for x in known["difference"]],
-            "95 % interval": intervals(known["low"], known["high"], "+"),
-            "test": known["test"],
-            "p": p_values(known["p_corrected"]),
-        }
-    )
+    shown = known[["task", "shots", "one", "other"]]
+    shown = shown.set_axis(["task", "K", "line", "against"], axis=1)
+    shown["n"] = known["n"].astype(str) + " : " + known["n_other"].astype(str)
+    shown["difference"] = [number(x, "+") for x in known["difference"]]
+    shown["95 % interval"] = intervals(known["low"], known["high"], "+")
+    shown["test"], shown["p"] = known["test"], p_values(known["p_corrected"])
     same = [x for x in ("K", "against", "test") if shown[x].nunique() == 1]
     pair = "The two lines of the best mean dev scores of their chosen runs"
     legend = (

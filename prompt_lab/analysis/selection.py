@@ -17,10 +17,6 @@ seed. The source no-transfer has the scores without transfer. Either may have a 
 cells are missing numbers, and what follows a # is a comment.
 """
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
-# pyright: reportAssignmentType=false, reportOperatorIssue=false
-
 from __future__ import annotations
 
 import itertools
@@ -32,14 +28,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
-from prompt_lab.analysis.tables import find_results, read_results
+from prompt_lab.analysis.tables import find_results, read_results, read_text
 from prompt_lab.files.prompts import FoundPrompt, find_prompts
 from prompt_lab.files.results import PLAIN_STARTS, choose_by_dev
+from prompt_lab.files.vectors import check_compatible, listed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prompt_lab.data.mixtures import Key
+    from prompt_lab.data.sampling import Key
 
 Seeds = Literal["mean", "each"]
 
@@ -52,7 +49,7 @@ PAPER_TABLE = Path(__file__).parents[1] / "data" / "selection_transfer.csv"
 KS = (1, 3)
 """The k of the measures that are told."""
 
-_UNIT = {"unit_rows": True}
+_UNIT, _BY = {"unit_rows": True}, {"over": "source"}
 PROMPT_RANKINGS: dict[str, tuple[str, dict[str, Any], str]] = {
     "subspace": ("subspace_similarities", {}, "similarity of prompt subspaces, 0 to 1"),
     "feature": ("feature_similarities", {}, "cosine of mean rows, -1 to 1"),
@@ -60,10 +57,7 @@ PROMPT_RANKINGS: dict[str, tuple[str, dict[str, Any], str]] = {
     "unigram": ("unigram_similarities", {}, "cosine of the rows' means over width, -1 to 1"),
     "unigram-unit": ("unigram_similarities", _UNIT, "the same for rows of length 1, -1 to 1"),
     "max": ("max_similarities", {}, "mean over target rows of the largest cosine, -1 to 1"),
-    "max-source": (
-        *("max_similarities", {"over": "source"}),
-        "mean over source rows of the largest cosine, -1 to 1",
-    ),
+    "max-source": ("max_similarities", _BY, "mean over source rows of the largest cosine, -1 to 1"),
     "cosine": ("cosine_similarities", {}, "cosine of all numbers, -1 to 1"),
     "frobenius": ("frobenius_distances", {}, "minus the Frobenius norm of the difference"),
 }
@@ -77,17 +71,11 @@ _RUN = ["task", "sample", "init_seed", "order_seed"]
 
 
 def ndcg(scores: Sequence[float], similarities: Sequence[float]) -> float:
-    """Normalised discounted cumulative gain of a ranking (Järvelin and Kekäläinen 2002).
+    """Normalised discounted cumulative gain of a ranking, at most 1; NaN if no score is above 0.
 
     DCG = sum over places i = 1, 2, ... of (2^score_i - 1) / log2(i + 1); nDCG is the DCG of the
-    ranking over that of the best ranking (Lin et al. 2024, equations 5 and 6).
-
-    Args:
-        scores: (S,) what the target reaches from each source, -100 to 100 percent.
-        similarities: (S,) the ranking, the highest first.
-
-    Returns:
-        At most 1; from 0 where no score is negative; NaN where no score is above 0.
+    ranking over that of the best ranking (Lin et al. 2024, equations 5 and 6). Of S sources,
+    ``scores`` (S,) are percent, and the highest of ``similarities`` (S,) comes first.
     """
     from sklearn.metrics import dcg_score  # its ndcg_score takes no negative gains
 
@@ -105,20 +93,14 @@ def best_of_top_k(scores: Sequence[float], similarities: Sequence[float], k: int
     Where a group of equal similarities stands across place k, m places remain for its g sources,
     and the value is the mean over all choices of m of g: the j-th smallest of them is the largest
     chosen one with probability C(j - 1, m - 1) / C(g, m).
-
-    Args:
-        scores: (S,) what the target reaches from each source.
-        similarities: (S,) the ranking, the highest first.
-        k: how many are chosen, 1 to S.
     """
     score, likeness = np.asarray(scores, float), np.asarray(similarities, float)
     sure, left = -math.inf, k
     for value in np.unique(likeness)[::-1]:
         tied = np.sort(score[likeness == value])
         if len(tied) >= left:
-            chances = [
-                math.comb(j, left - 1) / math.comb(len(tied), left) for j in range(len(tied))
-            ]
+            ways = math.comb(len(tied), left)
+            chances = [math.comb(j, left - 1) / ways for j in range(len(tied))]
             return float(np.maximum(tied, sure) @ chances)
         sure, left = max(sure, tied[-1]), left - len(tied)
     raise ValueError(f"k is {k}, and there are {len(score)} sources: give 1 to {len(score)}")
@@ -127,17 +109,12 @@ def best_of_top_k(scores: Sequence[float], similarities: Sequence[float], k: int
 def judge(
     scores: Sequence[float], similarities: Sequence[float], baseline: float = math.nan
 ) -> dict[str, float]:
-    """All measures of one ranking, in percent.
+    """All measures of one ranking, in percent; ``baseline`` is the score without transfer.
 
     ``nDCG``; and for each k from 1 to S ``score@k`` of the best of the first k, ``Regret@k``, (max
     over all sources - max over the first k) / max over all (Lin et al. 2024, equation 7), and
     ``gain@k``, (score@k - baseline) / baseline. Regret is NaN where no score is above 0, gain where
     no baseline is.
-
-    Args:
-        scores: (S,) what the target reaches from each source, in percent.
-        similarities: (S,) the ranking, the highest first.
-        baseline: score without transfer; NaN for unknown.
     """
     found, highest = {"nDCG": 100 * ndcg(scores, similarities)}, max(scores)
     for k in range(1, len(scores) + 1):
@@ -149,14 +126,11 @@ def judge(
 
 
 def evaluate(transfer: pd.DataFrame, rankings: pd.DataFrame, seeds: Seeds = "mean") -> pd.DataFrame:
-    """Judge rankings of sources by measured transfer.
+    """Judge rankings of sources by measured transfer; both are tables as in the module.
 
-    Args:
-        transfer: as in the module.
-        rankings: the same.
-        seeds: whether scores of several seeds are averaged before ranking ("mean": the equations),
-            or each seed is judged by itself and the measures are averaged ("each": the authors'
-            code and published figures; a seed counts for a target where all its sources have it).
+    Scores of several seeds are averaged before ranking ("mean": the equations), or each seed is
+    judged by itself and the measures are averaged ("each": the authors' code and published
+    figures; a seed counts for a target where all its sources have it).
 
     Returns:
         A row for each ranking and target: ``sources``, ``first`` (the name), ``baseline``, and the
@@ -181,7 +155,7 @@ def evaluate(transfer: pd.DataFrame, rankings: pd.DataFrame, seeds: Seeds = "mea
         likeness = pairs.merge(own, on=["target", "source"], how="left")
         lost = likeness[~np.isfinite(likeness["similarity"])]
         if len(lost):
-            names = some([f"{x.source} for {x.target}" for x in lost.itertuples()])
+            names = listed(f"{x.source} for {x.target}" for x in lost.itertuples())
             raise ValueError(
                 f"{ranking}: no similarity of {len(lost)} of {len(pairs)} pairs that were "
                 f"measured: {names}; add them, or take the pairs out of the transfer table"
@@ -207,10 +181,8 @@ def read_transfer(places: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
 
     In results, a run is a transfer if it starts from the prompt of another task; of the runs of one
     source, task, sample and seeds, the one that dev chose counts. Runs without transfer are those
-    that start from no other task. A task as its own source is left out.
-
-    Args:
-        places: CSV tables, results.csv files, folders with such, or "paper", Table 7 of Lin et al.
+    that start from no other task. A task as its own source is left out. ``places`` are CSV tables,
+    results.csv files, folders with such, or "paper", Table 7 of Lin et al.
 
     Returns:
         Transfer, as in the module; and notes on what was left out, and what is missing.
@@ -233,7 +205,7 @@ def read_transfer(places: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
     every = pd.concat(tables, ignore_index=True)
     sizes = every.dropna(subset="size").groupby("source")["size"]
     if len(several := sizes.nunique().loc[lambda count: count > 1]):
-        raise ValueError(f"several sizes of {some(several.index)}: give one number for each source")
+        raise ValueError(f"several sizes of {listed(several.index)}: give one number for each")
     table = every.dropna(subset="score")
     twice = table[table.duplicated(["source", "target", "sample", "seed"])]
     if len(twice):
@@ -250,21 +222,21 @@ def read_transfer(places: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
     transfer = table[~is_base & ~is_own].reset_index(drop=True)
     lacking = [x for x in every["target"].unique() if x not in {*transfer["target"]}]
     if lacking or transfer.empty:
-        names = some(lacking) or "any target"
+        names = listed(lacking) or "any target"
         raise ValueError(f"no source has a score for {names}: add one, or leave the target out")
     transfer["size"] = transfer["source"].map(sizes.first())
     baselines = table[is_base].groupby("target")["score"].mean()
     transfer["baseline"] = transfer["target"].map(baselines).astype(float)
     if own := sorted({*table[is_own]["source"]}):
-        notes.append(f"left out, a task as its own source: {some(own)}")
+        notes.append(f"left out, a task as its own source: {listed(own)}")
     counts = transfer.groupby(["target", "source"]).size()
     grid = itertools.product(transfer["target"].unique(), transfer["source"].unique())
     missing = [f"{s} for {t}" for t, s in grid if s != t and (t, s) not in counts.index]
     if missing:
-        notes.append(f"not measured, so not ranked for that target: {some(missing)}")
+        notes.append(f"not measured, so not ranked for that target: {listed(missing)}")
     most = len(transfer[["sample", "seed"]].drop_duplicates())
     if len(few := counts[counts < most]):
-        names = some([f"{source} for {target}" for target, source in few.index])
+        names = listed(f"{source} for {target}" for target, source in few.index)
         notes.append(f"measured with fewer than {most} seeds: {names}")
     return transfer, notes
 
@@ -276,16 +248,11 @@ def read_table(path: str | Path) -> pd.DataFrame:
         Columns ``source``, ``target``, ``sample``, ``seed``, ``score`` and ``size``.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is no such table.
+        FileNotFoundError, ValueError: no such file, or it is no such table.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}: give a CSV table")
-    try:
-        given = {"header": None, "dtype": str, "comment": "#", "keep_default_na": False}
-        cells = pd.read_csv(path, encoding="utf-8-sig", **given)
-    except ValueError as error:  # also pandas' own, and text that is not UTF-8
-        raise ValueError(f"{path} is no CSV table: {' '.join(str(error).split())}") from None
+    cells = read_text(path, "CSV table", header=None, comment="#", encoding="utf-8-sig")
     cells = cells.fillna("").map(str.strip)
     header, is_long = [*cells.iloc[0]], {"source", "target", "score"} <= {*cells.iloc[0]}
     optional = ("target", "score", "sample", "seed", "size") if is_long else ("size",)
@@ -342,20 +309,12 @@ def _from_results(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
                 )
     chosen = choose_by_dev(used, ["source", *_RUN, "start_seed"])
     scored = chosen[chosen["test"].notna()]
-    left = {
-        "tuned runs of other tasks or other starts": len(tuned) - len(used),
-        "runs without a test score": len(chosen) - len(scored),
-    }
+    others, lost = len(tuned) - len(used), len(chosen) - len(scored)
+    notes = [f"left out, {others} tuned runs of other tasks or other starts"] * bool(others)
+    notes += [f"left out, {lost} runs without a test score"] * bool(lost)
     seed = scored["init_seed"] + "/" + scored["order_seed"]
     table = scored[["source", "task", "sample"]].rename(columns={"task": "target"})
-    table = table.assign(seed=seed, score=100 * scored["test"], size=math.nan)
-    return table, [f"left out, {count} {what}" for what, count in left.items() if count]
-
-
-def some(names: Sequence[str], most: int = 5) -> str:
-    """The first names as text, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(str, names[:most])) + more
+    return table.assign(seed=seed, score=100 * scored["test"], size=math.nan), notes
 
 
 # ---- rankings by prompts -------------------------------------------------------------------------
@@ -367,25 +326,11 @@ def load_prompts(files: Mapping[Key, FoundPrompt]) -> dict[Key, Tensor]:
     Raises:
         ValueError: prompts of several backbones or widths, with NaN, or all zeros.
     """
-    found, first = {}, None
-    for key, one in files.items():
-        prompt = one.load()
-        kind = f"backbone {prompt.backbone!r} with weights {prompt.backbone_digest[:12]}"
-        kind += f" and width {prompt.prompt.shape[1]}"
-        facts = (prompt.backbone_digest, prompt.prompt.shape[1])
-        first = first or (facts, f"{one.where} was made for {kind}")
-        if facts != first[0]:
-            raise ValueError(
-                f"{first[1]}, but {one.where} for {kind}: only prompts of one backbone can be "
-                "compared"
-            )
-        if not prompt.prompt.isfinite().all() or not prompt.prompt.any():
-            raise ValueError(
-                f"{one.where} is all zeros, or holds NaN or infinite numbers: tune it again or "
-                "leave its task out"
-            )
-        found[key] = prompt.prompt
-    return found
+    check_compatible(*files.values(), any_length=True)
+    for one in files.values():
+        if not one.prompt.prompt.any():
+            raise ValueError(f"{one.where} is all zeros: tune it again or leave its task out")
+    return {key: one.prompt.prompt for key, one in files.items()}
 
 
 def rank_by_prompts(
@@ -394,13 +339,7 @@ def rank_by_prompts(
     """How alike source tasks are to target tasks by their prompts.
 
     Tasks that have samples in common are compared on those, sample by sample; others by all pairs
-    of their prompts.
-
-    Args:
-        method: one of `PROMPT_RANKINGS`.
-        targets: prompts (N, D) by task and sample.
-        sources: the same.
-        subspace: ``energy`` and ``rank`` of `core.similarity.subspaces`.
+    of their prompts (N, D). ``subspace`` are ``energy`` and ``rank`` of `core.similarity`.
 
     Returns:
         A row for each target and source: ``similarity`` (mean), ``std`` (ddof 1), ``count`` of
@@ -414,15 +353,15 @@ def rank_by_prompts(
     from prompt_lab.core import similarity
 
     name, flags, _ = PROMPT_RANKINGS[method]
-    ours, theirs = ({len(x): [] for x in bank.values()} for bank in (targets, sources))
+    ours, theirs = {}, {}
     for bank, groups in ((targets, ours), (sources, theirs)):
         for key, prompt in bank.items():
-            groups[len(prompt)].append(key)
+            groups.setdefault(len(prompt), []).append(key)
     if method in _ROW_BY_ROW and len(lengths := ours | theirs) > 1:
-        names = [f"{keys[0][0]} {size}" for size, keys in lengths.items()]
+        names = listed(f"{keys[0][0]} {size}" for size, keys in lengths.items())
         raise ValueError(
-            f"{method} compares prompts row by row, and these have several lengths "
-            f"({some(names)}): give prompts of one length"
+            f"{method} compares prompts row by row, and these have several lengths ({names}): give "
+            "prompts of one length"
         )
     rows = []
     for one, other in itertools.product(ours.values(), theirs.values()):
@@ -437,12 +376,8 @@ def rank_by_prompts(
     pairs["same_sample"] = pairs["target_sample"] == pairs["source_sample"]
     has_same = pairs.groupby(["target", "source"])["same_sample"].transform("any")
     used = pairs[pairs["same_sample"] | ~has_same].groupby(["target", "source"], sort=False)
-    return used.agg(
-        similarity=("similarity", "mean"),
-        std=("similarity", "std"),
-        count=("similarity", "size"),
-        same_sample=("same_sample", "all"),
-    ).reset_index()
+    table = used["similarity"].agg(similarity="mean", std="std", count="size")
+    return table.assign(same_sample=used["same_sample"].all()).reset_index()
 
 
 def prompt_rankings(targets: Mapping[Key, Tensor], sources: Mapping[Key, Tensor]) -> pd.DataFrame:
@@ -461,10 +396,6 @@ def find_steps(folders: Sequence[str], targets: Sequence[str]) -> tuple[pd.DataF
     one with the best dev score at any step counts at all steps. Prompts of other tasks, and those
     that start from another task, are left out.
 
-    Args:
-        folders: folders of fits.
-        targets: the target tasks.
-
     Returns:
         A row for each ``step``, ``task``, ``sample`` (-1 for none), ``init_seed`` and
         ``order_seed``, with the prompt in ``found``; and notes.
@@ -482,13 +413,12 @@ def find_steps(folders: Sequence[str], targets: Sequence[str]) -> tuple[pd.DataF
                 "model.save_steps"
             )
         every += [(step, one) for step in sorted(places) for one in find_prompts(places[step])]
-    facts = [
-        {x: one.metadata.get(x) for x in (*_RUN, "start", "run")}
-        | {"step": step, "fit": one.path.parents[1], "file": one.path.name}
-        | {"dev": one.dev, "found": one}
-        for step, one in every
-    ]
-    table = pd.DataFrame(facts)
+    rows = []
+    for step, one in every:
+        place = {"step": step, "fit": one.path.parents[1], "file": one.path.name}
+        row = {name: one.metadata.get(name) for name in (*_RUN, "start", "run")}
+        rows.append({**row, **place, "dev": one.dev, "found": one})
+    table = pd.DataFrame(rows)
     table = table[table["task"].isin(targets) & table["start"].isin(PLAIN_STARTS)]
     others = len(every) - len(table)
     table[_RUN[1:]] = table[_RUN[1:]].fillna(-1).astype(int)
@@ -496,14 +426,14 @@ def find_steps(folders: Sequence[str], targets: Sequence[str]) -> tuple[pd.DataF
     runs = runs.agg({"dev": "max", "run": "first"}).reset_index()
     table = table.merge(choose_by_dev(runs, _RUN)[["fit", "file"]], on=["fit", "file"])
     table = table.sort_values("step", kind="stable")
-    held = {step: {*own["task"]} for step, own in table.groupby("step")}
-    lacking = {
-        step: [x for x in targets if x not in held.get(step, ())]
-        for step in sorted({step for step, _ in every})
-    }
-    if lacks := [f"step {step} lacks {some(names)}" for step, names in lacking.items() if names]:
+    lacks = []
+    for step in sorted({step for step, _ in every}):
+        held = {*table.loc[table["step"] == step, "task"]}
+        if names := listed(x for x in targets if x not in held):
+            lacks.append(f"step {step} lacks {names}")
+    if lacks:
         raise FileNotFoundError(
-            f"not every saved step has all target tasks: {some(lacks)}; fit all from a start "
+            f"not every saved step has all target tasks: {listed(lacks)}; fit all from a start "
             "without transfer with the same model.save_steps (a run that patience ended has no "
             "later ones)"
         )
@@ -511,7 +441,7 @@ def find_steps(folders: Sequence[str], targets: Sequence[str]) -> tuple[pd.DataF
     fewer = [f"{count} at step {step}" for step, count in counts.items() if count < counts.max()]
     notes = [f"left out, {others} saved prompts of other tasks or other starts"] * bool(others)
     if fewer:
-        notes.append(f"not all of {counts.max()} target prompts were saved: {some(fewer)}")
+        notes.append(f"not all of {counts.max()} target prompts were saved: {listed(fewer)}")
     return table, notes
 
 
@@ -522,13 +452,13 @@ def evaluate_steps(
 
     With "mean" the similarities of a target's prompts are averaged, and the ranking is judged by
     the transfer scores averaged over seeds. With "each" every prompt is judged by the scores of its
-    own sample (their means over seeds), and the measures are averaged.
+    own sample (their means over seeds), and the measures are averaged. A prompt is compared with
+    the best source prompt of its sample, or with all of them where the source has none of that.
 
     Args:
         transfer: as in the module.
         steps: as `find_steps` gives them.
-        sources: the best source prompts by task and sample; a prompt is compared with the source's
-            of its sample, or with all of them where the source has none of that.
+        sources: the best source prompts by task and sample.
         seeds: "mean" or "each".
 
     Returns:
@@ -559,12 +489,8 @@ def evaluate_steps(
             if lacking := sorted({*of_task["source"]} - {*scores["source"]}):
                 raise ValueError(
                     f"a prompt of {task} is judged by the transfer scores of its sample, {sample}, "
-                    f"and {some(lacking)} have none: add them, or take the mean over seeds"
+                    f"and {listed(lacking)} have none: add them, or take the mean over seeds"
                 )
             judged.append(evaluate(scores, of_prompt).assign(step=step))
-    found = pd.concat(judged, ignore_index=True)
-    return (
-        found.groupby(["step", "ranking", "target"], sort=False)
-        .mean(numeric_only=True)
-        .reset_index()
-    )
+    found = pd.concat(judged).groupby(["step", "ranking", "target"], sort=False)
+    return found.mean(numeric_only=True).reset_index()

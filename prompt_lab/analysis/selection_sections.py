@@ -3,10 +3,6 @@
 The tables of `selection`, as `report.write_report` takes them; scores are percent.
 """
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
-# pyright: reportOperatorIssue=false, reportAssignmentType=false
-
 from __future__ import annotations
 
 import math
@@ -29,7 +25,7 @@ from prompt_lab.analysis.selection import KS
 from prompt_lab.analysis.statistics import tsne
 
 if TYPE_CHECKING:
-    from prompt_lab.data.mixtures import Key
+    from prompt_lab.data.sampling import Key
     from prompt_lab.files.prompts import FoundPrompt
 
 
@@ -42,12 +38,7 @@ def selection_sections(
 ) -> Iterator[Section]:
     """The sections of a report of rankings that were judged by transfer.
 
-    Args:
-        transfer: as in the module.
-        rankings: the same.
-        found: as `evaluate` gives it.
-        steps: as `evaluate_steps` gives it.
-        prompts: tuned prompts by task and sample, of all targets and sources.
+    Arguments are what the functions of `selection` give; ``prompts`` are of all tasks.
     """
     every = found["ranking"] if steps is None else pd.concat([found["ranking"], steps["ranking"]])
     names = pd.Series(every.unique())
@@ -67,10 +58,8 @@ def selection_sections(
     )
     yield Section("rankings", "Rankings of sources", legend, table, shown)
     grid = _grid(found, "target", "ranking", "nDCG")
-    shown = grid.apply(
-        lambda row: bold_best([number(x, digits=2) for x in row], row), axis=1, result_type="expand"
-    )
-    shown = shown.set_axis(grid.columns, axis=1).reset_index()
+    rows = [bold_best([number(x, digits=2) for x in row], row) for _, row in grid.iterrows()]
+    shown = pd.DataFrame(rows, grid.index, grid.columns).reset_index()
     legend = "nDCG in percent. Bold: the best of a row."
     yield Section("targets", "Rankings by target", legend, found, shown)
     relative = 100 * (transfer["score"] / transfer["baseline"] - 1)
@@ -100,12 +89,7 @@ def selection_sections(
 def mean_measures(
     found: pd.DataFrame, by: Sequence[str] = ("ranking",)
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Means and standard deviations of measures over targets, as numbers and as text.
-
-    Args:
-        found: as `evaluate` gives it.
-        by: what a row is of.
-    """
+    """Means and standard deviations over targets of what `evaluate` found, as numbers and text."""
     kinds = ["Regret", "gain"] if found["gain@1"].notna().any() else ["Regret"]
     names = ["nDCG", *(f"{kind}@{k}" for kind in kinds for k in KS)]
     groups = found.groupby([*by], sort=False)
@@ -171,24 +155,14 @@ def _relative_section(gains: pd.DataFrame) -> Section:
             rows.append({"by": by, "task": task, "pairs": len(own)} | _spread(own))
         looks = plots.looks(pd.DataFrame({"line": by, "label": gains[by].unique()}))
         figures[f"transfer-by-{by}"] = plots.violins(gains, "relative", by, looks, note, 0.0)
-        own = pd.DataFrame([row for row in rows if row["by"] == by]).assign(label="mean")
-        figures[f"transfer-means-by-{by}"] = plots.dots(
-            own,
-            "mean",
-            "task",
-            "label",
-            plots.looks(own.assign(line="mean")),
-            f"{note}, mean over {other}s and its 95 % interval",
-            ("low", "high"),
-            0.0,
-        )
+        own = pd.DataFrame([x for x in rows if x["by"] == by]).assign(label="mean", line="mean")
+        words = f"{note}, mean over {other}s and its 95 % interval"
+        figure = plots.dots(own, "mean", plots.looks(own), words, ("low", "high"), 0.0)
+        figures[f"transfer-means-by-{by}"] = figure
     table = pd.DataFrame(rows)
-    shown = table[["by", "task", "pairs"]].assign(
-        **{
-            "relative transfer": plus_minus(table["mean"], table["std"], 2, "+"),
-            "95 % interval": intervals(table["low"], table["high"], "+", 2),
-        }
-    )
+    shown = table[["by", "task", "pairs"]].copy()
+    shown["relative transfer"] = plus_minus(table["mean"], table["std"], 2, "+")
+    shown["95 % interval"] = intervals(table["low"], table["high"], "+", 2)
     legend = (
         "Relative transfer in percent, mean ± standard deviation (ddof 1) over the other tasks, "
         f"seeds averaged. {_INTERVAL} Violins: a dot for each other task and seed."
@@ -238,24 +212,23 @@ def _token_section(transfer: pd.DataFrame, prompts: Mapping[Key, FoundPrompt]) -
     tables, rows, figures = [], [], {}
     for target, own in transfer.groupby("target", sort=False):
         means = own.groupby("source")["score"].mean().sort_values(ascending=False, kind="stable")
-        places = (
-            {"best": 0, "second": 1, "worst": -1} if len(means) > 2 else {"best": 0, "worst": -1}
-        )
-        chosen = {role: means.index[at] for role, at in places.items()} if len(means) > 1 else {}
-        labels = {f"{role}: {x} ({means[x]:.2f})": x for role, x in chosen.items()}
+        places = {"best": 0, "second": 1, "worst": -1}
+        if len(means) < 3:
+            places = {"best": 0, "worst": -1} if len(means) == 2 else {}
+        texts = {role: f"{means.index[at]} ({means.iloc[at]:.2f})" for role, at in places.items()}
+        labels = [f"{target}, no transfer", *(f"{role}: {x}" for role, x in texts.items())]
         parts = []
-        for label, task in {f"{target}, no transfer": target, **labels}.items():
+        for label, task in zip(labels, [target, *means.index[[*places.values()]]], strict=True):
             sample = samples[target][0] if samples[target][0] in samples[task] else samples[task][0]
-            parts += [(label, row) for row in prompts[task, sample].load().prompt.numpy()]
+            parts += [(label, row) for row in prompts[task, sample].prompt.prompt.numpy()]
         if len(parts) < 4:  # too few for t-SNE
             continue
         points, perplexity = tsne(np.stack([row for _, row in parts]))
         table = pd.DataFrame(points, columns=["x", "y"])
         tables.append(table.assign(target=target, prompt=[label for label, _ in parts]))
-        words = [f"{name} coordinate of t-SNE" for name in ("first", "second")]
+        words = ("first coordinate of t-SNE", "second coordinate of t-SNE")
         figure = plots.scatter(tables[-1], "x", "y", "prompt", *words)
         figures[f"tokens-{file_name(target)}"] = figure
-        texts = {role: f"{x} ({means[x]:.2f})" for role, x in chosen.items()}
         rows.append({"target": target, **texts, "perplexity": f"{perplexity:.3g}"})
     if tables:
         legend = (

@@ -24,15 +24,10 @@ Floats = NDArray[np.float64]
 
 
 def t_test(one: ArrayLike, other: ArrayLike, paired: bool) -> dict[str, float]:
-    """Two-sided t-test of ``one`` against ``other``: Student's of pairs, or Welch's.
+    """Two-sided t-test of the scores of ``one`` against ``other``: Student's of pairs, or Welch's.
 
     Values that are not finite are left out, in a paired test with their partners. Without two
     values a side, or without any spread, there is no test.
-
-    Args:
-        one: scores of runs, never rounded.
-        other: those of the other side; in a paired test in the same order.
-        paired: whether ``one[i]`` and ``other[i]`` share sample and seeds.
 
     Returns:
         ``n`` and ``n_other`` (values that count), ``difference`` of the means with its 95 %
@@ -84,16 +79,9 @@ def bootstrap(
 
     Tasks are drawn with replacement, and within each its runs. For few tasks and runs it is too
     narrow: of normal values it holds the true mean 76 % of the time for 3, 84 % for 5, 93 % for 30.
-
-    Args:
-        scores: the runs' scores of each task; those that are not finite are left out.
-        reference: those of a reference on the same tasks: the interval is then of E_rel, the mean
-            over tasks of score / reference.
-        resamples: how many.
-        seed: the same seed and scores give the same interval.
-
-    Returns:
-        Low and high end; NaN twice with a single run of a single task, or none.
+    Scores that are not finite are left out. With a ``reference`` on the same tasks the interval is
+    of E_rel, the mean over tasks of score / reference. NaN twice with a single run of a single
+    task, or none.
     """
     groups = [_finite(of_task) for of_task in scores]
     bases = [np.ones(1)] * len(groups) if reference is None else [_finite(x) for x in reference]
@@ -127,20 +115,13 @@ def _means(draw: np.random.Generator, values: Floats, resamples: int) -> Floats:
 def mantel(
     distances: ArrayLike, values: ArrayLike, permutations: int = 999, seed: int = 0
 ) -> dict[str, float]:
-    """Spearman's correlation of two matrices off their diagonals, with Mantel's permutation test.
+    """Spearman's correlation of two matrices (T, T) off their diagonals, with Mantel's test.
 
     The cells of a matrix are not independent, as each task stands in many of them, so an ordinary
     p-value would be too small. Mantel (1967) permutes the tasks of one matrix, rows and columns
     together: p = (b + 1) / (m + 1), where b of m permutations have a coefficient at least as far
     from zero. Where the tasks have no more than m + 1 orders, each of the others is taken once,
-    and p cannot be below 1 / T!.
-
-    Args:
-        distances: (T, T), complete off its diagonal.
-        values: (T, T), such as the transfer from task to task; need not be symmetric, and cells
-            that are NaN are left out.
-        permutations: m, how many at most.
-        seed: of random permutations.
+    and p cannot be below 1 / T!. ``values`` need not be symmetric, and its NaN are left out.
 
     Returns:
         ``rho`` and the two-sided ``p``, NaN with fewer than three tasks or three known cells and
@@ -191,13 +172,11 @@ def principal_components(vectors: ArrayLike) -> tuple[Floats, tuple[float, float
 
 
 def tsne(vectors: ArrayLike, seed: int = 0) -> tuple[Floats, float]:
-    """A map of vectors (R, I), R from 4, by t-SNE (van der Maaten and Hinton 2008), exact.
+    """A map (R, 2) of vectors (R, I), R from 4, by exact t-SNE (van der Maaten and Hinton 2008).
 
-    The perplexity is 30, or a third of the other points where there are fewer: it must stay below
-    their number. t-SNE keeps neighbours together; distances and directions on its map say little.
-
-    Returns:
-        Points (R, 2), and the perplexity.
+    The perplexity, given too, is 30, or a third of the other points where there are fewer: it must
+    stay below their number. t-SNE keeps neighbours together; distances and directions on its map
+    say little.
     """
     from sklearn.manifold import TSNE
 

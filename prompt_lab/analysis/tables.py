@@ -6,17 +6,13 @@ K. Within a point the learning rate and the batch size are chosen by dev, seeds 
 averaged; whatever else differs stops the report. All functions take and give DataFrames.
 """
 
-# pandas' own types say of every column that it may be a table, an array or a number.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
-# pyright: reportAssignmentType=false, reportOperatorIssue=false
-
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -77,16 +73,20 @@ def find_results(place: str | Path) -> list[Path]:
     place = Path(place)
     if not place.exists():
         raise FileNotFoundError(f"no file or folder {place}: name the run_dir of a fit")
-    files = [
-        file
-        for file in ([place] if place.is_file() else sorted(place.rglob("results.csv")))
-        if not any(part.startswith("previous-") for part in file.relative_to(place).parts)
-    ]
+    files = [file for file in ([place] if place.is_file() else sorted(place.rglob("results.csv")))]
     if not files:
         raise FileNotFoundError(
             f"no results.csv in {place} or below: prompt-lab test writes it; name its run_dir"
         )
     return files
+
+
+def read_text(file: str | Path, what: str, **how: Any) -> pd.DataFrame:
+    """A CSV file as text, empty where a cell is; a ``ValueError`` where it is no such file."""
+    try:
+        return pd.read_csv(file, dtype=str, keep_default_na=False, **how)
+    except ValueError as error:  # also pandas' parser errors, and text that is not UTF-8
+        raise ValueError(f"{file} is no {what}: {' '.join(str(error).split())}") from None
 
 
 def read_results(file: str | Path) -> pd.DataFrame:
@@ -95,11 +95,7 @@ def read_results(file: str | Path) -> pd.DataFrame:
     Raises:
         ValueError: no such table, one of another version, or a cell that is no number.
     """
-    try:
-        frame = pd.read_csv(file, dtype=str, keep_default_na=False)
-    except (UnicodeDecodeError, ValueError) as error:  # also pandas' parser errors
-        why = " ".join(str(error).split())
-        raise ValueError(f"{file} is no results.csv of prompt-lab: {why}") from None
+    frame = read_text(file, "results.csv of prompt-lab")
     if not {"fit_id", "test"} <= {*frame}:
         raise ValueError(f"{file} is no results.csv of prompt-lab: no columns fit_id and test")
     if lacking := [name for name in NEEDED if name not in frame]:
@@ -122,15 +118,12 @@ def read_results(file: str | Path) -> pd.DataFrame:
 
 
 def read_lines(places: Mapping[str, str | Path]) -> pd.DataFrame:
-    """All runs of the named folders: ``read_results`` with the columns ``line`` and ``label``.
+    """All runs of the named folders or files: ``read_results`` with ``line`` and ``label``.
 
     ``label`` names a point in words: the line, and those of its axes that have several values;
     ``name`` does so without K, and ``family`` without the intrinsic dimension.
     Runs that stand in two files of a line with the same scores are taken once, as are the
     baselines that need no method where all lines agree about them; ``attrs["twice"]`` counts both.
-
-    Args:
-        places: a folder or a result file by the name of its line.
 
     Raises:
         FileNotFoundError: as `find_results`.
@@ -198,11 +191,7 @@ _GRID = ["learning_rate", "batch_size"]
 
 
 def flag_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """The flags that are not at their defaults, one column each, as JSON text; of each run.
-
-    Raises:
-        ValueError: settings that are no JSON object.
-    """
+    """The flags of each run that are not at their defaults, one column each, as JSON text."""
     texts = {}
     for text, folder in runs.drop_duplicates("settings")[["settings", "folder"]].to_numpy():
         try:
@@ -284,24 +273,19 @@ def _told(point: pd.Series, telling: set[str]) -> Iterator[str]:
 
 def _in_order(runs: pd.DataFrame) -> pd.DataFrame:
     """Lines as named, their points, then tasks by group and name."""
-    frame = runs.assign(
-        is_baseline=runs["variant"].isin(BASELINES),
-        shots_rank=runs["shots"].map(shots_rank),
-        group_rank=runs["ontology"].map(group_rank),
+    order = runs[["order", "variant", "stage", "start", "start_of"]].assign(
+        dim=runs["intrinsic_dim"].fillna(0),
+        shots=runs["shots"].map(shots_rank),
+        group=runs["ontology"].map(group_rank),
+        task=runs["task"],
     )
-    by = ["is_baseline", "order", "variant", "stage", "start", "start_of", "intrinsic_dim"]
-    frame["intrinsic_dim"] = frame["intrinsic_dim"].fillna(0)
-    frame = frame.sort_values([*by, "shots_rank", "group_rank", "task"], kind="stable")
-    frame["intrinsic_dim"] = frame["intrinsic_dim"].where(frame["intrinsic_dim"] > 0)
-    return frame.drop(columns=["order", "shots_rank", "group_rank"]).reset_index(drop=True)
+    order.insert(0, "is_baseline", runs["variant"].isin(BASELINES))
+    order = order.sort_values([*order], kind="stable")
+    return runs.loc[order.index].drop(columns="order").reset_index(drop=True)
 
 
 def shots_rank(shots: str) -> float:
-    """Order of values of K: numbers, then "all".
-
-    Raises:
-        ValueError: another word.
-    """
+    """Order of values of K: numbers, then "all"; a ``ValueError`` for another word."""
     if shots == "all":
         return float("inf")
     if not re.fullmatch(r"\d+", shots):
@@ -323,34 +307,22 @@ def chosen_runs(runs: pd.DataFrame) -> pd.DataFrame:
     return choose_by_dev(runs, [*POINT, "expression", "task", "sample", *SEEDS])
 
 
-def task_scores(runs: pd.DataFrame, by: Sequence[str] = (*POINT, *TASK)) -> pd.DataFrame:
+def task_scores(runs: pd.DataFrame) -> pd.DataFrame:
     """A row for each point and task: mean over seeds, then samples, of the chosen test scores.
 
-    Args:
-        runs: as `read_lines` gives them.
-        by: what a row is of.
-
     Returns:
-        Columns ``by``, ``score``, ``std`` (ddof 1 over the chosen runs), ``scored`` (chosen runs
-        with a score), ``chosen``, ``failed`` (of the chosen) and ``runs`` (all, counted out).
+        Columns `POINT`, `TASK`, ``score``, ``std`` (ddof 1 over the chosen runs), ``scored``
+        (chosen runs with a score), ``failed`` (of the chosen) and ``runs`` (all, counted out).
     """
-    by = [*by]
+    by, how = [*POINT, *TASK], {"dropna": False, "sort": False}
     chosen = chosen_runs(runs)
-    groups = chosen.groupby(by, dropna=False, sort=False)
-    samples = chosen.groupby([*by, "sample"], dropna=False, sort=False)["test"].mean()
-    failed = chosen["status"].str.match(r"(?i)failed|diverged")
-    table = pd.DataFrame(
-        {
-            "score": samples.groupby(by, dropna=False, sort=False).mean(),
-            "std": groups["test"].std(),
-            "scored": groups["test"].count(),
-            "chosen": groups.size(),
-            "failed": failed.groupby([chosen[x] for x in by], dropna=False, sort=False).sum(),
-            "runs": runs.groupby(by, dropna=False, sort=False).size(),
-        }
-    ).reset_index()
+    chosen = chosen.assign(failed=chosen["status"].str.match(r"(?i)failed|diverged"))
+    groups, samples = chosen.groupby(by, **how), chosen.groupby([*by, "sample"], **how)
+    table = samples["test"].mean().groupby(by, **how).mean().to_frame("score")
+    table["std"], table["scored"] = groups["test"].std(), groups["test"].count()
+    table["failed"], table["runs"] = groups["failed"].sum(), runs.groupby(by, **how).size()
     count_out(runs, table)
-    return table
+    return table.reset_index()
 
 
 def is_method(table: pd.DataFrame) -> pd.Series:
@@ -363,17 +335,15 @@ def count_out(runs: pd.DataFrame, table: pd.DataFrame) -> None:
     assert table["runs"].sum() == len(runs), f"{len(runs)} runs in, {table['runs'].sum()} out"
 
 
-def mean_over_tasks(scores: pd.DataFrame, by: Sequence[str] = POINT) -> pd.DataFrame:
-    """A row for each point: means over tasks of score and std, with counts of tasks and runs."""
+def mean_over_tasks(
+    scores: pd.DataFrame, value: str = "score", std: str = "std", by: Sequence[str] = POINT
+) -> pd.DataFrame:
+    """A row for each point: means over tasks of a value and its ``std``; counts of tasks, runs."""
+    scores = scores.assign(scored=scores["scored"].where(scores[value].notna(), 0))
     groups = scores.groupby([*by], dropna=False, sort=False)
-    table = groups.agg(
-        score=("score", "mean"),
-        std=("std", "mean"),
-        tasks=("score", "count"),
-        scored=("scored", "sum"),
-        failed=("failed", "sum"),
-        runs=("runs", "sum"),
-    ).reset_index()
+    table = groups[value].mean().to_frame()
+    table["std"], table["tasks"] = groups[std].mean(), groups[value].count()
+    table = table.join(groups[["scored", "failed", "runs"]].sum()).reset_index()
     assert table["runs"].sum() == scores["runs"].sum()
     return table
 
@@ -382,11 +352,8 @@ def relate(scores: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Every task's score beside that of a reference: ``ratio`` is what E_rel is the mean of.
 
     A task is left out, and ``left_out`` says why, where its score or its reference is missing, and
-    where its reference is zero or negative, for which a ratio says nothing.
-
-    Args:
-        scores: as `task_scores` gives them.
-        reference: the name of a line; where it is itself in a subspace, of one dimension.
+    where its reference is zero or negative, for which a ratio says nothing. The reference is the
+    name of a line; where it is itself in a subspace, of one dimension.
 
     Raises:
         ValueError: no such line, or several of its points have a score of one task and K.
@@ -396,13 +363,11 @@ def relate(scores: pd.DataFrame, reference: str) -> pd.DataFrame:
         labels = ", ".join(dict.fromkeys(scores["line"]))
         raise ValueError(f"no reference {reference!r} among the lines {labels}")
     keys = ["task", "shots", "metric"]
-    if (twice := base[base.duplicated(keys)]).shape[0]:
+    if len(twice := base[base.duplicated(keys)]):
         task = twice["task"].iloc[0]
         labels = "; ".join(base.loc[base["task"] == task, "label"].unique())
         raise ValueError(f"{reference} is several references on {task} ({labels}): name one folder")
-    base = base[[*keys, "score", "std"]].rename(
-        columns={"score": "reference_score", "std": "reference_std"}
-    )
+    base = base[[*keys, "score"]].rename(columns={"score": "reference_score"})
     table = scores.merge(base, on=keys, how="left")
     left_out = pd.Series("", index=table.index)
     left_out[table["reference_score"] < 0] = "reference negative"

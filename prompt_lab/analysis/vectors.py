@@ -5,10 +5,6 @@ figures 2 and 3. The code of the paper averages vectors into the entries between
 prompts' figure (2) too; here that is made of prompts, and the vectors' of vectors.
 """
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
-# pyright: reportOperatorIssue=false
-
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,13 +66,13 @@ def _beside(sums: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     return found
 
 
+def _moments(name: str, values: pd.Series) -> dict[str, float]:
+    return {name: values.mean(), f"{name}_std": values.std(), f"{name}_n": values.count()}
+
+
 _KINDS = {
-    "own": "own",
-    "chosen": "own, lambda by dev",
-    "other": "other",
-    "initial": "initial",
-    "alone": "alone",
-    "ratio": "vector/init",
+    **{"own": "own", "chosen": "own, lambda by dev", "other": "other"},
+    **{"initial": "initial", "alone": "alone", "ratio": "vector/init"},
 }
 
 
@@ -96,7 +92,7 @@ def _cross_section(cross: pd.DataFrame, alone: pd.DataFrame) -> Section:
         }
         row: dict[str, Any] = {"line": line, "task": task, "metric": metric}
         for kind, values in kinds.items():
-            row |= {kind: values.mean(), f"{kind}_std": values.std(), f"{kind}_n": values.count()}
+            row |= _moments(kind, values)
         row |= {"vectors": pairs["other"].count(), "runs": len(own)}
         rows.append(row | t_test(pairs["other"], pairs["tuned"], paired=True))
     table = pd.DataFrame(rows)
@@ -125,11 +121,7 @@ def _cross_section(cross: pd.DataFrame, alone: pd.DataFrame) -> Section:
     names = [*_KINDS.values()]
     drawn = plots.looks(pd.DataFrame({"line": names, "label": names}))
     note = "test score; bars: standard deviation over prompts"
-    figures = pages(
-        "vectors-cross",
-        pd.concat(long),
-        lambda page: plots.dots(page, "value", "task", "label", drawn, note, "std"),
-    )
+    figures = pages("vectors-cross", pd.concat(long), "value", drawn, note, spread="std")
     title = "Task prompt vectors on other initial prompts"
     return Section("vectors-cross", title, legend, table, _short(shown), figures)
 
@@ -171,14 +163,13 @@ def _sums_table(sums: pd.DataFrame) -> pd.DataFrame:
             row = {"line": line, "expression": expression, "task": task, "pair": pair}
             row |= {"vector": role, "metric": own["metric"].iloc[0]}
             for name, column in (("score", "test"), ("tuned", "tuned"), ("initial", "initial")):
-                row |= {name: own[column].mean(), f"{name}_std": own[column].std()}
-                row[f"{name}_n"] = own[column].count()
+                row |= _moments(name, own[column])
             for name, column in (("share", "test"), ("initial_share", "initial")):
                 both = own[own[column].notna() & own["tuned"].notna()]
                 shares = (both[column] / both["tuned"])[both["tuned"] > 0]
                 base = both["tuned"].mean()
+                row |= _moments(name, shares) | {f"{name}_n": len(both)}
                 row[name] = both[column].mean() / base if base > 0 else np.nan
-                row |= {f"{name}_std": shares.std(), f"{name}_n": len(both)}
             row |= {"scale": own["scale"].mean(), "scale_std": own["scale"].std()}
             row |= {"scale_least": own["scale"].min(), "scale_largest": own["scale"].max()}
             rows.append(row | {"runs": len(own)})
@@ -195,16 +186,11 @@ _LEGEND = (
 def _sum_columns(table: pd.DataFrame) -> pd.DataFrame:
     """What all sums show: a row for each sum and task, the sum named in its first."""
     scales = zip(table["scale"], table["scale_least"], table["scale_largest"], strict=True)
-    shown = pd.DataFrame(
-        {
-            "line": table["line"],
-            "sum": table["expression"],
-            "lambda": [f"{x:.3g}" + (f" ({y:g} to {z:g})" if y < z else "") for x, y, z in scales],
-            "task": table["task"],
-            "metric": table["metric"],
-            **{x: plus_minus(table[x], table[f"{x}_std"]) for x in ("score", "tuned", "initial")},
-        }
-    )
+    shown = table[["line", "expression", "scale", "task", "metric"]]
+    shown = shown.rename(columns={"expression": "sum", "scale": "lambda"})
+    shown["lambda"] = [f"{x:.3g}" + (f" ({y:g} to {z:g})" if y < z else "") for x, y, z in scales]
+    for name in ("score", "tuned", "initial"):
+        shown[name] = plus_minus(table[name], table[f"{name}_std"])
     shown.loc[table.duplicated(_SUM), ["sum", "lambda"]] = ""
     return _short(shown)
 
@@ -226,32 +212,21 @@ def _pair_section(table: pd.DataFrame) -> Section:
         f"as good. Kept: {(known == 'yes').sum()} of {len(known)} pairs. Scores of a mean: "
         f"{span(table['score_n'])}."
     )
-    place = np.where(again, " second task", " first task")
-    sums, starts = "sum, on the", "initial prompt alone, on the"
-    long = [
-        _long(table, table["expression"], np.char.add(sums, place), "share", "share_std"),
-        _long(table, table["expression"], np.char.add(starts, place), "initial_share", None),
-    ]
-    drawn = {
-        f"{what} {which} task": {
-            "color": colour,
-            "marker": marker,
-            "linestyle": "none",
-            "markeredgecolor": colour,
-            "markerfacecolor": colour if what == sums else "white",
-        }
-        for what, marker in ((sums, "o"), (starts, "s"))
-        for which, colour in zip(("first", "second"), plots.COLOURS, strict=False)
-    }
+    long, drawn = [], {}
+    for what, value, std in (
+        ("sum", "share", "share_std"),
+        ("initial prompt alone", "initial_share", None),
+    ):
+        labels = [f"{what}, on the {place} task" for place in ("first", "second")]
+        long.append(_long(table, table["expression"], np.where(again, *labels[::-1]), value, std))
+        for name, colour in zip(labels, plots.COLOURS, strict=False):
+            inside, marker = (colour, "o") if what == "sum" else ("white", "s")
+            drawn[name] = {"color": colour, "marker": marker}
+            drawn[name] |= {"markeredgecolor": colour, "markerfacecolor": inside}
     note = "test score / that of the tuned prompt; bars: standard deviation; line: kept from here"
-    figures = pages(
-        "vectors-pairs",
-        pd.concat(long),
-        lambda page: plots.dots(page, "value", "task", "label", drawn, note, "std", KEPT),
-    )
-    return Section(
-        "vectors-pairs", "Sums of two task prompt vectors", legend, table, shown, figures
-    )
+    name, title = "vectors-pairs", "Sums of two task prompt vectors"
+    figures = pages(name, pd.concat(long), "value", drawn, note, spread="std", level=KEPT)
+    return Section(name, title, legend, table, shown, figures)
 
 
 def _expression_section(table: pd.DataFrame) -> Section:
@@ -273,9 +248,8 @@ def _expression_section(table: pd.DataFrame) -> Section:
 def cosine_table(groups: Mapping[int | None, Sequence[FoundPrompt]]) -> pd.DataFrame:
     """Cosines of all numbers of every two prompts of a sample, of their vectors, and of inits.
 
-    Args:
-        groups: prompts (N, D) of one shape by their few-shot sample; no two with one task and one
-            initial prompt in a sample.
+    Prompts (N, D) of one shape come by their few-shot sample; no two of a sample have one task and
+    one initial prompt.
 
     Returns:
         A row for each pair: ``what`` ("prompts", "vectors", "init"), ``task`` and ``other`` in the
@@ -306,37 +280,23 @@ def cosine_table(groups: Mapping[int | None, Sequence[FoundPrompt]]) -> pd.DataF
 
 
 def norm_table(groups: Mapping[int | None, Sequence[FoundPrompt]]) -> pd.DataFrame:
-    """A row for each task: Frobenius norms of its vectors and inits, and the ratio of the two.
+    """A row for each task: Frobenius norms of its ``vector`` and ``init``, and their ``ratio``.
 
-    Args:
-        groups: as of `cosine_table`.
-
-    Returns:
-        Columns ``task``, ``prompts`` (how many), and of ``vector``, ``init`` and ``ratio`` the mean
-        and, as ``vector_std`` and so on, the standard deviation (ddof 1).
+    Means and, as ``vector_std`` and so on, standard deviations (ddof 1) over its ``prompts``.
     """
-    everyone = [x for sources in groups.values() for x in sources]
-    norms = pd.DataFrame(
-        {
-            "task": [x.prompt.task for x in everyone],
-            "vector": [float(x.vector.norm()) for x in everyone],
-            "init": [float(x.prompt.init.double().norm()) for x in everyone],
-        }
-    )
+    found = [x for sources in groups.values() for x in sources]
+    norms = pd.DataFrame({"task": [x.prompt.task for x in found]})
+    norms["vector"] = [float(x.vector.norm()) for x in found]
+    norms["init"] = [float(x.prompt.init.double().norm()) for x in found]
     norms["ratio"] = (norms["vector"] / norms["init"]).where(norms["init"] > 0)
     by_task = norms.groupby("task")
-    table = pd.DataFrame({"prompts": by_task.size()})
-    for name in ("vector", "init", "ratio"):
-        table[name], table[f"{name}_std"] = by_task[name].mean(), by_task[name].std()
+    table = by_task.mean().join(by_task.std().add_suffix("_std"))
+    table.insert(0, "prompts", by_task.size())
     return table.reset_index()
 
 
 def cosine_sections(groups: Mapping[int | None, Sequence[FoundPrompt]]) -> list[Section]:
-    """Cosines between tasks, of equal and of different initial prompts, and norms.
-
-    Args:
-        groups: as of `cosine_table`.
-    """
+    """Cosines between tasks, of equal and of different initial prompts, and norms."""
     kinds = ["what", "same_init", "task", "other"]
     pairs = cosine_table(groups).groupby(kinds)["cosine"]
     table = pairs.agg(mean="mean", std="std", pairs="count").reset_index()
@@ -347,26 +307,19 @@ def cosine_sections(groups: Mapping[int | None, Sequence[FoundPrompt]]) -> list[
         both = pd.concat([own, mirrored]).drop_duplicates(["task", "other"])
         texts = plus_minus(both["mean"], both["std"])
         both["text"] = [f"{x} ({n})" for x, n in zip(texts, both["pairs"], strict=True)]
-        texts = both.pivot(index="task", columns="other", values="text").fillna("–")
+        both["cell"] = [x.replace(" ±", "\n±") for x in plus_minus(both["mean"], both["std"], 2)]
+        grids = both.pivot(index="task", columns="other", values=["mean", "text", "cell"])
         which = "equal" if same else "different"
-        heads = pd.DataFrame({"cosine of": what, "initial prompts": which, "task": texts.index})
+        heads = pd.DataFrame({"cosine of": what, "initial prompts": which, "task": grids.index})
         heads.loc[1:, ["cosine of", "initial prompts"]] = ""
-        shown.append(pd.concat([heads, texts.reset_index(drop=True)], axis=1))
+        texts = grids["text"].fillna("–").reset_index(drop=True)
+        shown.append(pd.concat([heads, texts], axis=1))
         if own["pairs"].any():
-            cells = plus_minus(both["mean"], both["std"], 2)
-            both["text"] = [x.replace(" ±", "\n±") for x in cells]
-            means, cells = (
-                both.pivot(index="task", columns="other", values=x) for x in ("mean", "text")
-            )
-            label = f"cosine of {what}, {which} initial prompts"
-            figures[f"{what}-{which}"] = plots.heatmap(means, label, texts=cells.fillna(""))
-    zero = [
-        f"{what} of {source.where}"
-        for sources in groups.values()
-        for source in sources
-        for what, tensor in (("prompt", source.prompt.prompt), ("vector", source.vector))
-        if not tensor.any()
-    ]
+            label, cells = f"cosine of {what}, {which} initial prompts", grids["cell"].fillna("")
+            figures[f"{what}-{which}"] = plots.heatmap(grids["mean"], label, texts=cells)
+    found = [x for sources in groups.values() for x in sources]
+    zero = [f"prompt of {x.where}" for x in found if not x.prompt.prompt.any()]
+    zero += [f"vector of {x.where}" for x in found if not x.vector.any()]
     legend = (
         "Mean cosine ± standard deviation (ddof 1) over all pairs of a prompt of the one task and "
         "a prompt of the other, of one few-shot sample, and their number; on the diagonal over "
@@ -382,7 +335,8 @@ def cosine_sections(groups: Mapping[int | None, Sequence[FoundPrompt]]) -> list[
     cosines = Section("similarities", title, legend, table, pd.concat(shown).fillna("–"), figures)
     norms = norm_table(groups)
     shown = norms[["task", "prompts"]].copy()
-    for name, head in (("vector", "vector"), ("init", "init"), ("ratio", "vector / init")):
-        shown[head] = plus_minus(norms[name], norms[f"{name}_std"])
+    for name in ("vector", "init", "ratio"):
+        shown[name] = plus_minus(norms[name], norms[f"{name}_std"])
+    shown = shown.rename(columns={"ratio": "vector / init"})
     legend = "Frobenius norms: mean ± standard deviation (ddof 1) over the prompts of a task."
     return [cosines, Section("norms", "Norms", legend, norms, shown)]

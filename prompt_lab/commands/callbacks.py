@@ -5,8 +5,6 @@ None of them changes what is trained.
 
 from __future__ import annotations
 
-import math
-import resource
 import sys
 import time
 from pathlib import Path
@@ -14,51 +12,42 @@ from typing import Any
 
 import torch
 import yaml
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
-from prompt_lab.data.episodes import Episodes
+from prompt_lab.data.sampling import Episodes
 from prompt_lab.files.results import CURVE_COLUMNS, read_csv
 from prompt_lab.files.tensors import write_atomically
-from prompt_lab.methods.prompt_method import PromptMethod, flag_names
+from prompt_lab.methods.configs import flag_names
 
-NOT_SAVED = ("ckpt_path", "dry_run", "run_dir", "weights_only")
+NOT_SAVED = ("ckpt_path", "dry_run", "overwrite", "resume", "run_dir", "weights_only")
 
 
 class EvaluationLines(Callback):
     """Prints one line per evaluation where there is no terminal for a progress bar."""
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Note the time, and say what is trained."""
         self.started = time.monotonic()
         if trainer.is_global_zero:
-            print(
-                f"{_method(pl_module).summary()} on {trainer.world_size} x "
-                f"{pl_module.device.type}, {trainer.max_steps} steps, "
-                f"in {trainer.default_root_dir}",
-                flush=True,
-            )
+            where = f"{trainer.world_size} x {pl_module.device.type}, {trainer.max_steps} steps"
+            print(f"{pl_module.summary()} on {where}, in {trainer.default_root_dir}", flush=True)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Print the line of an evaluation within a fit."""
         fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
         if not fitting or not trainer.is_global_zero or sys.stdout.isatty():
             return
         seen = trainer.callback_metrics
-        alive = ""
+        said = [f"step {trainer.global_step:>6}/{trainer.max_steps}"]
         if "runs_alive" in seen:
-            alive = f"  alive {int(seen['runs_alive'])}/{len(_method(pl_module).all_runs)}"
+            said.append(f"alive {int(seen['runs_alive'])}/{len(pl_module.all_runs)}")
+        said.append(f"loss {seen['train/loss']:.4f}")
         best = seen["best/val_score"].item()
-        score = "" if math.isnan(best) else f"  best dev {best:.3f}"
-        print(
-            f"step {trainer.global_step:>6}/{trainer.max_steps}"
-            f"{alive}"
-            f"  loss {seen['train/loss']:.4f}"
-            f"{score}"
-            f"  {time.monotonic() - self.started:.0f} s",
-            flush=True,
-        )
+        if best == best:
+            said.append(f"best dev {best:.3f}")
+        print("  ".join([*said, f"{time.monotonic() - self.started:.0f} s"]), flush=True)
 
 
 class FitReport(Callback):
@@ -78,14 +67,11 @@ class FitReport(Callback):
     - Memory is what tensors took on a GPU, else the peak resident size of the process, which
       Python and its libraries are part of; of several processes, that of the largest.
 
-    Lightning's ``ThroughputMonitor`` is no substitute: it waits for the device after every batch,
-    knows only a sliding window, and needs a logger.
-
     Attributes:
         figures: what is logged; empty before the end of a fit.
     """
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Start clock and counts."""
         self.figures: dict[str, float] = {}
         self.steps = self.tokens = 0
@@ -94,13 +80,13 @@ class FitReport(Callback):
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats(pl_module.device)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Note where training starts."""
         self.first_step, self.train_started = trainer.global_step, time.monotonic()
         self.evaluated_before = self.evaluating  # scores of step 0
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the tokens of a batch by its lists on the host, without waiting for the device."""
         parts = [batch]
@@ -109,60 +95,61 @@ class FitReport(Callback):
             parts = [*batch.support, *[batch.query] * judged]
         self.tokens += sum(sum(part.input_lengths) + sum(part.target_lengths) for part in parts)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Begin an evaluation, once the device has done the steps before it."""
         _wait(pl_module.device)
         self.evaluation_started = time.monotonic()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """End an evaluation."""
         if trainer.state.fn == "fit":
             self.evaluating += time.monotonic() - self.evaluation_started
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Sum over processes, while they are still joined."""
         _wait(pl_module.device)
         self.steps = trainer.global_step - self.first_step
         evaluating = self.evaluating - self.evaluated_before
         self.training = time.monotonic() - self.train_started - evaluating
-        self.runs = 0
-        if "runs_alive" in trainer.callback_metrics:
-            self.runs = len(_method(pl_module).all_runs)
-        self.memory = _peak_memory(pl_module.device)
+        is_bank = "runs_alive" in trainer.callback_metrics
+        self.runs = len(pl_module.all_runs) if is_bank else 0
+        if self.on_gpu:
+            self.memory = torch.cuda.max_memory_allocated(pl_module.device)
+        else:
+            self.memory = _resident_memory()
         if trainer.world_size > 1:
             both = torch.tensor([self.tokens, self.memory], device=pl_module.device).double()
             reduce = trainer.strategy.reduce
             self.tokens = int(reduce(both.clone(), reduce_op="sum")[0])
             self.memory = int(reduce(both, reduce_op="max")[1])
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Print the line and log the figures."""
         if not trainer.is_global_zero or not self.steps:
             return
         seconds = time.monotonic() - self.started
-        self.figures = {
-            "fit/steps_per_second": self.steps / self.training,
-            "fit/tokens_per_second": self.tokens / self.training,
-            "fit/peak_memory_gb": self.memory / 1e9,
+        rates = {
+            "steps_per_second": self.steps / self.training,
+            "tokens_per_second": self.tokens / self.training,
+            "peak_memory_gb": self.memory / 1e9,
         }
-        if self.runs and not self.first_step:
-            self.figures["fit/runs_per_second"] = self.runs / seconds
-        print(self._line(seconds), flush=True)
-        for logger in trainer.loggers:
-            logger.log_metrics(self.figures, step=trainer.global_step)
-
-    def _line(self, seconds: float) -> str:
-        """The figures in words."""
-        rates = {name.removeprefix("fit/"): _short(rate) for name, rate in self.figures.items()}
         what = f"{self.runs} {'run' if self.runs == 1 else 'runs'} " if self.runs else ""
         start = f"from step {self.first_step} " if self.first_step else ""
-        whole = f", {rates['runs_per_second']} runs/s" if "runs_per_second" in rates else ""
-        return (
+        whole = ""
+        if self.runs and not self.first_step:
+            rates["runs_per_second"] = self.runs / seconds
+            whole = f", {_short(rates['runs_per_second'])} runs/s"
+        self.figures = {f"fit/{name}": rate for name, rate in rates.items()}
+        print(
             f"trained {what}{start}in {_short(seconds)} s{whole}: {self.steps} steps in "
-            f"{_short(self.training)} s, {rates['steps_per_second']} steps/s, "
-            f"{rates['tokens_per_second']} tokens/s; evaluation {_short(self.evaluating)} s; "
-            f"peak memory {'' if self.on_gpu else 'of the process '}{rates['peak_memory_gb']} GB"
+            f"{_short(self.training)} s, {_short(rates['steps_per_second'])} steps/s, "
+            f"{_short(rates['tokens_per_second'])} tokens/s; evaluation "
+            f"{_short(self.evaluating)} s; peak memory {'' if self.on_gpu else 'of the process '}"
+            f"{_short(rates['peak_memory_gb'])} GB",
+            flush=True,
         )
+        for logger in trainer.loggers:
+            logger.log_metrics(self.figures, step=trainer.global_step)
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -175,7 +162,7 @@ class SaveRunConfig(SaveConfigCallback):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, save_to_log_dir=False, **kwargs)
 
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Called on the first process only."""
         settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         for name in NOT_SAVED:
@@ -201,7 +188,7 @@ class SaveRunConfig(SaveConfigCallback):
 class WandbCurves(Callback):
     """Logs the curves of all runs to wandb as one table, at the end of a fit."""
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Read ``curves.csv`` and log it."""
         for logger in trainer.loggers if trainer.is_global_zero else []:
             if isinstance(logger, WandbLogger):
@@ -211,15 +198,16 @@ class WandbCurves(Callback):
 
 
 def _wait(device: torch.device) -> None:
-    """Wait until a GPU has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _peak_memory(device: torch.device) -> int:
-    """Most bytes that were taken at a time: of tensors on a GPU, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+def _resident_memory() -> int:
+    """Most bytes that the process had; 0 where nothing tells."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -227,8 +215,3 @@ def _peak_memory(device: torch.device) -> int:
 def _short(number: float) -> str:
     """A positive number with three digits before or behind the point."""
     return f"{number:,.0f}" if number >= 100 else f"{number:.2g}" if number < 1 else f"{number:.3g}"
-
-
-def _method(module: Any) -> PromptMethod:
-    """The module, which is one of this package's methods."""
-    return module

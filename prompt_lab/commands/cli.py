@@ -1,9 +1,10 @@
 """``fit``, ``validate`` and ``test``: LightningCLI with the traps taken out.
 
 Flags and files are LightningCLI's; what is different: everything of a run lands in ``--run_dir``;
-earlier work there is moved aside, not overwritten; one process at a time has it; checkpoints are
-written whole or not at all; a checkpoint never overrides flags and is never unpickled; the saved
-config never aborts a second run; ``--dry_run`` shows the grid; errors are sentences.
+a used folder is refused without ``--resume`` or ``--overwrite``; one process at a time has it;
+checkpoints are written whole or not at all; a checkpoint never overrides flags and is never
+unpickled; the saved config never aborts a second run; ``--dry_run`` shows the grid; errors are
+sentences.
 
 ``model.class_path`` is one of the methods here or another subclass of ``PromptMethod``; ``data`` is
 always the package's. Callbacks, loggers, plugins and what else Lightning lets a config name may be
@@ -17,9 +18,11 @@ import difflib
 import logging
 import os
 import re
+import shutil
 import sys
 import time
 import warnings
+from contextlib import suppress
 from datetime import timedelta
 from io import BytesIO
 from pathlib import Path
@@ -31,7 +34,7 @@ from jsonargparse import Namespace, get_loader, set_parsing_settings
 from jsonargparse.typing import register_type, timedelta_deserializer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
@@ -43,15 +46,19 @@ from prompt_lab.commands.callbacks import (
     WandbCurves,
 )
 from prompt_lab.commands.offline import null_refused, plain_warnings, refuse_null
-from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.files.peft import read_pickle
 from prompt_lab.files.tensors import held, write_atomically
 from prompt_lab.methods.adapter_subspace import AdapterSubspace, AdapterTuning
 from prompt_lab.methods.attempt import Attempt
+from prompt_lab.methods.checks import refuse_strategy
+from prompt_lab.methods.configs import flag_names
 from prompt_lab.methods.fine_tuning import FineTuning
+from prompt_lab.methods.identity import TRAINER_SETTINGS
 from prompt_lab.methods.intrinsic_subspace import IntrinsicSubspace
+from prompt_lab.methods.look import look_at_rows
 from prompt_lab.methods.meta_prompt import MetaPrompt
-from prompt_lab.methods.prompt_method import PromptMethod, flag_names, refuse_strategy
+from prompt_lab.methods.method import FIT_RECORD, PromptMethod
 from prompt_lab.methods.prompt_tuning import PromptTuning
 from prompt_lab.methods.vector_arithmetic import SCALES, VectorArithmetic
 
@@ -75,8 +82,12 @@ METHODS = {
     )
 }
 RUN_DIR_VARIABLE = "PROMPT_LAB_RUN_DIR"
-OUTPUTS = ("prompts", "checkpoints", "logs", "results.csv", "curves.csv", "predictions.jsonl")
-OUTPUTS += ("*.safetensors", "target_prompts", "attention.csv", "steps", SCALES)
+OF_TEST = ("results.csv", "predictions.jsonl", "digests.json")
+OUTPUTS = ("prompts", "target_prompts", "steps", "checkpoints", "logs", "config-*.yaml")
+OUTPUTS += ("curves.csv", "attention.csv", SCALES, FIT_RECORD, *OF_TEST)
+OUTPUTS += tuple(
+    f"{name}.safetensors" for name in ("prompt", "best", "attention", "subspace_*", "adapters_*")
+)
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -104,24 +115,6 @@ class AtomicCheckpoints(TorchCheckpointIO):
         return super().load_checkpoint(path, map_location, weights_only=True)
 
 
-class WriteWhatIsTrained(Callback):
-    """Lets a fit that was killed after its last step write what it was trained for.
-
-    Methods write at the end of training, and a resumed fit that has no step left never comes there.
-    """
-
-    trained = False
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that there is a step left."""
-        self.trained = True
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the method write, where it has not."""
-        if not self.trained:
-            pl_module.on_train_end()
-
-
 class PromptLabParser(LightningArgumentParser):
     """Says what is wrong in one sentence instead of the whole usage."""
 
@@ -138,6 +131,8 @@ class PromptLabParser(LightningArgumentParser):
 
 class PromptLabCLI(LightningCLI):
     """LightningCLI for the methods of this package."""
+
+    is_finished = False
 
     def __init__(self, args: list[str] | None = None) -> None:
         super().__init__(
@@ -178,90 +173,104 @@ class PromptLabCLI(LightningCLI):
             default=None,
             help="Folder for everything of this run (default: a new one below runs/).",
         )
-        parser.add_argument(
-            "--test_after_fit",
-            type=bool,
-            default=False,
-            help="After fit, score each run's best prompt on test, as the command test does.",
-        )
-        parser.add_argument(
-            "--dry_run",
-            type=bool,
-            default=False,
-            help="Print the grid of runs, its cost and memory, and train nothing.",
-        )
+        switches = {
+            "test_after_fit": "After fit, score each run's best prompt on test, as the command "
+            "test does.",
+            "dry_run": "Print the grid of runs, its cost and memory, and train nothing.",
+            "resume": "Go on with the fit in run_dir from its last checkpoint; start anew where "
+            "there is none, and train nothing where it is finished.",
+            "overwrite": "Delete what an earlier fit left in run_dir.",
+        }
+        for name, text in switches.items():
+            parser.add_argument(
+                f"--{name}", type=bool, nargs="?", const=True, default=False, help=text
+            )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; ``--dry_run`` alone means true. Tell what a replaced class took along."""
+        """Parse; tell what a replaced class took along."""
         given = sys.argv[1:] if args is None else list(args)
-        given = [
-            f"{word}=true" if word in ("--dry_run", "--test_after_fit") else word for word in given
-        ]
-        given = _join_booleans(given)
         self.config = parser.parse_args(given)
         if rank_zero_only.rank == 0 and self.config.get("subcommand"):
             dumped = yaml.safe_load(parser.dump(self.config, skip_unset=False))
-            for line in _dropped(
-                _given(given, self.config.subcommand), dumped[self.config.subcommand]
-            ):
+            command = self.config.subcommand
+            for line in _dropped(_given(given, command), dumped[command]):
                 print(f"prompt-lab: {line}", file=sys.stderr)
 
     def _parse_ckpt_path(self) -> None:
-        """Keep the flags where a checkpoint holds other settings, and tell the differences.
+        """Find the checkpoint; keep the flags where it holds other settings, and tell them.
 
         LightningCLI would silently take the checkpoint's.
 
         Raises:
-            ValueError: a checkpoint that is not there, damaged, or not one of a fit.
+            ValueError: a checkpoint that is not there, damaged, or not one of a fit; or settings
+                other than those of the fit to resume.
         """
         config = self._settings
-        self._resolve_checkpoint(config)
+        if self.config.subcommand == "fit" and config.resume:
+            self._resume(config)
         path = config.get("ckpt_path")
         if not path:
             return
+        if not Path(path).is_file():
+            raise ValueError(f"no checkpoint {path}: leave --ckpt_path out to start anew")
+        if config.run_dir is None and Path(path).parent.name == "checkpoints":
+            config.run_dir = str(Path(path).parent.parent)
         saved = read_pickle(path)
         needed = ("state_dict", "hyper_parameters", "pytorch-lightning_version")
         if not isinstance(saved, dict) or any(name not in saved for name in needed):
             raise ValueError(f"{path} is not the checkpoint of a fit: leave --ckpt_path out")
         settings = saved["hyper_parameters"].items()
         old = flag_names({k: v for k, v in settings if not k.startswith("_")})
-        dumped = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
-        new = flag_names(dumped[self.config.subcommand]["model"]["init_args"])
+        new = flag_names(self._dumped()["model"]["init_args"])
         changed = [f"{k} {old[k]!r} -> {new[k]!r}" for k in old if k in new and old[k] != new[k]]
         if changed and rank_zero_only.rank == 0:
             print(f"the checkpoint had other settings: {', '.join(changed)}", file=sys.stderr)
 
-    @property
-    def _starts_anew(self) -> bool:
-        """Whether the command makes its own results, and reads no run folder of an earlier one."""
-        command = self.config.subcommand
-        method = str(self._settings.model.class_path).rpartition(".")[2]
-        return command == "fit" or (command == "test" and method == VectorArithmetic.__name__)
+    def _dumped(self) -> dict[str, Any]:
+        """The settings of the command as plain values."""
+        return yaml.safe_load(self.parser.dump(self.config, skip_none=False))[
+            self.config.subcommand
+        ]
+
+    def _resume(self, config: Any) -> None:
+        """Go on from the last checkpoint of ``run_dir``, if there is one and it is of this fit.
+
+        Raises:
+            ValueError: no folder, a checkpoint besides, or settings that differ in more than a
+                larger ``trainer.max_steps``.
+        """
+        if config.run_dir is None or config.get("ckpt_path") or config.overwrite:
+            raise ValueError(
+                "--resume goes on with the fit in --run_dir: give that, and neither --ckpt_path "
+                "nor --overwrite"
+            )
+        run_dir = Path(config.run_dir)
+        last, known = run_dir / "checkpoints" / "last.ckpt", run_dir / "config-fit.yaml"
+        record = run_dir / FIT_RECORD
+        if last.is_file():
+            config.ckpt_path = str(last)
+        if not known.is_file() or not (last.is_file() or record.is_file()):
+            return
+        settings = yaml.safe_load(known.read_text())
+        old, new = (_of_fit(x) for x in (settings, self._dumped()))
+        more = (old["trainer.max_steps"] or -1) < (new["trainer.max_steps"] or -1)
+        differ = [
+            f"{name} {old.get(name)!r} there, {new.get(name)!r} here"
+            for name in dict.fromkeys([*old, *new])
+            if old.get(name) != new.get(name) and not (name == "trainer.max_steps" and more)
+        ]
+        if differ:
+            raise ValueError(
+                f"--resume: the fit in {run_dir} has other settings: {'; '.join(differ)}; give "
+                "those of the fit (a larger trainer.max_steps is allowed), or another --run_dir"
+            )
+        timed = settings["trainer"].get("max_time")  # which may have ended it before its end
+        self.is_finished = record.is_file() and not more and not timed
 
     @property
     def _settings(self) -> Any:
         """The settings of the command."""
         return self.config[self.config.subcommand]
-
-    def _resolve_checkpoint(self, config: Any) -> None:
-        """Turn ``--ckpt_path last`` into a file, and a file into its run folder.
-
-        Raises:
-            ValueError: there is no such checkpoint.
-        """
-        path = config.get("ckpt_path")
-        if not path:
-            return
-        if path == "last":
-            if config.run_dir is None:
-                raise ValueError("--ckpt_path last needs --run_dir, the folder of the fit")
-            path = Path(config.run_dir) / "checkpoints" / "last.ckpt"
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"no checkpoint {path}: leave --ckpt_path out to start anew")
-        config.ckpt_path = str(path)
-        if config.run_dir is None and path.parent.name == "checkpoints":
-            config.run_dir = str(path.parent.parent)
 
     def before_instantiate_classes(self) -> None:
         """Put the run folder where trainer and logger look for it."""
@@ -271,13 +280,17 @@ class PromptLabCLI(LightningCLI):
             refuse_strategy(str(trainer.strategy))
         if trainer.default_root_dir is not None:
             raise ValueError("use --run_dir instead of --trainer.default_root_dir")
-        if not self._starts_anew and config.run_dir is None:
+        method = str(config.model.class_path).rpartition(".")[2]
+        makes_results = command == "fit" or (command, method) == ("test", "VectorArithmetic")
+        if config.run_dir is None and not makes_results:
             raise ValueError(f"{command} needs --run_dir, the folder of the fit")
         run_dir = Path(config.run_dir or _new_run_dir())
         os.environ[RUN_DIR_VARIABLE] = str(run_dir)  # for the processes that DDP starts
         trainer.default_root_dir = str(run_dir)
         if trainer.logger in (None, True):
-            trainer.logger = _csv_logger(run_dir)
+            arguments = Namespace(save_dir=str(run_dir), name="logs", version=None)
+            kind = "lightning.pytorch.loggers.CSVLogger"
+            trainer.logger = Namespace(class_path=kind, init_args=arguments)
         for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
             if logger and logger.init_args.get("save_dir") in (None, "."):
                 logger.init_args.save_dir = str(run_dir)
@@ -294,9 +307,10 @@ class PromptLabCLI(LightningCLI):
             )
             kwargs["callbacks"] = [
                 *(self.config_init[self.config.subcommand].trainer.callbacks or []),
-                *(checkpoint, WriteWhatIsTrained()),
+                checkpoint,
             ]
         made = super().instantiate_trainer(**kwargs)
+        self.model.run_dir = trainer.default_root_dir
         if type(made.strategy.checkpoint_io) is TorchCheckpointIO:  # not one that the config names
             made.strategy.checkpoint_io = AtomicCheckpoints()
         return made
@@ -305,34 +319,51 @@ class PromptLabCLI(LightningCLI):
         """Run the command while the first process of the job holds the run folder.
 
         Raises:
-            ValueError: another process holds it.
+            ValueError: another process holds it, or an earlier fit is in it.
         """
         config = self._settings
-        if rank_zero_only.rank != 0 or (subcommand == "fit" and config.dry_run):
-            super()._run_subcommand(subcommand)
-            return
         run_dir = Path(config.trainer.default_root_dir)
-        with held(run_dir, "another prompt-lab fit, validate or test"):
+        # A job whose processes something else than the first one starts has an id.
+        job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID") or ""
+        by = "another prompt-lab fit, validate or test"
+        is_dry = subcommand == "fit" and config.dry_run
+        if is_dry or rank_zero_only.rank != 0:
+            if job and not is_dry:
+                with held(run_dir, by, job, first=False):
+                    pass
+            self._train_or_test(subcommand)
+            return
+        with held(run_dir, by, job):
             for folder in ("checkpoints", "prompts"):
                 for draft in (run_dir / folder).glob(".*.part"):  # of a process that was killed
                     draft.unlink()
-            is_new_fit = subcommand == "fit" and not config.get("ckpt_path")
-            if is_new_fit or (subcommand == "test" and (run_dir / SCALES).is_file()):
-                _set_aside(run_dir)
+            if self.is_finished:
+                print(f"the fit in {run_dir} is finished: nothing is left to train")
+            elif subcommand == "fit":
+                _clear(run_dir, config.get("ckpt_path"), config.overwrite or config.resume)
+            self._train_or_test(subcommand)
+
+    def _train_or_test(self, subcommand: str) -> None:
+        """Run the command; of a finished fit what is left, its test."""
+        config = self._settings
+        if not self.is_finished or config.dry_run:
             super()._run_subcommand(subcommand)
+        elif not Path(config.trainer.default_root_dir, OF_TEST[-1]).is_file():
+            self.after_fit()
 
     def before_fit(self) -> None:
         """With ``--dry_run``, print the grid and leave."""
         if self._settings.dry_run:
             self.datamodule.setup("fit")
             print(self.model.describe_fit(self.datamodule, self.trainer))
-            print(*self.model.look_at_rows(self.datamodule, "train", "dev", "test"), sep="\n")
+            print(*look_at_rows(self.model, self.datamodule, "train", "dev", "test"), sep="\n")
             sys.exit(0)
 
     def after_fit(self) -> None:
         """With ``--test_after_fit``, test what was trained."""
         if self._settings.test_after_fit:
-            self.trainer.test(self.model, datamodule=self.datamodule)
+            saved = self._settings.ckpt_path if self.is_finished else None
+            self.trainer.test(self.model, self.datamodule, ckpt_path=saved, verbose=False)
 
 
 def run(args: list[str] | None = None) -> int:
@@ -340,35 +371,28 @@ def run(args: list[str] | None = None) -> int:
     _quieten()
     try:
         PromptLabCLI(args)
+        return 0
     except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get("PROMPT_LAB_TRACEBACK"):
             raise
-        print(f"prompt-lab: {_reason(error)}", file=sys.stderr)
-        return 1
+        # What a constructor said, without the parser's account of all types that it tried.
+        own = re.search(r"^Errors:\n  - (?!Expected a )(.+)$", str(error), re.MULTILINE)
+        print(f"prompt-lab: {own[1] if own else error}", file=sys.stderr)
     except RuntimeError as error:
-        if os.environ.get("PROMPT_LAB_TRACEBACK") or not _is_lost_process(error):
+        said = " ".join(str(error).split())
+        of_gloo = "gloo" in said and re.search(
+            "closed by peer|reset by peer|Timed out|timeout", said
+        )
+        is_lost = isinstance(error, torch.distributed.DistBackendError) or of_gloo
+        if os.environ.get("PROMPT_LAB_TRACEBACK") or not is_lost:
             raise
         print(
             "prompt-lab: another process of this job is gone or cannot be reached (what it said "
-            "may tell why). A fit can go on from its last evaluation: --ckpt_path last and the "
-            f"same --run_dir. {' '.join(str(error).split())}",
+            "may tell why). A fit can go on from its last evaluation: --resume and the same "
+            f"--run_dir. {said}",
             file=sys.stderr,
         )
-        return 1
-    return 0
-
-
-def _is_lost_process(error: RuntimeError) -> bool:
-    """Whether an error of torch.distributed says that another process does not answer."""
-    said = str(error)
-    of_gloo = "gloo" in said and re.search(r"closed by peer|reset by peer|Timed out|timeout", said)
-    return isinstance(error, torch.distributed.DistBackendError) or bool(of_gloo)
-
-
-def _reason(error: Exception) -> str:
-    """What a constructor said, without the parser's account of all types that it tried."""
-    said = re.search(r"^Errors:\n  - (?!Expected a )(.+)$", str(error), re.MULTILINE)
-    return said[1] if said else str(error)
+    return 1
 
 
 def _new_run_dir() -> str:
@@ -377,72 +401,58 @@ def _new_run_dir() -> str:
     Raises:
         ValueError: processes that torchrun started without an id for the job.
     """
-    if (
-        "LOCAL_RANK" in os.environ and RUN_DIR_VARIABLE in os.environ
-    ):  # started by the first process
-        return os.environ[RUN_DIR_VARIABLE]
-    job = next(
-        (
-            os.environ[name]
-            for name in ("WANDB_RUN_ID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
-            if name in os.environ
-        ),
-        None,
-    )
+    if "LOCAL_RANK" in os.environ and RUN_DIR_VARIABLE in os.environ:
+        return os.environ[RUN_DIR_VARIABLE]  # this process was started by the first one
+    names = ("WANDB_RUN_ID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
+    job = next((os.environ[name] for name in names if name in os.environ), None)
     if job == "none":
         raise ValueError("torchrun gives this job no id (--standalone, --rdzv_id): give --run_dir")
     return f"runs/{job or time.strftime('%Y%m%d-%H%M%S') + f'-{os.getpid()}'}"
 
 
-def _set_aside(run_dir: Path) -> None:
-    """Move the outputs of an earlier run in the same folder to ``previous-N`` within it."""
-    found = [path for name in OUTPUTS for path in sorted(run_dir.glob(name))]
-    if not found:
-        return
-    number = 1
-    while (run_dir / f"previous-{number}").exists():
-        number += 1
-    target = run_dir / f"previous-{number}"
-    target.mkdir()
-    for path in [*found, *run_dir.glob("config-*.yaml"), *run_dir.glob("digests.json")]:
-        path.rename(target / path.name)
-    is_fit = (target / "checkpoints").is_dir()
-    hint = " (to resume it instead: --ckpt_path last)" if is_fit else ""
-    print(f"{run_dir} held an earlier run, now in {target}{hint}", file=sys.stderr)
+def _of_fit(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a fit must be resumed with, by flag."""
+    trainer = {name: settings["trainer"].get(name) for name in TRAINER_SETTINGS}
+    kept = {"model": settings["model"], "data": settings["data"], "trainer": trainer}
+    return flag_names({**kept, "seed_everything": settings.get("seed_everything")})
 
 
-def _csv_logger(run_dir: Path) -> Any:
-    """The default logger, as a config."""
-    arguments = Namespace(save_dir=str(run_dir), name="logs", version=None)
-    return Namespace(class_path="lightning.pytorch.loggers.CSVLogger", init_args=arguments)
+def _clear(run_dir: Path, checkpoint: str | None, allowed: bool) -> None:
+    """Delete the outputs of an earlier fit; of one that goes on, what it left at its end.
 
-
-def _join_booleans(words: list[str]) -> list[str]:
-    """``--flag=true false`` (from ``--flag false``) back to ``--flag=false``."""
-    joined: list[str] = []
-    for word in words:
-        if (
-            word in ("true", "false")
-            and joined
-            and joined[-1] in ("--dry_run=true", "--test_after_fit=true")
-        ):
-            joined[-1] = joined[-1].replace("true", word)
-        else:
-            joined.append(word)
-    return joined
+    Raises:
+        ValueError: there are some, and nothing allows it.
+    """
+    goes_on = checkpoint and Path(checkpoint).resolve().is_relative_to(run_dir.resolve())
+    names = (FIT_RECORD, *OF_TEST) if goes_on else OUTPUTS
+    found = [path for name in names for path in sorted(run_dir.glob(name))]
+    if found and not goes_on and not allowed:
+        raise ValueError(
+            f"{run_dir} holds an earlier fit: --resume to go on with it, --overwrite to delete it, "
+            "or give another --run_dir"
+        )
+    signs = ("config-*.yaml", "curves.csv", FIT_RECORD, "checkpoints/last.ckpt", "results.csv")
+    if found and not any(True for name in signs for _ in run_dir.glob(name)):
+        raise ValueError(
+            f"{run_dir} holds {found[0].name} and no fit of prompt-lab, so nothing there is "
+            "deleted: give another --run_dir"
+        )
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _given(words: list[str], subcommand: str) -> list[tuple[str, Any]]:
-    """The settings that files and flags give, in their order, by their short names.
-
-    Of a class it is the short name, under the setting itself.
-    """
+    """The settings that files and flags give, in their order, by the names of their flags."""
     given: list[tuple[str, Any]] = []
     for word, following in zip(words, [*words[1:], ""], strict=True):
         name, equals, value = word.partition("=")
         if not name.startswith("-"):
             continue
-        content = _content(value if equals else following)
+        content = text = value if equals else following
+        with suppress(OSError, ValueError, yaml.YAMLError):
+            if Path(text).suffix in (".yaml", ".yml", ".json") and Path(text).is_file():
+                text = Path(text).read_text(encoding="utf-8")
+            content = get_loader("yaml")(text)
         if name in ("-c", "--config"):
             content = content.get(subcommand, content) if isinstance(content, dict) else {}
         else:
@@ -453,23 +463,10 @@ def _given(words: list[str], subcommand: str) -> list[tuple[str, Any]]:
     return given
 
 
-def _content(value: str) -> Any:
-    """What a word of the command line stands for: YAML, or a file of it."""
-    try:
-        is_file = Path(value).suffix in (".yaml", ".yml", ".json") and Path(value).is_file()
-        return get_loader("yaml")(Path(value).read_text(encoding="utf-8") if is_file else value)
-    except (OSError, ValueError, yaml.YAMLError):
-        return value
-
-
 def _dropped(given: list[tuple[str, Any]], config: dict[str, Any]) -> list[str]:
     """A line for each class that replaced another one, if it did not keep all settings given to it.
 
     jsonargparse keeps what the new class has too, where it takes the value.
-
-    Args:
-        given: settings and classes, in order.
-        config: the settings that came of them.
     """
     settings, last = flag_names(config), dict(given)
     nulled = tuple(f"{name}." for name, value in last.items() if value is None)
@@ -479,30 +476,24 @@ def _dropped(given: list[tuple[str, Any]], config: dict[str, Any]) -> list[str]:
         classes = [str(value).rpartition(".")[2] for name, value in given if name == key]
         if key == "model" and own[:1] != [key]:  # the default had settings already
             classes.insert(0, "PromptTuning")
-        lost = [
-            name.removeprefix(f"{key}.")
-            for name in dict.fromkeys(own)
-            if name != key
-            and not name.startswith(nulled)
-            and not _is_kept(name, last[name], settings)
-        ]
+        lost = []
+        for name in dict.fromkeys(own):
+            is_group = any(other.startswith(f"{name}.") for other in settings)
+            is_kept = is_group or (
+                name in settings
+                and (settings[name] == last[name] or str(settings[name]) == str(last[name]))
+            )
+            if name != key and not name.startswith(nulled) and not is_kept:
+                lost.append(name.removeprefix(f"{key}."))
         others = [name for name in classes if name != kind]
         if others and lost:
             lines.append(f"{key} is {kind} instead of {others[-1]}: dropped {', '.join(lost)}")
     return lines
 
 
-def _is_kept(name: str, value: Any, settings: dict[str, Any]) -> bool:
-    """Whether a setting is as it was given, be it as text, or is a group of settings."""
-    if any(other.startswith(f"{name}.") for other in settings):
-        return True
-    return name in settings and (settings[name] == value or str(settings[name]) == str(value))
-
-
 def _plain_error(message: str) -> str:
     """A parser's message without its nested repetitions, with the nearest known name."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    text = " ".join(lines)
+    text = " ".join(message.split())
     null = re.search(
         r'Parser key "([\w.]+)".*( value: (None|\[.*\bNone\b.*\])| config "(null|None|~)")$', text
     )
@@ -547,6 +538,5 @@ def _quieten() -> None:
         r".*instantiate_classes.*",
         r"You're resuming from a checkpoint that ended before the epoch ended.*",
         r"The number of training batches .* is smaller than the logging interval.*",
-        r".*isinstance\(treespec, LeafSpec\).*",
     ):
         warnings.filterwarnings("ignore", pattern)

@@ -42,24 +42,15 @@ def interpret_command(
         backbone: hub id or folder of the model, where it is not at the place that the prompts name.
         all_rows: also find special tokens and rows that no token has.
 
-    Returns:
-        The report.
-
     Raises:
-        FileNotFoundError: a prompt file, folder, table or result file that is not there.
-        ValueError: no prompts, prompts of several backbones, prompts of several lengths where rows
-            are compared, numbers that are not finite, ``top`` out of range, or transfer that cannot
-            be read.
-        NotADirectoryError: ``out`` is a file.
+        FileNotFoundError, ValueError, NotADirectoryError: what lacks or is wrong, in a sentence.
     """
     from prompt_lab.analysis.interpretation import find_tuned, prompt_points, read_transfer
     from prompt_lab.analysis.interpretation_sections import interpret_prompts
-    from prompt_lab.analysis.report import markdown, write_report
+    from prompt_lab.analysis.report import check_folder, markdown, write_report
     from prompt_lab.core.backbone import Backbone
 
-    folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"--out {folder} is a file: name a folder")
+    folder = check_folder(out)
     if top < 1:
         raise ValueError(f"--top is {top}: give 1 or more")
     tuned = find_tuned(prompts)
@@ -70,4 +61,4 @@ def interpret_command(
     files = write_report(sections, folder, "What the prompts say")
     for section in sections[:-1]:  # the tokens are many
         print(f"{section.title}\n\n{section.legend}\n\n{markdown(section.shown)}\n")
-    return files[:2]
+    return files

@@ -39,7 +39,7 @@ FUNCTIONS = {
     "tasks build": ("prompt_lab.commands.build_command", "build_tasks"),
     "vectors apply": ("prompt_lab.commands.prompts", "apply_vectors"),
     "vectors show": ("prompt_lab.commands.prompts", "show_vectors"),
-    "vectors compare": ("prompt_lab.commands.compare", "compare_vectors"),
+    "vectors compare": ("prompt_lab.commands.prompts", "compare_vectors"),
     "vectors mix": ("prompt_lab.commands.prompts", "mix_prompts"),
     "sweep": ("prompt_lab.commands.sweep_command", "sweep_command"),
     "report": ("prompt_lab.commands.report", "report_command"),

@@ -21,7 +21,7 @@ from prompt_lab.files.tensors import write_atomically
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prompt_lab.core.backbone import Backbone, Side
+    from prompt_lab.core.backbone import Backbone
     from prompt_lab.files.prompts import FoundPrompt
 
 CHUNK = 1024
@@ -31,35 +31,20 @@ OUTPUT_FIELDS = ("prompt", "prediction", "scores")
 """What is added to the fields of a jsonl input."""
 
 DEFAULTS = {
-    "max_new_tokens": 64,
-    "num_beams": 1,
-    "max_input_length": 512,
-    "truncation_side": "right",
+    **{"max_new_tokens": 64, "num_beams": 1},
+    **{"max_input_length": 512, "truncation_side": "right"},
 }
 """Of prompts whose files do not say, such as imported ones."""
 
-Answer = tuple[str, dict[str, float] | None]
+Way = tuple[list[str] | None, dict[str, Any]]
+"""How a prompt answers: labels, None for generation, and the other arguments of predict."""
+
+Answer = tuple[str | None, dict[str, float | None] | None]
 """The text, and the log-likelihood of every label where labels were scored and are asked for."""
 
 
-class Way(NamedTuple):
-    """How a prompt answers: the arguments of :func:`predict`; no labels for generation."""
-
-    labels: tuple[str, ...] | None
-    input_prefix: str
-    max_new_tokens: int
-    num_beams: int
-    max_input_length: int
-    truncation_side: Side
-
-
 class Line(NamedTuple):
-    """One line of input.
-
-    Attributes:
-        text: what is answered, without spaces around it; lines without text are not answered.
-        fields: what a jsonl output line repeats, ``input`` among them.
-    """
+    """One line of input: its text without spaces around it, and what a jsonl output repeats."""
 
     text: str
     fields: dict[str, Any]
@@ -99,34 +84,27 @@ def predict_command(
         format: text, jsonl, or auto for jsonl where out ends with .jsonl and text elsewhere.
         backbone: hub id or folder; by default the one that the prompts were made for.
         dtype: dtype of the backbone's weights.
-        labels: answers to choose from; by default those that the prompt was tested with, or else
-            those of its task, where the package knows the task.
+        labels: answers to choose from; by default those of the test, or of a task that is known.
         decoding: score chooses among labels where there are any and generates other answers,
             generate generates all answers; by default as the prompt was tested, or else score.
-        max_new_tokens: longest generated answer; by default as the prompt was tested, or else 64.
-        num_beams: beams of generated answers; by default as the prompt was tested, or else 1.
+        max_new_tokens: longest generated answer; by default as tested, or else 64.
+        num_beams: beams of generated answers; by default as tested, or else 1.
         max_input_length: longer inputs are cut to so many tokens, and to what the backbone's
             positions leave; by default as the prompt was trained, or else 512.
-        truncation_side: where they are cut, right (the end) or left; by default as the prompt was
-            trained, or else right.
+        truncation_side: where they are cut, right (the end) or left; by default as trained.
         tokens_per_forward: most padded tokens of one forward pass; bounds memory, not results; by
             default 2048 on a CPU and 16384 on a GPU.
         device: auto takes a GPU where there is one.
 
     Raises:
-        FileNotFoundError: a prompt or input file that is not there.
-        ValueError: prompts for different backbones, prompts that do not answer alone, bad settings,
-            or a line that cannot be read.
+        FileNotFoundError, ValueError: what lacks, does not fit or cannot be read, in a sentence.
     """
-    given: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "num_beams": num_beams,
-        "max_input_length": max_input_length,
-        "truncation_side": truncation_side,
-    }
+    given: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
+    given["max_input_length"] = max_input_length
+    numbers = {"tokens_per_forward": tokens_per_forward, **given}
+    check_at_least_one(**{name: number for name, number in numbers.items() if number is not None})
+    given["truncation_side"] = truncation_side
     given = {name: value for name, value in given.items() if value is not None}
-    numbers = {"tokens_per_forward": tokens_per_forward, **given, "truncation_side": None}
-    check_at_least_one(**{name: n for name, n in numbers.items() if n is not None})
     if labels is not None:
         labels = tidy_labels(labels)
         if decoding == "generate":
@@ -143,11 +121,12 @@ def predict_command(
         lines, written = list(read_lines(raw, source)), []
     for at in range(0, len(lines), CHUNK):
         chunk = lines[at : at + CHUNK]
-        answers = _answers(model, bank, ways, chunk, tokens_per_forward, with_scores=as_json)
-        rows = _json_lines(names, chunk, answers) if as_json else _text_lines(answers)
-        written.append("".join(rows))
+        texts = [line.text for line in chunk if line.text]
+        answers = _answers(model, bank, ways, texts, tokens_per_forward, with_scores=as_json)
+        written += _written(names, chunk, answers, as_json)
         if out is None:
-            print(written.pop(), end="", flush=True)
+            print("".join(written), end="", flush=True)
+            written.clear()
     if out is not None:
         write_atomically(out, "".join(written).encode())
 
@@ -155,9 +134,7 @@ def predict_command(
 def read_lines(raw: Iterable[bytes], path: Path | None = None) -> Iterator[Line]:
     r"""The inputs of a file or stream whose lines end in ``\n`` or ``\r\n``.
 
-    Args:
-        raw: the lines as bytes.
-        path: where they come from, None for standard input; JSON objects if it ends with .jsonl.
+    They are bytes, JSON objects if ``path`` ends with .jsonl; without it from standard input.
 
     Raises:
         ValueError: a line that is not UTF-8, has a tab (text) or is not an object with the text
@@ -176,7 +153,6 @@ def read_lines(raw: Iterable[bytes], path: Path | None = None) -> Iterator[Line]
 
 
 def _parse_text(text: str) -> Line:
-    """A line of a text file."""
     if "\t" in text:
         raise ValueError(
             "the line holds a tab, so it may be a row with answers: give inputs only (cut -f1), or "
@@ -186,7 +162,6 @@ def _parse_text(text: str) -> Line:
 
 
 def _parse_json(text: str) -> Line:
-    """A line of a jsonl file."""
     if not text.strip():
         return Line("", {"input": ""})
     try:
@@ -204,9 +179,9 @@ def _parse_json(text: str) -> Line:
 def _check_input(given: str | None) -> Path | None:
     if given is None and sys.stdin.isatty():
         raise ValueError("no input: name a file with --input, or pipe lines in")
-    if given in (None, "-"):
+    if given is None or given == "-":
         return None
-    path = Path(given or "")
+    path = Path(given)
     if path.is_dir():
         raise ValueError(f"input is the folder {path}: give a file")
     if not path.exists():
@@ -227,7 +202,7 @@ def _find_prompts(given: Sequence[str]) -> tuple[list[str], list[FoundPrompt]]:
 
 def _ways(
     found: Sequence[FoundPrompt],
-    labels: Sequence[str] | None,
+    labels: list[str] | None,
     decoding: str | None,
     given: dict[str, Any],
 ) -> list[Way]:
@@ -238,11 +213,11 @@ def _ways(
     for row in (one.metadata for one in found):
         task = str(row.get("task") or "")
         known = tasks.get(task)
-        own = {name: row.get(name) or default for name, default in DEFAULTS.items()}
+        own = {name: row.get(name) or default for name, default in DEFAULTS.items()} | given
+        own["input_prefix"] = f" [{task}] " if row.get("task_prefix") else ""
         scored = (decoding or row.get("decoding") or "score") == "score"
         choice = labels or ((row.get("labels") or (known and known.labels)) if scored else None)
-        prefix = f" [{task}] " if row.get("task_prefix") else ""
-        ways.append(Way(tuple(choice) if choice else None, prefix, **{**own, **given}))
+        ways.append((list(choice) if choice else None, own))
         if task and known is None and not row.get("decoding"):
             unknown.add(task)
     if unknown and labels is None and decoding is None:
@@ -284,58 +259,49 @@ def _answers(
     model: Backbone,
     bank: Sequence[Tensor],
     ways: Sequence[Way],
-    chunk: Sequence[Line],
+    texts: Sequence[str],
     tokens_per_forward: int | None,
     with_scores: bool,
-) -> list[list[Answer | None]]:
-    """For every line its R answers; None for lines without text."""
-    answers: list[list[Answer | None]] = [[None] * len(bank) for _ in chunk]
-    asked = [at for at, line in enumerate(chunk) if line.text]
-    texts = [chunk[at].text for at in asked]
-    for way in dict.fromkeys(ways) if asked else ():
-        places = [place for place, own in enumerate(ways) if own == way]
-        prompts, settings = [bank[place] for place in places], way._asdict()
-        settings["tokens_per_forward"] = tokens_per_forward
-        found: list[list[Answer]]
-        if way.labels is not None and with_scores:
-            for name in ("labels", "max_new_tokens", "num_beams"):
-                del settings[name]
-            scores = label_scores(model, prompts, texts, way.labels, **settings).tolist()
-            found = [[_best(way.labels, row) for row in of_text] for of_text in scores]
+) -> list[list[Answer]]:
+    """For every text its R answers; prompts that answer in one way do so together."""
+    answers: list[list[Answer]] = [[(None, None)] * len(bank) for _ in texts]
+    for at, (labels, own) in enumerate(ways):
+        if ways[at] in ways[:at] or not texts:
+            continue
+        places = [place for place, way in enumerate(ways) if way == ways[at]]
+        prompts = [bank[place] for place in places]
+        settings = {"tokens_per_forward": tokens_per_forward, **own}
+        if labels is not None and with_scores:
+            del settings["max_new_tokens"], settings["num_beams"]
+            scores = label_scores(model, prompts, texts, labels, **settings).tolist()
+            found = [[_best(labels, row) for row in of_text] for of_text in scores]
         else:
-            plain = predict(model, prompts, texts, **settings)
+            plain = predict(model, prompts, texts, labels, **settings)
             found = [[(text, None) for text in of_text] for of_text in plain]
-        for at, of_line in zip(asked, found, strict=True):
-            for place, one in zip(places, of_line, strict=True):
-                answers[at][place] = one
+        for whole, part in zip(answers, found, strict=True):
+            for place, answer in zip(places, part, strict=True):
+                whole[place] = answer
     return answers
 
 
 def _best(labels: Sequence[str], scores: Sequence[float]) -> Answer:
     """The label of highest score, with all scores."""
-    return labels[max(range(len(labels)), key=scores.__getitem__)], dict(
-        zip(labels, scores, strict=True)
-    )
+    told = [round(score, 6) if math.isfinite(score) else None for score in scores]
+    return labels[scores.index(max(scores))], dict(zip(labels, told, strict=True))
 
 
-def _text_lines(answers: Iterable[Sequence[Answer | None]]) -> Iterator[str]:
-    """A line per input, a column per prompt."""
-    for of_line in answers:
-        columns = ("" if one is None else " ".join(one[0].split()) for one in of_line)
-        yield "\t".join(columns) + "\n"
-
-
-def _json_lines(
-    names: Sequence[str], chunk: Sequence[Line], answers: Iterable[Sequence[Answer | None]]
+def _written(
+    names: Sequence[str], chunk: Sequence[Line], found: Iterable[list[Answer]], as_json: bool
 ) -> Iterator[str]:
-    """A JSON object per input and prompt."""
-    for line, of_line in zip(chunk, answers, strict=True):
-        for name, one in zip(names, of_line, strict=True):
-            text, scores = one or (None, None)
+    """A line per input, a column per prompt; or a JSON object per input and prompt."""
+    found = iter(found)
+    for line in chunk:
+        answers = next(found) if line.text else [(None, None)] * len(names)
+        if not as_json:
+            yield "\t".join(" ".join((text or "").split()) for text, _ in answers) + "\n"
+            continue
+        for name, (text, scores) in zip(names, answers, strict=True):
             row = {**line.fields, "prompt": name, "prediction": text}
-            if scores is not None:
-                row["scores"] = {
-                    label: round(value, 6) if math.isfinite(value) else None
-                    for label, value in scores.items()
-                }
-            yield json.dumps(row, ensure_ascii=False) + "\n"
+            yield (
+                json.dumps(row | ({"scores": scores} if scores else {}), ensure_ascii=False) + "\n"
+            )

@@ -1,4 +1,4 @@
-"""The commands ``export``, ``import`` and ``vectors show | apply | mix``: prompts in, prompts out.
+"""``export``, ``import`` and ``vectors show | compare | apply | mix``: prompts in, prompts out.
 
 ``vectors apply`` makes sums of task prompt vectors (Belanec et al. 2024, arXiv 2408.01119), ``mix``
 a start for a target task from source prompts (SPoT, Vu et al. 2022, arXiv 2110.07904, section 3).
@@ -15,10 +15,22 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    from prompt_lab.files.prompts import FoundPrompt, Prompt, PromptStore
+from prompt_lab.core.vectors import expression_name, parse_expression, shortened
+from prompt_lab.data.partitions import expand_sets
+from prompt_lab.files.prompts import (
+    FoundPrompt,
+    Prompt,
+    PromptStore,
+    best_found,
+    best_prompts,
+    check_prompt,
+    find_prompts,
+    is_single,
+    save_prompt,
+)
+from prompt_lab.files.vectors import check_compatible, combine, common_init, complete, find_vectors
 
 LONGEST_NAME = 200
 """Characters in a file's name; what is longer is cut there and gets a digest."""
@@ -49,17 +61,12 @@ def export_prompts(
         names: only the prompts of these names; all by default.
         backbone: hub id or folder to write as the base model; by default the one of each prompt.
 
-    Returns:
-        The folders or files that were written.
-
     Raises:
         FileNotFoundError: a source or a prompt that is not there.
         ValueError: a source of another kind, a prompt that does not answer alone, a target that
-            exists, or a backbone whose config cannot be had or that has another width (PEFT needs
-            layers, heads and kind of model).
+            exists, or a backbone whose config cannot be had or that has another width.
     """
     from prompt_lab.files.peft import save_peft, save_plain
-    from prompt_lab.files.prompts import find_prompts, is_single
 
     if format not in ("peft", "tensor"):
         raise ValueError(f"format is {format!r}; allowed: peft, tensor")
@@ -115,9 +122,6 @@ def import_prompts(
         task_index: which task of a multitask PEFT folder, counted from 0.
         name: name of the prompt; by default that of the file or folder.
 
-    Returns:
-        The prompt file that was written.
-
     Raises:
         FileNotFoundError: no such source.
         ValueError: a source that holds no single prompt, a backbone that is not known, cannot be
@@ -125,7 +129,6 @@ def import_prompts(
     """
     from prompt_lab.core.backbone import Backbone
     from prompt_lab.files.peft import is_peft, load_peft, read_prompt
-    from prompt_lab.files.prompts import PromptStore, check_prompt, save_prompt
 
     place, target = Path(source), Path(out)
     if place.name.startswith("adapter_model.") and is_peft(place.parent):
@@ -149,12 +152,8 @@ def import_prompts(
             raise ValueError(f"{source} does not name its model: give it with backbone")
         model = Backbone.load(backbone or prompt.backbone)
         check_prompt(prompt, model, source)
-        prompt = replace(
-            prompt,
-            backbone=model.name,
-            backbone_digest=model.digest,
-            tokenizer_digest=model.tokenizer_digest,
-        )
+        digests = {"backbone_digest": model.digest, "tokenizer_digest": model.tokenizer_digest}
+        prompt = replace(prompt, backbone=model.name, **digests)
     if store is None:
         save_prompt(path, prompt)
     else:
@@ -163,8 +162,6 @@ def import_prompts(
 
 
 def _targets(prompts: Sequence[Prompt], out: Path, format: str, single: bool) -> list[Path]:
-    from prompt_lab.files.prompts import PromptStore
-
     is_file = out.suffix == ".safetensors"
     if is_file and not (single and format == "tensor"):
         raise ValueError(f"{out}: give a folder; only a single prompt as a tensor becomes a file")
@@ -209,14 +206,10 @@ def show_vectors(prompts: list[str]) -> None:
         prompts: prompt stores, folders of fits, prompt files or checkpoints.
 
     Raises:
-        FileNotFoundError: a store that is not there.
-        ValueError: stores without tuned prompts, prompts of different backbones or shapes, or
-            numbers that are not finite.
+        FileNotFoundError, ValueError: no tuned prompts there, or such as do not combine.
     """
     import pandas as pd
     import torch
-
-    from prompt_lab.files.vectors import check_compatible, find_vectors
 
     groups = find_vectors(prompts)
     check_compatible(*(one for own in groups.values() for one in own.values()))
@@ -224,17 +217,57 @@ def show_vectors(prompts: list[str]) -> None:
     for (sample, seed), own in groups.items():
         for task, one in own.items():
             others = [other.vector for name, other in own.items() if name != task]
-            vector, cosine = one.vector, math.nan
+            vector, init, cosine = one.vector, one.prompt.init.double().norm().item(), math.nan
             if others:
                 mean = torch.stack(others).mean(0)
                 cosine = ((vector * mean).sum() / (vector.norm() * mean.norm())).item()
-            norms = (vector.norm().item(), one.prompt.init.double().norm().item())
-            rows.append((task, sample, seed, *norms, math.nan, cosine))
+            size = vector.norm().item()
+            ratio = size / init if init > 0 else math.nan
+            rows.append((task, sample, seed, size, init, ratio, cosine))
     names = ["task", "sample", "seed", "vector", "init", "ratio", "cosine to others"]
     table = pd.DataFrame(rows, columns=names).astype({"sample": "Int64", "seed": "Int64"})
-    table["ratio"] = table["vector"] / table["init"].where(table["init"] > 0)
     table = table.sort_values("task", kind="stable").astype(object).where(table.notna(), "-")
     print(table.to_string(index=False, float_format="{:.4g}".format))
+
+
+def compare_vectors(prompts: list[str], *, out: str) -> list[Path]:
+    """Cosines of tuned prompts, and of task prompt vectors, between tasks and initial prompts.
+
+    Writes report.md and report.html with similarities.csv (mean, standard deviation and number of
+    pairs), norms.csv (norms of vectors and initial prompts, and their ratio), and four heat maps
+    (PNG, SVG): prompts and vectors, from different initial prompts and from one and the same. An
+    entry is the mean over all such pairs of few-shot samples in common; on the diagonal over pairs
+    of two prompts of a task. Prints both tables.
+
+    Of a grid the prompt of best dev score stands for its task, sample and seed. A prompt that is
+    its own initial prompt has no vector, and is named and left out there.
+
+    Args:
+        prompts: prompt stores, folders of fits, prompt files or checkpoints, with tuned prompts of
+            several tasks or seeds.
+        out: folder for pictures and tables.
+
+    Raises:
+        FileNotFoundError, ValueError, NotADirectoryError: what lacks or is wrong, in a sentence.
+    """
+    from prompt_lab.analysis.report import check_folder, markdown, write_report
+    from prompt_lab.analysis.vectors import cosine_sections
+
+    folder = check_folder(out)
+    groups: dict[int | None, list[FoundPrompt]] = {}
+    for (sample, _), own in find_vectors(prompts).items():
+        groups.setdefault(sample, []).extend(own.values())
+    check_compatible(*(found for own in groups.values() for found in own))
+    if max(map(len, groups.values())) < 2:
+        raise ValueError(
+            f"only one tuned prompt of each sample in {', '.join(prompts)}: nothing to compare; "
+            "tune several tasks, or several model.init_seed"
+        )
+    sections = cosine_sections(groups)
+    files = write_report(sections, folder, "How alike prompts and vectors are")
+    for section in sections:
+        print(f"{section.title}\n\n{section.legend}\n\n{markdown(section.shown)}\n")
+    return files
 
 
 def apply_vectors(
@@ -269,25 +302,9 @@ def apply_vectors(
         task: task that the written prompts are for; by default the one of the expression, and none
             where there are several.
 
-    Returns:
-        The prompt files that were written.
-
     Raises:
-        FileNotFoundError: a store or an initial prompt that is not there.
-        ValueError: an expression that cannot be read, tasks without prompts, prompts of different
-            backbones or shapes, vectors of different initial prompts where none is named, numbers
-            that are not finite, or a file that exists.
+        FileNotFoundError, ValueError: what lacks, does not combine or is there already.
     """
-    from prompt_lab.core.vectors import expression_name, parse_expression, shortened
-    from prompt_lab.files.prompts import find_prompts
-    from prompt_lab.files.vectors import (
-        check_compatible,
-        combine,
-        common_init,
-        complete,
-        find_vectors,
-    )
-
     factors = parse_expression(expression)
     if not math.isfinite(scale):
         raise ValueError(f"scale is {scale}: give a finite number")
@@ -306,14 +323,13 @@ def apply_vectors(
         if one.prompt.prompt.equal(one.prompt.init):
             print(f"prompt-lab: {one.where} adds nothing: it is its own init", file=sys.stderr)
     advice, made = "name one to apply to with --init", []
+    asked = {"expression": " ".join(expression.split()), "scale": scale, "task": task}
     for (sample, seed), own in groups.items():
         stem = expression_name(factors, scale)
-        stem += "" if sample is None else f"_{sample}"
-        stem += "" if seed is None else f"_seed{seed}"
+        stem += ("" if sample is None else f"_{sample}") + ("" if seed is None else f"_seed{seed}")
         answers = _answers(task, [one.prompt for one in own.values()])
-        for base in given.values() if given else [common_init(list(own.values()), advice)]:
+        for base in given.values() or [common_init(list(own.values()), advice)]:
             name = shortened(f"{stem}_on_{base.stem}", LONGEST_NAME) if given else stem
-            asked = {"expression": " ".join(expression.split()), "scale": scale, "task": task}
             made.append(combine(name, factors, own, base, **asked, **answers))
     return _save(store, made)
 
@@ -349,29 +365,19 @@ def mix_prompts(
     with the files and their digests. Nothing is overwritten.
 
     Args:
-        target: prompt file of the target task, tuned briefly or to the end; or a prompt store, the
-            folder of a fit or a checkpoint with those of several tasks, of which the best by dev of
-            each task, sample and seed is taken.
+        target: prompt of the target task; or a prompt store, the folder of a fit or a checkpoint,
+            of which the best by dev of each task, sample and seed is taken.
         prompts: prompt stores, folders of fits, prompt files or checkpoints with source prompts.
         out: prompt store to write to; made if it is not there.
-        sources: source tasks, or sets of partitions; by default all tasks of the stores but the
-            target's own.
+        sources: source tasks, or sets of partitions; by default all of the stores but the target.
         sample: few-shot sample of the source prompts; by default that of the target prompt.
 
-    Returns:
-        The prompt files that were written.
-
     Raises:
-        FileNotFoundError: a target or source prompt that is not there.
-        ValueError: no source, prompts of different backbones or shapes, a source without a
-            similarity, or a file that exists.
+        FileNotFoundError, ValueError: what lacks, does not combine or is there already.
     """
     import torch
 
     from prompt_lab.core.attention_mixture import similarity_weights
-    from prompt_lab.data.partitions import expand_sets
-    from prompt_lab.files.prompts import best_found, best_prompts, find_prompts
-    from prompt_lab.files.vectors import check_compatible, combine
 
     def place(known: dict[str, Any]) -> tuple[str, int, int]:
         numbers = (known.get(name) for name in ("sample", "init_seed"))
@@ -403,11 +409,9 @@ def mix_prompts(
             )
         own = {name: seeded.get((name, of_sample, seed), best[name, of_sample]) for name in names}
         check_compatible(one, *own.values())
+        stacked = torch.stack([source.prompt.prompt for source in own.values()]).double()
         try:
-            weights = similarity_weights(
-                one.prompt.prompt,
-                torch.stack([source.prompt.prompt for source in own.values()]).double(),
-            )
+            weights = similarity_weights(one.prompt.prompt, stacked)
         except ValueError as error:
             raise ValueError(f"{one.where}: {error}") from None
         factors = dict(zip(own, weights.tolist(), strict=True))
@@ -423,8 +427,6 @@ def mix_prompts(
 
 
 def _open_store(out: str) -> PromptStore:
-    from prompt_lab.files.prompts import PromptStore
-
     store = PromptStore(out)
     if store.folder.is_file():
         raise ValueError(f"out is the file {out}: give a folder")

@@ -27,22 +27,14 @@ def report_command(
             first; without a reference, tests are of the two lines that dev puts first).
         partition: name of a partition, such as ipt/random, for means over its sets.
 
-    Returns:
-        The report.
-
     Raises:
-        FileNotFoundError: no such folder, or no results in it.
-        ValueError: two lines of one name, a file that is no results.csv or of another version,
-            settings that differ within a line, an unknown reference or partition.
-        NotADirectoryError: ``out`` is a file.
+        FileNotFoundError, ValueError, NotADirectoryError: what lacks or is wrong, in a sentence.
     """
-    from prompt_lab.analysis.report import make_report, markdown, write_report
+    from prompt_lab.analysis.report import check_folder, make_report, markdown, write_report
     from prompt_lab.analysis.tables import read_lines
     from prompt_lab.data.partitions import partition as find_partition
 
-    folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"--out {folder} is a file: name a folder")
+    folder = check_folder(out)
     sets = None
     if partition is not None:
         found = find_partition(partition)
@@ -51,7 +43,7 @@ def report_command(
     files = write_report(sections, folder)
     for section in sections[:2]:
         print(f"{section.title}\n\n{markdown(section.shown)}\n")
-    return files[:2]
+    return files
 
 
 def _places(words: list[str]) -> dict[str, Path]:

@@ -18,23 +18,26 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from prompt_lab.data.files import list_files, parse_line, split_lines
+from prompt_lab.data.partitions import expand_sets
+from prompt_lab.files.prompts import FoundPrompt, TaskSample, best_prompts
+from prompt_lab.files.results import text_table
+from prompt_lab.files.tensors import write_atomically
+from prompt_lab.sandbox import SANDBOX, TASKS, rows
+
 if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
-
-    from prompt_lab.data.mixtures import Key
 
 Method = Literal[
     "subspace", "feature", "feature-unit", "unigram", "unigram-unit", "max", "max-source", "cosine",
     "frobenius", "size", "semb", "random",
 ]  # fmt: skip
-Choice = Literal["highest", "lowest", "random"]
 
 CHUNK = 1024
 """Inputs that are embedded at a time."""
 
-_MOST_STEPS = 10
-_SANDBOX_SAMPLE = 100
+_MOST_STEPS, _SANDBOX_SAMPLE = 10, 100
 
 
 def select_command(
@@ -44,7 +47,7 @@ def select_command(
     sources: list[str] | None = None,
     method: Method = "subspace",
     number: int = 5,
-    choose: Choice = "highest",
+    choose: Literal["highest", "lowest", "random"] = "highest",
     seed: int = 0,
     rank: int | None = None,
     energy: float = 0.95,
@@ -59,13 +62,11 @@ def select_command(
     (for each row of the target the largest cosine with a row of the source; max-source the other
     way round), cosine (of all numbers), frobenius (minus the distance). With -unit all rows have
     length 1 first. Of several prompts of a task and sample, the one with the best dev score counts.
-    Samples that both tasks have are compared one by one; tasks without a common sample by all
-    pairs.
+    Samples that both tasks have are compared one by one; others by all pairs.
 
     Methods without prompts: size (rows of the source's training file), semb (cosine of the mean
     sentence embeddings of the training inputs), random (numbers of the seed). A task's training
-    file is that of the largest K, of its samples the first; files made with --shots all hold the
-    whole set.
+    file is that of the largest K, of its samples the first.
 
     With several targets, the mean over targets chooses: the settings of meta prompt tuning (Qin,
     Li, Zhao and Joty 2023, appendix A.7).
@@ -85,23 +86,13 @@ def select_command(
         encoder: id or folder of a sentence-transformers model, for semb.
         out: YAML file to write with the chosen tasks as data.tasks, a further --config of a fit.
 
-    Returns:
-        The YAML file, where one is written.
-
     Raises:
-        FileNotFoundError: no such folder, or tasks that the stores or the data root lack.
-        ValueError: a target among the sources, fewer sources than ``number``, prompts of several
-            backbones or lengths, prompts without a subspace, a rank or an energy out of range, or
-            something that the method needs is not given.
-        IsADirectoryError: ``out`` is a folder.
+        FileNotFoundError, ValueError, IsADirectoryError: tasks or files that lack, in a sentence.
     """
     import pandas as pd
     import yaml
 
-    from prompt_lab.analysis.selection import PROMPT_RANKINGS, load_prompts, rank_by_prompts
-    from prompt_lab.data.partitions import expand_sets
-    from prompt_lab.files.prompts import best_prompts
-    from prompt_lab.files.tensors import write_atomically
+    from prompt_lab.analysis.selection import PROMPT_RANKINGS, rank_by_prompts
 
     if out is not None and Path(out).is_dir():
         raise IsADirectoryError(f"--out {out} is a folder: name a file")
@@ -110,25 +101,23 @@ def select_command(
     others = [task for task in dict.fromkeys(task for task, _ in files) if task not in wanted]
     names = others if sources is None else list(dict.fromkeys(expand_sets(sources)))
     if method in PROMPT_RANKINGS:
-        check_prompts(method, wanted, names, files, prompts)
+        _check_prompts(method, wanted, names, files, prompts)
     if both := [task for task in names if task in wanted]:
         raise ValueError(f"source and target at once: {', '.join(both)}; take it out of one")
     if not names:
-        given = (
-            f"{', '.join(prompts)} hold no task but the targets" if prompts else "no source tasks"
-        )
-        raise ValueError(f"{given}: name tasks with --sources, or give further stores to --prompts")
+        held = f"{', '.join(prompts)} hold no task but the targets" if prompts else ""
+        advice = "name tasks with --sources, or give further stores to --prompts"
+        raise ValueError(f"{held or 'no source tasks'}: {advice}")
     if not 1 <= number <= len(names):
         raise ValueError(
             f"--number is {number}, and there are {len(names)} source tasks: give 1 to {len(names)}"
         )
     if method in PROMPT_RANKINGS:
-        found = load_prompts({key: one for key, one in files.items() if key[0] in wanted + names})
-        sides = [{k: x for k, x in found.items() if k[0] in own} for own in (wanted, names)]
+        sides = _loaded(files, wanted, names)
         flags = {"energy": energy, "rank": rank} if method == "subspace" else {}
         ranked, legend = rank_by_prompts(method, *sides, **flags), PROMPT_RANKINGS[method][2]
         if method == "subspace":
-            legend += _chance(*([*side.values()] for side in sides), flags)
+            legend += _chance(sides, flags)
     else:
         pairs = pd.MultiIndex.from_product([wanted, names], names=["target", "source"])
         ranked = pairs.to_frame(index=False).assign(std=math.nan, count=1, same_sample=True)
@@ -182,13 +171,11 @@ def evaluate_command(
 
     It prints, as mean and standard deviation over targets in percent, nDCG, Regret@1, Regret@3, and
     with scores without transfer gain@1 and gain@3: the relative transfer of the best of the first 1
-    or 3. random is the exact expectation over all rankings, and sources of equal similarity count
-    with their expectation too.
+    or 3. random, and sources of equal similarity, count with their exact expectation.
 
-    With out it writes a report with 95 % intervals, a CSV file for each table, and figures as PNG
-    and SVG: the transfer itself, by pair, source and target; the best of the first k for every k;
-    nDCG over steps; each similarity; and with prompts t-SNE maps of the rows of each target's
-    prompt and those of its best, second and worst source.
+    With out it writes a report with 95 % intervals, a CSV file for each table, and figures: the
+    transfer by pair, source and target; the best of the first k; nDCG over steps; similarities; and
+    t-SNE maps of the rows of each target's prompt and those of its best, second and worst source.
 
     Args:
         transfer: CSV tables, results.csv files, folders with such, or paper.
@@ -205,24 +192,16 @@ def evaluate_command(
             every target prompt by the scores of its own sample.
         out: folder for the report.
 
-    Returns:
-        The report.
-
     Raises:
-        FileNotFoundError: a file, folder, prompt or training file that is not there, or saved steps
-            that lack a target.
-        ValueError: a table that cannot be read, similarities that are missing, results of several
-            settings, no transfer in the results, or something that a method needs is not given.
-        NotADirectoryError: ``out`` is a file.
+        FileNotFoundError, ValueError, NotADirectoryError: what lacks or is wrong, in a sentence.
     """
     import pandas as pd
 
     from prompt_lab.analysis import selection, selection_sections
-    from prompt_lab.files.prompts import best_prompts
-    from prompt_lab.files.results import text_table
+    from prompt_lab.analysis.report import check_folder, write_report
 
-    if out is not None and Path(out).is_file():
-        raise NotADirectoryError(f"--out {out} is a file: name a folder")
+    if out is not None:
+        check_folder(out)
     if steps and not prompts:
         raise ValueError("--steps needs prompts of the source tasks: give their stores: --prompts")
     table, notes = selection.read_transfer(transfer)
@@ -233,19 +212,15 @@ def evaluate_command(
     if sizes:
         found.append(pairs.assign(ranking="size", similarity=pairs["source"].map(sizes)))
     for method in ["size"] * bool(root and not sizes) + ["semb"] * bool(encoder):
-        values, _ = _without_prompts(method, pairs, root, encoder)
-        found.append(pairs.assign(ranking=method, similarity=values))
+        found.append(pairs.assign(ranking=method))
+        found[-1]["similarity"], _ = _without_prompts(method, pairs, root, encoder)
     files = best_prompts(prompts or [])
     tuned = {task for task, _ in files}
     untuned = [target for target in targets if steps and target not in tuned]
     if prompts:
-        check_prompts("evaluate", [] if untuned else targets, sources, files, prompts)
+        _check_prompts("evaluate", [] if untuned else targets, sources, files, prompts)
     if prompts and not untuned:
-        loaded = selection.load_prompts(
-            {k: x for k, x in files.items() if k[0] in targets + sources}
-        )
-        sides = ({k: x for k, x in loaded.items() if k[0] in own} for own in (targets, sources))
-        found.append(selection.prompt_rankings(*sides))
+        found.append(selection.prompt_rankings(*_loaded(files, targets, sources)))
     for file in similarity or []:
         name = Path(file).stem
         if any(name in {*own["ranking"]} for own in found):
@@ -277,26 +252,29 @@ def evaluate_command(
         _tell_steps(selection_sections.mean_measures(by_step, ("step", "ranking"))[0], more)
     if out is None:
         return []
-    from prompt_lab.analysis.report import write_report
-
     shown = files if prompts and not untuned else None
     sections = selection_sections.selection_sections(table, rankings, judged, by_step, shown)
-    return write_report([*sections], Path(out))[:2]
+    return write_report([*sections], Path(out))
 
 
-def check_prompts(
+def _loaded(
+    files: dict[TaskSample, FoundPrompt], *sides: list[str]
+) -> list[dict[TaskSample, Tensor]]:
+    """The prompts of targets and of sources."""
+    from prompt_lab.analysis.selection import load_prompts
+
+    asked = {task for side in sides for task in side}
+    found = load_prompts({key: one for key, one in files.items() if key[0] in asked})
+    return [{key: x for key, x in found.items() if key[0] in side} for side in sides]
+
+
+def _check_prompts(
     method: str,
     targets: Sequence[str],
     sources: Sequence[str],
-    files: Iterable[Key],
+    files: Iterable[TaskSample],
     stores: Sequence[str] | None,
 ) -> None:
-    """Refuse tasks without prompts.
-
-    Raises:
-        ValueError: no store is given.
-        FileNotFoundError: targets or sources that ``files``, those of the stores, lack; all named.
-    """
     if not stores:
         raise ValueError(f"{method} compares tuned prompts: give their stores with --prompts")
     held = {task for task, _ in files}
@@ -316,7 +294,7 @@ def _without_prompts(
 ) -> tuple[pd.Series, str]:
     """Similarities of pairs by size, sentence embeddings or at random; and how to read them."""
     if method == "size":
-        rows = training_inputs(root, [*pairs["source"].unique()])
+        rows = _training_inputs(root, [*pairs["source"].unique()])
         return pairs["source"].map(lambda x: len(rows[x])), "rows of the source's training file"
     if method == "random":
         legend = f"random numbers of seed {seed}, which know nothing of the tasks"
@@ -325,16 +303,14 @@ def _without_prompts(
 
     if encoder is None:
         raise ValueError("semb needs a sentence encoder: give its id or folder with --encoder")
-    texts = training_inputs(root, list(dict.fromkeys([*pairs["target"], *pairs["source"]])))
+    texts = _training_inputs(root, list(dict.fromkeys([*pairs["target"], *pairs["source"]])))
     try:
-        from sentence_transformers import (  # pyright: ignore[reportMissingImports]
-            SentenceTransformer,
-        )
+        import sentence_transformers  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError(
             "semb needs the package sentence-transformers: pip install 'prompt-lab[semb]'"
         ) from None
-    model, units = SentenceTransformer(encoder), {}
+    model, units = sentence_transformers.SentenceTransformer(encoder), {}
     for task, rows in texts.items():
         parts = [rows[at : at + CHUNK] for at in range(0, len(rows), CHUNK)]
         sums = [np.sum(model.encode(x, show_progress_bar=False), 0, dtype=float) for x in parts]
@@ -343,20 +319,8 @@ def _without_prompts(
     return values, f"cosine of the mean embeddings of training inputs by {encoder}, -1 to 1"
 
 
-def training_inputs(root: str | None, tasks: Sequence[str]) -> dict[str, list[str]]:
-    """Inputs of the training file of each task: that of the largest K, of its samples the first.
-
-    Args:
-        root: folder of few-shot files, or sandbox.
-        tasks: tasks.
-
-    Raises:
-        ValueError: no root, or a file that cannot be read.
-        FileNotFoundError: no such folder, or tasks without a training file, all named.
-    """
-    from prompt_lab.data.files import list_files, parse_line, split_lines
-    from prompt_lab.sandbox import SANDBOX, TASKS, rows
-
+def _training_inputs(root: str | None, tasks: Sequence[str]) -> dict[str, list[str]]:
+    """Inputs of the training file of each task: that of the largest K, of its samples the first."""
     if root is None:
         raise ValueError("size and semb read training files: name their folder with --root")
     found: dict[str, list[str]] = {}
@@ -366,13 +330,12 @@ def training_inputs(root: str | None, tasks: Sequence[str]) -> dict[str, list[st
         folder = Path(root) / task
         if root == SANDBOX and task in TASKS:
             found[task] = [row[0] for row in rows(task, _SANDBOX_SAMPLE, "train")]
-        elif root != SANDBOX and folder.is_dir():
-            files = [(k, s) for k, s, split in list_files(folder) if split == "train"]
-            if files:
-                k, sample = next(one for one in files if one[0] == files[-1][0])
-                path = folder / f"{task}_{k}_{sample}_train.tsv"
-                lines = enumerate(split_lines(path, path.read_bytes()), 1)
-                found[task] = [parse_line(path, at, line)[0] for at, line in lines]
+        files = list_files(folder) if root != SANDBOX and folder.is_dir() else []
+        if files := [(k, sample) for k, sample, split in files if split == "train"]:
+            k, sample = next(one for one in files if one[0] == files[-1][0])
+            path = folder / f"{task}_{k}_{sample}_train.tsv"
+            lines = enumerate(split_lines(path, path.read_bytes()), 1)
+            found[task] = [parse_line(path, at, line)[0] for at, line in lines]
     if missing := [task for task in tasks if task not in found]:
         raise FileNotFoundError(
             f"{len(missing)} of {len(tasks)} tasks have no training file in {root}: "
@@ -384,20 +347,18 @@ def training_inputs(root: str | None, tasks: Sequence[str]) -> dict[str, list[st
 # ---- what is told --------------------------------------------------------------------------------
 
 
-def _chance(ours: Sequence[Tensor], theirs: Sequence[Tensor], flags: dict[str, Any]) -> str:
+def _chance(sides: Sequence[dict[TaskSample, Tensor]], flags: dict[str, Any]) -> str:
     import numpy as np
 
     from prompt_lab.core.similarity import subspaces
 
-    one, other = (
-        [subspaces(x[None], **flags)[0].shape[1] for x in side] for side in (ours, theirs)
-    )
-    width, least, most = ours[0].shape[1], min(one + other), max(one + other)
-    sizes = f"{most}" if least == most else f"{least} to {most}"
+    found = [[subspaces(x[None], **flags)[0] for x in side.values()] for side in sides]
+    one, other = ([len(x.T) for x in side] for side in found)
+    width, sizes = len(found[0][0]), sorted({*one, *other})
     chance = math.sqrt(np.maximum.outer(one, other).mean() / width)
     return (
-        f": {sizes} of {width} dimensions; between random subspaces of these sizes about "
-        f"{chance:.3f}"
+        f": {' to '.join(map(str, sizes[:1] + sizes[1:][-1:]))} of {width} dimensions; between "
+        f"random subspaces of these sizes about {chance:.3f}"
     )
 
 
@@ -406,8 +367,6 @@ def _sorted(ranked: pd.DataFrame) -> pd.DataFrame:
 
 
 def _ranking_text(ranked: pd.DataFrame, counted: str = "samples") -> str:
-    from prompt_lab.files.results import text_table
-
     cells = []
     for place, row in enumerate(ranked.itertuples(), 1):
         spread = "" if math.isnan(row.std) else f" ± {_text(row.std)}"
@@ -427,14 +386,13 @@ def _tell_steps(table: pd.DataFrame, notes: Sequence[str]) -> None:
     import numpy as np
 
     from prompt_lab.analysis.sections import number
-    from prompt_lab.files.results import text_table
 
     steps = table["step"].unique()
     shown = steps[np.linspace(0, len(steps) - 1, min(_MOST_STEPS, len(steps))).round().astype(int)]
     part = f" ({len(shown)} of {len(steps)})" if len(shown) < len(steps) else ""
     print(f"\nby step of the target prompts{part}; percent, mean over targets")
     print("".join(f"  {note}\n" for note in notes), end="")
-    for name in [x for x in table if x in ("nDCG", "Regret@1", "Regret@3")]:
+    for name in ("nDCG", "Regret@1", "Regret@3"):
         grid = table.pivot(index="ranking", columns="step", values=name)
         grid = grid.loc[table["ranking"].unique(), shown]
         rows = [[str(x), *(number(y, digits=2) for y in row)] for x, row in grid.iterrows()]

@@ -32,7 +32,7 @@ from prompt_lab.commands.sweep_file import Sweep, Trial, make_trials, read_sweep
 from prompt_lab.files.results import BASELINES, RESULT_COLUMNS, best_by_dev, read_csv
 from prompt_lab.files.tensors import held, write_atomically, write_csv
 
-LOG, CHECKPOINT = "log.txt", "checkpoints/last.ckpt"
+LOG = "log.txt"
 TAIL_LINES, TAIL_BYTES = 10, 20_000
 PATIENCE = 10.0
 """Seconds that a trial has to end after SIGTERM."""
@@ -129,14 +129,14 @@ def _run_fit(fit: Fit, folder: Path, lock: int) -> str:
     Only a fit that was interrupted is resumed: what led a failed one astray may be in its state.
     """
     trial = fit.whole
-    resumed = trial_state(folder)[0] == "interrupted" and (folder / CHECKPOINT).is_file()
+    again = {"interrupted": ["--resume=true"], "failed": ["--overwrite=true"]}
+    words = [*trial.words, f"--run_dir={folder}"]
+    if "fit" in trial.words:
+        words += again.get(trial_state(folder)[0], [])
     (folder / MARKER).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     if fit.runs is not None:
         write_atomically(folder / BANK, json.dumps(fit.describe_bank(), indent=1).encode())
-    words = [*trial.words, f"--run_dir={folder}"]
-    if resumed and "fit" in trial.words:
-        words.append("--ckpt_path=last")
     started = time.monotonic()
     with (folder / LOG).open("ab") as log:
         log.write(f"$ {shlex.join(words)}\n".encode())

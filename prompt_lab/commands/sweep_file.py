@@ -29,6 +29,8 @@ SERVICE_KEYS = ("early_terminate", "description", "project", "entity")
 MACROS = ("${env}", "${interpreter}", "${program}", "${args}")
 DEFAULT_COMMAND = list(MACROS)
 """The command of files that give none, as wandb has it."""
+OF_TRIAL = ("run_dir", "ckpt_path", "resume", "overwrite")
+"""Flags that the sweep gives each trial as it needs them."""
 
 DISTRIBUTIONS = {
     "constant": ("value",),
@@ -165,7 +167,7 @@ def _parameters(section: Any, outer: tuple[str, ...]) -> Iterator[Parameter]:
     for name in section:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][\w.-]*", name, re.ASCII):
             raise ValueError(f"{place}: {name!r} is no name of a setting")
-        if not outer and name in ("run_dir", "ckpt_path"):
+        if not outer and name in OF_TRIAL:
             raise ValueError(f"{place}: {name} is set for each trial by the sweep; leave it out")
     for name, given in sorted(section.items()):
         path = (*outer, name)
@@ -254,7 +256,7 @@ def _check_command(content: Mapping[Any, Any]) -> tuple[tuple[str, ...], str | N
         if "${" in word and (word not in MACROS or word == program):
             known = ", ".join(MACROS)
             raise ValueError(f"{word} in the command is not filled in here; allowed words: {known}")
-        if re.match(r"--(run_dir|ckpt_path)(=|$)", word):
+        if word.startswith("--") and word[2:].split("=")[0] in OF_TRIAL:
             raise ValueError(f"the sweep sets {word.split('=')[0]} for each trial; leave it out")
     if "${program}" in words and not isinstance(program, str):
         raise ValueError(f"program is {program!r}, and the command needs it: give a text")

@@ -312,18 +312,26 @@ class BankMetric(Metric):
         self.seen.index_put_(place, torch.ones_like(place[0]), accumulate=True)
 
     def compute(self) -> Tensor:
-        """Scores (R,) in float64; NaN for a prompt that was given no row.
+        """Scores (R,) in float64 over the rows that were given; NaN for a prompt without any.
 
         Raises:
-            ValueError: for a prompt that was given only some rows, or a row twice.
+            ValueError: for a row that was given twice.
         """
         seen = self.seen.cpu().numpy()
         _check_seen(seen)
-        whole = seen.all(1)
-        scores = np.full(len(seen), math.nan)
-        if whole.any():
-            scores[whole] = self._scores(self.cells.cpu().numpy()[whole])
+        self._rows_seen = torch.as_tensor((seen > 0).sum(1))
+        cells, scores = self.cells.cpu().numpy(), np.full(len(seen), math.nan)
+        kinds, of = np.unique(seen.astype(bool), axis=0, return_inverse=True)
+        for kind, rows in enumerate(kinds):
+            own = np.flatnonzero(of.reshape(-1) == kind)
+            if rows.any():
+                scores[own] = self._scores(cells[own][:, rows], np.flatnonzero(rows))
         return torch.as_tensor(scores, device=self.seen.device)
+
+    @property
+    def rows_seen(self) -> Tensor:
+        """(R,) how many rows each prompt was given, of all processes once scores are computed."""
+        return self._rows_seen if self._computed is not None else (self.seen > 0).sum(1)
 
     def _cell(self, row: int, text: str) -> float:
         """What is kept of one prediction: its code, its number or its score."""
@@ -345,9 +353,9 @@ class BankMetric(Metric):
         digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         return -1 - (int.from_bytes(digest, "big") >> 1)
 
-    def _scores(self, cells: np.ndarray) -> np.ndarray:
-        """Scores of the prompts whose cells (prompts, n) are complete."""
-        answers = [row[0] for row in self.references]
+    def _scores(self, cells: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Scores of prompts whose cells (prompts, m) are of the rows (m,)."""
+        answers = [self.references[row][0] for row in rows]
         if self.metric == "Pearson-Correlation":
             return pearson(cells, np.array([number(a) for a in answers]), self.variant)
         if self.metric in ROW_METRICS:
@@ -453,11 +461,6 @@ def _check_range(name: str, index: Tensor, size: int) -> None:
 
 
 def _check_seen(seen: np.ndarray) -> None:
-    """Refuse rows given twice and prompts given in part."""
+    """Refuse rows given twice."""
     for prompt, row in np.argwhere(seen > 1):
         raise ValueError(f"Row {row} of prompt {prompt} was given twice; give each once per reset.")
-    missing = (seen == 0).sum(1)
-    for prompt in np.flatnonzero((missing > 0) & (missing < seen.shape[1])):
-        raise ValueError(
-            f"Prompt {prompt} lacks {missing[prompt]} of {seen.shape[1]} rows; give all or none."
-        )

@@ -105,7 +105,7 @@ class BankOptimizer(torch.optim.Optimizer):
             raise ValueError(f"learning rates must be positive; given: {sorted(learning_rates)}")
         factors = [1.0] * len(parameters) if factors is None else factors
         groups = [
-            {"params": [parameter], "factor": factor}
+            {"params": [parameter], "factor": factor, "lr": max(learning_rates) * factor}
             for parameter, factor in zip(parameters, factors, strict=True)
         ]
         super().__init__(groups, {})
@@ -135,12 +135,22 @@ class BankOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            group["lr"] = max(self.learning_rates) * group["factor"] * self.factor()
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     state = self.state[parameter]
                     self._step(parameter, parameter.grad, state, group["factor"])
         self._most_steps += 1
         return loss
+
+    def factor(self) -> float:
+        """What the schedule makes of the peak rates of runs that never rested, at this step.
+
+        It is for loggers, as is ``lr`` of the groups, the highest rate.
+        """
+        config, step = self.config, torch.tensor(float(self._most_steps))
+        found = schedule_factor(step, config.schedule, config.warmup_steps, self.total_steps)
+        return found.item()
 
     def _step(
         self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], factor: float

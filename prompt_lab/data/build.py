@@ -1,6 +1,6 @@
 """Build the few-shot files of one task from the rows of its data set.
 
-Rows become lines (`prompt_lab.data.templates`), lines become splits (`prompt_lab.data.sampling`),
+Rows become lines (`prompt_lab.data.templates`), lines become splits (`prompt_lab.data.few_shot`),
 and each file is written whole or not at all. Lines that are there already, as whole sets in the
 gym's form, are drawn from without templates. Where CrossFit published the MD5 digest of a file, the
 new one is compared with it. Beside the files stands ``<task>_<K>_build.json``: settings, digests,
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from prompt_lab import __version__
-from prompt_lab.data import sampling
+from prompt_lab.data import few_shot
 from prompt_lab.data.files import SPLITS, DataError, MissingDataError, parse_line, split_lines
 from prompt_lab.data.sources import HUB, read_rows
 from prompt_lab.data.tasks import Shots, Task
@@ -212,8 +212,8 @@ def _pool_and_test(task: Task, source: str) -> tuple[list[Line], list[Line]]:
         for split in dict.fromkeys((origin.train, origin.test))
     }
     return (
-        sampling.take_part(lines[origin.train], origin.train_part),
-        sampling.take_part(lines[origin.test], origin.test_part),
+        few_shot.take_part(lines[origin.train], origin.train_part),
+        few_shot.take_part(lines[origin.test], origin.test_part),
     )
 
 
@@ -240,10 +240,10 @@ def _drawer(
     """The function from a sample's number to the row numbers of its train and dev."""
     labels = answers if task.kind == "classification" else [()] * len(answers)
     if shots == "all":
-        return lambda sample: sampling.draw_all(labels, sample)
+        return lambda sample: few_shot.draw_all(labels, sample)
     if sampling_law == "stratified":
-        return lambda sample: sampling.draw_stratified(labels, shots, STRATIFIED_DEV_ROWS, sample)
-    return lambda sample: sampling.draw_few_shot(labels, task.kind, shots, sample)
+        return lambda sample: few_shot.draw_stratified(labels, shots, STRATIFIED_DEV_ROWS, sample)
+    return lambda sample: few_shot.draw_few_shot(labels, task.kind, shots, sample)
 
 
 def _encode(lines: Sequence[Line], where: str, notes: list[str]) -> bytes:

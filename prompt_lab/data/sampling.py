@@ -1,140 +1,520 @@
-"""Which rows of a data set become train, dev and test: CrossFit's procedure, and other sizes.
+"""Which rows a step sees, and the batches that training and evaluation iterate over.
 
-CrossFit (Ye et al. 2021, section 3.2 and its task builders): test is one part of the data for all
-samples; train and dev of a sample are drawn from another part, the pool, by a shuffle seeded with
-the number of the sample. Tasks of the kind "classification" take the first K rows of each label as
-train and the next K as dev, labels in the order in which they first come up; the others take the
-first K rows, and the next K. Shuffles are those of NumPy's legacy generator, so that the files are
-the published ones to the byte.
-
-Besides: subsamples of N rows that keep the shares of the labels (task prompt vectors, Belanec et
-al. 2024), and the whole pool. Nothing here reads or writes a file.
+Every draw is a pure function of seeds and the number of the batch, so nothing about it needs to be
+saved, and a resumed fit sees what an uninterrupted one would: each run of a bank reads its own
+endless stream of rows (`bank_draw`), the rows of many tasks are mixed (`mixture_draw`), episodes of
+meta-learning have support and query rows (`episode_draw`). Finished runs ask for no rows. Processes
+have every n-th row or episode of a batch (``share``: which, and n); none is padded or repeated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import TypeVar
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal
 
 import numpy as np
+import torch
 
-from prompt_lab.data.files import DataError
-from prompt_lab.data.tasks import Kind, Part
+from prompt_lab.core.batch import Batch, make_batch, spans
+from prompt_lab.core.run import Run
+from prompt_lab.data.tasks import Task
 
-CUT_SEED = 42
-"""Seed of the shuffle that parts a data set, for all tasks and samples."""
+Key = tuple[str, int]
+"""Task and few-shot sample."""
 
-DEV_ROWS = 1000
-"""Most dev rows beside a whole pool (Belanec et al. 2024 hold out as many)."""
+Drawn = list[tuple[int, int]]
+"""Rows, each with a number that picks among its references."""
 
-Item = TypeVar("Item")
+Mixing = Literal["examples", "tasks", "temperature"]
 
 
-def take_part(rows: Sequence[Item], part: Part | None) -> list[Item]:
-    """Rows of a part after the shuffle with `CUT_SEED`; all, as they are, where part is None.
+@dataclass(frozen=True)
+class Rows:
+    """The tokenised rows of one split.
 
-    Args:
-        rows: Rows of a split of the data set, in its order.
-        part: From (included) and to (excluded), as shares (floats) or row numbers (ints). The row
-            of a share is rounded down, except for the last: 1.0 is the end.
+    Attributes:
+        task: the task.
+        inputs: token ids of each input.
+        targets: token ids of each of a row's references; empty where they are not trained on.
+        references: the accepted answers as text.
+        longest_target: tokens of the longest reference.
+        shortest_targets: tokens of each row's shortest reference.
+        cut: how many inputs were longer than ``data.max_input_length`` and cut.
     """
-    if part is None:
-        return list(rows)
-    shuffled = _shuffled(rows, CUT_SEED)
-    start, stop = (int(end * len(rows)) if isinstance(end, float) else end for end in part)
-    return shuffled[start:stop]
+
+    task: Task
+    inputs: list[list[int]]
+    targets: list[list[list[int]]]
+    references: list[list[str]]
+    longest_target: int
+    shortest_targets: list[int] = field(default_factory=list)
+    cut: int = 0
+
+    def __len__(self) -> int:
+        return len(self.inputs)
 
 
-def draw_few_shot(
-    labels: Sequence[Hashable], kind: Kind, shots: int, seed: int
-) -> tuple[list[int], list[int]]:
-    """Draw train and dev of one sample as CrossFit does.
+@dataclass(frozen=True)
+class Layout:
+    """How the backbone wants its rows: padding id, and padding side."""
 
-    Args:
-        labels: What the rows of the pool are grouped by: their answers.
-        kind: Whether ``shots`` counts the rows of each label or of the set.
-        shots: K.
-        seed: Number of the sample.
+    pad_id: int
+    left_padded: bool
 
-    Returns:
-        Row numbers of train and of dev. A label with less than 2 K rows has fewer of them.
+
+@dataclass
+class Progress:
+    """Where a fit is; its loaders read it when they are asked for a batch.
+
+    Attributes:
+        batches: training batches since the fit began.
+        live: places of the runs that still train.
     """
-    order = _shuffled(range(len(labels)), seed)
-    groups: dict[Hashable, list[int]] = {}
-    for row in order:
-        groups.setdefault(labels[row] if kind == "classification" else None, []).append(row)
-    train = [row for rows in groups.values() for row in rows[:shots]]
-    dev = [row for rows in groups.values() for row in rows[shots : 2 * shots]]
-    return train, dev
+
+    batches: int = 0
+    live: list[int] = field(default_factory=list)
 
 
-def draw_stratified(
-    labels: Sequence[Hashable], size: int, dev_size: int, seed: int
-) -> tuple[list[int], list[int]]:
-    """Draw N rows in all, in which every label keeps its share, and dev rows beside them.
+@dataclass(frozen=True)
+class Draw:
+    """What a batch of training holds.
 
-    Shares are kept to the row by largest remainders: each label gets its share of ``size`` rounded
-    down, and the rows left go to the labels with the largest remainders, ties to the label that
-    comes first in the text order. Belanec et al. 2024 (section 4.3) draw theirs with scikit-learn's
-    shuffles through `datasets`; the law is the same, the rows are others.
+    Attributes:
+        batch: makes it from its number, counted from 0, and the places of the live runs.
+        one_pass: batches until every row was seen once, on the longest way.
+    """
+
+    batch: Callable[[int, Sequence[int]], Any]
+    one_pass: int
+
+
+class TrainSteps:
+    """The batches of a fit, ``length`` in an epoch, each made when it is asked for."""
+
+    def __init__(self, draw: Draw, progress: Progress, length: int) -> None:
+        self.draw, self.progress, self.length = draw, progress, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            yield self.draw.batch(self.progress.batches, self.progress.live)
+
+
+# ---- streams of rows -----------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4096)
+def epoch_order(
+    order_seed: int, task: str, sample: int, epoch: int, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Order of the rows in one epoch (size,), and a draw per row that picks among its references.
+
+    The draws (size,) are integers from 0 to 2^31 - 1.
+    """
+    rng = np.random.default_rng([order_seed, zlib.crc32(task.encode()), sample, epoch])
+    return rng.permutation(size), rng.integers(2**31, size=size)
+
+
+def row_of_draw(seed: int, task: str, sample: int, number: int, size: int) -> tuple[int, int]:
+    """Row and reference of a stream's draw, counted from 0: one permutation after another."""
+    epoch, at = divmod(number, size)
+    order, draws = epoch_order(seed, task, sample, epoch, size)
+    return int(order[at]), int(draws[at])
+
+
+def step_rows(run: Run, order_seed: int, step: int, size: int) -> Drawn:
+    """A run's rows at one step, counted from 0."""
+    positions = range(step * run.batch_size, (step + 1) * run.batch_size)
+    return [row_of_draw(order_seed, run.task, run.sample, at, size) for at in positions]
+
+
+def _batch(
+    picked: Sequence[tuple[Rows, int, int, int, float]],
+    layout: Layout,
+    share: tuple[int, int] = (0, 1),
+) -> Batch:
+    """Rows with draw, prompt and weight as a batch; this process's are every n-th by length."""
+    inputs = [rows.inputs[row] for rows, row, *_ in picked]
+    answers = [(rows.targets[row], draw) for rows, row, draw, *_ in picked]
+    targets = [references[draw % len(references)] for references, draw in answers]
+    order = sorted(range(len(picked)), key=lambda i: -(len(inputs[i]) + len(targets[i])))
+    mine = order[share[0] :: share[1]]
+    return make_batch(
+        [inputs[i] for i in mine],
+        [targets[i] for i in mine],
+        [picked[i][3] for i in mine],
+        pad_id=layout.pad_id,
+        left_padded=layout.left_padded,
+        weight=[picked[i][4] for i in mine],
+        rows=[picked[i][1] for i in mine],
+    )
+
+
+# ---- a bank of runs ------------------------------------------------------------------------------
+
+
+def bank_draw(
+    runs: Sequence[Run],
+    rows: Mapping[Key, Rows],
+    order_seed: int,
+    layout: Layout,
+    share: tuple[int, int] = (0, 1),
+) -> Draw:
+    """The rows of all live runs, each with its own order and batch size; weight 1/batch size."""
+
+    def batch(step: int, live: Sequence[int]) -> Batch:
+        picked = []
+        for place in live:
+            run, own = runs[place], rows[runs[place].task, runs[place].sample]
+            drawn = step_rows(run, order_seed, step, len(own))
+            picked += [(own, row, draw, place, 1 / run.batch_size) for row, draw in drawn]
+        return _batch(picked, layout, share)
+
+    passes = [-(-len(rows[run.task, run.sample]) // run.batch_size) for run in runs]
+    return Draw(batch, max(passes, default=1))
+
+
+# ---- mixtures ------------------------------------------------------------------------------------
+
+
+def task_weights(sizes: Sequence[int], mixing: Mixing, temperature: float = 2.0) -> list[float]:
+    """Share of each task in a mixture (Raffel et al. 2020, section 3.5.2); they sum to 1.
 
     Args:
-        labels: Answers of the rows of the pool.
-        size: N rows of train, at least as many as there are labels. The share of a rare label can
-            still be none.
-        dev_size: Rows of dev, drawn in the same way from what is left (all of it if it is less).
-        seed: Number of the sample.
-
-    Returns:
-        Row numbers of train and of dev, in the shuffled order.
+        sizes: rows of each task, n_t.
+        mixing: "examples" for n_t / sum n; "tasks" for the same share each; "temperature" for
+            n_t^(1/T) / sum n^(1/T).
+        temperature: T of "temperature", at least 1; 1 is "examples", infinity is "tasks".
 
     Raises:
-        DataError: The pool has fewer than N rows, or N is less than the number of labels.
+        ValueError: an unknown mixing, or a temperature below 1.
     """
-    order = _shuffled(range(len(labels)), seed)
-    kinds = len(set(labels))
-    if size < kinds:
-        raise DataError(f"{size} rows cannot hold all {kinds} labels: ask for {kinds} or more")
-    if size > len(labels):
-        raise DataError(f"{size} rows of {len(labels)}: the data set has no more, ask for less")
-    train = _keep_shares(order, labels, size)
-    taken = set(train)
-    rest = [row for row in order if row not in taken]
-    return train, _keep_shares(rest, labels, min(dev_size, len(rest)))
+    if not temperature >= 1:
+        raise ValueError(f"temperature is {temperature}: give at least 1")
+    powers = {"examples": 1.0, "tasks": 0.0, "temperature": 1 / temperature}
+    if mixing not in powers:
+        raise ValueError(f"mixing is {mixing!r}: choose among {', '.join(powers)}")
+    scaled = np.asarray(sizes, dtype=np.float64) ** powers[mixing]
+    return (scaled / scaled.sum()).tolist()
 
 
-def draw_all(labels: Sequence[Hashable], seed: int) -> tuple[list[int], list[int]]:
-    """Take the whole pool: a tenth as dev, but no more than `DEV_ROWS`, and the rest as train.
+def mixture_draw(
+    rows: Mapping[Key, Rows],
+    mixing: Mixing,
+    batch_size: int,
+    seed: int,
+    layout: Layout,
+    share: tuple[int, int] = (0, 1),
+    temperature: float = 2.0,
+) -> Draw:
+    """Rows of many tasks mixed, those of the t-th (task, sample) under prompt t.
 
-    The labels keep their shares, as in `draw_stratified`.
+    A step has ``batch_size`` rows over all processes, of weight 1 / batch_size each; ``mixing`` and
+    ``temperature`` are those of :func:`task_weights`.
+
+    Raises:
+        ValueError: as :func:`task_weights`; a batch size below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"model.batch_size is {batch_size}: give at least 1")
+    sizes = {key: len(own) for key, own in rows.items()}
+    weights = task_weights(list(sizes.values()), mixing, temperature)
+    places = {key: place for place, key in enumerate(rows)}
+
+    def batch(step: int, live: Sequence[int]) -> Batch:
+        drawn = mixture_rows(seed, step, batch_size, sizes, weights)
+        picked = [(rows[key], row, n, places[key], 1 / batch_size) for key, row, n in drawn]
+        return _batch(picked, layout, share)
+
+    return Draw(batch, -(-sum(sizes.values()) // batch_size))
+
+
+def mixture_rows(
+    seed: int, step: int, batch_size: int, sizes: Mapping[Key, int], weights: Sequence[float]
+) -> list[tuple[Key, int, int]]:
+    """The draws of one step of a mixture, counted from 0.
+
+    An epoch is as many draws as the tasks have rows in total. Each task has its share of them,
+    spread evenly, and its draws read the stream that a run of it alone reads. The draws of a task
+    up to the end of any epoch differ from its share by at most one; with weights by size each epoch
+    holds every row once.
+
+    Args:
+        seed: seed of the order.
+        step: number of the step.
+        batch_size: draws of a step, B.
+        sizes: rows of each task.
+        weights: positive weight of each task, in the order of ``sizes``; only ratios count.
 
     Returns:
-        Row numbers of train, in the order of the pool, and of dev, in shuffled order.
+        B times (task and sample, row, a number that picks among the row's references).
     """
-    dev_size = min(DEV_ROWS, len(labels) // 10)
-    dev = _keep_shares(_shuffled(range(len(labels)), seed), labels, dev_size)
-    taken = set(dev)
-    return [row for row in range(len(labels)) if row not in taken], dev
+    keys, length, shares = list(sizes), sum(sizes.values()), tuple(weights)
+    drawn = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, at = divmod(position, length)
+        tasks, numbers = _epoch_draws(seed, epoch, shares, length)
+        task, sample = key = keys[tasks[at]]
+        drawn.append((key, *row_of_draw(seed, task, sample, int(numbers[at]), sizes[key])))
+    return drawn
 
 
-def _keep_shares(order: Sequence[int], labels: Sequence[Hashable], size: int) -> list[int]:
-    """The first rows of an order such that each label has its share of ``size``."""
-    counts: dict[Hashable, int] = {}
-    for row in order:
-        counts[labels[row]] = counts.get(labels[row], 0) + 1
-    exact = {label: size * count / len(order) for label, count in counts.items()} if order else {}
-    quota = {label: int(share) for label, share in exact.items()}
-    by_rest = sorted(exact, key=lambda label: (quota[label] - exact[label], str(label)))
-    for label in by_rest[: size - sum(quota.values())]:
-        quota[label] += 1
-    kept = []
-    for row in order:
-        if quota[labels[row]]:
-            quota[labels[row]] -= 1
-            kept.append(row)
-    return kept
+@lru_cache(maxsize=8)
+def _epoch_draws(
+    seed: int, epoch: int, weights: tuple[float, ...], length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The task of each draw of an epoch (L,), and how many of it came before, in all epochs (L,).
+
+    With W_t the shares of tasks 0 to t summed, the draws of tasks 0 to t in e epochs of L are
+    round(W_t L e), so those of task t differ from w_t L e by at most one. Draw j of a task's c in
+    the epoch is due at a random time in [j / c, (j + 1) / c). The tasks in the order of these
+    times, moved round the epoch by a random number of places, are its draws; so each place is task
+    t's with probability c / L.
+    """
+    edges = np.cumsum(weights)
+    edges /= edges[-1]
+    ends = np.floor(np.multiply.outer([length * epoch, length * (epoch + 1)], edges) + 0.5)
+    before, after = np.diff(ends.astype(np.int64), axis=1, prepend=0)
+    counts = after - before
+    tasks = np.repeat(np.arange(len(weights)), counts)
+    within = np.arange(length) - np.repeat(np.cumsum(counts) - counts, counts)
+    rng = np.random.default_rng([seed, zlib.crc32(b"mixture"), epoch])
+    due = np.argsort((within + rng.random(length)) / counts[tasks], kind="stable")
+    drawn = np.roll(tasks[due], rng.integers(length))
+    numbers = np.empty_like(within)
+    numbers[np.argsort(drawn, kind="stable")] = before[tasks] + within
+    return drawn, numbers
 
 
-def _shuffled(items: Sequence[Item], seed: int) -> list[Item]:
-    """The items in the order of NumPy's legacy shuffle, which CrossFit's files depend on."""
-    return [items[place] for place in np.random.RandomState(seed).permutation(len(items))]
+# ---- episodes ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EpisodeRows:
+    """Which rows an episode has.
+
+    Attributes:
+        key: task and sample.
+        support: the rows of each of K inner steps, from train.
+        query: rows from dev.
+    """
+
+    key: Key
+    support: list[Drawn]
+    query: Drawn
+
+
+@dataclass
+class Episodes:
+    """This process's episodes of a meta-batch.
+
+    The rows of episode e run under prompt e of a bank with one prompt for each episode, and weigh
+    1 / (rows of the episode in the batch), so the loss of a batch is the sum over episodes of their
+    mean row losses. A process without episodes has batches without rows.
+
+    Attributes:
+        keys: task and sample of each episode.
+        support: K batches, one for each inner step.
+        query: the batch that judges the adapted prompts.
+    """
+
+    keys: list[Key]
+    support: list[Batch]
+    query: Batch
+
+    def to(self, device: torch.device | str) -> Episodes:
+        """The same with its tensors on ``device``."""
+        support = [batch.to(device) for batch in self.support]
+        return Episodes(self.keys, support, self.query.to(device))
+
+
+def episode_draw(
+    support: Mapping[Key, Rows],
+    query: Mapping[Key, Rows],
+    episodes: int,
+    inner_steps: int,
+    support_size: int,
+    query_size: int,
+    seed: int,
+    layout: Layout,
+    share: tuple[int, int] = (0, 1),
+) -> Draw:
+    """The episodes of a meta-batch; a process has every n-th of them.
+
+    ``support`` and ``query`` are the rows of train and dev, with targets, of the same keys; the
+    numbers are those of :func:`episode_rows`.
+    """
+    sizes = {key: (len(support[key]), len(query[key])) for key in support}
+    counts = (episodes, inner_steps, support_size, query_size)
+
+    def part(source: Mapping[Key, Rows], keys: Sequence[Key], drawn: Sequence[Drawn]) -> Batch:
+        picked = [
+            (source[key], row, draw, index, 1 / len(rows))
+            for index, (key, rows) in enumerate(zip(keys, drawn, strict=True))
+            for row, draw in rows
+        ]
+        return _batch(picked, layout)
+
+    def batch(step: int, live: Sequence[int]) -> Episodes:
+        mine = episode_rows(seed, step, sizes, *counts)[share[0] :: share[1]]
+        keys = [episode.key for episode in mine]
+        inner = [[episode.support[k] for episode in mine] for k in range(inner_steps)]
+        judged = part(query, keys, [episode.query for episode in mine])
+        return Episodes(keys, [part(support, keys, drawn) for drawn in inner], judged)
+
+    return Draw(batch, -(-len(sizes) // episodes))
+
+
+def episode_rows(
+    seed: int,
+    step: int,
+    sizes: Mapping[Key, tuple[int, int]],
+    episodes: int,
+    inner_steps: int,
+    support_size: int,
+    query_size: int,
+) -> list[EpisodeRows]:
+    """The M episodes of one meta-step, counted from 0.
+
+    Passes over all (task, sample) follow each other, each in a seeded order, cut into meta-batches.
+    Within an episode no row stands twice before all rows of its split have been drawn; then a new
+    order begins, so a split that is smaller than a batch gives rows again, as evenly as can be,
+    where CrossFit draws with replacement. The next visit begins with a new order.
+
+    Args:
+        seed: seed of the order.
+        step: number of the meta-step.
+        sizes: rows in train and in dev of each (task, sample).
+        episodes: episodes of a meta-step, M.
+        inner_steps: inner steps, K.
+        support_size: train rows of an inner step.
+        query_size: dev rows of an episode.
+    """
+    keys, found = list(sizes), []
+    for position in range(step * episodes, (step + 1) * episodes):
+        visit, at = divmod(position, len(keys))
+        order = np.random.default_rng([seed, zlib.crc32(b"episodes"), visit]).permutation(len(keys))
+        task, sample = key = keys[order[at]]
+        train, dev = sizes[key]
+        rows = _visit_rows(seed, task, sample, visit, inner_steps * support_size, train)
+        cuts = range(0, len(rows), support_size)
+        support = [rows[start : start + support_size] for start in cuts]
+        # A stream of its own: with that of train, row i of dev would always go with row i of train.
+        query = _visit_rows(seed, f"{task}/query", sample, visit, query_size, dev)
+        found.append(EpisodeRows(key, support, query))
+    return found
+
+
+def _visit_rows(seed: int, task: str, sample: int, visit: int, count: int, size: int) -> Drawn:
+    """The first rows of as many new permutations of a split as they need."""
+    start = visit * -(-count // size) * size
+    return [row_of_draw(seed, task, sample, start + at, size) for at in range(count)]
+
+
+# ---- evaluation ----------------------------------------------------------------------------------
+
+
+@dataclass
+class EvaluationBatch:
+    """Rows of one task and sample (no targets), under prompts of its runs.
+
+    Attributes:
+        task: name of the task.
+        batch: the rows; ``batch.prompts`` are places of runs.
+        max_new_tokens: longest answer to generate.
+    """
+
+    task: str
+    batch: Batch
+    max_new_tokens: int
+
+    def to(self, device: torch.device | str) -> EvaluationBatch:
+        """The same with its tensors on ``device``."""
+        return EvaluationBatch(self.task, self.batch.to(device), self.max_new_tokens)
+
+
+class EvaluationSteps:
+    """All rows of a split under every live run of their task and sample, one after another.
+
+    Args:
+        runs: all runs of the bank.
+        rows: rows by (task, sample).
+        layout: padding.
+        tokens_per_forward: most padded tokens of a batch.
+        longest_answer: most tokens to generate, by (task, sample).
+        extra_per_row: tokens of a task's row besides its input, given the longest answer.
+        live: the places of the runs to evaluate, read when an evaluation begins.
+        share: this process, and how many share the rows.
+        block: most runs whose rows come before those of others; None for all.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        rows: Mapping[Key, Rows],
+        layout: Layout,
+        tokens_per_forward: int,
+        longest_answer: Mapping[Key, int],
+        extra_per_row: Callable[[Task, int], int],
+        live: Callable[[], Sequence[int]],
+        share: tuple[int, int] = (0, 1),
+        block: int | None = None,
+    ) -> None:
+        self.runs, self.rows, self.layout, self.live = runs, rows, layout, live
+        self.tokens_per_forward, self.extra_per_row = tokens_per_forward, extra_per_row
+        self.longest_answer, self.share, self.block = longest_answer, share, block
+        self._made: tuple[list[int], list[tuple[Key, list[tuple[int, int]]]]] = ([], [])
+
+    def __len__(self) -> int:
+        return max(1, len(self._parts()))  # Lightning skips what has none
+
+    def __iter__(self) -> Iterator[EvaluationBatch]:
+        for key, part in self._parts():
+            rows = self.rows[key]
+            batch = make_batch(
+                [rows.inputs[row] for _, row in part],
+                None,
+                [place for place, _ in part],
+                pad_id=self.layout.pad_id,
+                left_padded=self.layout.left_padded,
+                rows=[row for _, row in part],
+            )
+            yield EvaluationBatch(rows.task.name, batch, self.longest_answer[key])
+
+    def _parts(self) -> list[tuple[Key, list[tuple[int, int]]]]:
+        """Places of runs and rows of each batch: rows by length, in decoders by prompt first.
+
+        Every second prompt has its shortest row first, so that a batch that holds rows of two
+        prompts joins rows of about one length.
+        """
+        live, (lives, parts) = list(self.live()), self._made
+        if live == lives:
+            return parts
+        parts, block = [], self.block or len(live) or 1
+        for start in range(0, len(live), block):
+            members: dict[Key, list[int]] = {}
+            for place in live[start : start + block]:
+                run = self.runs[place]
+                members.setdefault((run.task, run.sample), []).append(place)
+            for key, places in members.items():
+                rows = self.rows[key]
+                order = sorted(range(len(rows)), key=lambda row: -len(rows.inputs[row]))
+                if self.layout.left_padded:
+                    turned = [order[::-1] if at % 2 else order for at in range(len(places))]
+                    both = zip(places, turned, strict=True)
+                    pairs = [(place, row) for place, own in both for row in own]
+                else:
+                    pairs = [(place, row) for place in places for row in range(len(rows))]
+                    pairs.sort(key=lambda pair: -len(rows.inputs[pair[1]]))
+                pairs = pairs[self.share[0] :: self.share[1]]
+                lengths = [len(rows.inputs[row]) for _, row in pairs]
+                extra = self.extra_per_row(rows.task, self.longest_answer[key])
+                cuts = spans(lengths, [0] * len(pairs), self.tokens_per_forward, extra)
+                parts += [(key, pairs[a:b]) for a, b in cuts]
+        self._made = live, parts
+        return parts

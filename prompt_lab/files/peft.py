@@ -38,9 +38,9 @@ WEIGHTS = "adapter_model.safetensors"
 
 _CONFIG, _MULTITASK = "adapter_config.json", "MULTITASK_PROMPT_TUNING"
 _PICKLES = (".pt", ".pth", ".bin")
-_BANK = ("init", "best", "best_score", "best_step")
-_DAMAGE = (UnpicklingError, OSError, RuntimeError, EOFError)
-_DAMAGE += (ValueError, LookupError, TypeError, AttributeError)
+_BANK = ("init", "keeper.kept_bank", "keeper.score", "keeper.step")
+_MISFIT = (ValueError, LookupError, TypeError, AttributeError)
+_DAMAGE = (UnpicklingError, OSError, RuntimeError, EOFError, *_MISFIT)
 
 
 def is_peft(path: str | Path) -> bool:
@@ -64,37 +64,26 @@ def save_peft(
 
     count, width = prompt.prompt.shape
     config = {
-        "auto_mapping": None,
-        "base_model_name_or_path": prompt.backbone,
-        "inference_mode": True,
-        "modules_to_save": None,
-        "num_attention_heads": num_attention_heads,
-        "num_layers": num_layers,
-        "num_transformer_submodules": 1,
-        "num_virtual_tokens": count,
-        "peft_type": "PROMPT_TUNING",
-        "peft_version": PEFT_VERSION,
+        **{"peft_type": "PROMPT_TUNING", "peft_version": PEFT_VERSION, "task_type": task_type},
+        **{"base_model_name_or_path": prompt.backbone, "revision": None, "inference_mode": True},
+        **{"num_virtual_tokens": count, "token_dim": width, "num_transformer_submodules": 1},
+        **{"num_attention_heads": num_attention_heads, "num_layers": num_layers},
         "prompt_tuning_init": "RANDOM",  # any other would tokenise a text when it is loaded
-        "prompt_tuning_init_text": None,
-        "revision": None,
-        "task_type": task_type,
-        "token_dim": width,
-        "tokenizer_kwargs": None,
-        "tokenizer_name_or_path": None,
+        **dict.fromkeys(("prompt_tuning_init_text", "tokenizer_kwargs", "tokenizer_name_or_path")),
+        **dict.fromkeys(("auto_mapping", "modules_to_save")),
     }
     values = prompt.prompt.detach().to("cpu", torch.float32, copy=True).contiguous()
     folder = Path(folder)
     write_atomically(folder / WEIGHTS, save({"prompt_embeddings": values}, {"format": "pt"}))
     write_atomically(folder / "README.md", _model_card(prompt, task_type).encode())
-    write_atomically(folder / _CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    text = json.dumps(config, indent=2, sort_keys=True)
+    write_atomically(folder / _CONFIG, f"{text}\n".encode())
 
 
 def load_peft(folder: str | Path, task: int | None = None) -> Prompt:
-    """Read the prompt of a PEFT folder; (N, D) float32 whatever it is stored in.
+    """Read the prompt of a PEFT folder, of a MULTITASK_PROMPT_TUNING that of a task, from 0.
 
-    Args:
-        folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
-        task: which task's prompt of a MULTITASK_PROMPT_TUNING, counted from 0.
+    (N, D) float32 whatever it is stored in.
 
     Raises:
         FileNotFoundError: no such folder, or a file of it is missing.
@@ -110,7 +99,7 @@ def load_peft(folder: str | Path, task: int | None = None) -> Prompt:
     try:
         config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
         rows, count = _read_rows(config, read_safetensors(folder / WEIGHTS)[0], task)
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
+    except _MISFIT as error:
         reason = error if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
         raise ValueError(f"{folder}: not a PEFT prompt folder: {reason}") from error
     if config["peft_type"] == _MULTITASK and len(rows) > count:
@@ -119,25 +108,23 @@ def load_peft(folder: str | Path, task: int | None = None) -> Prompt:
             "prompt for the decoder too, so answers differ from PEFT's",
             stacklevel=2,
         )
-    prompt = rows[:count].clone()
-    return Prompt(
-        prompt=prompt,
-        init=prompt.clone(),
-        name=folder.resolve().name + ("" if task is None else f"_{task}"),
-        backbone=str(config.get("base_model_name_or_path") or ""),
-        backbone_digest="",
-        tokenizer_digest="",
-        start="prompt",
-        start_file=str(folder),
-    )
+    name = folder.resolve().name + ("" if task is None else f"_{task}")
+    backbone = str(config.get("base_model_name_or_path") or "")
+    return _foreign(rows[:count], name, backbone, folder)
+
+
+def _foreign(tensor: Tensor, name: str, backbone: str, file: Path, task: str = "") -> Prompt:
+    """A prompt of which neither its start nor the digests of its model are known."""
+    prompt = tensor.detach().float().clone()
+    start: dict[str, Any] = {"start": "prompt", "start_of": task, "start_file": str(file)}
+    return Prompt(prompt, prompt.clone(), name, backbone, "", "", task=task, **start)
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a safetensors file.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: damaged, or not a safetensors file.
+        FileNotFoundError, ValueError: no such file; damaged, or another kind of file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -168,8 +155,7 @@ def _read_rows(
     if kind != _MULTITASK and task is not None:
         raise ValueError(f"a task index is for {_MULTITASK}, this is {kind}: leave it out")
     count, rows = config["num_virtual_tokens"], tensors["prompt_embeddings"]
-    default = 2 if task_type == "SEQ_2_SEQ_LM" else 1
-    submodules = config.get("num_transformer_submodules") or default
+    submodules = config.get("num_transformer_submodules") or 1 + (task_type == "SEQ_2_SEQ_LM")
     size = (count * submodules, config.get("token_dim") or rows.shape[-1])
     if rows.shape != size or not (rows.numel() and rows.is_floating_point()) or submodules > 2:
         raise ValueError(
@@ -188,29 +174,20 @@ def _read_rows(
         )
     if task is None or not 0 <= task < tasks:
         given = "no task index is given" if task is None else f"there is no task {task}"
-        raise ValueError(
-            f"the prompts of {tasks} tasks ({_MULTITASK}), and {given}: import one of 0 to "
-            f"{tasks - 1} with task_index"
-        )
+        which = f"import one of 0 to {tasks - 1} with task_index"
+        raise ValueError(f"the prompts of {tasks} tasks ({_MULTITASK}), and {given}: {which}")
     return rows.float() * (left[task].float() @ right[task].float()), count
 
 
 def _model_card(prompt: Prompt, task_type: TaskType) -> str:
     auto = f"AutoPeftModelFor{'Seq2SeqLM' if task_type == 'SEQ_2_SEQ_LM' else 'CausalLM'}"
     count, width = prompt.prompt.shape
-    trained = "".join(
-        f"- {label}: {value}\n"
-        for label, value in (
-            ("task", prompt.task or None),
-            ("few-shot sample", prompt.sample),
-            ("started from", " ".join(filter(None, (prompt.start, prompt.start_of))) or None),
-            ("learning rate", prompt.learning_rate),
-            ("steps", prompt.steps),
-            (f"dev {prompt.metric}".strip(), prompt.dev_score),
-            (f"test {prompt.metric}".strip(), prompt.test_score),
-        )
-        if value is not None
-    )
+    facts = {"task": prompt.task or None, "few-shot sample": prompt.sample}
+    facts["started from"] = f"{prompt.start} {prompt.start_of}".strip() or None
+    facts |= {"learning rate": prompt.learning_rate, "steps": prompt.steps}
+    facts |= {f"dev {prompt.metric}".strip(): prompt.dev_score}
+    facts |= {f"test {prompt.metric}".strip(): prompt.test_score}
+    trained = "".join(f"- {label}: {x}\n" for label, x in facts.items() if x is not None)
     caution = ""
     if task_type == "CAUSAL_LM":
         caution = (
@@ -252,9 +229,6 @@ def save_plain(path: Path, prompt: Prompt) -> None:
 def read_prompt(source: Path) -> Prompt:
     """The prompt of a prompt file or of a file with one (N, D) tensor.
 
-    Args:
-        source: .safetensors, .npy, or .pt, .pth or .bin by torch.save.
-
     Raises:
         FileNotFoundError: no such file.
         ValueError: damaged, another kind of file, or not one tensor of floats (N, D).
@@ -285,19 +259,8 @@ def read_prompt(source: Path) -> Prompt:
             f"{source}: a prompt is one tensor of floats (N, D); the file holds {len(tensors)} "
             f"things: {', '.join(kinds)}"
         )
-    prompt = whole[0].detach().float().clone()
-    return Prompt(
-        prompt=prompt,
-        init=prompt.clone(),
-        name=source.stem,
-        backbone=metadata.get("backbone", ""),
-        backbone_digest="",
-        tokenizer_digest="",
-        task=metadata.get("task", ""),
-        start="prompt",
-        start_of=metadata.get("task", ""),
-        start_file=str(source),
-    )
+    made_for, task = metadata.get("backbone", ""), metadata.get("task", "")
+    return _foreign(whole[0], source.stem, made_for, source, task)
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
@@ -309,8 +272,7 @@ def load_checkpoint(path: str | Path) -> list[Prompt]:
     The best one by dev; of a run that was never scored, the one of the last step.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a checkpoint, damaged, or of another method.
+        FileNotFoundError, ValueError: no such file; no checkpoint, damaged, of another method.
     """
     saved = read_pickle(path)
     saved = saved if isinstance(saved, dict) else {}
@@ -323,7 +285,7 @@ def load_checkpoint(path: str | Path) -> list[Prompt]:
         runs = [Run(**run) for run in saved["runs"]]
         if not len(runs) == len(starts) == len(prompt) == len(best) == len(init):
             raise ValueError(f"{len(runs)} runs, {len(best)} prompts")
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except _MISFIT as error:
         raise ValueError(
             f"{path}: not a checkpoint of PromptTuning of this package "
             f"({type(error).__name__}: {error})"
@@ -331,24 +293,13 @@ def load_checkpoint(path: str | Path) -> list[Prompt]:
     prompts = []
     for i, run in enumerate(runs):
         scored = int(step[i]) >= 0
-        prompts.append(
-            Prompt(
-                prompt=(best if scored else prompt)[i].float(),
-                init=init[i].float(),
-                name=run.name,
-                backbone=backbone,
-                backbone_digest=digest,
-                tokenizer_digest=tokenizer,
-                task=run.task,
-                sample=run.sample,
-                **starts[i],
-                init_seed=run.init_seed,
-                learning_rate=run.learning_rate,
-                batch_size=run.batch_size,
-                steps=int(step[i]) if scored else int(saved.get("global_step", 0)),
-                dev_score=float(score[i]) if score[i].isfinite() else None,
-            )
-        )
+        tensors = {"prompt": (best if scored else prompt)[i].float(), "init": init[i].float()}
+        names = ("name", "task", "sample", "init_seed", "learning_rate", "batch_size")
+        known = {"backbone": backbone, "backbone_digest": digest, "tokenizer_digest": tokenizer}
+        known |= {name: getattr(run, name) for name in names} | starts[i]
+        known["steps"] = int(step[i]) if scored else int(saved.get("global_step", 0))
+        known["dev_score"] = float(score[i]) if score[i].isfinite() else None
+        prompts.append(Prompt(**tensors, **known))
     return prompts
 
 
@@ -356,8 +307,7 @@ def read_pickle(path: str | Path) -> Any:
     """What ``torch.save`` wrote, if it is made of tensors and plain values alone.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: damaged, another kind of file, or one that would run code.
+        FileNotFoundError, ValueError: no such file; damaged, of another kind, or to run code.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}")

@@ -139,11 +139,7 @@ def _known(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_prompt(prompt: Prompt, backbone: Backbone, where: str | Path) -> None:
-    """Refuse a prompt that was made for another backbone; PEFT's do not say for which weights.
-
-    Raises:
-        ValueError: another width, or other weights; naming both sides.
-    """
+    """Refuse (``ValueError``) a prompt of another width or weights; PEFT's do not say for which."""
     sizes = {"hidden_size": prompt.prompt.shape[1]}
     check_backbone({**prompt.metadata(), **sizes}, backbone, where)
 
@@ -155,10 +151,8 @@ def check_prompt(prompt: Prompt, backbone: Backbone, where: str | Path) -> None:
 class FoundPrompt:
     """A prompt that a place holds; the tensors of a prompt file are read when they are asked for.
 
-    Attributes:
-        path: prompt file, PEFT folder or checkpoint.
-        metadata: all fields of :class:`Prompt` that it has but the tensors.
-        read: the prompt of a PEFT folder or a checkpoint, where the whole was read.
+    ``path`` is a prompt file, a PEFT folder or a checkpoint, ``metadata`` all fields of
+    :class:`Prompt` but the tensors; ``read`` is the prompt where the whole was read.
     """
 
     path: Path
@@ -183,11 +177,7 @@ class FoundPrompt:
         return -math.inf if score is None or math.isnan(score) else float(score)
 
     def load(self, backbone: Backbone | None = None) -> Prompt:
-        """The prompt with its tensors, for a backbone if one is given, as :func:`load_prompt`.
-
-        Raises:
-            ValueError: a damaged file, or made for another backbone.
-        """
+        """The prompt with its tensors, for a backbone if one is given, as :func:`load_prompt`."""
         if self.read is None:
             return load_prompt(self.path, backbone)
         if backbone is not None:
@@ -196,11 +186,7 @@ class FoundPrompt:
 
     @cached_property
     def prompt(self) -> Prompt:
-        """The prompt, read once, whose numbers are all finite.
-
-        Raises:
-            ValueError: a damaged file, or numbers that are not finite.
-        """
+        """The prompt, read once; a ``ValueError`` where its numbers are not all finite."""
         found = self.load()
         if not (found.prompt.isfinite().all() and found.init.isfinite().all()):
             raise ValueError(f"{self.where}: the prompt holds numbers that are not finite")
@@ -236,11 +222,7 @@ class FoundPrompt:
         return {"name": self.metadata["name"], "path": str(self.path), "sha256": self.digest}
 
     def check_answers_alone(self) -> None:
-        """Refuse a target prompt of ``Attempt``, which is only a part of what answers.
-
-        Raises:
-            ValueError: such a prompt.
-        """
+        """Refuse (``ValueError``) a target prompt of ``Attempt``, only a part of what answers."""
         if TARGET_OF in (self.metadata.get("made_from") or {}):
             raise ValueError(
                 f"{self.where}: target prompts of Attempt answer only in mixtures with source "
@@ -251,9 +233,8 @@ class FoundPrompt:
 def find_prompts(*places: str | Path) -> list[FoundPrompt]:
     """The prompts of some places; those of a folder sorted by the names of their files.
 
-    Args:
-        places: each a prompt file, a prompt store, the folder of a fit (its store is ``prompts``),
-            a PEFT folder, or a Lightning checkpoint of PromptTuning (``.ckpt``).
+    A place is a prompt file, a prompt store, the folder of a fit (its store is ``prompts``), a PEFT
+    folder, or a Lightning checkpoint of PromptTuning (``.ckpt``).
 
     Raises:
         FileNotFoundError: a place that is not there or holds no prompt.
@@ -288,14 +269,9 @@ def is_single(place: str | Path) -> bool:
 def best_found(
     found: Iterable[FoundPrompt], key_of: Callable[[dict[str, Any]], Key | None]
 ) -> dict[Key, FoundPrompt]:
-    """The prompt of best dev score for each key, by :func:`choose_by_dev`.
+    """The prompt of best dev score for each key, by :func:`choose_by_dev`, in the order found.
 
-    Args:
-        found: prompts.
-        key_of: returns the key of a prompt by its metadata; None leaves it out.
-
-    Returns:
-        Prompts by key, in the order in which keys are found. Without a dev score is the worst.
+    ``key_of`` gives the key by metadata; None leaves a prompt out. No dev score is the worst.
     """
     import pandas as pd
 
@@ -312,12 +288,7 @@ def best_found(
 
 
 def best_prompts(places: Sequence[str]) -> dict[TaskSample, FoundPrompt]:
-    """The best prompt of each (task, sample) that some places hold, as :func:`find_prompts` reads.
-
-    Returns:
-        Prompts by task and sample, in the order in which they are found. Prompts without a task
-        are left out; -1 stands for no sample.
-    """
+    """The best prompt of each task and sample (-1 for none) of some places; others are left out."""
 
     def key_of(known: dict[str, Any]) -> TaskSample | None:
         task, sample = known.get("task"), known.get("sample")
@@ -356,21 +327,13 @@ def source_prompts(
 
 
 class PromptStore:
-    """A folder of prompt files.
-
-    Args:
-        folder: the folder; made when the first prompt is saved.
-    """
+    """A folder of prompt files; made when the first prompt is saved."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
     def path(self, name: str) -> Path:
-        """File of the prompt of that name.
-
-        Raises:
-            ValueError: a name that would leave the folder.
-        """
+        """File of the prompt of that name; a ``ValueError`` for one that would leave the folder."""
         if not name or Path(name).name != name or name.startswith("."):
             raise ValueError(f"{name!r} cannot be the name of a prompt: it is not a plain name")
         return self.folder / f"{name}.safetensors"
@@ -401,8 +364,7 @@ class PromptStore:
         """Metadata of every prompt file in the folder, sorted by name.
 
         Raises:
-            FileNotFoundError: no such folder.
-            ValueError: a damaged file.
+            FileNotFoundError, ValueError: no such folder; a damaged file.
         """
         if not self.folder.is_dir():
             raise FileNotFoundError(f"no prompt store {self.folder}")

@@ -53,12 +53,7 @@ STARTS = tuple(field.name for field in fields(Start))
 
 
 def start_from(known: Mapping[str, Any], path: str | Path) -> Start:
-    """The start of a run that starts from a prompt file.
-
-    Args:
-        known: metadata of the file.
-        path: the file, as it is to be recorded.
-    """
+    """The start of a run that starts from a prompt file, by its metadata and its path."""
     role, made_from = known.get("role") or "prompt", known.get("made_from") or {}
     of = known.get("task") or ""
     if role == "sum":
@@ -114,18 +109,8 @@ COLUMNS = {
 
 RESULT_COLUMNS = tuple(COLUMNS)
 CURVE_COLUMNS = (
-    "step",
-    "run",
-    "train_loss",
-    "reconstruction",
-    "dev",
-    "best_dev",
-    "best_step",
-    "moved",
-    "inner_moved",
-    "second_order",
-    "skipped",
-    "status",
+    *("step", "run", "train_loss", "reconstruction", "dev", "best_dev", "best_step"),
+    *("moved", "inner_moved", "second_order", "skipped", "status"),
 )
 BASELINES = ("no_prompt", "initial_prompt", "chance", "majority")
 
@@ -134,8 +119,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     """Rows of a CSV file as text, by column name.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file that is no text, or no CSV.
+        FileNotFoundError, ValueError: no such file; no text, or no CSV.
     """
     try:
         with path.open(encoding="utf-8", newline="") as file:
@@ -163,11 +147,7 @@ def start_curves(path: Path, step: int) -> None:
 
 
 def append_curves(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Add the lines of one evaluation to ``curves.csv``.
-
-    Raises:
-        OSError: naming the file: a full disk, a folder that cannot be written to.
-    """
+    """Add the lines of one evaluation to ``curves.csv``."""
     with naming(path), path.open("a", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, CURVE_COLUMNS, lineterminator="\n")
         for row in rows:
@@ -185,13 +165,7 @@ def choose_by_dev(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
 
     The one choice of the package, for results and for the index of a store alike. Of equal scores
     the earlier ``run`` counts, then the earlier row; a row without a score loses to all others.
-
-    Args:
-        frame: has columns ``dev`` and, where rows are of a grid, ``run``.
-        keys: the columns in which rows agree; missing values agree with each other.
-
-    Returns:
-        The chosen rows, in the frame's order.
+    Missing values of ``keys`` agree with each other; the chosen rows keep the frame's order.
     """
     import pandas as pd
 
@@ -245,18 +219,9 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return text_table(["task", "metric", *names, "prompts"], lines)
 
 
-def text_table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None
-) -> str:
-    """A table of aligned text that fits a terminal: names of columns wrap, long cells are cut.
-
-    Args:
-        header: names of the columns.
-        rows: cells as text.
-        width: most characters of a line; None for those of the terminal, and no bound elsewhere.
-    """
-    if width is None:
-        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of aligned text that fits a terminal: names of columns wrap, long cells are cut."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000
     whole = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     is_wide = sum(whole) + 2 * (len(whole) - 1) > width
     names = [name.split(" ") if is_wide else [name] for name in header]

@@ -14,6 +14,7 @@ import csv
 import json
 import math
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from io import StringIO
@@ -54,9 +55,6 @@ def save_tensors(
 
     No two tensors may share memory; metadata are values that JSON can hold, the fields of the kind
     among them.
-
-    Raises:
-        OSError: naming the file: a full disk, a folder that cannot be written to.
     """
     from safetensors.torch import save
 
@@ -74,8 +72,7 @@ def load_tensors(
     A backbone that it is meant for is compared with the file's, by weights and width.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: as :func:`read_metadata`, or made for another backbone; naming file and reason.
+        FileNotFoundError, ValueError: as :func:`read_metadata`, or made for another backbone.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -124,23 +121,19 @@ def read_metadata(path: str | Path, kind: str) -> dict[str, Any]:
         metadata = {name: json.loads(value) for name, value in raw.items()}
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged, its metadata is not JSON ({error})") from None
-    wrong = [
+    if wrong := [
         f"{name} is {metadata[name]!r}" if name in metadata else f"no {name}"
         for name, what in KINDS[kind].items()
         if name not in metadata or not isinstance(metadata[name], what)
-    ]
-    if wrong:
+    ]:
         raise ValueError(f"{path}: damaged, in its metadata {', '.join(wrong)}")
     return metadata
 
 
 def check_backbone(metadata: Mapping[str, Any], backbone: Backbone, where: str | Path) -> None:
-    """Refuse what was made for another backbone, as far as its metadata tells.
+    """Refuse (``ValueError``) what was made for another backbone, as far as its metadata tells.
 
     They hold ``backbone``, ``backbone_digest`` (may be empty) and ``hidden_size`` (may lack).
-
-    Raises:
-        ValueError: another width, or other weights; naming both sides.
     """
     name, digest = metadata["backbone"] or "a model it does not name", metadata["backbone_digest"]
     width = metadata.get("hidden_size", backbone.hidden_size)
@@ -162,8 +155,7 @@ def check_backbone(metadata: Mapping[str, Any], backbone: Backbone, where: str |
 def save_network(path: str | Path, network: Network, metadata: Mapping[str, Any]) -> None:
     """Write a subspace, a map to adapters or an attention, its weights as float32.
 
-    Its sizes go into the metadata, beside those that are given: the other fields of its kind, and
-    more, such as source tasks, seeds and steps.
+    Its sizes go into the metadata, beside those that are given, such as source tasks and steps.
     """
     from prompt_lab import __version__
 
@@ -178,8 +170,7 @@ def load_network(
     """Read a network that :func:`save_network` wrote, on the CPU, frozen, with its ``metadata``.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: as :func:`load_tensors`, or tensors that are not as the metadata says.
+        FileNotFoundError, ValueError: as :func:`load_tensors`, or tensors of other sizes.
     """
     tensors, metadata = load_tensors(path, kind.KIND, backbone)
     try:
@@ -245,52 +236,63 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def held(folder: Path, by: str) -> Iterator[int]:
+def held(folder: Path, by: str, job: str = "", first: bool = True) -> Iterator[int]:
     """Hold a folder, so that no other process that asks for it gets it.
 
-    The system lets go of it when the process ends, however it ends. Where the system has no such
-    locks the folder is not held.
+    The system lets go of it when the process ends, however it ends; where it has no such locks the
+    folder is not held. The folder is made if it is not there; its file ``.lock`` stays.
 
     Args:
-        folder: made if it is not there; its file ``.lock`` stays.
+        folder: the folder.
         by: who else may hold it, for the message.
+        job: what the processes of one job have in common.
+        first: whether this is the process of its job that holds the folder. The others go on if
+            nobody holds it, or their own job; so they do not wait in vain for a first one that was
+            refused.
 
     Yields:
-        Descriptor of the lock file, which holds the number of the process.
+        Descriptor of the lock file, which holds the number of the process and the job.
 
     Raises:
-        ValueError: another process holds the folder.
-        OSError: a folder that cannot be written to.
+        ValueError, OSError: another process holds the folder; it cannot be written to.
     """
     path = folder / ".lock"
     with naming(path):
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        if not _lock(lock):
-            process = os.pread(lock, 20, 0).decode(errors="replace")
+        process, _, holder = os.pread(lock, 200, 0).decode(errors="replace").partition(" ")
+        is_own = job != "" and holder == job and not first
+        is_free = is_own or _lock(lock)
+        if not is_free and first and job:  # another process of the job may be looking
+            time.sleep(0.5)
+            is_free = _lock(lock)
+        if not is_free:
             raise ValueError(
                 f"{folder} is in use by {by} (process {process}): wait for it or stop it, or give "
                 "another --run_dir"
             )
-        with naming(path):
-            os.truncate(lock, 0)
-            os.pwrite(lock, str(os.getpid()).encode(), 0)
+        if first:
+            with naming(path):
+                os.truncate(lock, 0)
+                os.pwrite(lock, f"{os.getpid()} {job}".strip().encode(), 0)
+        else:
+            os.close(lock)
+            lock = -1
         yield lock
     finally:
-        os.close(lock)
+        if lock >= 0:
+            os.close(lock)
 
 
 def _lock(descriptor: int) -> bool:
     try:
         import fcntl
-    except ImportError:  # not on Windows
-        return True
-    try:
+
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks
+    except (ImportError, OSError):  # Windows, or a file system without locks
         return True
     return True
 

@@ -25,9 +25,8 @@ Group = tuple[int | None, int | None]
 def find_vectors(places: Sequence[str]) -> dict[Group, dict[str, FoundPrompt]]:
     """The tuned prompts of some places, whose task prompt vectors may be combined.
 
-    Returns:
-        By sample and seed, in rising order, and by task, the prompt of best dev score; prompts that
-        were made from others are passed over.
+    By sample and seed, in rising order, and by task, the prompt of best dev score; prompts that
+    were made from others are passed over.
 
     Raises:
         FileNotFoundError: a place that is not there or holds no prompt.
@@ -54,11 +53,6 @@ def complete(
     found: Mapping[Group, Mapping[str, FoundPrompt]], names: Sequence[str], places: Sequence[str]
 ) -> tuple[dict[Group, dict[str, FoundPrompt]], str]:
     """The prompts of the named tasks, for every sample and seed that has them all.
-
-    Args:
-        found: as :func:`find_vectors` gives it.
-        names: tasks.
-        places: where they were looked for.
 
     Returns:
         Prompts by sample and seed, and by task in the order of ``names``; and which samples and
@@ -102,39 +96,33 @@ def listed(parts: Iterable[str]) -> str:
     return ", ".join(parts[:5]) + more
 
 
-def check_compatible(*found: FoundPrompt) -> None:
-    """Refuse prompts that do not combine.
+def check_compatible(*found: FoundPrompt, any_length: bool = False) -> None:
+    """Refuse (``ValueError``) prompts of other weights, tokenizers or shapes than the first.
 
-    Raises:
-        ValueError: weights, tokenizers or shapes other than of the first, naming both.
+    With ``any_length`` only widths are compared.
     """
 
-    def facts(one: FoundPrompt) -> list[tuple[Any, str]]:
+    def facts(one: FoundPrompt) -> dict[str, tuple[Any, str]]:
         prompt, weights = one.prompt, one.prompt.backbone_digest
-        return [
-            (weights, f"{prompt.backbone!r} with weights {weights[:12]}"),
-            (prompt.tokenizer_digest, prompt.tokenizer_digest[:12]),
-            (prompt.prompt.shape, " x ".join(map(str, prompt.prompt.shape))),
-        ]
+        shape = tuple(prompt.prompt.shape)[any_length:]
+        return {
+            "backbone": (weights, f"{prompt.backbone!r} with weights {weights[:12]}"),
+            "tokenizer": (prompt.tokenizer_digest, prompt.tokenizer_digest[:12]),
+            "width" if any_length else "shape": (shape, " x ".join(map(str, shape))),
+        }
 
-    first, *others = found
-    for other in others:
-        for what, ours, theirs in zip(
-            ("backbone", "tokenizer", "shape"), facts(first), facts(other), strict=True
-        ):
-            if ours[0] != theirs[0]:
+    for other in found[1:]:
+        ours, theirs = facts(found[0]), facts(other)
+        for what in ours:
+            if ours[what][0] != theirs[what][0]:
                 raise ValueError(
-                    f"{first.where} and {other.where} do not combine: {what} {ours[1]} and "
-                    f"{theirs[1]}"
+                    f"{found[0].where} and {other.where} do not combine: {what} {ours[what][1]} "
+                    f"and {theirs[what][1]}"
                 )
 
 
 def common_init(found: Sequence[FoundPrompt], advice: str) -> FoundPrompt:
-    """The first of some prompts, where all were tuned from one initial prompt.
-
-    Raises:
-        ValueError: different initial prompts, with the advice.
-    """
+    """The first of some prompts; a ``ValueError``, with the advice, if their inits differ."""
     first = found[0]
     for other in found[1:]:
         if not first.prompt.init.equal(other.prompt.init):
@@ -182,10 +170,7 @@ def combine(
 
     used, numbers = [sources[task] for task in factors], list(factors.values())
     word = "weight" if role == "mixture" else "coefficient"
-    parts = [
-        {"task": task, word: factor, **sources[task].provenance()}
-        for task, factor in factors.items()
-    ]
+    parts = [{"task": x, word: y, **sources[x].provenance()} for x, y in factors.items()]
     like, start = used[0].prompt, Start("zeros")
     if role == "mixture":
         assert base is not None
@@ -203,19 +188,9 @@ def combine(
                 start = start_from(base.metadata, base.path)
         prompt = add_vectors(init, torch.stack([one.vector for one in used]), numbers, scale)
         made_from = {"expression": expression, "scale": scale, "vectors": parts, "init": origin}
-    made = {
-        "prompt": prompt,
-        "init": init,
-        "name": name,
-        "backbone": like.backbone,
-        "backbone_digest": like.backbone_digest,
-        "tokenizer_digest": like.tokenizer_digest,
-        "sample": like.sample,
-        **asdict(start),
-        "init_seed": None if base is None else base.prompt.init_seed,
-        "version": __version__,
-        "role": role,
-        "source_tasks": list(factors),
-        "made_from": made_from,
-    }
-    return Prompt(**{**made, **further})
+    made: dict[str, Any] = {"prompt": prompt, "init": init, "name": name, **asdict(start)}
+    for kept in ("backbone", "backbone_digest", "tokenizer_digest", "sample"):
+        made[kept] = getattr(like, kept)
+    made |= {"init_seed": None if base is None else base.prompt.init_seed, "role": role}
+    made |= {"version": __version__, "source_tasks": list(factors), "made_from": made_from}
+    return Prompt(**made | further)

@@ -18,29 +18,34 @@ trained without a map, random maps, several I at once.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from prompt_lab.core.adapters import AdaptedBackbone
 from prompt_lab.core.backbone import Backbone
-from prompt_lab.core.optim import OptimConfig, adamw_with_warmup, check_warmup_and_clip
+from prompt_lab.core.bank import with_gradient
+from prompt_lab.core.batch import Batch
+from prompt_lab.core.optim import OptimConfig, adamw_with_warmup
+from prompt_lab.core.run import Run
 from prompt_lab.core.subspace import AdapterMap, Subspace
-from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.data.datamodule import PromptDataModule
+from prompt_lab.data.sampling import Draw, mixture_draw
 from prompt_lab.files.results import Start
 from prompt_lab.files.tensors import load_network, save_network
-from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod
+from prompt_lab.methods.method import PromptMethod
 from prompt_lab.methods.prompt_tuning import PromptTuning
-from prompt_lab.methods.subspace_tuning import initial_codes
+from prompt_lab.methods.starts import InitConfig, initial_codes
 
 
 class _AdapterMethod(PromptTuning):
     """What finding and tuning share: a map to adapters, codes, and a backbone that takes them."""
 
     std: float
+    intrinsic_dim: int
 
     def plain_backbone(self) -> Backbone:
         """The backbone without adapters.
@@ -61,6 +66,12 @@ class _AdapterMethod(PromptTuning):
         """The map from codes to adapters."""
         assert self.subspace is not None
         return self.subspace
+
+    def build(self, backbone: Backbone, runs: Sequence[Run]) -> None:
+        """Make the codes."""
+        self.prompt = None
+        self.code = nn.Parameter(torch.zeros(len(runs), self.map.intrinsic_dim))
+        self.register_buffer("init", torch.zeros(len(runs), 1, backbone.hidden_size))
 
     @property
     def variant(self) -> str:
@@ -83,73 +94,45 @@ class AdapterTuning(_AdapterMethod):
 
     Args:
         adapters: file that AdapterSubspace wrote.
-        backbone: which frozen model.
-        optim: optimizer, schedule and clip of every run.
         std: standard deviation of the initial codes, 0.02 in the authors' code.
-        init_seed: seed or seeds of the initial code.
         learning_rate: peak learning rate or rates.
-        batch_size: rows per step and run, one value or several.
-        label_smoothing: share of each target's probability spread over the vocabulary.
-        patience: stop a run after so many evaluations without a better dev score; null for never.
-        test_baselines: ``test`` also scores no adapters, the initial ones, chance and majority.
-        tokens_per_forward: most padded tokens of one forward pass; bounds memory, not results.
-        decoding: as for PromptTuning.
-        num_beams: beams of generated answers; 1 is greedy.
-        max_new_tokens: longest generated answer; null for the longest answer in train and dev.
-        metric_variant: ``crossfit`` computes metrics as CrossFit does, ``corrected`` without traps.
+        kwargs: optim, init_seed, batch_size, label_smoothing, patience and test_baselines, as
+            :class:`PromptTuning`, and the arguments of :class:`PromptMethod`.
     """
+
+    fixed = ("init", "subspace", "num_virtual_tokens", "save_steps")
 
     def __init__(
         self,
         adapters: str,
-        backbone: BackboneConfig = BackboneConfig(),  # noqa: B008
-        optim: OptimConfig = OptimConfig(),  # noqa: B008
         std: float = 0.02,
-        init_seed: int | list[int] = 0,
         learning_rate: float | list[float] = 0.03,
-        batch_size: int | list[int] = 8,
-        label_smoothing: float = 0.0,
-        patience: int | None = None,
-        test_baselines: bool = False,
-        tokens_per_forward: int | None = None,
-        decoding: Literal["score", "generate"] = "score",
-        num_beams: int = 1,
-        max_new_tokens: int | None = None,
-        metric_variant: Literal["crossfit", "corrected"] = "crossfit",
+        **kwargs: Any,
     ) -> None:
         super().__init__(
-            backbone=backbone,
-            optim=optim,
-            init_seed=init_seed,
+            init=InitConfig(),
+            subspace=None,
+            num_virtual_tokens=1,
+            save_steps=[],
             learning_rate=learning_rate,
-            batch_size=batch_size,
-            label_smoothing=label_smoothing,
-            patience=patience,
-            test_baselines=test_baselines,
-            tokens_per_forward=tokens_per_forward,
-            decoding=decoding,
-            num_beams=num_beams,
-            max_new_tokens=max_new_tokens,
-            metric_variant=metric_variant,
+            **kwargs,
         )
-        _check_std(std)
-        self.adapters, self.std = adapters, std
-        self.num_virtual_tokens = 0
+        self.adapters, self.std, self.num_virtual_tokens = adapters, std, 0
 
-    def load_backbone(self, data: CrossFitDataModule) -> Backbone:
-        """Load map and backbone, once, and let the data be tokenised by the backbone's rules."""
+    def load_backbone(self) -> Backbone:
+        """Load map and backbone, once."""
         if not isinstance(self.backbone, AdaptedBackbone):
             plain = self.plain_backbone()
             self.subspace = load_network(self.adapters, AdapterMap, plain)
-            self.backbone = AdaptedBackbone(plain, self.subspace.metadata["bottleneck"])
-        return super().load_backbone(data)
+            return AdaptedBackbone(plain, self.subspace.metadata["bottleneck"])
+        return self.backbone
 
-    def _make_bank(self, backbone: Backbone, data: CrossFitDataModule, anew: bool) -> Tensor:
-        """Make the codes; returns the initial adapters (R, 1, P)."""
-        self.prompt = None
+    @torch.no_grad()
+    def start(self, data: PromptDataModule) -> None:
+        """Draw the codes; ``init`` are the adapters (R, 1, P) that they make."""
         self.starts = [Start("codes", start_seed=run.init_seed) for run in self.runs]
-        self.code = nn.Parameter(initial_codes(self.runs, self.map.intrinsic_dim, self.std))
-        return self.bank().detach()
+        self.trained.copy_(initial_codes(self.runs, self.map.intrinsic_dim, self.std))
+        self.init.copy_(self.bank())
 
 
 class AdapterSubspace(_AdapterMethod):
@@ -166,7 +149,6 @@ class AdapterSubspace(_AdapterMethod):
     that; H = 64 makes 0.8 GB. A checkpoint holds four of the five; the file of the map one.
 
     Args:
-        backbone: which frozen model.
         intrinsic_dim: I.
         inner_size: H, width of the layer within the map; null for none, a linear map.
         bottleneck: r of every adapter.
@@ -175,21 +157,21 @@ class AdapterSubspace(_AdapterMethod):
         warmup: share of the steps in which the learning rate rises; it then falls linearly to zero.
         clip: largest gradient norm over map and codes, or null for none.
         batch_size: rows of a step.
-        label_smoothing: share of each target's probability spread over the vocabulary.
         seed: of the initial map and codes and of the order of rows.
-        tokens_per_forward: most padded tokens of one forward pass; bounds memory, not results.
-        decoding: as for PromptTuning.
-        num_beams: beams of generated answers; 1 is greedy.
-        max_new_tokens: longest generated answer; null for the longest answer in train and dev.
-        metric_variant: ``crossfit`` computes metrics as CrossFit does, ``corrected`` without traps.
+        kwargs: label_smoothing, as :class:`PromptTuning`, and the arguments of
+            :class:`PromptMethod`.
     """
 
     frozen = ("backbone.",)
-    independent_runs = False
+    joint = True
+    shares_runs = False
+    fixed = (
+        *("optim", "init", "subspace", "num_virtual_tokens", "init_seed", "patience"),
+        *("save_steps", "test_baselines"),
+    )
 
     def __init__(
         self,
-        backbone: BackboneConfig = BackboneConfig(),  # noqa: B008
         intrinsic_dim: int = 100,
         inner_size: int | None = 768,
         bottleneck: int = 16,
@@ -198,146 +180,122 @@ class AdapterSubspace(_AdapterMethod):
         warmup: float = 0.06,
         clip: float | None = 0.1,
         batch_size: int = 64,
-        label_smoothing: float = 0.0,
         seed: int = 0,
-        tokens_per_forward: int | None = None,
-        decoding: Literal["score", "generate"] = "score",
-        num_beams: int = 1,
-        max_new_tokens: int | None = None,
-        metric_variant: Literal["crossfit", "corrected"] = "crossfit",
+        **kwargs: Any,
     ) -> None:
         super().__init__(
-            backbone=backbone,
+            optim=OptimConfig(),
+            init=InitConfig(),
+            subspace=None,
+            num_virtual_tokens=1,
             init_seed=seed,
             learning_rate=learning_rate,
             batch_size=batch_size,
-            label_smoothing=label_smoothing,
-            tokens_per_forward=tokens_per_forward,
-            decoding=decoding,
-            num_beams=num_beams,
-            max_new_tokens=max_new_tokens,
-            metric_variant=metric_variant,
+            patience=None,
+            save_steps=[],
+            test_baselines=False,
+            **kwargs,
         )
-        sizes = {"intrinsic_dim": intrinsic_dim, "inner_size": inner_size, "bottleneck": bottleneck}
-        for name, size in sizes.items():
-            if size is not None and size < 1:
-                raise ValueError(f"model.{name} is {size}: give at least 1")
-        check_warmup_and_clip(warmup, clip)
-        _check_std(std)
+        self.std, self.num_virtual_tokens = std, 0
         self.intrinsic_dim, self.inner_size, self.bottleneck = intrinsic_dim, inner_size, bottleneck
-        self.std, self.warmup, self.clip, self.seed = std, warmup, clip, seed
-        self.num_virtual_tokens = 0
+        self.warmup, self.clip, self.seed = warmup, clip, seed
 
-    # ---- set-up ---------------------------------------------------------------------------------
+    # ---- what is trained ------------------------------------------------------------------------
 
-    def describe_fit(self, data: CrossFitDataModule, trainer: Trainer) -> str:
-        """There is no grid to tell of: see :meth:`PromptMethod.describe_fit`."""
-        return PromptMethod.describe_fit(self, data, trainer)
+    def described(self, data: PromptDataModule) -> list[str]:
+        """Map and codes; there is no grid."""
+        return [self.summary()]
 
-    def load_backbone(self, data: CrossFitDataModule) -> Backbone:
-        """Load the backbone, once, and let the data be tokenised by its rules."""
-        if not isinstance(self.backbone, AdaptedBackbone):
-            self.backbone = AdaptedBackbone(self.plain_backbone(), self.bottleneck)
-        return super().load_backbone(data)
+    def held(self) -> dict[str, int]:
+        """As every method's."""
+        return PromptMethod.held(self)
 
-    def _make_bank(self, backbone: Backbone, data: CrossFitDataModule, anew: bool) -> Tensor:
-        """Make map and codes; returns the initial adapters (R, 1, P)."""
-        self.prompt = None
-        self.starts = [Start("codes", start_seed=self.seed)] * len(self.runs)
+    def load_backbone(self) -> Backbone:
+        """Load the backbone, once, and let it take adapters."""
+        if isinstance(self.backbone, AdaptedBackbone):
+            return self.backbone
+        return AdaptedBackbone(self.plain_backbone(), self.bottleneck)
+
+    def build(self, backbone: Backbone, runs: Sequence[Run]) -> None:
+        """Make map and codes."""
         self.subspace = AdapterMap(
             backbone.hidden_size, self.intrinsic_dim, self.inner_size, self.seed
         )
         self.best_map = copy.deepcopy(self.subspace).requires_grad_(False)
+        super().build(backbone, runs)
+
+    @torch.no_grad()
+    def start(self, data: PromptDataModule) -> None:
+        """Draw the codes."""
+        self.starts = [Start("codes", start_seed=self.seed)] * len(self.runs)
         generator = torch.Generator().manual_seed(self.seed)
         codes = torch.randn(len(self.runs), self.intrinsic_dim, generator=generator)
-        self.code = nn.Parameter(codes * self.std)
-        return self.bank().detach()
+        self.trained.copy_(codes * self.std)
+        self.init.copy_(self.bank())
+
+    def keep(self, better: Tensor) -> None:
+        """Keep map, codes and adapters."""
+        super().keep(better)
+        if bool(better):
+            self.best_map.load_state_dict(self.map.state_dict())
 
     def configure_optimizers(self) -> Any:
         """AdamW over map and codes; the learning rate rises, then falls linearly to zero."""
         trained = [*self.map.parameters(), self.trained]
         groups = [{"params": trained, "lr": self.learning_rates[0]}]
-        return adamw_with_warmup(groups, self.warmup, self.trainer.max_steps)
+        return adamw_with_warmup(groups, self.warmup, self.total_steps)
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         """Clip the gradient over map and codes."""
         if self.clip is not None:
             nn.utils.clip_grad_norm_([*self.map.parameters(), self.trained], self.clip)
 
-    def train_steps(self) -> Any:
-        """The batch of every step: rows of all tasks, mixed."""
-        trainer, data = self.trainer, self.datamodule
-        rows = data.rows_of(self.runs, "train")
-        self.check_lengths(rows.values(), self.num_virtual_tokens)
-        return data.mixture_steps(
-            list(rows),
-            "tasks",
-            self.batch_sizes[0],
-            self.seed,
-            trainer.max_steps,
-            lambda: trainer.global_step,
-            trainer.global_rank,
-            trainer.world_size,
-        )
+    def draw(self, data: PromptDataModule) -> Draw:
+        """Rows of all tasks, mixed."""
+        rows = {(r.task, r.sample): data.tokens(r.task, r.sample, "train") for r in self.runs}
+        given = ("tasks", self.batch_sizes[0], self.seed)
+        return mixture_draw(rows, *given, data.layout, self.row_share)
 
-    # ---- evaluation -----------------------------------------------------------------------------
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean loss of the rows; from a loss or gradient that is not finite on, no gradient."""
+        bank = self.bank()
+        losses, gradient = self.bank_gradient(bank, batch, self.label_smoothing)
+        finite = (losses.isfinite().all() & gradient.isfinite().all()).reshape(1)
+        self.active &= self.finite_everywhere(finite)
+        losses, gradient = (torch.where(self.active, x, 0) for x in (losses, gradient))
+        self.loss_sum += losses
+        self.loss_steps += 1
+        world = self.row_share[1]
+        return with_gradient(losses.sum() * world, bank, gradient * world)
 
-    def _keep_better(self, scores: Tensor) -> None:
-        """Keep map, codes and adapters of a better mean dev score; ties keep the earlier."""
-        ranked = scores.nan_to_num(nan=-torch.inf)
-        if int(self.best_step.max()) >= 0 and not bool(ranked.mean() > self.best_score.mean()):
-            return
-        self.best_score.copy_(ranked)
-        self.best_step.fill_(self.trainer.global_step)
-        self.best.copy_(self.bank().detach())
-        assert self.best_code is not None
-        self.best_code.copy_(self.trained.detach())
-        self.best_map.load_state_dict(self.map.state_dict())
+    def mean_losses(self) -> Tensor:
+        """A task has 1 / R of the rows, which its loss is scaled to."""
+        return super().mean_losses() * len(self.runs)
 
-    def _log_evaluation(self, scores: Tensor) -> None:
-        """Log as PromptTuning; a task has 1 / R of the rows, which its loss is scaled to."""
-        self.loss_sum *= len(self.runs)
-        super()._log_evaluation(scores)
+    # ---- files ----------------------------------------------------------------------------------
 
-    def on_train_end(self) -> None:
+    def write(self) -> None:
         """Write the best map, and the adapters of every task."""
         if self.trainer.is_global_zero:
-            self._write_map()
-        super().on_train_end()
-
-    def _write_map(self) -> None:
-        """Write the file of the best map."""
-        backbone = self.backbone
-        assert backbone is not None
-        metadata = {
-            "backbone": backbone.name,
-            "backbone_digest": backbone.digest,
-            "tokenizer_digest": backbone.tokenizer_digest,
-            "bottleneck": self.bottleneck,
-            "source_tasks": list(self.datamodule.tasks),
-            "samples": self.datamodule.samples,
-            "seed": self.seed,
-            "steps": int(self.best_step[0]),
-            "dev_score": float(self.best_score.mean()),
-        }
-        save_network(self.map_path, self.best_map, metadata)
+            metadata = {
+                "backbone": self.backbone.name,
+                "backbone_digest": self.backbone.digest,
+                "tokenizer_digest": self.backbone.tokenizer_digest,
+                "bottleneck": self.bottleneck,
+                "source_tasks": list(self.datamodule.tasks),
+                "samples": self.datamodule.samples,
+                "seed": self.seed,
+                "steps": int(self.keeper.step),
+                "dev_score": float(self.keeper.score),
+            }
+            save_network(self.map_path, self.best_map, metadata)
+        super().write()
 
     @property
     def map_path(self) -> Path:
         """The file of the map."""
+        assert self.run_dir is not None
         return self.run_dir / f"adapters_{self.intrinsic_dim}.safetensors"
 
-    # ---- identity -------------------------------------------------------------------------------
-
-    def _subspace_digest(self) -> None:
+    def subspace_digest(self) -> None:
         """None: the map is what is trained."""
-
-
-def _check_std(std: float) -> None:
-    """Refuse a spread below 0.
-
-    Raises:
-        ValueError: naming it.
-    """
-    if std < 0:
-        raise ValueError(f"model.std is {std}: give 0 or more")

@@ -2,11 +2,7 @@
 
 ATTEMPT (Asai et al. 2022, arXiv 2205.11961): the tuned prompts of source tasks stay as they are; a
 target prompt for each task and a small attention G are trained, and the prompt of a row is
-P_target + sum_j a_j(row) P_j (``attention_mixture.py`` has the formulas). Several target tasks in
-one fit share G and are trained on mixed batches; one task alone is the single-task method.
-
-A step gives the backbone a bank of one prompt per row. Its gradient comes in bounded memory from
-``bank_gradient``, and one backward pass through the mixture takes it to G and the target prompts.
+P_target + sum_j a_j(row) P_j (``attention_mixture.py`` has the formulas).
 
 The authors' code is corrected in these places: the maximum over the input leaves padding out; G's
 LayerNorm is trained; G has its own learning rate (there its parameter group is empty, since names
@@ -15,43 +11,40 @@ evaluation each row has the target prompt of its task (there rows without a task
 first); and each task has its own metric. Left out: G trained on the source tasks beforehand, other
 scores than G's, and a learned temperature.
 
-Cost: no two rows share a prompt, so in decoder-only models each row runs its own N virtual tokens,
-in training and in evaluation, which is what sharing saves elsewhere. A fit is of one few-shot
-sample, since samples that share G would not be independent.
+No two rows share a prompt, so in decoder-only models each row runs its own N virtual tokens, in
+training and in evaluation. A fit is of one few-shot sample, since samples that share G would not be
+independent.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from prompt_lab.core.attention_mixture import PromptAttention, max_pool, row_prompts
-from prompt_lab.core.backbone import Prefix
+from prompt_lab.core.backbone import Backbone, Prefix
 from prompt_lab.core.bank import Prefixes, with_gradient
 from prompt_lab.core.batch import Batch, index_tensor, micro_batches
-from prompt_lab.core.optim import adamw_with_warmup, check_warmup_and_clip
+from prompt_lab.core.optim import adamw_with_warmup
 from prompt_lab.core.pretrained import tensor_digest
 from prompt_lab.core.run import Run
-from prompt_lab.data.batches import EvaluationSteps
-from prompt_lab.data.crossfit import CrossFitDataModule
-from prompt_lab.data.mixtures import Key, Mixing, MixtureSteps
+from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.partitions import expand_sets
+from prompt_lab.data.sampling import Draw, Mixing, mixture_draw
 from prompt_lab.data.tasks import Task
 from prompt_lab.files.prompts import TARGET_OF, Prompt, PromptStore, source_prompts
-from prompt_lab.files.results import append_curves, start_curves
 from prompt_lab.files.tensors import load_network, save_network, write_csv
-from prompt_lab.methods.evaluation import Evaluation
-from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts
-from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod, as_config, some
+from prompt_lab.methods.checks import some
+from prompt_lab.methods.configs import as_config, as_list
+from prompt_lab.methods.method import PromptMethod
+from prompt_lab.methods.starts import InitConfig, initial_prompts
 
+ATTENTION_FILE, TARGET_FOLDER = "attention.safetensors", "target_prompts"
 ATTENTION_COLUMNS = ("task", "sample", "source", "weight", "std")
 TARGET = "target prompt"
 
@@ -73,7 +66,6 @@ class Attempt(PromptMethod):
             of the source tasks.
         source_tasks: the source tasks; sets of partitions stand for their tasks.
         source_sample: few-shot sample of the source prompts; null for that of the data.
-        backbone: which frozen model.
         init: how target prompts are initialised; the authors take the first source prompt, which is
             ``file`` with the path of its prompt file.
         num_virtual_tokens: N, of source and target prompts.
@@ -89,32 +81,21 @@ class Attempt(PromptMethod):
         batch_size: rows of a step, of all tasks together.
         label_smoothing: share of each target's probability spread over the vocabulary.
         test_baselines: ``test`` also scores no prompt, the initial mixture, chance and majority.
-        tokens_per_forward: most padded tokens of one forward pass; bounds memory, not results.
-        decoding: as for PromptTuning.
-        num_beams: beams of generated answers; 1 is greedy.
-        max_new_tokens: longest generated answer; null for the longest answer in train and dev.
-        metric_variant: ``crossfit`` computes metrics as CrossFit does, ``corrected`` without traps.
+        kwargs: the arguments of :class:`PromptMethod`.
     """
 
     frozen = ("backbone.", "initial_attention.")
+    joint = True
     stores_prompts = False  # not where others look for prompts that answer by themselves
     prompt: nn.Parameter
-    init: Tensor
     sources: Tensor
-    best: Tensor
-    best_score: Tensor
-    best_step: Tensor
-    dev: Tensor
-    loss_sum: Tensor
     weight_sum: Tensor
-    seconds: Tensor
 
     def __init__(
         self,
         prompts: str | list[str],
         source_tasks: list[str],
         source_sample: int | None = None,
-        backbone: BackboneConfig = BackboneConfig(),  # noqa: B008
         init: InitConfig = InitConfig(),  # noqa: B008
         num_virtual_tokens: int = 100,
         inner_size: int = 100,
@@ -128,18 +109,10 @@ class Attempt(PromptMethod):
         batch_size: int = 32,
         label_smoothing: float = 0.0,
         test_baselines: bool = False,
-        tokens_per_forward: int | None = None,
-        decoding: Literal["score", "generate"] = "score",
-        num_beams: int = 1,
-        max_new_tokens: int | None = None,
-        metric_variant: Literal["crossfit", "corrected"] = "crossfit",
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            backbone, tokens_per_forward, decoding, num_beams, max_new_tokens, metric_variant
-        )
-        self.save_hyperparameters(logger=False)
-        self.simplify_settings()
-        self.folders = prompts if isinstance(prompts, list) else [prompts]
+        super().__init__(**kwargs)
+        self.folders = as_list(prompts)
         if not source_tasks:
             raise ValueError("model.source_tasks is empty: name the tasks of the source prompts")
         self.source_tasks = list(dict.fromkeys(expand_sets(source_tasks)))
@@ -151,80 +124,50 @@ class Attempt(PromptMethod):
         self.warmup, self.clip, self.batch_size = warmup, clip, batch_size
         self.mixing: Mixing = mixing
         self.label_smoothing, self.test_baselines = label_smoothing, test_baselines
-        self._current = True  # whether an evaluation is of the current state, or of the best
-        self._check_settings()
+        self.source_names: list[str] = []
+        self._is_read = False
 
-    def _check_settings(self) -> None:
-        """Refuse settings that make no sense.
+    # ---- what is trained ------------------------------------------------------------------------
 
-        Raises:
-            ValueError: naming the setting and what is allowed.
-        """
-        for name in ("num_virtual_tokens", "inner_size", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} is {getattr(self, name)}: give at least 1")
-        for name in ("learning_rate", "attention_learning_rate", "temperature"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"model.{name} is {value}: give a positive number")
-        check_warmup_and_clip(self.warmup, self.clip)
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(
-                f"model.label_smoothing is {self.label_smoothing}: give 0 up to below 1"
-            )
-
-    # ---- set-up ---------------------------------------------------------------------------------
-
-    def setup(self, stage: str) -> None:
-        """Load the backbone, the data and the source prompts, and make what is trained, once."""
-        self.check_trainer()
-        if stage == "fit":
-            self.check_budget()
-        self.prepare(self.datamodule)
-
-    def prepare(self, data: CrossFitDataModule) -> None:
-        """As :meth:`setup`, without a trainer.
-
-        Raises:
-            FileNotFoundError: source prompts that are not there, all named.
-            ValueError: several samples, or prompts of another backbone or length.
-        """
+    def make_runs(self, data: PromptDataModule) -> list[Run]:
+        """A target prompt for each task of one sample."""
         if len(data.samples) > 1:
             raise ValueError(
                 f"data.samples has {len(data.samples)} samples, which would share one attention "
                 "and not be independent: give one, and a fit for each of the others"
             )
-        backbone = self.load_backbone(data)
-        if self.runs:
-            return
-        found = self._load_sources(data)
-        self.register_buffer("sources", torch.stack([p.prompt for p in found]), persistent=False)
-        self.runs = [
-            Run(task, data.samples[0], self.init_seed, self.learning_rate, self.batch_size)
-            for task in data.tasks
-        ]
-        init, self.starts = initial_prompts(
-            self.init_config, backbone, self.runs, data.tasks, self.num_virtual_tokens
-        )
-        self.prompt = nn.Parameter(init.clone())
+        own = (data.samples[0], self.init_seed, self.learning_rate, self.batch_size)
+        return [Run(task, *own) for task in data.tasks]
+
+    def build(self, backbone: Backbone, runs: Sequence[Run]) -> None:
+        """Make target prompts and attention, and room for the source prompts."""
+        size = (self.num_virtual_tokens, backbone.hidden_size)
+        self.prompt = nn.Parameter(torch.zeros(len(runs), *size))
         self.attention = PromptAttention(
             backbone.hidden_size, self.inner_size, self.temperature, self.init_seed
         )
         self.initial_attention = copy.deepcopy(self.attention).requires_grad_(False)
         self.best_attention = copy.deepcopy(self.attention).requires_grad_(False)
-        count = len(self.runs)
-        for name, value in {
-            "init": init,
-            "best": init.clone(),
-            "best_score": torch.tensor(-torch.inf, dtype=torch.float64),
-            "best_step": torch.tensor(-1),
-            "dev": torch.full((count,), torch.nan, dtype=torch.float64),
-            "loss_sum": torch.zeros(count),
-            "weight_sum": torch.zeros(count),
-            "seconds": torch.zeros((), dtype=torch.float64),
-        }.items():
-            self.register_buffer(name, value)
-        self.keep_frozen_out_of_ddp()
+        self.register_buffer("sources", torch.zeros(len(self.source_tasks), *size))
+        self.register_buffer("init", torch.zeros(len(runs), *size))
+        self.register_buffer("weight_sum", torch.zeros(len(runs)))
+
+    def take(self, data: PromptDataModule, fitting: bool = True, anew: bool | None = None) -> None:
+        """As every method's, with the source prompts, which a checkpoint is compared with."""
+        super().take(data, fitting, anew)
+        if fitting and not self.source_names:
+            self._read_sources()
+
+    @torch.no_grad()
+    def start(self, data: PromptDataModule) -> None:
+        """Read the source prompts, and put target prompts where they start."""
+        assert self.backbone is not None
+        self._read_sources()
+        init, self.starts = initial_prompts(
+            self.init_config, self.backbone, self.runs, data.tasks, self.num_virtual_tokens
+        )
+        self.prompt.copy_(init)
+        self.init.copy_(init)
         both = [task for task in data.tasks if task in self.source_tasks]
         if both:
             self.warn_once(
@@ -233,23 +176,25 @@ class Attempt(PromptMethod):
                 "beside a prompt that was tuned for it",
             )
 
-    def _load_sources(self, data: CrossFitDataModule) -> list[Prompt]:
-        """The source prompts, in the order of their tasks."""
+    def _read_sources(self) -> None:
         assert self.backbone is not None
-        sample = data.samples[0] if self.source_sample is None else self.source_sample
+        own = self.all_runs[0].sample
+        sample = own if self.source_sample is None else self.source_sample
         keys = [(task, sample) for task in self.source_tasks]
         found = source_prompts(self.folders, keys, self.backbone, self.num_virtual_tokens)
         self.source_names = [prompt.name for prompt in found]
-        digest = hashlib.sha256()
-        for prompt in found:
-            digest.update(prompt.prompt.numpy().tobytes())
-        self.sources_digest = digest.hexdigest()
-        return found
+        self.sources.copy_(torch.stack([prompt.prompt for prompt in found]))
+        self._is_read = True
 
-    @property
-    def keys(self) -> list[Key]:
-        """The (task, sample) of each target prompt."""
-        return [(run.task, run.sample) for run in self.runs]
+    def bank(self) -> Tensor:
+        """The target prompts, (R, N, D)."""
+        return self.prompt
+
+    def keep(self, better: Tensor) -> None:
+        """Keep target prompts and attention."""
+        super().keep(better)
+        if bool(better):
+            self.best_attention.load_state_dict(self.attention.state_dict())
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW over target prompts and G, each at its rate; it rises, then falls linearly to 0."""
@@ -257,38 +202,18 @@ class Attempt(PromptMethod):
             {"params": [self.prompt], "lr": self.learning_rate},
             {"params": list(self.attention.parameters()), "lr": self.attention_learning_rate},
         ]
-        return adamw_with_warmup(groups, self.warmup, self.trainer.max_steps)
+        return adamw_with_warmup(groups, self.warmup, self.total_steps)
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         """Clip the gradient of target prompts and G together."""
         if self.clip is not None:
             nn.utils.clip_grad_norm_([self.prompt, *self.attention.parameters()], self.clip)
 
-    # ---- data -----------------------------------------------------------------------------------
-
-    def train_steps(self) -> MixtureSteps:
-        """The batch of every step: rows of all target tasks, mixed."""
-        trainer = self.trainer
-        rows = self.datamodule.rows_of(self.runs, "train")
-        self.check_lengths(rows.values(), self.num_virtual_tokens)
-        return self.datamodule.mixture_steps(
-            self.keys,
-            self.mixing,
-            self.batch_size,
-            self.datamodule.order_seed,
-            trainer.max_steps,
-            lambda: trainer.global_step,
-            trainer.global_rank,
-            trainer.world_size,
-        )
-
-    def dev_steps(self) -> EvaluationSteps:
-        """Dev rows of all target tasks."""
-        return self.evaluation_steps("dev", lambda: list(range(len(self.runs))))
-
-    def test_steps(self) -> EvaluationSteps:
-        """Test rows of all target tasks."""
-        return self.evaluation_steps("test", lambda: list(range(len(self.runs))))
+    def draw(self, data: PromptDataModule) -> Draw:
+        """Rows of all target tasks, mixed."""
+        rows = {(r.task, r.sample): data.tokens(r.task, r.sample, "train") for r in self.runs}
+        given = (self.mixing, self.batch_size, data.order_seed)
+        return mixture_draw(rows, *given, data.layout, self.row_share)
 
     # ---- the mixture ----------------------------------------------------------------------------
 
@@ -303,10 +228,17 @@ class Attempt(PromptMethod):
         Returns:
             (B, J + 1), the last column for the target prompt.
         """
+        backbone = self.backbone
+        assert backbone is not None
         with torch.autocast(targets.device.type, enabled=False):
-            pooled = self._pooled_inputs(batch).to(targets.dtype)
+            with torch.no_grad():  # the maximum of each row's embeddings over its tokens, (B, D)
+                pooled = [
+                    max_pool(backbone.embed(part.input_ids), part.input_mask)
+                    for part in micro_batches(batch, self.tokens_per_forward)
+                ] or [targets.new_zeros(0, backbone.hidden_size)]
+                inputs = torch.cat(pooled).to(targets.dtype)
             own = targets.amax(1).index_select(0, batch.prompt_index)  # (B, D)
-            return attention(pooled, self.sources.amax(1), own)
+            return attention(inputs, self.sources.amax(1), own)
 
     def mixed(self, batch: Batch, attention: PromptAttention, targets: Tensor) -> Tensor:
         """The prompt of each row, (B, N, D); settings as for :meth:`weights`."""
@@ -315,16 +247,10 @@ class Attempt(PromptMethod):
             own = targets.index_select(0, batch.prompt_index)
             return row_prompts(weights, self.sources, own)
 
-    @torch.no_grad()
-    def _pooled_inputs(self, batch: Batch) -> Tensor:
-        """Maximum of each row's input embeddings over its tokens: (B, D)."""
-        backbone = self.backbone
-        assert backbone is not None
-        pooled = [
-            max_pool(backbone.embed(part.input_ids), part.input_mask)
-            for part in micro_batches(batch, self.tokens_per_forward)
-        ]
-        return torch.cat(pooled) if pooled else self.prompt.new_zeros(0, backbone.hidden_size)
+    def prefixes(self, current: bool) -> Prefixes:
+        """The target prompts, which each row mixes with the sources by the attention of now."""
+        self._current = current
+        return super().prefixes(current)
 
     def prefix_of(self, prefixes: Prefixes, batch: Batch) -> tuple[Prefix, Batch]:
         """What the rows need of their own mixtures, one for each, and the rows that name them.
@@ -348,12 +274,6 @@ class Attempt(PromptMethod):
 
     # ---- training -------------------------------------------------------------------------------
 
-    def on_train_start(self) -> None:
-        """Start the clock and the curves."""
-        self._clock = time.monotonic()
-        if self.trainer.is_global_zero:
-            start_curves(self.run_dir / "curves.csv", self.trainer.global_step)
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of the rows, each under its own mixture."""
         made = self.mixed(batch, self.attention, self.prompt)
@@ -363,234 +283,148 @@ class Attempt(PromptMethod):
         world = self.trainer.world_size
         return with_gradient(losses.sum() * world, made, gradient * world)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note the source prompts, the target tasks and the weights."""
-        assert self.backbone is not None
-        checkpoint["sources_digest"] = self.sources_digest
-        checkpoint["source_prompts"] = self.source_names
-        checkpoint["target_tasks"] = [f"{task} {sample}" for task, sample in self.keys]
-        checkpoint["backbone_digest"] = self.backbone.digest
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse what was trained beside other prompts, for other tasks or on another backbone.
-
-        Raises:
-            ValueError: naming both sides.
-        """
-        own = [f"{task} {sample}" for task, sample in self.keys]
-        for what, saved, here in (
-            ("source prompts", checkpoint.get("source_prompts", []), self.source_names),
-            ("target tasks", checkpoint.get("target_tasks", []), own),
-        ):
-            if saved != here:
-                raise ValueError(
-                    f"the checkpoint is of the {what} {some(saved)}, the settings give "
-                    f"{some(here)}: resume with those of the fit"
-                )
-        if checkpoint.get("sources_digest") != self.sources_digest:
-            raise ValueError(
-                "the source prompts are not those of the checkpoint, though their names are: "
-                "resume with the prompt files of the fit"
-            )
-        self.check_backbone_of(checkpoint)
-
     # ---- evaluation -----------------------------------------------------------------------------
 
-    def _evaluate(self, split: Literal["dev", "test"], current: bool) -> None:
-        """Begin an evaluation: of what is trained now, or of the best."""
-        if not current:
-            self._restore_best()
-        self._current = current
-        self.evaluation = Evaluation(self, split, self.prompt.detach() if current else self.best)
+    def mean_losses(self) -> Tensor:
+        """Mean loss of each task; NaN where none of its rows was drawn."""
+        return self.over_ranks(self.loss_sum) / self.over_ranks(self.weight_sum)
 
-    def on_validation_start(self) -> None:
-        """Begin an evaluation on dev: in a fit of the current state, else of the best."""
-        self._evaluate("dev", current=self.trainer.state.fn == "fit")
+    def curve(self) -> dict[str, list[Any]]:
+        """How far the target prompts moved."""
+        return {"moved": self.moved()}
 
-    def on_validation_epoch_end(self) -> None:
-        """Score dev; in a fit, keep the state if its mean score is better."""
-        scores = self.evaluation.scores()
-        if self.trainer.state.fn != "fit":
-            self.evaluation.report(scores, "validate")
-            return
-        if self.trainer.sanity_checking:
-            return
-        mean = scores.mean().nan_to_num(nan=-torch.inf)
-        if bool((mean > self.best_score) | (self.best_step < 0)):  # ties keep the earlier
-            self.best.copy_(self.prompt.detach())
-            self.best_attention.load_state_dict(self.attention.state_dict())
-            self.best_score.copy_(mean)
-            self.best_step.fill_(self.trainer.global_step)
-            self.dev.copy_(scores)
-        self._log(scores)
-
-    def _log(self, scores: Tensor) -> None:
-        """Log losses and dev scores since the last evaluation, and a line per task."""
-        now = time.monotonic()
-        self.seconds += now - self._clock
-        self._clock = now
-        sums, weights = self.over_ranks(self.loss_sum), self.over_ranks(self.weight_sum)
-        mean = (sums.sum() / weights.sum()).item()
-        if mean != mean:
+    def after_evaluation(self, scores: Tensor, lines: list[int]) -> None:
+        """Warn of a loss that is not finite, and begin the sums anew."""
+        if not self.over_ranks(self.loss_sum).sum().isfinite():
             self.warn_once(
                 "nan",
                 f"the loss is not finite by step {self.trainer.global_step}; the best state so far "
                 "is kept. A lower learning_rate or attention_learning_rate, or clip, may help",
             )
-        best = self.best_score.item()
-        bar = {"train/loss": mean, "best/val_score": best if best > -torch.inf else float("nan")}
-        self.log("dev/mean", scores.mean().item(), rank_zero_only=False)
-        self.log_dict(bar, prog_bar=True, rank_zero_only=False)
-        if self.trainer.is_global_zero:
-            rows = self._curve_rows((sums / weights).tolist(), scores.tolist())
-            append_curves(self.run_dir / "curves.csv", rows)
-        self.loss_sum.zero_()
         self.weight_sum.zero_()
 
-    def _curve_rows(self, losses: list[float], dev: list[float]) -> Iterator[dict[str, Any]]:
-        """A line per task; the loss is empty where none of its rows was drawn."""
-        change = (self.prompt.detach() - self.init).flatten(1).norm(dim=1)
-        moved = (change / self.init.flatten(1).norm(dim=1).clamp(min=1e-12)).tolist()
-        best = self.dev.tolist()
-        for i, run in enumerate(self.runs):
-            yield {
-                "step": self.trainer.global_step,
-                "run": run.name,
-                "train_loss": losses[i],
-                "dev": dev[i],
-                "best_dev": best[i],
-                "best_step": int(self.best_step),
-                "moved": moved[i],
-                "status": "training",
-            }
+    # ---- files ----------------------------------------------------------------------------------
 
-    def on_train_end(self) -> None:
+    def write(self, test_scores: Tensor | None = None) -> None:
         """Write the best attention and target prompts."""
-        if self.trainer.is_global_zero:
-            self._write()
-        self.trainer.strategy.barrier("attention written")
-
-    def _write(self, test_scores: Tensor | None = None) -> None:
-        """Write both files."""
-        backbone = self.backbone
+        backbone, folder = self.backbone, self.run_dir
         assert backbone is not None
+        assert folder is not None
+        if not self.trainer.is_global_zero:
+            return
         metadata = {
             "backbone": backbone.name,
             "backbone_digest": backbone.digest,
             "tokenizer_digest": backbone.tokenizer_digest,
             "source_tasks": self.source_tasks,
             "source_prompts": self.source_names,
-            "sources_digest": self.sources_digest,
+            "sources_digest": tensor_digest(self.sources),
             "target_prompts": [run.name for run in self.runs],
-            "steps": int(self.best_step),
-            "dev_score": self.best_score.item(),
-            "seconds": round(self.seconds.item(), 3),
+            "steps": int(self.keeper.step),
+            "dev_score": self.keeper.score.item(),
+            "seconds": round(self.seconds, 3),
         }
-        save_network(self.attention_path, self.best_attention, metadata)
-        self.target_store.save(self.best_prompts(test_scores))
-
-    @property
-    def attention_path(self) -> Any:
-        """The file of G."""
-        return self.run_dir / "attention.safetensors"
-
-    @property
-    def target_store(self) -> PromptStore:
-        """The store of the target prompts."""
-        return PromptStore(self.run_dir / "target_prompts")
+        save_network(folder / ATTENTION_FILE, self.best_attention, metadata)
+        PromptStore(folder / TARGET_FOLDER).save(self.best_prompts(test_scores))
 
     # ---- test -----------------------------------------------------------------------------------
 
-    def on_test_start(self) -> None:
-        """Take the best state of this fit, of the checkpoint, or of the files."""
-        self._evaluate("test", current=False)
+    def report_test(self, scores: Tensor) -> None:
+        """Write results, predictions, target prompts and the attention's weights.
 
-    def on_test_epoch_end(self) -> None:
-        """Score test; write results, predictions, target prompts and the attention's weights."""
-        scores = self.evaluation.scores()
-        self.evaluation.report(scores, "test")
-        rows = self._attention_rows()
-        if self.trainer.is_global_zero:
-            self._write(scores)
-            write_csv(self.run_dir / "attention.csv", ATTENTION_COLUMNS, rows)
-
-    @torch.no_grad()
-    def _attention_rows(self) -> list[dict[str, Any]]:
-        """Mean weight of each source over the test rows of each task, and its spread (ddof 0)."""
-        count, width = len(self.runs), len(self.sources) + 1
-        sums = torch.zeros(count, 2, width, dtype=torch.float64, device=self.device)
-        rows = torch.zeros(count, dtype=torch.float64, device=self.device)
-        for step in self.test_steps():
-            batch = step.batch.to(self.device)
-            weights = self.weights(batch, self.best_attention, self.best).double()
-            both = torch.stack([weights, weights.square()], 1)
-            sums.index_add_(0, batch.prompt_index, both)
-            rows.index_add_(0, batch.prompt_index, torch.ones_like(weights[:, 0]))
-        means = self.over_ranks(sums) / self.over_ranks(rows)[:, None, None]
-        weight, square = means.unbind(1)
-        spread = (square - weight.square()).clamp(min=0).sqrt()
-        names = [*self.source_tasks, TARGET]
-        return [
-            {"task": run.task, "sample": run.sample, "source": name, "weight": mean, "std": std}
-            for run, own, stds in zip(self.runs, weight.tolist(), spread.tolist(), strict=True)
-            for name, mean, std in zip(names, own, stds, strict=True)
-        ]
-
-    def _restore_best(self) -> None:
-        """Read the best state from its files, unless a fit or checkpoint has filled it.
-
-        Raises:
-            FileNotFoundError: a file that is not there.
-            ValueError: files of another backbone, of other source prompts or of another shape.
+        Those are the mean over the test rows of each task, and the spread (ddof 0).
         """
-        if int(self.best_step) >= 0:
-            return
-        saved = load_network(self.attention_path, PromptAttention, self.backbone)
+        super().report_test(scores)
+        sums = torch.zeros(
+            *(len(self.runs), 3, len(self.sources) + 1), dtype=torch.float64, device=self.device
+        )
+        with torch.no_grad():
+            for step in self.datamodule.test_dataloader():
+                batch = step.batch.to(self.device)
+                weights = self.weights(batch, self.best_attention, self.best).double()
+                parts = torch.stack([weights, weights.square(), torch.ones_like(weights)], 1)
+                sums.index_add_(0, batch.prompt_index, parts)
+        weight, square, rows = self.over_ranks(sums).unbind(1)
+        weight, square = weight / rows, square / rows
+        spread = (square - weight.square()).clamp(min=0).sqrt()
+        if self.run_dir:
+            self.write(scores)
+        if self.run_dir and self.trainer.is_global_zero:
+            lines = [
+                {"task": run.task, "sample": run.sample, "source": name, "weight": mean, "std": std}
+                for run, own, stds in zip(self.runs, weight.tolist(), spread.tolist(), strict=True)
+                for name, mean, std in zip([*self.source_tasks, TARGET], own, stds, strict=True)
+            ]
+            write_csv(self.run_dir / "attention.csv", ATTENTION_COLUMNS, lines)
+
+    def restore(self) -> None:
+        """Read sources and best state from their files."""
+        assert self.run_dir is not None
+        self._read_sources()
+        file = self.run_dir / ATTENTION_FILE
+        saved = load_network(file, PromptAttention, self.backbone)
         known = saved.metadata
-        if known.get("sources_digest") != self.sources_digest:
+        if known.get("sources_digest") != tensor_digest(self.sources):
             raise ValueError(
-                f"{self.attention_path} is of the source prompts {some(known['source_prompts'])}, "
+                f"{file} is of the source prompts {some(known['source_prompts'])}, "
                 f"the settings give {some(self.source_names)}: use the config and the prompt files "
                 "of the fit"
             )
         own = self.best_attention
         if (saved.inner_size, saved.temperature) != (own.inner_size, own.temperature):
             raise ValueError(
-                f"{self.attention_path} has inner_size {saved.inner_size} and temperature "
+                f"{file} has inner_size {saved.inner_size} and temperature "
                 f"{saved.temperature:g}, the config asks for {own.inner_size} and "
                 f"{own.temperature:g}: use the config of the fit"
             )
         own.load_state_dict(saved.state_dict())
-        prompts = self.target_store.load([run.name for run in self.runs], self.backbone)
-        for i, prompt in enumerate(prompts):
+        store = PromptStore(self.run_dir / TARGET_FOLDER)
+        names = [run.name for run in self.runs]
+        for i, prompt in enumerate(store.load(names, self.backbone)):
             self.best[i], self.init[i] = prompt.prompt, prompt.init
-            self.dev[i] = torch.nan if prompt.dev_score is None else prompt.dev_score
-        self.best_step.fill_(known["steps"])
-        self.best_score.fill_(known["dev_score"])
-        self.seconds.fill_(known["seconds"])
+            self.starts[i] = prompt.start_fields
+            self.keeper.dev[i] = torch.nan if prompt.dev_score is None else prompt.dev_score
+        self.keeper.step.fill_(known["steps"])
+        self.keeper.score.fill_(known["dev_score"])
+        self.seconds = known["seconds"]
 
     def best_prompts(self, test_scores: Tensor | None = None) -> list[Prompt]:
         """The target prompt of every task, which answers only beside the others of the mixture."""
-        dev = self.dev.tolist()
+        dev = self.keeper.dev.tolist()
         return [
             self.stored_prompt(
-                run,
+                self.runs[i],
                 self.best[i],
                 self.init[i],
                 dev[i],
                 None if test_scores is None else test_scores[i].item(),
                 **asdict(self.starts[i]),
                 order_seed=self.datamodule.order_seed,
-                steps=int(self.best_step),
+                steps=int(self.keeper.step),
                 source_tasks=self.source_tasks,
-                made_from={TARGET_OF: self.attention_path.name, "sources": self.source_names},
+                made_from={TARGET_OF: ATTENTION_FILE, "sources": self.source_names},
             )
-            for i, run in enumerate(self.runs)
+            for i in self.evaluated
         ]
+
+    # ---- identity -------------------------------------------------------------------------------
+
+    def identity(self) -> dict[str, Any]:
+        """The source prompts, by name and digest."""
+        known = {"source_prompts": self.source_names}
+        return known | (
+            {"digest of source prompts": tensor_digest(self.sources)} if self._is_read else {}
+        )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As every method's; without a trainer the source prompts are the checkpoint's."""
+        if not self.source_names:
+            self.source_names = checkpoint.get("identity", {}).get("source_prompts", [])
+        super().on_load_checkpoint(checkpoint)
 
     def digests(self) -> dict[str, Any]:
         """Digests of backbone weights, tokenizer, data files, source prompts and prompts read."""
-        found = {**super().digests(), "source_prompts": self.sources_digest}
+        found = {**super().digests(), "source_prompts": tensor_digest(self.sources)}
         if self.init_config.name == "file":
             found["initial_prompts"] = tensor_digest(self.init)
         return found
@@ -600,7 +434,7 @@ class Attempt(PromptMethod):
         return {
             "variant": "attempt",
             "optimizer": "adamw",
-            "prompt_file": f"{self.target_store.folder.name}/{self.runs[run].name}.safetensors",
+            "prompt_file": f"{TARGET_FOLDER}/{self.runs[run].name}.safetensors",
         }
 
     def summary(self) -> str:
@@ -610,21 +444,16 @@ class Attempt(PromptMethod):
             f"prompts of {self.num_virtual_tokens} virtual tokens"
         )
 
-    def describe_fit(self, data: CrossFitDataModule, trainer: Trainer) -> str:
-        """What would be trained, beside which prompts."""
-        self.prepare(data)
+    def described(self, data: PromptDataModule) -> list[str]:
+        """What is trained, beside which prompts."""
         numbers = sum(weight.numel() for weight in self.attention.parameters())
-        return "\n".join(
-            [
-                self.summary(),
-                f"source tasks: {', '.join(self.source_tasks)}",
-                f"target tasks: {', '.join(run.task for run in self.runs)}",
-                f"trained: {numbers:,} numbers of the attention, {self.prompt.numel():,} of target "
-                "prompts",
-                f"steps: {trainer.max_steps} of {self.batch_size} rows, evaluation every "
-                f"{trainer.val_check_interval}",
-            ]
-        )
+        return [
+            self.summary(),
+            f"source tasks: {', '.join(self.source_tasks)}",
+            f"target tasks: {', '.join(run.task for run in self.runs)}",
+            f"trained: {numbers:,} numbers of the attention, {self.prompt.numel():,} of target "
+            f"prompts, on {self.batch_size} rows a step",
+        ]
 
 
 def _one_each(batch: Batch) -> Batch:

@@ -16,31 +16,25 @@ weights in half precision; baselines without training, which a fit of PromptTuni
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.bank import Prefixes
 from prompt_lab.core.batch import Batch, micro_batches
 from prompt_lab.core.fastfood import FastfoodMap
 from prompt_lab.core.optim import OptimConfig, schedule_factor
 from prompt_lab.core.run import Run, grid
-from prompt_lab.data.batches import EvaluationSteps, TrainSteps
-from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.data.datamodule import PromptDataModule
+from prompt_lab.data.sampling import Draw, bank_draw
 from prompt_lab.files.prompts import Prompt
-from prompt_lab.files.results import append_curves, start_curves
 from prompt_lab.files.tensors import load_tensors, save_tensors
-from prompt_lab.methods.dry_run import saved_bytes
-from prompt_lab.methods.evaluation import Evaluation
-from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod, as_config
-from prompt_lab.methods.prompt_tuning import FAILED, FINISHED, STATUS, STOPPED, TRAINING
+from prompt_lab.methods.configs import as_config, as_list
+from prompt_lab.methods.method import STATUS, PromptMethod
 
 
 class FineTuning(PromptMethod):
@@ -60,7 +54,6 @@ class FineTuning(PromptMethod):
     weight. In a subspace both hold v instead, 16 and 4 bytes per dimension.
 
     Args:
-        backbone: which model; float32 weights.
         optim: optimizer, schedule and clip; the clip is of the norm over all that is trained.
         intrinsic_dim: d, train so many numbers of a random subspace of all weights; null trains the
             weights themselves.
@@ -71,34 +64,20 @@ class FineTuning(PromptMethod):
         label_smoothing: share of each target's probability spread over the vocabulary.
         patience: stop after so many evaluations without a better dev score; null for never.
         save_weights: write the best weights to ``best.safetensors`` at the end of a fit.
-        tokens_per_forward: most padded tokens of one forward pass; bounds memory, not results; null
-            for 2048 on a CPU and 16384 on a GPU.
-        decoding: ``score`` chooses among the labels of tasks that have them by log-likelihood, and
-            generates other answers; ``generate`` generates all answers.
-        num_beams: beams of generated answers; 1 is greedy.
-        max_new_tokens: longest generated answer; null for the longest answer in train and dev.
-        metric_variant: ``crossfit`` computes metrics as CrossFit does, ``corrected`` without traps.
+        kwargs: the arguments of :class:`PromptMethod`; the backbone has float32 weights.
 
     Attributes:
         weights: the backbone's weights by name, tied ones once.
         trained: what the optimizer changes: the weights, or v alone.
-        best: copy of ``trained`` on the host, of the step with the best dev score.
+        best_weights: copy of ``trained`` on the host, of the step with the best dev score.
     """
 
     num_virtual_tokens = 0
     stores_prompts = False
-    best_score: Tensor
-    best_step: Tensor
-    bad_evaluations: Tensor
-    status: Tensor
-    active: Tensor
-    loss_sum: Tensor
-    loss_steps: Tensor
-    seconds: Tensor
 
     def __init__(
         self,
-        backbone: BackboneConfig = BackboneConfig(),  # noqa: B008
+        *,
         optim: OptimConfig = OptimConfig(),  # noqa: B008
         intrinsic_dim: int | None = None,
         init_seed: int | list[int] = 0,
@@ -107,87 +86,24 @@ class FineTuning(PromptMethod):
         label_smoothing: float = 0.0,
         patience: int | None = None,
         save_weights: bool = True,
-        tokens_per_forward: int | None = None,
-        decoding: Literal["score", "generate"] = "score",
-        num_beams: int = 1,
-        max_new_tokens: int | None = None,
-        metric_variant: Literal["crossfit", "corrected"] = "crossfit",
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            backbone, tokens_per_forward, decoding, num_beams, max_new_tokens, metric_variant
-        )
-        self.save_hyperparameters(logger=False)
-        self.simplify_settings()
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"model.label_smoothing is {label_smoothing}: give 0 up to below 1")
-        for name, value in {"patience": patience, "intrinsic_dim": intrinsic_dim}.items():
-            if value is not None and value < 1:
-                raise ValueError(f"model.{name} is {value}: give at least 1, or null")
+        super().__init__(**kwargs)
         self.optim_config: OptimConfig = as_config(OptimConfig, optim)
         if self.optim_config.name == "sgd":
             raise ValueError("FineTuning has no sgd: set model.optim.name to adamw or adafactor")
         self.intrinsic_dim, self.save_weights = intrinsic_dim, save_weights
-        self.init_seeds = init_seed if isinstance(init_seed, list) else [init_seed]
-        self.learning_rates = learning_rate if isinstance(learning_rate, list) else [learning_rate]
-        self.batch_sizes = batch_size if isinstance(batch_size, list) else [batch_size]
+        self.init_seeds, self.learning_rates = as_list(init_seed), as_list(learning_rate)
+        self.batch_sizes = as_list(batch_size)
         self.label_smoothing, self.patience = label_smoothing, patience
         self.frozen = () if intrinsic_dim is None else ("backbone.",)
         self.weights: dict[str, nn.Parameter] = {}
         self.trained: dict[str, nn.Parameter] = {}
-        self.best: dict[str, Tensor] = {}
+        self.best_weights: dict[str, Tensor] = {}
 
-    # ---- set-up ---------------------------------------------------------------------------------
+    # ---- what is trained ------------------------------------------------------------------------
 
-    def setup(self, stage: str) -> None:
-        """Load the backbone, tokenise the data and let the weights be trained, once."""
-        self.check_trainer()
-        if stage == "fit":
-            self.check_budget()
-        self.prepare(self.datamodule)
-
-    def check_trainer(self) -> None:
-        """Refuse trainer settings that would quietly change the result.
-
-        Raises:
-            ValueError: the setting, and what to use instead.
-        """
-        if self.trainer.precision in ("bf16-true", "16-true"):
-            raise ValueError(
-                f"trainer.precision {self.trainer.precision} would round the weights: use 32-true "
-                "or bf16-mixed"
-            )
-        super().check_trainer()
-
-    def prepare(self, data: CrossFitDataModule) -> None:
-        """As :meth:`setup`, without a trainer.
-
-        Raises:
-            ValueError: more than one run, or weights in half precision.
-        """
-        runs = self.runs or self._one_run(data)
-        backbone = self.load_backbone(data)
-        if self.runs:
-            return
-        backbone.unfreeze()
-        self.runs = runs
-        self.weights = dict(backbone.model.named_parameters())
-        self.trained = self.weights if self.intrinsic_dim is None else self._make_subspace()
-        self.best = {k: v.detach().to("cpu", copy=True) for k, v in self.trained.items()}
-        self.register_buffer("init", torch.zeros(1, 0, backbone.hidden_size), persistent=False)
-        for name, value in {
-            "best_score": torch.tensor(-torch.inf, dtype=torch.float64),
-            "best_step": torch.tensor(-1),
-            "bad_evaluations": torch.tensor(0),
-            "status": torch.tensor(TRAINING),
-            "active": torch.tensor(True),
-            "loss_sum": torch.tensor(0.0),
-            "loss_steps": torch.tensor(0),
-            "seconds": torch.tensor(0.0, dtype=torch.float64),
-        }.items():
-            self.register_buffer(name, value)
-        self.keep_frozen_out_of_ddp()
-
-    def _one_run(self, data: CrossFitDataModule) -> list[Run]:
+    def make_runs(self, data: PromptDataModule) -> list[Run]:
         """The run of the settings.
 
         Raises:
@@ -208,16 +124,39 @@ class FineTuning(PromptMethod):
             )
         return grid(*axes.values())
 
-    def _make_subspace(self) -> dict[str, nn.Parameter]:
-        """Make P and v; note the initial weights, which a checkpoint need not hold."""
-        assert self.backbone is not None
-        assert self.intrinsic_dim is not None
-        sizes = {name: weight.numel() for name, weight in self.weights.items()}
-        self.fastfood = FastfoodMap(sizes, self.intrinsic_dim, self.runs[0].init_seed)
-        self.code = nn.Parameter(torch.zeros(self.intrinsic_dim, dtype=self.backbone.model.dtype))
-        for at, weight in enumerate(self.weights.values()):
-            self.register_buffer(f"initial_{at}", weight.detach().clone(), persistent=False)
-        return {"code": self.code}
+    def build(self, backbone: Backbone, runs: Sequence[Run]) -> None:
+        """Let the weights be trained, or make numbers that move them in a subspace.
+
+        Raises:
+            ValueError: weights in half precision.
+        """
+        backbone.unfreeze()
+        self.weights = dict(backbone.model.named_parameters())
+        self.trained = self.weights
+        if self.intrinsic_dim is not None:
+            sizes = {name: weight.numel() for name, weight in self.weights.items()}
+            self.fastfood = FastfoodMap(sizes, self.intrinsic_dim, runs[0].init_seed)
+            self.code = nn.Parameter(torch.zeros(self.intrinsic_dim, dtype=backbone.model.dtype))
+            for at, weight in enumerate(self.weights.values()):  # no checkpoint need hold these
+                self.register_buffer(f"initial_{at}", weight.detach().clone(), persistent=False)
+            self.trained = {"code": self.code}
+        self.best_weights = {
+            name: value.detach().to("cpu", copy=True) for name, value in self.trained.items()
+        }
+        self.register_buffer("init", torch.zeros(1, 0, backbone.hidden_size), persistent=False)
+
+    def bank(self) -> Tensor:
+        """A prompt of no tokens, (1, 0, D)."""
+        return self.init
+
+    def kept(self) -> dict[str, Tensor]:
+        """Nothing on the device: `keep` copies to the host."""
+        return {}
+
+    def keep(self, better: Tensor) -> None:
+        """Copy the better weights."""
+        for name, value in self.trained.items() if bool(better) else ():
+            self.best_weights[name].copy_(value.detach())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer over all that is trained; its learning rate is set before each step."""
@@ -229,74 +168,43 @@ class FineTuning(PromptMethod):
         return Adafactor(self._groups(), lr=rate, scale_parameter=False, relative_step=False)
 
     def _groups(self) -> list[dict[str, Any]]:
-        """What is trained with weight decay, and biases and norms without, and their settings."""
         config = self.optim_config
         common = {"betas": config.betas, "eps": config.eps} if config.name == "adamw" else {}
-        spared = [name for name in self.trained if _is_bias_or_norm(name, self.trained[name])]
+        decayed, spared = [], []  # biases and norms; v is neither
+        for name, weight in self.trained.items():
+            is_spared = name != "code" and (weight.dim() < 2 or "bias" in name)
+            (spared if is_spared else decayed).append(weight)
         groups = [
-            {"params": [w for name, w in self.trained.items() if (name in spared) == is_spared]}
-            | {"weight_decay": 0.0 if is_spared else config.weight_decay, **common}
-            for is_spared in (False, True)
+            {"params": decayed, "weight_decay": config.weight_decay, **common},
+            {"params": spared, "weight_decay": 0.0, **common},
         ]
         return [group for group in groups if group["params"]]
 
-    # ---- data -----------------------------------------------------------------------------------
-
-    def train_steps(self) -> TrainSteps:
-        """The batch of every step, the same rows as a run of PromptTuning has."""
-        trainer = self.trainer
-        self.check_lengths(self.datamodule.rows_of(self.runs, "train").values(), 0)
-        return self.datamodule.train_steps(
-            self.runs,
-            trainer.max_steps,
-            lambda: trainer.global_step,
-            lambda: [0],
-            trainer.global_rank,
-            trainer.world_size,
-        )
-
-    def dev_steps(self) -> EvaluationSteps:
-        """Dev rows."""
-        return self.evaluation_steps("dev", lambda: [0])
-
-    def test_steps(self) -> EvaluationSteps:
-        """Test rows."""
-        return self.evaluation_steps("test", lambda: [0])
+    def draw(self, data: PromptDataModule) -> Draw:
+        """The rows that a run of PromptTuning has."""
+        rows = {(r.task, r.sample): data.tokens(r.task, r.sample, "train") for r in self.runs}
+        return bank_draw(self.runs, rows, data.order_seed, data.layout, self.row_share)
 
     # ---- training -------------------------------------------------------------------------------
 
-    def on_train_start(self) -> None:
-        """Take up the state of a checkpoint, if one was loaded; a larger budget revives the run."""
-        if self.trainer.global_step < self.trainer.max_steps and int(self.status) == FINISHED:
-            self.status.fill_(TRAINING)
-            self.active.fill_(True)
-        if int(self.status) != TRAINING:
-            self.trainer.should_stop = True
-        self._clock = time.monotonic()
-        if self.trainer.is_global_zero:
-            start_curves(self.run_dir / "curves.csv", self.trainer.global_step)
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of the rows; from a loss or gradient that is not finite on, no gradient."""
-        backbone = self.backbone
-        assert backbone is not None
         increments = {} if self.intrinsic_dim is None else self.move_weights()
         weights = list(self.weights.values())
         loss, gradients = self.within_memory(
             batch,
-            lambda tokens: weights_gradient(backbone, weights, batch, tokens, self.label_smoothing),
+            lambda tokens: weights_gradient(
+                self.backbone, weights, batch, tokens, self.label_smoothing
+            ),
         )
         if increments:
             flat = [gradient.flatten() for gradient in gradients]
             gradients = list(torch.autograd.grad(list(increments.values()), self.code, flat))
         finite = loss.isfinite() & nn.utils.get_total_norm(gradients).isfinite()
-        world = self.trainer.world_size
-        if world > 1:
-            finite = self.trainer.strategy.reduce((~finite).float(), reduce_op="sum") == 0
-        self.active &= finite
-        loss = torch.where(self.active, loss, 0)
+        self.active &= self.finite_everywhere(finite.reshape(1))
+        world, loss = self.row_share[1], torch.where(self.active[0], loss, 0)
         for gradient in gradients:
-            gradient.mul_(world).masked_fill_(~self.active, 0)
+            gradient.mul_(world).masked_fill_(~self.active[0], 0)
         self.loss_sum += loss
         self.loss_steps += 1
         return _GivenGradients.apply(loss * world, gradients, *self.trained.values())
@@ -313,7 +221,7 @@ class FineTuning(PromptMethod):
         """Set the learning rate of the step, and clip; as the optimizers of a bank do."""
         config, step = self.optim_config, self.trainer.global_step
         at = torch.tensor([float(step)])
-        factor = schedule_factor(at, config.schedule, config.warmup_steps, self.trainer.max_steps)
+        factor = schedule_factor(at, config.schedule, config.warmup_steps, self.total_steps)
         for group in optimizer.param_groups:
             group["lr"] = self.runs[0].learning_rate * factor.item()
         if config.clip is not None:
@@ -321,127 +229,46 @@ class FineTuning(PromptMethod):
 
     # ---- evaluation -----------------------------------------------------------------------------
 
-    def on_validation_start(self) -> None:
-        """Begin an evaluation: of the current weights in a fit, else of the best ones."""
-        if self.trainer.state.fn != "fit":
-            self._restore_best()
-        elif self.intrinsic_dim is not None:
+    def prefixes(self, current: bool) -> Prefixes:
+        """No prompt; the weights are the current ones, or the best."""
+        if current and self.intrinsic_dim is not None:
             self.move_weights()
-        self.evaluation = Evaluation(self, "dev", self.init)
-
-    def on_validation_epoch_end(self) -> None:
-        """Score dev; in a fit, keep better weights and stop when the run is done."""
-        scores = self.evaluation.scores()
-        if self.trainer.state.fn != "fit":
-            self.evaluation.report(scores, "validate")
-            return
-        if self.trainer.sanity_checking:
-            return
-        self._keep_better(scores.item())
-        self._end_run()
-        self._log_evaluation(scores.item())
-        self.loss_sum.zero_()
-        self.loss_steps.zero_()
-        if int(self.status) != TRAINING:
-            self.trainer.should_stop = True
-
-    def _keep_better(self, score: float) -> None:
-        """Copy the weights if they are better; ties keep the earlier, NaN counts as the worst."""
-        score = score if score == score else -torch.inf
-        first = int(self.best_step) < 0
-        if not bool(self.active) or not (first or score > float(self.best_score)):
-            self.bad_evaluations += 1
-            return
-        self.best_score.fill_(score)
-        self.best_step.fill_(self.trainer.global_step)
-        self.bad_evaluations.zero_()
-        for name, value in self.trained.items():
-            self.best[name].copy_(value.detach())
-
-    def _end_run(self) -> None:
-        """End the run if it failed, lost patience or reached the budget."""
-        step = self.trainer.global_step
-        if not bool(self.active):
-            self.status.fill_(FAILED)
-            rank_zero_warn(
-                f"loss or gradient not finite by step {step}: {self.runs[0].name}; the fit ends "
-                "with its best weights so far. A lower learning_rate or optim.clip may help"
-            )
-        elif self.patience is not None and int(self.bad_evaluations) >= self.patience:
-            self.status.fill_(STOPPED)
-        elif step >= self.trainer.max_steps:
-            self.status.fill_(FINISHED)
-        self.active &= self.status == TRAINING
-
-    def _log_evaluation(self, dev: float) -> None:
-        """Log loss and scores, and write the line in ``curves.csv``."""
-        now = time.monotonic()
-        self.seconds += now - self._clock
-        self._clock = now
-        loss = (self.over_ranks(self.loss_sum) / self.loss_steps.clamp(min=1)).item()
-        best = self.best_score.item()
-        known = best if best > -torch.inf else None
-        alive = float(int(self.status) == TRAINING)
-        bar = {"runs_alive": alive, "train/loss": loss}
-        bar["best/val_score"] = float("nan") if known is None else known
-        self.log_dict(bar, prog_bar=True, rank_zero_only=False)
-        if dev == dev:
-            self.log(f"dev/{self.runs[0].task}/mean", dev, rank_zero_only=False)
-        if self.trainer.is_global_zero:
-            line = {
-                "step": self.trainer.global_step,
-                "run": self.runs[0].name,
-                "train_loss": loss,
-                "dev": dev,
-                "best_dev": known,
-                "best_step": int(self.best_step),
-                "status": STATUS[int(self.status)],
-            }
-            append_curves(self.run_dir / "curves.csv", [line])
-
-    def on_train_end(self) -> None:
-        """Write the best weights."""
-        if self.trainer.is_global_zero and self.save_weights:
-            save_tensors(self.best_path, "weights", self.best, self._facts())
-        self.trainer.strategy.barrier("weights written")
-
-    # ---- test -----------------------------------------------------------------------------------
-
-    def on_test_start(self) -> None:
-        """Take the best weights of this fit, of the checkpoint, or of the file."""
-        self._restore_best()
-        self.evaluation = Evaluation(self, "test", self.init)
+        return Prefixes(self.backbone, self.init)
 
     @torch.no_grad()
-    def _restore_best(self) -> None:
+    def restore_best(self) -> None:
         """Put the best weights in place; from the file, unless a fit or checkpoint has them."""
-        if int(self.best_step) < 0 and int(self.status) == TRAINING:
-            self._read_best()
+        super().restore_best()
         for name, value in self.trained.items():
-            value.copy_(self.best[name])
+            value.copy_(self.best_weights[name])
         if self.intrinsic_dim is not None:
             self.move_weights()
+
+    # ---- files ----------------------------------------------------------------------------------
+
+    def write(self) -> None:
+        """Write the best weights."""
+        if not (self.trainer.is_global_zero and self.save_weights):
+            return
+        step, score = int(self.keeper.step), float(self.keeper.score)
+        facts = {
+            **self._belongs_to(),
+            "backbone": self.backbone.name,
+            "best_step": step,
+            "dev_score": score if step >= 0 else None,
+            "status": int(self.status),
+            "seconds": self.seconds,
+        }
+        save_tensors(self.best_path, "weights", self.best_weights, facts)
 
     @property
     def best_path(self) -> Path:
         """The file of the best weights."""
+        assert self.run_dir is not None
         return self.run_dir / "best.safetensors"
 
-    def _facts(self) -> dict[str, Any]:
-        """What the file of the best weights says beside them."""
-        assert self.backbone is not None
-        return {
-            **self._identity(),
-            "backbone": self.backbone.name,
-            "best_step": int(self.best_step),
-            "dev_score": float(self.best_score) if int(self.best_step) >= 0 else None,
-            "status": int(self.status),
-            "seconds": float(self.seconds),
-        }
-
-    def _identity(self) -> dict[str, Any]:
+    def _belongs_to(self) -> dict[str, Any]:
         """What weights must have in common with the settings: for files and checkpoints."""
-        assert self.backbone is not None
         run = self.runs[0]
         return {
             "backbone_digest": self.backbone.digest,
@@ -451,7 +278,7 @@ class FineTuning(PromptMethod):
             "subspace_seed": None if self.intrinsic_dim is None else run.init_seed,
         }
 
-    def _read_best(self) -> None:
+    def restore(self) -> None:
         """Take the best weights from their file.
 
         Raises:
@@ -464,80 +291,52 @@ class FineTuning(PromptMethod):
                 "model.save_weights is false; or give a checkpoint with --ckpt_path"
             )
         tensors, facts = load_tensors(self.best_path, "weights")
-        self._check_identity(facts, str(self.best_path))
-        if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in self.best.items()}:
-            raise ValueError(f"{self.best_path}: damaged, its tensors are not those of the weights")
-        for name, value in self.best.items():
-            value.copy_(tensors[name])
-        self.best_step.fill_(facts["best_step"])
-        self.best_score.fill_(-torch.inf if facts["dev_score"] is None else facts["dev_score"])
-        self.status.fill_(facts["status"])
-        self.seconds.fill_(facts["seconds"])
-
-    def _check_identity(self, saved: dict[str, Any], where: str) -> None:
-        """Refuse weights of another backbone, task, sample or subspace.
-
-        Raises:
-            ValueError: naming both sides.
-        """
-        own = self._identity()
         other = [
-            f"{name} {saved.get(name)} there and {value} here"
-            for name, value in own.items()
-            if saved.get(name) != value
+            f"{name} {facts.get(name)} there and {value} here"
+            for name, value in self._belongs_to().items()
+            if facts.get(name) != value
         ]
         if other:
-            raise ValueError(f"{where} is of another fit: {', '.join(other)}")
+            raise ValueError(f"{self.best_path} is of another fit: {', '.join(other)}")
+        shapes, own = ({n: t.shape for n, t in x.items()} for x in (tensors, self.best_weights))
+        if shapes != own:
+            raise ValueError(f"{self.best_path}: damaged, its tensors are not those of the weights")
+        for name, value in self.best_weights.items():
+            value.copy_(tensors[name])
+        self.keeper.step.fill_(facts["best_step"])
+        self.keeper.score.fill_(-torch.inf if facts["dev_score"] is None else facts["dev_score"])
+        self.status.fill_(facts["status"])
+        self.seconds = facts["seconds"]
 
     def best_prompts(self, test_scores: Tensor | None = None) -> list[Prompt]:
         """The record of the run, as a prompt of no tokens; it is not stored."""
-        backbone, run = self.backbone, self.runs[0]
-        assert backbone is not None
-        score = self.best_score.item()
+        run, in_subspace = self.runs[0], self.intrinsic_dim is not None
         return [
-            Prompt(
-                prompt=self.init[0].cpu(),
-                init=self.init[0].cpu(),
-                name=run.name,
-                backbone=backbone.name,
-                backbone_digest=backbone.digest,
-                tokenizer_digest=backbone.tokenizer_digest,
-                start="weights" if self.intrinsic_dim is None else "codes",
-                start_seed=None if self.intrinsic_dim is None else run.init_seed,
-                steps=int(self.best_step),
-                dev_score=score if score > -torch.inf else None,
+            self.stored_prompt(
+                *(run, self.init[0], self.init[0], self.keeper.score.item(), None),
+                start="codes" if in_subspace else "weights",
+                start_seed=run.init_seed if in_subspace else None,
+                steps=int(self.keeper.step),
                 status=STATUS[int(self.status)],
-                seconds=round(self.seconds.item(), 3),
             )
         ]
 
     # ---- checkpoints ----------------------------------------------------------------------------
 
+    def identity(self) -> dict[str, Any]:
+        """What the weights, and the optimizer's state, belong to."""
+        own = {k: v for k, v in self._belongs_to().items() if k not in ("task", "sample")}
+        return {**own, "optimizer": self.optim_config.name}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the best weights, and what they belong to."""
-        assert self.backbone is not None
-        checkpoint["best"] = self.best
-        checkpoint["identity"] = self._identity()
-        checkpoint["runs"] = [asdict(run) for run in self.runs]
-        checkpoint["backbone_digest"] = self.backbone.digest
-        checkpoint["tokenizer_digest"] = self.backbone.tokenizer_digest
+        """As every method's, with the best weights."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["best"] = self.best_weights
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the best weights; the optimizer's settings are those given now.
-
-        Raises:
-            ValueError: a checkpoint of another method, other data or weights, or another optimizer.
-        """
-        if "identity" not in checkpoint or "best" not in checkpoint:
-            raise ValueError("the checkpoint is not of FineTuning: resume with the method of it")
-        self._check_identity(checkpoint["identity"], "the checkpoint")
-        name = checkpoint["hyper_parameters"]["optim"]["name"]
-        if name != self.optim_config.name:
-            raise ValueError(
-                f"the checkpoint is of optimizer {name}, the settings ask for "
-                f"{self.optim_config.name}: resume with the optimizer of the fit"
-            )
-        for name, value in self.best.items():
+        """As every method's; the optimizer's settings are those given now."""
+        super().on_load_checkpoint(checkpoint)
+        for name, value in self.best_weights.items():
             value.copy_(checkpoint["best"][name])
         for state in checkpoint.get("optimizer_states", []):
             for saved, own in zip(state["param_groups"], self._groups(), strict=True):
@@ -560,34 +359,24 @@ class FineTuning(PromptMethod):
             return f"1 run of all {count:,} weights"
         return f"1 run of {self.intrinsic_dim:,} numbers for all {count:,} weights"
 
-    def describe_fit(self, data: CrossFitDataModule, trainer: Trainer) -> str:
-        """The text of ``fit --dry_run``: run, rows, and memory; activations are measured."""
-        self.prepare(data)
-        backbone, run = self.backbone, self.runs[0]
-        assert backbone is not None
-        self.to(trainer.strategy.root_device)
-        steps = data.train_steps(self.runs, trainer.max_steps, lambda: 0, lambda: [0], 0, 1)
-        parts = micro_batches(steps.batch(0, [0]), self.tokens_per_forward)
-        weights = sum(weight.nbytes for weight in self.weights.values())
+    def described(self, data: PromptDataModule) -> list[str]:
+        """The run, and how large its checkpoint is."""
         trained = sum(value.nbytes for value in self.trained.values())
-        moments = 2 * trained if self.optim_config.name == "adamw" else 0
-        smoothing = self.label_smoothing
-        kept = max(saved_bytes(backbone, self.init, part, smoothing) for part in parts)
-        held = {"weights": weights, "gradient": 2 * weights, "optimizer": moments}
-        held["activations of the largest micro-batch"] = kept
+        size = 2 * trained + self.held()["optimizer"]
+        return [
+            f"{self.summary()}: {self.runs[0].name}",
+            f"checkpoint: {size / 1e6:,.1f} MB",
+        ]
+
+    def held(self) -> dict[str, int]:
+        """Weights, gradient, optimizer and the map of a subspace."""
+        weights = sum(weight.nbytes for weight in self.weights.values())
+        moments = 2 if self.optim_config.name == "adamw" else 0
+        optimizer = moments * sum(value.nbytes for value in self.trained.values())
+        held = {"weights": weights, "gradient": 2 * weights, "optimizer": optimizer}
         if self.intrinsic_dim is not None:
             held["subspace"] = weights + sum(tensor.nbytes for tensor in self.fastfood.buffers())
-        sizes = ", ".join(f"{name} {count / 1e6:,.1f} MB" for name, count in held.items())
-        return "\n".join(
-            [
-                f"{self.summary()}: {run.name}",
-                f"backbone: {backbone.name}",
-                f"steps: {trainer.max_steps}, evaluation every {trainer.val_check_interval}",
-                f"first step: {run.batch_size} rows in {len(parts)} micro-batches",
-                f"memory: {sizes}",
-                f"checkpoint: {(2 * trained + moments) / 1e6:,.1f} MB",
-            ]
-        )
+        return held
 
 
 def weights_gradient(
@@ -640,8 +429,3 @@ class _GivenGradients(torch.autograd.Function):
         for gradient in gradients:
             gradient.mul_(outer[0])
         return None, None, *gradients
-
-
-def _is_bias_or_norm(name: str, weight: Tensor) -> bool:
-    """Whether weight decay spares a weight of the backbone; v is neither."""
-    return name != "code" and (weight.dim() < 2 or "bias" in name)

@@ -20,41 +20,34 @@ second term, and counts tasks by their rows; ``lm_reduction``, ``reconstruction_
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from prompt_lab.core.bank import renumber, with_gradient
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.bank import Prefixes, renumber, with_gradient
 from prompt_lab.core.batch import IGNORE, Batch, index_tensor
-from prompt_lab.core.optim import adamw_with_warmup, check_warmup_and_clip
+from prompt_lab.core.optim import adamw_with_warmup
 from prompt_lab.core.pretrained import tensor_digest
 from prompt_lab.core.run import Run
 from prompt_lab.core.subspace import Subspace, reconstruction_loss
-from prompt_lab.data.batches import EvaluationSteps
-from prompt_lab.data.crossfit import CrossFitDataModule
-from prompt_lab.data.mixtures import Key, Mixing, MixtureSteps
+from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.partitions import expand_sets
+from prompt_lab.data.sampling import Draw, Key, Mixing, mixture_draw
 from prompt_lab.files.prompts import Prompt, PromptStore, source_prompts
-from prompt_lab.files.results import append_curves, start_curves
 from prompt_lab.files.tensors import load_network, save_network
-from prompt_lab.methods.evaluation import Evaluation
-from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod, some
+from prompt_lab.methods.configs import as_list
+from prompt_lab.methods.method import STATUS, PromptMethod
 
 
 class IntrinsicSubspace(PromptMethod):
     """Trains maps between prompts and I numbers on the tuned prompts of many tasks.
 
-    ``trainer.max_steps`` is the budget and ``trainer.val_check_interval`` the number of steps
-    between evaluations on dev.
-
     Args:
         prompts: prompt stores, folders of fits, prompt files or checkpoints, with the tuned prompts
             of all of ``data.tasks``.
-        backbone: which frozen model.
         unseen_tasks: those of ``data.tasks`` that the map is not trained on but tested on; sets of
             partitions stand for their tasks.
         intrinsic_dim: I, one value or several.
@@ -71,28 +64,18 @@ class IntrinsicSubspace(PromptMethod):
         batch_size: rows of a step.
         label_smoothing: share of each target's probability spread over the vocabulary.
         seed: of the initial maps and of the order of rows.
-        tokens_per_forward: most padded tokens of one forward pass; bounds memory, not results.
-        decoding: as for PromptTuning.
-        num_beams: beams of generated answers; 1 is greedy.
-        max_new_tokens: longest generated answer; null for the longest answer in train and dev.
-        metric_variant: ``crossfit`` computes metrics as CrossFit does, ``corrected`` without traps.
+        kwargs: the arguments of :class:`PromptMethod`.
     """
 
+    joint = True
     subspaces: Any
     best_subspaces: Any
     source: Tensor
-    best_score: Tensor
-    best_step: Tensor
-    dev: Tensor
-    lm_sum: Tensor
     reconstruction_sum: Tensor
-    loss_steps: Tensor
-    seconds: Tensor
 
     def __init__(
         self,
         prompts: str | list[str],
-        backbone: BackboneConfig = BackboneConfig(),  # noqa: B008
         unseen_tasks: list[str] = [],  # noqa: B006 - read only
         intrinsic_dim: int | list[int] = 100,
         inner_size: int | None = 768,
@@ -107,21 +90,13 @@ class IntrinsicSubspace(PromptMethod):
         batch_size: int = 64,
         label_smoothing: float = 0.0,
         seed: int = 0,
-        tokens_per_forward: int | None = None,
-        decoding: Literal["score", "generate"] = "score",
-        num_beams: int = 1,
-        max_new_tokens: int | None = None,
-        metric_variant: Literal["crossfit", "corrected"] = "crossfit",
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            backbone, tokens_per_forward, decoding, num_beams, max_new_tokens, metric_variant
-        )
-        self.save_hyperparameters(logger=False)
-        self.simplify_settings()
-        self.folders = prompts if isinstance(prompts, list) else [prompts]
-        self.dims = intrinsic_dim if isinstance(intrinsic_dim, list) else [intrinsic_dim]
-        _check(self.dims, alpha, learning_rate)
-        check_warmup_and_clip(warmup, clip)
+        super().__init__(**kwargs)
+        self.folders, self.dims = as_list(prompts), as_list(intrinsic_dim)
+        if not self.dims or min(self.dims) < 1 or len({*self.dims}) < len(self.dims):
+            given = f"model.intrinsic_dim is {self.dims}"
+            raise ValueError(f"{given}: give distinct numbers of 1 or more")
         self.unseen_tasks = expand_sets(unseen_tasks)
         self.inner_size, self.alpha = inner_size, alpha
         self.mixing: Mixing = mixing
@@ -132,65 +107,16 @@ class IntrinsicSubspace(PromptMethod):
         self.label_smoothing, self.seed = label_smoothing, seed
         self.keys: list[Key] = []
         self.unseen: list[Key] = []
+        self.source_names: list[str] = []
 
-    # ---- set-up ---------------------------------------------------------------------------------
+    # ---- what is trained ------------------------------------------------------------------------
 
-    def setup(self, stage: str) -> None:
-        """Load the backbone, the data and the tuned prompts, and make the maps, once."""
-        self.check_trainer()
-        if stage == "fit":
-            self.check_budget()
-        self.prepare(self.datamodule)
-
-    def prepare(self, data: CrossFitDataModule) -> None:
-        """As :meth:`setup`, without a trainer.
+    def make_runs(self, data: PromptDataModule) -> list[Run]:
+        """A run for each map and task, first those to train on; it is only scored.
 
         Raises:
-            FileNotFoundError: tuned prompts that are not there, all named.
-            ValueError: an unseen task that the data do not have, no task to train on, or prompts
-                of another backbone or length.
+            ValueError: an unseen task that the data do not have, or no task to train on.
         """
-        backbone = self.load_backbone(data)
-        if self.runs:
-            return
-        self.keys, self.unseen = self._part(data)
-        found = source_prompts(
-            self.folders, [*self.keys, *self.unseen], backbone, self.num_virtual_tokens
-        )
-        self.source_names = [prompt.name for prompt in found]
-        self.register_buffer("source", torch.stack([p.prompt for p in found]), persistent=False)
-        size = (self.num_virtual_tokens, backbone.hidden_size)
-        maps = [Subspace(*size, dim, self.inner_size, self.seed) for dim in self.dims]
-        self.subspaces = nn.ModuleList(maps)
-        self.best_subspaces = copy.deepcopy(self.subspaces).requires_grad_(False)
-        self.runs = [
-            Run(task, sample, self.seed, self.learning_rate, self.batch_size)
-            for _ in self.dims
-            for task, sample in (*self.keys, *self.unseen)
-        ]
-        count = len(self.dims)
-        for name, value in {
-            "init": self.source.repeat(count, 1, 1),
-            "best_score": torch.full((count,), -torch.inf, dtype=torch.float64),
-            "best_step": torch.full((count,), -1, dtype=torch.long),
-            "dev": torch.full((len(self.runs),), torch.nan, dtype=torch.float64),
-            "lm_sum": torch.zeros(count),
-            "reconstruction_sum": torch.zeros(count),
-            "loss_steps": torch.zeros((), dtype=torch.long),
-            "seconds": torch.zeros((), dtype=torch.float64),
-        }.items():
-            self.register_buffer(name, value, persistent=name != "init")
-        self.keep_frozen_out_of_ddp()
-        if max(self.dims) > len(self.keys):
-            self.warn_once(
-                "dim",
-                f"intrinsic_dim {max(self.dims)} is larger than the number of prompts to learn "
-                f"from, {len(self.keys)}: the map can hold each of them without finding what they "
-                "share",
-            )
-
-    def _part(self, data: CrossFitDataModule) -> tuple[list[Key], list[Key]]:
-        """The tasks to train on and the unseen ones, each with every sample."""
         strange = [task for task in self.unseen_tasks if task not in data.tasks]
         if strange:
             raise ValueError(
@@ -200,13 +126,81 @@ class IntrinsicSubspace(PromptMethod):
         seen = [task for task in data.tasks if task not in self.unseen_tasks]
         if not seen:
             raise ValueError("every task of data.tasks is unseen: leave some to train on")
-        keys = [(task, sample) for task in seen for sample in data.samples]
-        return keys, [(task, sample) for task in self.unseen_tasks for sample in data.samples]
+        return [
+            Run(task, sample, self.seed, self.learning_rate, self.batch_size)
+            for _ in self.dims
+            for task in (*seen, *self.unseen_tasks)
+            for sample in data.samples
+        ]
+
+    def build(self, backbone: Backbone, runs: Sequence[Run]) -> None:
+        """Make a map for each dimension, and room for the prompts."""
+        own = [(run.task, run.sample) for run in runs[: len(runs) // len(self.dims)]]
+        self.keys = [key for key in own if key[0] not in self.unseen_tasks]
+        self.unseen = own[len(self.keys) :]
+        size = (self.num_virtual_tokens, backbone.hidden_size)
+        maps = [Subspace(*size, dim, self.inner_size, self.seed) for dim in self.dims]
+        self.subspaces = nn.ModuleList(maps)
+        self.best_subspaces = copy.deepcopy(self.subspaces).requires_grad_(False)
+        self.register_buffer("source", torch.zeros(len(own), *size))
+        self.register_buffer("reconstruction_sum", torch.zeros(len(self.dims)))
+
+    def take(self, data: PromptDataModule, fitting: bool = True, anew: bool | None = None) -> None:
+        """As every method's, with the tuned prompts, which a checkpoint is compared with."""
+        super().take(data, fitting, anew)
+        if fitting and not self.source_names:
+            self._read_prompts()
+
+    def start(self, data: PromptDataModule) -> None:
+        """Read the tuned prompts.
+
+        Raises:
+            FileNotFoundError: tuned prompts that are not there, all named.
+            ValueError: prompts of another backbone or length.
+        """
+        self._read_prompts()
+        if max(self.dims) > len(self.keys):
+            self.warn_once(
+                "dim",
+                f"intrinsic_dim {max(self.dims)} is larger than the number of prompts to learn "
+                f"from, {len(self.keys)}: the map can hold each of them without finding what they "
+                "share",
+            )
+
+    def _read_prompts(self) -> None:
+        found = source_prompts(
+            self.folders, [*self.keys, *self.unseen], self.backbone, self.num_virtual_tokens
+        )
+        self.source_names = [prompt.name for prompt in found]
+        self.source.copy_(torch.stack([prompt.prompt for prompt in found]))
+
+    @property
+    def init(self) -> Tensor:
+        """The tuned prompts, (R, N, D)."""
+        return self.source.repeat(len(self.dims), 1, 1)
+
+    def kept_units(self) -> list[str]:
+        """The maps."""
+        return [f"dim{dim}" for dim in self.dims]
+
+    def line_names(self) -> list[str]:
+        """A line for each map."""
+        return self.kept_units()
+
+    def kept(self) -> dict[str, Tensor]:
+        """Nothing but the maps, which `keep` copies."""
+        return {}
+
+    def keep(self, better: Tensor) -> None:
+        """Copy the better maps."""
+        for at, is_better in enumerate(better.tolist()):
+            if is_better:
+                self.best_subspaces[at].load_state_dict(self.subspaces[at].state_dict())
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW over the maps; the learning rate rises, then falls linearly to zero."""
         groups = [{"params": list(self.subspaces.parameters()), "lr": self.learning_rate}]
-        return adamw_with_warmup(groups, self.warmup, self.trainer.max_steps)
+        return adamw_with_warmup(groups, self.warmup, self.total_steps)
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         """Clip the gradient of each map by itself."""
@@ -214,46 +208,13 @@ class IntrinsicSubspace(PromptMethod):
             for subspace in self.subspaces:
                 nn.utils.clip_grad_norm_(subspace.parameters(), self.clip)
 
-    # ---- data -----------------------------------------------------------------------------------
-
-    def train_steps(self) -> MixtureSteps:
-        """The batch of every step: rows of all training tasks, mixed."""
-        trainer = self.trainer
-        rows = {key: self.datamodule.rows(*key, "train") for key in self.keys}
-        self.check_lengths(rows.values(), self.num_virtual_tokens)
-        return self.datamodule.mixture_steps(
-            self.keys,
-            self.mixing,
-            self.batch_size,
-            self.seed,
-            trainer.max_steps,
-            lambda: trainer.global_step,
-            trainer.global_rank,
-            trainer.world_size,
-        )
-
-    def dev_steps(self) -> EvaluationSteps:
-        """Dev rows of the training tasks under every map; of the unseen ones too outside a fit."""
-        fitting = self.trainer.state.fn == "fit"
-        return self.evaluation_steps("dev", lambda: self._chosen(with_unseen=not fitting))
-
-    def test_steps(self) -> EvaluationSteps:
-        """Test rows of all tasks under every map."""
-        return self.evaluation_steps("test", lambda: self._chosen(with_unseen=True))
-
-    def _chosen(self, with_unseen: bool) -> list[int]:
-        """Runs of the training tasks, and of the unseen ones if asked for."""
-        each = len(self.keys) + len(self.unseen)
-        wanted = each if with_unseen else len(self.keys)
-        return [at * each + i for at in range(len(self.dims)) for i in range(wanted)]
+    def draw(self, data: PromptDataModule) -> Draw:
+        """Rows of all training tasks, mixed."""
+        rows = {key: data.tokens(*key, "train") for key in self.keys}
+        share = self.row_share
+        return mixture_draw(rows, self.mixing, self.batch_size, self.seed, data.layout, share)
 
     # ---- training -------------------------------------------------------------------------------
-
-    def on_train_start(self) -> None:
-        """Start the clock and the curves."""
-        self._clock = time.monotonic()
-        if self.trainer.is_global_zero:
-            start_curves(self.run_dir / "curves.csv", self.trainer.global_step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Sum over the maps of the joint loss, on the same rows."""
@@ -261,7 +222,9 @@ class IntrinsicSubspace(PromptMethod):
         source = self.source.index_select(0, index_tensor(used, self.source.device))
         batch = renumber(batch, used)
         share = source.new_zeros(len(used)).index_add(0, batch.prompt_index, batch.weight)
-        batch = self._reduced(batch)
+        if self.lm_reduction == "sum":  # of a row's tokens and of the rows, not the mean of both
+            tokens = (batch.target_ids != IGNORE).sum(1).to(batch.weight.dtype)
+            batch = Batch(**{**vars(batch), "weight": tokens})
         world = self.trainer.world_size
         total = source.new_zeros(())
         for at, subspace in enumerate(self.subspaces):
@@ -271,37 +234,10 @@ class IntrinsicSubspace(PromptMethod):
             reconstruction = (share * distance).sum()
             total = total + with_gradient(losses.sum() * world, made, gradient * world)
             total = total + self.alpha * reconstruction * world
-            self.lm_sum[at] += losses.sum()
+            self.loss_sum[at] += losses.sum()
             self.reconstruction_sum[at] += reconstruction.detach()
         self.loss_steps += 1
         return total
-
-    def _reduced(self, batch: Batch) -> Batch:
-        """The batch with the weights of the reduction: 1/B of a row's mean, or its sum."""
-        if self.lm_reduction == "mean":
-            return batch
-        tokens = (batch.target_ids != IGNORE).sum(1).to(batch.weight.dtype)
-        return Batch(**{**vars(batch), "weight": tokens})
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note which prompts the maps are trained on, and under which weights."""
-        checkpoint["source_prompts"] = self.source_names[: len(self.keys)]
-        assert self.backbone is not None
-        checkpoint["backbone_digest"] = self.backbone.digest
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse maps of other prompts or of another backbone.
-
-        Raises:
-            ValueError: naming both sides.
-        """
-        saved, own = checkpoint.get("source_prompts", []), self.source_names[: len(self.keys)]
-        if saved != own:
-            raise ValueError(
-                f"the checkpoint is of a subspace of the prompts {some(saved)}, the settings give "
-                f"{some(own)}: resume with the prompts and tasks of the fit"
-            )
-        self.check_backbone_of(checkpoint)
 
     # ---- evaluation -----------------------------------------------------------------------------
 
@@ -310,101 +246,79 @@ class IntrinsicSubspace(PromptMethod):
         """Reconstructed prompts (R, N, D) of all tasks under every map, in the order of runs."""
         return torch.cat([subspace(self.source) for subspace in subspaces])
 
-    def on_validation_start(self) -> None:
-        """Begin an evaluation: of the current maps in a fit, else of the best ones."""
-        fitting = self.trainer.state.fn == "fit"
-        if not fitting:
-            self._restore_best()
-        chosen = self.subspaces if fitting else self.best_subspaces
-        self.evaluation = Evaluation(self, "dev", self.reconstructed(chosen))
+    def bank(self) -> Tensor:
+        """What the current maps reconstruct."""
+        return self.reconstructed(self.subspaces)
 
-    def on_validation_epoch_end(self) -> None:
-        """Score dev; in a fit, keep better maps."""
-        scores = self.evaluation.scores()
-        if self.trainer.state.fn != "fit":
-            self.evaluation.report(scores, "validate")
-            return
-        if self.trainer.sanity_checking:
-            return
-        means = self._by_dim(scores)[:, : len(self.keys)].mean(1)
-        self._keep_better(scores, means)
-        self._log(means.tolist())
+    def prefixes(self, current: bool) -> Prefixes:
+        """What the current maps, or the best, reconstruct."""
+        chosen = self.subspaces if current else self.best_subspaces
+        return Prefixes(self.backbone, self.reconstructed(chosen))
 
-    def _by_dim(self, values: Tensor) -> Tensor:
-        """Values of the runs as (dims, tasks)."""
-        return values.view(len(self.dims), -1)
+    @property
+    def each(self) -> int:
+        """Runs of a map."""
+        return len(self.keys) + len(self.unseen)
 
-    def _keep_better(self, scores: Tensor, means: Tensor) -> None:
-        """Keep each map whose mean dev score is better; ties keep the earlier, NaN is the worst."""
-        ranked = means.nan_to_num(nan=-torch.inf)
-        better = (ranked > self.best_score) | (self.best_step < 0)
-        self.best_score.copy_(torch.where(better, ranked, self.best_score))
-        self.best_step.masked_fill_(better, self.trainer.global_step)
-        kept = torch.where(better[:, None], self._by_dim(scores), self._by_dim(self.dev))
-        self.dev.copy_(kept.flatten())
-        for at, is_better in enumerate(better.tolist()):
-            if is_better:
-                self.best_subspaces[at].load_state_dict(self.subspaces[at].state_dict())
+    def evaluated_in_fit(self) -> list[int]:
+        """Runs of the training tasks."""
+        return [at * self.each + i for at in range(len(self.dims)) for i in range(len(self.keys))]
 
-    def _log(self, means: list[float]) -> None:
-        """Log both losses and the mean dev score of every map, and write them to the curves."""
-        now = time.monotonic()
-        self.seconds += now - self._clock
-        self._clock = now
-        steps = self.loss_steps.clamp(min=1)
-        lm = (self.over_ranks(self.lm_sum) / steps).tolist()
-        reconstruction = (self.over_ranks(self.reconstruction_sum) / steps).tolist()
+    def unit_scores(self, scores: Tensor) -> Tensor:
+        """The mean over the training tasks, of each map."""
+        return scores.view(len(self.dims), -1)[:, : len(self.keys)].mean(1)
+
+    def logged(self, scores: Tensor) -> dict[str, float]:
+        """Both losses and the mean score of each map."""
+        lm, made = self.mean_losses().tolist(), self._mean_reconstruction()
         logged: dict[str, float] = {}
-        for at, dim in enumerate(self.dims):
+        for at, (dim, mean) in enumerate(zip(self.dims, self.unit_scores(scores), strict=True)):
             logged[f"train/lm_loss/{dim}"] = lm[at]
-            logged[f"train/reconstruction/{dim}"] = reconstruction[at]
-            logged[f"dev/mean/{dim}"] = means[at]
-            if not (lm[at] == lm[at] and reconstruction[at] == reconstruction[at]):
+            logged[f"train/reconstruction/{dim}"] = made[at]
+            logged[f"dev/mean/{dim}"] = mean.item()
+            if not (lm[at] == lm[at] and made[at] == made[at]):
                 self.warn_once(
                     f"nan {dim}",
                     f"the loss of intrinsic_dim {dim} is not finite by step "
                     f"{self.trainer.global_step}; its best map so far is kept. A lower "
                     "learning_rate may help",
                 )
-        self.log_dict(logged, rank_zero_only=False)
-        finite = [value for value in self.best_score.tolist() if value > -torch.inf]
-        best = sum(finite) / len(finite) if finite else float("nan")
-        bar = {"train/loss": sum(lm) / len(lm), "best/val_score": best}
-        self.log_dict(bar, prog_bar=True, rank_zero_only=False)
-        if self.trainer.is_global_zero:
-            append_curves(self.run_dir / "curves.csv", self._curve_rows(lm, reconstruction, means))
-        for total in (self.lm_sum, self.reconstruction_sum, self.loss_steps):
-            total.zero_()
+        return logged
 
-    def _curve_rows(
-        self, lm: list[float], reconstruction: list[float], means: list[float]
-    ) -> Iterator[dict[str, Any]]:
+    def _mean_reconstruction(self) -> list[float]:
+        steps = self.loss_steps.clamp(min=1)
+        return (self.over_ranks(self.reconstruction_sum) / steps).tolist()
+
+    def curve_lines(
+        self, losses: list[float], scores: Tensor, lines: list[int]
+    ) -> list[dict[str, Any]]:
         """A line per map."""
-        best, steps = self.best_score.tolist(), self.best_step.tolist()
-        for at, dim in enumerate(self.dims):
-            yield {
+        means, made = self.unit_scores(scores).tolist(), self._mean_reconstruction()
+        best, steps = self.keeper.score.tolist(), self.keeper.step.tolist()
+        return [
+            {
                 "step": self.trainer.global_step,
-                "run": f"dim{dim}",
-                "train_loss": lm[at],
-                "reconstruction": reconstruction[at],
+                "run": name,
+                "train_loss": losses[at],
+                "reconstruction": made[at],
                 "dev": means[at],
                 "best_dev": best[at] if best[at] > -torch.inf else None,
                 "best_step": steps[at],
-                "status": "training",
+                "status": STATUS[int(self.status[at])],
             }
+            for at, name in enumerate(self.line_names())
+        ]
 
-    def on_train_end(self) -> None:
+    def after_evaluation(self, scores: Tensor, lines: list[int]) -> None:
+        """Begin the sums anew."""
+        self.reconstruction_sum.zero_()
+
+    # ---- files ----------------------------------------------------------------------------------
+
+    def write(self) -> None:
         """Write the best maps, and the prompts that they reconstruct."""
-        if self.trainer.is_global_zero:
-            self._write_subspaces()
-            PromptStore(self.run_dir / "prompts").save(self.best_prompts())
-        self.trainer.strategy.barrier("subspaces written")
-
-    def _write_subspaces(self) -> None:
-        """Write a file per map."""
         backbone = self.backbone
-        assert backbone is not None
-        for at, dim in enumerate(self.dims):
+        for at, dim in enumerate(self.dims if self.trainer.is_global_zero else ()):
             metadata = {
                 "backbone": backbone.name,
                 "backbone_digest": backbone.digest,
@@ -417,26 +331,20 @@ class IntrinsicSubspace(PromptMethod):
                 "reconstruction_reduction": self.reconstruction_reduction,
                 "mixing": self.mixing,
                 "seed": self.seed,
-                "steps": int(self.best_step[at]),
-                "dev_score": float(self.best_score[at]),
+                "steps": int(self.keeper.step[at]),
+                "dev_score": float(self.keeper.score[at]),
             }
             save_network(self.subspace_path(dim), self.best_subspaces[at], metadata)
+        super().write()
 
     def subspace_path(self, dim: int) -> Any:
         """The file of a map."""
+        assert self.run_dir is not None
         return self.run_dir / f"subspace_{dim}.safetensors"
 
-    # ---- test -----------------------------------------------------------------------------------
-
-    def on_test_start(self) -> None:
-        """Take the best maps of this fit, of the checkpoint, or of the files."""
-        self._restore_best()
-        self.evaluation = Evaluation(self, "test", self.reconstructed(self.best_subspaces))
-
-    def _restore_best(self) -> None:
-        """Read the maps from their files, unless a fit or checkpoint has filled them."""
-        if int(self.best_step.max()) >= 0:
-            return
+    def restore(self) -> None:
+        """Read the maps and the tuned prompts from their files."""
+        self._read_prompts()
         for at, dim in enumerate(self.dims):
             saved = load_network(self.subspace_path(dim), Subspace, self.backbone)
             if saved.num_virtual_tokens != self.num_virtual_tokens:
@@ -446,31 +354,67 @@ class IntrinsicSubspace(PromptMethod):
                     f"{self.num_virtual_tokens}"
                 )
             self.best_subspaces[at].load_state_dict(saved.state_dict())
-            self.best_step[at] = saved.metadata["steps"]
-            self.best_score[at] = saved.metadata["dev_score"]
+            self.keeper.step[at] = saved.metadata["steps"]
+            self.keeper.score[at] = saved.metadata["dev_score"]
+        assert self.run_dir is not None
+        store = PromptStore(self.run_dir / "prompts")
+        made = {row["name"]: row for row in store.index()}
+        for i in range(len(self.runs)):
+            known = made.get(self._name(i), {})
+            dev = known.get("dev_score")
+            self.keeper.dev[i] = torch.nan if dev is None else dev
+            self.seconds = known.get("seconds") or self.seconds
+
+    def _name(self, i: int) -> str:
+        return f"{self.runs[i].task}_{self.runs[i].sample}_dim{self.dims[i // self.each]}"
 
     def best_prompts(self, test_scores: Tensor | None = None) -> list[Prompt]:
         """The reconstructed prompt of every task under every map, ready to be stored."""
-        made = self.reconstructed(self.best_subspaces).cpu()
+        made, init = self.reconstructed(self.best_subspaces).cpu(), self.init
         with torch.no_grad():
             codes = [subspace.project(self.source).cpu() for subspace in self.best_subspaces]
-        dev, each = self.dev.tolist(), len(self.keys) + len(self.unseen)
+        dev, each = self.keeper.dev.tolist(), self.each
         return [
             self.stored_prompt(
-                run,
+                self.runs[i],
                 made[i],
-                self.init[i],
+                init[i],
                 dev[i],
                 None if test_scores is None else test_scores[i].item(),
                 code=codes[i // each][i % each],
-                name=f"{run.task}_{run.sample}_dim{self.dims[i // each]}",
+                name=self._name(i),
                 start="codes",
-                start_of=run.task,
+                start_of=self.runs[i].task,
                 start_file=self.source_names[i % each],
-                steps=int(self.best_step[i // each]),
+                steps=int(self.keeper.step[i // each]),
             )
-            for i, run in enumerate(self.runs)
+            for i in self.evaluated
         ]
+
+    # ---- identity -------------------------------------------------------------------------------
+
+    def identity(self) -> dict[str, Any]:
+        """The prompts that the maps are trained on."""
+        return {"source_prompts": self.source_names}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As every method's; without a trainer the names of the prompts are the checkpoint's."""
+        if not self.source_names:
+            self.source_names = checkpoint.get("identity", {}).get("source_prompts", [])
+        super().on_load_checkpoint(checkpoint)
+
+    def digests(self) -> dict[str, Any]:
+        """Digests of backbone weights, tokenizer, data files and source prompts."""
+        return {**super().digests(), "source_prompts": tensor_digest(self.source)}
+
+    def result_facts(self, run: int) -> dict[str, Any]:
+        """What the results say of how a run was trained."""
+        is_unseen = run % self.each >= len(self.keys)
+        return {
+            "variant": "reconstructed_unseen" if is_unseen else "reconstructed",
+            "intrinsic_dim": self.dims[run // self.each],
+            "optimizer": "adamw",
+        }
 
     def summary(self) -> str:
         """What is trained, in a few words."""
@@ -479,46 +423,11 @@ class IntrinsicSubspace(PromptMethod):
             f"prompts of {self.num_virtual_tokens} virtual tokens"
         )
 
-    def describe_fit(self, data: CrossFitDataModule, trainer: Trainer) -> str:
-        """What would be trained, on which tasks, and its memory."""
-        self.prepare(data)
+    def described(self, data: PromptDataModule) -> list[str]:
+        """The maps, and the tasks whose prompts they learn from."""
         numbers = sum(weight.numel() for weight in self.subspaces.parameters())
-        return "\n".join(
-            [
-                self.summary(),
-                f"source tasks: {', '.join(dict.fromkeys(task for task, _ in self.keys))}",
-                f"unseen tasks: {', '.join(self.unseen_tasks) or 'none'}",
-                f"steps: {trainer.max_steps} of {self.batch_size} rows, evaluation every "
-                f"{trainer.val_check_interval}",
-                f"memory: {numbers} numbers in the maps, {numbers * 20 / 2**20:.0f} MB with their "
-                "gradient, moments and best copy",
-            ]
-        )
-
-    def digests(self) -> dict[str, Any]:
-        """Digests of backbone weights, tokenizer, data files and source prompts."""
-        return {**super().digests(), "source_prompts": tensor_digest(self.source)}
-
-    def result_facts(self, run: int) -> dict[str, Any]:
-        """What the results say of how a run was trained."""
-        each = len(self.keys) + len(self.unseen)
-        is_unseen = run % each >= len(self.keys)
-        return {
-            "variant": "reconstructed_unseen" if is_unseen else "reconstructed",
-            "intrinsic_dim": self.dims[run // each],
-            "optimizer": "adamw",
-        }
-
-
-def _check(dims: list[int], alpha: float, learning_rate: float) -> None:
-    """Refuse settings that make no sense.
-
-    Raises:
-        ValueError: naming the setting and what is allowed.
-    """
-    if not dims or min(dims) < 1 or len(set(dims)) < len(dims):
-        raise ValueError(f"model.intrinsic_dim is {dims}: give distinct numbers of 1 or more")
-    if alpha < 0:
-        raise ValueError(f"model.alpha is {alpha}: give 0 or more")
-    if learning_rate <= 0:
-        raise ValueError(f"model.learning_rate is {learning_rate}: give a positive number")
+        return [
+            f"{self.summary()}: {numbers} numbers, {self.batch_size} rows a step",
+            f"source tasks: {', '.join(dict.fromkeys(task for task, _ in self.keys))}",
+            f"unseen tasks: {', '.join(self.unseen_tasks) or 'none'}",
+        ]

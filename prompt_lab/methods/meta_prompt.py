@@ -2,44 +2,39 @@
 
 Meta prompt tuning (Qin et al. 2023, arXiv 2302.08143): in each step a few episodes, (task, sample)
 each, adapt the prompt on support rows and judge it on query rows; MAML, FoMAML, Reptile or
-multi-task learning says how to move the prompt (``meta_gradient.py``). MAML, FoMAML and multi-task
-learning read the same rows; Reptile, which has no query, reads the support rows alone. The loss of
-a step has the meta-gradient as its gradient, so Lightning's automatic optimisation is all that is
-needed: clipping, accumulation, DDP over episodes.
-
-Validation adapts the prompt to held-out tasks, few-shot, and scores dev. The learned prompt is one
-file, from which ``PromptTuning`` starts. Left out: other parameters than the prompt, and the inner
+multi-task learning says how to move the prompt (``meta_gradient.py``). The loss of a step has the
+meta-gradient as its gradient, so Lightning's automatic optimisation is all that is needed:
+clipping, accumulation, DDP over episodes. Left out: other parameters than the prompt, and the inner
 learning rate, that could be learned.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from prompt_lab.core.bank import BankObjective, with_gradient
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.bank import BankObjective, Prefixes, with_gradient
 from prompt_lab.core.batch import Batch
 from prompt_lab.core.meta_gradient import InnerConfig, MetaGradient, maml, multitask, reptile
-from prompt_lab.core.optim import BankOptimizer, OptimConfig
+from prompt_lab.core.optim import OptimConfig
 from prompt_lab.core.pretrained import tensor_digest
 from prompt_lab.core.run import Run
-from prompt_lab.data.batches import EvaluationSteps
-from prompt_lab.data.crossfit import CrossFitDataModule
-from prompt_lab.data.episodes import Episodes, EpisodeSteps
-from prompt_lab.data.mixtures import Key
+from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.partitions import expand_sets
+from prompt_lab.data.sampling import Draw, Episodes, Key, bank_draw, episode_draw
 from prompt_lab.files.prompts import Prompt, load_prompt, save_prompt
-from prompt_lab.files.results import append_curves, start_curves
-from prompt_lab.methods.evaluation import Evaluation
-from prompt_lab.methods.initial_prompts import InitConfig, initial_prompts
-from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod, as_config, some
+from prompt_lab.files.results import Start
+from prompt_lab.methods.checks import some
+from prompt_lab.methods.configs import as_config
+from prompt_lab.methods.method import STATUS, PromptMethod
+from prompt_lab.methods.starts import InitConfig, initial_prompts
 
 Algorithm = Literal["maml", "fomaml", "reptile", "multitask"]
 
@@ -86,8 +81,9 @@ class MetaPrompt(PromptMethod):
 
     The source tasks are those of ``data.tasks`` without ``validation_tasks``; every sample of a
     task is an item that episodes are made of. ``trainer.max_steps`` is the number of meta-steps.
-    The fit leaves ``prompt.safetensors``: the prompt of the best evaluation, or the last one where
-    there are no validation tasks.
+    Validation adapts the prompt to held-out tasks, few-shot, and scores dev. The fit leaves
+    ``prompt.safetensors``: the prompt of the best evaluation, or the last one where there are no
+    validation tasks.
 
     An episode has K = ``inner.steps`` support batches of ``support_size`` train rows, and
     ``query_size`` dev rows. Of these each algorithm reads:
@@ -105,7 +101,6 @@ class MetaPrompt(PromptMethod):
 
     Args:
         algorithm: ``maml``, ``fomaml``, ``reptile``, or ``multitask`` learning.
-        backbone: which frozen model.
         inner: how an episode adapts the prompt; of multi-task learning only ``steps`` counts, for
             the rows of an episode.
         optim: the outer optimizer.
@@ -128,31 +123,22 @@ class MetaPrompt(PromptMethod):
             inner one, where that is learned; logged, and kept by the checkpoint alone.
         seed: of the episodes.
         label_smoothing: share of each target's probability spread over the vocabulary.
-        tokens_per_forward: most padded tokens of one forward pass; bounds memory, not results.
-        decoding: as for PromptTuning.
-        num_beams: beams of generated answers; 1 is greedy.
-        max_new_tokens: longest generated answer; null for the longest answer in train and dev.
-        metric_variant: ``crossfit`` computes metrics as CrossFit does, ``corrected`` without traps.
+        kwargs: the arguments of :class:`PromptMethod`.
     """
 
+    joint = True
     trains_a_bank = False
     prompt: nn.Parameter
     log_rate: nn.Parameter | None
-    best: Tensor
-    best_score: Tensor
-    best_step: Tensor
-    best_dev: Tensor
     adapted: Tensor
-    active: Tensor
+    moves: Tensor
     sums: Tensor
     skipped: Tensor
     skipped_in_row: Tensor
-    seconds: Tensor
 
     def __init__(
         self,
         algorithm: Algorithm = "maml",
-        backbone: BackboneConfig = BackboneConfig(),  # noqa: B008
         inner: InnerConfig = InnerConfig(),  # noqa: B008
         optim: OptimConfig = OptimConfig(),  # noqa: B008
         init: InitConfig = InitConfig(),  # noqa: B008
@@ -170,17 +156,9 @@ class MetaPrompt(PromptMethod):
         rate_factor: float = 0.1,
         seed: int = 0,
         label_smoothing: float = 0.0,
-        tokens_per_forward: int | None = None,
-        decoding: Literal["score", "generate"] = "score",
-        num_beams: int = 1,
-        max_new_tokens: int | None = None,
-        metric_variant: Literal["crossfit", "corrected"] = "crossfit",
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            backbone, tokens_per_forward, decoding, num_beams, max_new_tokens, metric_variant
-        )
-        self.save_hyperparameters(logger=False)
-        self.simplify_settings()
+        super().__init__(**kwargs)
         self.algorithm: Algorithm = algorithm
         self.inner: InnerConfig = as_config(InnerConfig, inner)
         self.optim_config: OptimConfig = as_config(OptimConfig, optim)
@@ -194,162 +172,125 @@ class MetaPrompt(PromptMethod):
         self.learning_rate, self.rate_factor = learning_rate, rate_factor
         self.seed, self.label_smoothing = seed, label_smoothing
         self.keys: list[Key] = []
-        self._check_settings()
-
-    def _check_settings(self) -> None:
-        """Refuse settings that make no sense, or that would be without effect.
-
-        Raises:
-            ValueError: naming the setting and what is allowed.
-        """
-        numbers = ("episodes", "support_size", "query_size", "num_virtual_tokens")
-        for name in numbers:
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} is {getattr(self, name)}: give at least 1")
-        if self.algorithm not in get_args(Algorithm):
+        if algorithm not in get_args(Algorithm):
             raise ValueError(
-                f"model.algorithm is {self.algorithm!r}; allowed: {', '.join(get_args(Algorithm))}"
+                f"model.algorithm is {algorithm!r}; allowed: {', '.join(get_args(Algorithm))}"
             )
-        if not self.learning_rate > 0 or not self.rate_factor > 0:
-            raise ValueError("model.learning_rate and model.rate_factor must be positive")
-        if not 0 <= self.label_smoothing < 1:
+        if depth is not None and (depth < 0 or algorithm != "maml"):
             raise ValueError(
-                f"model.label_smoothing is {self.label_smoothing}: give 0 up to below 1"
+                f"model.depth is {depth} for {algorithm}: it is of maml, 0 or more inner steps, or "
+                "null for all"
             )
-        if self.depth is not None and (self.depth < 0 or self.algorithm != "maml"):
+        if self.inner.learned != "fixed" and algorithm not in ("maml", "fomaml"):
             raise ValueError(
-                f"model.depth is {self.depth} for {self.algorithm}: it is of maml, 0 or more inner "
-                "steps, or null for all"
+                f"model.inner.learned is {self.inner.learned}, but {algorithm} has no query loss "
+                "to learn an inner learning rate from: use maml or fomaml, or fixed"
             )
-        if self.inner.learned != "fixed" and self.algorithm not in ("maml", "fomaml"):
-            raise ValueError(
-                f"model.inner.learned is {self.inner.learned}, but {self.algorithm} has no query "
-                "loss to learn an inner learning rate from: use maml or fomaml, or fixed"
-            )
-        if self.second_order:
-            self._check_second_order()
-
-    def _check_second_order(self) -> None:
-        """Refuse ways to run a backbone that cannot be differentiated twice.
-
-        Raises:
-            ValueError: naming the setting and what to use.
-        """
-        backbone, instead = self.backbone_config, "or model.algorithm fomaml"
-        if backbone.attention == "flash_attention_2":
-            raise ValueError(
-                "maml differentiates attention twice, which flash_attention_2 cannot: use "
-                f"model.backbone.attention sdpa, {instead}"
-            )
-        if backbone.compile:
-            raise ValueError(
-                "maml differentiates the backbone twice, which torch.compile cannot: use "
-                f"model.backbone.compile false, {instead}"
-            )
-        if backbone.dtype != "float32":
-            raise ValueError(
-                f"maml with model.backbone.dtype {backbone.dtype}: the adapted prompt is rounded "
-                "to the weights' 8 bits, and Hessian products are off by more than what they add; "
-                f"use float32, {instead}"
-            )
+        config = self.backbone_config
+        for is_wrong, why in (
+            (
+                config.attention == "flash_attention_2",
+                "flash_attention_2 cannot: use model.backbone.attention sdpa",
+            ),
+            (config.compile, "torch.compile cannot: use model.backbone.compile false"),
+            (
+                config.dtype != "float32",
+                f"model.backbone.dtype {config.dtype} cannot: the adapted prompt is rounded to the "
+                "weights' 8 bits, and Hessian products are off by more than what they add; use "
+                "float32",
+            ),
+        ):
+            if self.second_order and is_wrong:
+                raise ValueError(
+                    f"maml differentiates the backbone twice, which {why}, or model.algorithm "
+                    "fomaml"
+                )
 
     @property
     def second_order(self) -> bool:
         """Whether Hessians are taken."""
         return self.algorithm == "maml" and self.depth != 0
 
-    # ---- set-up ---------------------------------------------------------------------------------
-
-    def setup(self, stage: str) -> None:
-        """Load the backbone and the data, and make the prompt, once."""
-        self.check_trainer()
-        if stage == "fit":
-            self.check_budget()
-        self.prepare(self.datamodule)
-        if stage != "fit" and not self.runs:
-            raise ValueError(
-                "there is nothing to score without model.validation_tasks: name some of "
-                "data.tasks there, or tune prompts from prompt.safetensors with PromptTuning"
-            )
+    # ---- what is trained ------------------------------------------------------------------------
 
     def check_trainer(self) -> None:
-        """Refuse trainer settings that would quietly change the result.
-
-        Raises:
-            ValueError: the setting, and what to use instead.
-        """
+        """As every method's; evaluations fall between steps."""
+        super().check_trainer()
         if self.trainer.precision == "bf16-mixed" and self.second_order:
             self.warn_once(
                 "bf16",
                 "maml with trainer.precision bf16-mixed: exact enough for small inner learning "
                 "rates; with large ones the second-order part may point elsewhere (README)",
             )
-        super().check_trainer()
-
-    def check_budget(self) -> None:
-        """Refuse a budget that is missing, or whose last step would not be evaluated.
-
-        Raises:
-            ValueError: naming both settings.
-        """
-        steps, interval = self.trainer.max_steps, self.trainer.val_check_interval
-        batches = self.trainer.accumulate_grad_batches
-        if steps < 1:
-            raise ValueError("trainer.max_steps is not set: give the number of meta-steps")
-        every = interval if isinstance(interval, int) else max(1, int(steps * batches * interval))
-        if every % batches or (steps * batches) % every:
+        if self._fitting and self.trainer.world_size > self.episodes:
+            self.warn_once(
+                "ranks",
+                f"model.episodes is {self.episodes} on {self.trainer.world_size} processes: some "
+                "have nothing to do; give at least as many episodes",
+            )
+        interval, batches = self.trainer.val_check_interval, self.trainer.accumulate_grad_batches
+        if isinstance(interval, int) and interval % batches:
             raise ValueError(
                 f"trainer.val_check_interval {interval} counts meta-batches: it must be a multiple "
-                f"of trainer.accumulate_grad_batches ({batches}), and trainer.max_steps ({steps}) "
-                "times that a multiple of it, or the last steps would not be evaluated"
+                f"of trainer.accumulate_grad_batches ({batches})"
             )
 
-    def prepare(self, data: CrossFitDataModule) -> None:
-        """As :meth:`setup`, without a trainer.
-
-        Raises:
-            ValueError: a validation task that the data do not have, no source task, or a source
-                task that is a target task too.
-        """
-        backbone = self.load_backbone(data)
-        if self.keys:
-            return
-        self.keys = [(task, sample) for task in self._sources(data) for sample in data.samples]
-        self.runs = [
-            Run(
-                task,
-                sample,
-                self.init_seed,
-                self.adaptation.learning_rate,
-                self.adaptation.batch_size,
+    def take(self, data: PromptDataModule, fitting: bool = True, anew: bool | None = None) -> None:
+        """As every method's; the prompt is learned on other tasks than it is scored on."""
+        keys = [(task, sample) for task in self._sources(data) for sample in data.samples]
+        if fitting and self.is_built and keys != self.keys:
+            self.is_built = False
+        if fitting or not self.keys:
+            self.keys = keys
+        super().take(data, fitting, anew)
+        if not fitting and not self.runs:
+            raise ValueError(
+                "there is nothing to score without model.validation_tasks: name some of "
+                "data.tasks there, or tune prompts from prompt.safetensors with PromptTuning"
             )
+
+    def make_runs(self, data: PromptDataModule) -> list[Run]:
+        """The validation tasks."""
+        config = self.adaptation
+        return [
+            Run(task, sample, self.init_seed, config.learning_rate, config.batch_size)
             for task in self.validation_tasks
             for sample in data.samples
         ]
-        alone = Run("", 0, self.init_seed, self.learning_rate, 1)
-        made, (self.start,) = initial_prompts(
-            self.init_config, backbone, [alone], data.tasks, self.num_virtual_tokens
-        )
-        self.prompt = nn.Parameter(made.clone())  # (1, N, D)
+
+    def build(self, backbone: Backbone, runs: Sequence[Run]) -> None:
+        """Make the prompt, and the inner learning rate if it is learned."""
+        size = (self.num_virtual_tokens, backbone.hidden_size)
+        self.prompt = nn.Parameter(torch.zeros(1, *size))
         width = {"fixed": 0, "shared": 1, "per_token": self.num_virtual_tokens}[self.inner.learned]
         self.log_rate = nn.Parameter(torch.zeros(1, width)) if width else None
         for name, value in {
-            "init": made,
-            "best": made.clone(),
-            "best_score": torch.tensor(-torch.inf, dtype=torch.float64),
-            "best_step": torch.tensor(-1),
-            "best_dev": torch.full((len(self.runs),), torch.nan, dtype=torch.float64),
-            "active": torch.ones(1, dtype=torch.bool),
+            "init": torch.zeros(1, *size),
+            "moves": torch.ones(1, dtype=torch.bool),
             "sums": torch.zeros(len(SUMS), dtype=torch.float64),
             "skipped": torch.tensor(0),
             "skipped_in_row": torch.tensor(0),
-            "seconds": torch.zeros((), dtype=torch.float64),
         }.items():
             self.register_buffer(name, value)
-        self.register_buffer("adapted", made.repeat(len(self.runs), 1, 1), persistent=False)
-        self.keep_frozen_out_of_ddp()
+        self.register_buffer("adapted", torch.zeros(len(runs), *size), persistent=False)
+        self.initial = Start("")
 
-    def _sources(self, data: CrossFitDataModule) -> list[str]:
+    @torch.no_grad()
+    def start(self, data: PromptDataModule) -> None:
+        """Put the prompt where it starts."""
+        assert self.backbone is not None
+        alone = Run("", 0, self.init_seed, self.learning_rate, 1)
+        made, (self.initial,) = initial_prompts(
+            self.init_config, self.backbone, [alone], data.tasks, self.num_virtual_tokens
+        )
+        self.prompt.copy_(made)
+        self.init.copy_(made)
+
+    def bank(self) -> Tensor:
+        """The prompt, (1, N, D)."""
+        return self.prompt
+
+    def _sources(self, data: PromptDataModule) -> list[str]:
         """The tasks to learn from."""
         strange = [task for task in self.validation_tasks if task not in data.tasks]
         if strange:
@@ -376,80 +317,41 @@ class MetaPrompt(PromptMethod):
         rate = self.inner.learning_rate * self.log_rate.detach().exp()
         return rate[0, 0] if rate.numel() == 1 else rate[0, :, None]
 
-    def configure_optimizers(self) -> BankOptimizer:
+    def configure_optimizers(self) -> Any:
         """The outer optimizer; it holds the prompt, and the inner learning rate if learned."""
         learned = [] if self.log_rate is None else [self.log_rate]
         return self.optim_config.build(
             [self.prompt, *learned],
             [self.learning_rate],
-            self.active,
-            self.trainer.max_steps,
+            self.moves,
+            self.total_steps,
             [1.0, *[self.rate_factor] * len(learned)],
         )
 
-    # ---- data -----------------------------------------------------------------------------------
-
-    def train_steps(self) -> EpisodeSteps:
-        """The episodes of every meta-batch, made from the trainer's counts."""
-        trainer, batches = self.trainer, self.trainer.accumulate_grad_batches
-        rows = [self.datamodule.rows(*key, split) for key in self.keys for split in SUPPORT_QUERY]
-        self.check_lengths(rows, self.num_virtual_tokens)
-        self._check_sizes(self.datamodule)
-        progress = trainer.fit_loop.epoch_loop.batch_progress
-        return self.datamodule.episode_steps(
-            self.keys,
-            self.episodes,
-            self.inner.steps,
-            self.support_size,
-            self.query_size,
-            self.seed,
-            trainer.max_steps * batches,
-            lambda: trainer.global_step * batches + progress.current.ready % batches,
-            trainer.global_rank,
-            trainer.world_size,
-        )
-
-    def _check_sizes(self, data: CrossFitDataModule) -> None:
-        """Refuse tasks with fewer rows than one batch of support or query has.
+    def draw(self, data: PromptDataModule) -> Draw:
+        """Episodes of the source tasks.
 
         Raises:
-            ValueError: naming all such tasks.
+            ValueError: tasks with fewer rows than one batch of support or query has, all named.
         """
-        sizes = {"train": self.support_size, "dev": self.query_size}
+        support = {key: data.tokens(*key, "train") for key in self.keys}
+        query = {key: data.tokens(*key, "dev") for key in self.keys}
+        both = (("train", support, self.support_size), ("dev", query, self.query_size))
         small = [
-            f"{task} {sample} ({len(data.rows(task, sample, split))} {split} rows)"
+            f"{task} {sample} ({len(rows[task, sample])} {split} rows)"
             for task, sample in self.keys
-            for split in SUPPORT_QUERY
-            if len(data.rows(task, sample, split)) < sizes[split]
+            for split, rows, size in both
+            if len(rows[task, sample]) < size
         ]
         if small:
             raise ValueError(
                 f"too few rows for model.support_size {self.support_size} and model.query_size "
                 f"{self.query_size}: {some(small)}; lower them, or leave these tasks out"
             )
-
-    def dev_steps(self) -> EvaluationSteps:
-        """Dev rows of the validation tasks."""
-        return self.evaluation_steps("dev", lambda: list(range(len(self.runs))))
-
-    def test_steps(self) -> EvaluationSteps:
-        """Test rows of the validation tasks."""
-        return self.evaluation_steps("test", lambda: list(range(len(self.runs))))
+        sizes = (self.episodes, self.inner.steps, self.support_size, self.query_size)
+        return episode_draw(support, query, *sizes, self.seed, data.layout, self.row_share)
 
     # ---- training -------------------------------------------------------------------------------
-
-    def on_train_start(self) -> None:
-        """Start the clock and the curves."""
-        self._clock = time.monotonic()
-        trainer = self.trainer
-        if trainer.world_size > self.episodes:
-            self.warn_once(
-                "ranks",
-                f"model.episodes is {self.episodes} on {trainer.world_size} processes: some have "
-                "nothing to do; give at least as many episodes",
-            )
-        if trainer.is_global_zero:
-            start_curves(self.run_dir / "curves.csv", trainer.global_step)
 
     def training_step(self, batch: Episodes, batch_idx: int) -> Tensor:
         """A loss whose gradient is the mean meta-gradient over all episodes of the step.
@@ -457,21 +359,18 @@ class MetaPrompt(PromptMethod):
         A step with an episode whose loss or gradient is not finite, or whose inner loop runs far
         away, is skipped: neither the prompt nor the optimizer's state moves.
         """
-        rate = self.rate
-        scale = self.trainer.world_size / self.episodes
-        if not batch.keys:
-            found, finite = None, self.active.new_ones(1)
-        else:
+        rate, scale = self.rate, self.trainer.world_size / self.episodes
+        found, finite = None, self.moves.new_ones(1)
+        if batch.keys:
             found = self.meta_gradient(batch, rate)
             finite = (found.finite() & (found.moved <= MOST_MOVED)).all(0, keepdim=True)
             if found.rate_gradient is not None:
                 finite = finite & found.rate_gradient.isfinite().all()
         finite = self.over_ranks((~finite).float()) == 0
         place = batch_idx % self.trainer.accumulate_grad_batches
-        self.active.copy_(self.active & finite if place else finite)
+        self.moves.copy_(self.moves & finite if place else finite)
         self._count(found, finite, is_last=place + 1 == self.trainer.accumulate_grad_batches)
-        gradient = torch.zeros_like(self.prompt)
-        value = self.prompt.new_zeros(())
+        gradient, value = torch.zeros_like(self.prompt), self.prompt.new_zeros(())
         if found is not None:
             gradient = found.gradient.sum(0, keepdim=True) * scale
             value = found.losses.sum() * scale
@@ -491,37 +390,27 @@ class MetaPrompt(PromptMethod):
             episodes: at least one episode.
             rate: inner learning rate, () or (N, 1).
         """
-        largest = max(
-            (*episodes.support, episodes.query),
-            key=lambda part: part.input_lengths[0] + part.target_lengths[0],  # the longest row
-        )
-        start = self.prompt.detach().expand(len(episodes.keys), -1, -1).contiguous()
-        return self.within_memory(largest, self._step(start, episodes, rate))
-
-    def _step(
-        self, start: Tensor, episodes: Episodes, rate: Tensor
-    ) -> Callable[[int], MetaGradient]:
-        """The meta-step as a function of the tokens of a forward pass."""
         assert self.backbone is not None
-        backbone = self.backbone
+        backbone, parts = self.backbone, [*episodes.support, episodes.query]
+        start = self.prompt.detach().expand(len(episodes.keys), -1, -1).contiguous()
+        if self.algorithm == "multitask":  # the mean of the parts' losses is that over all rows
+            mean = sum(map(len, parts)) / len(parts)
+            parts = [replace(part, weight=part.weight * (len(part) / mean)) for part in parts]
 
         def made(tokens: int) -> MetaGradient:
-            """The meta-gradient in micro-batches of so many tokens."""
-
-            def objective(batch: Batch) -> BankObjective:
-                """The loss on one batch."""
-                return BankObjective(backbone, batch, tokens, self.label_smoothing)
-
+            told = [BankObjective(backbone, part, tokens, self.label_smoothing) for part in parts]
+            *support, query = told
             if self.algorithm == "multitask":
-                parts = _weighted_by_rows([*episodes.support, episodes.query])
-                return multitask(start, list(map(objective, parts)))
-            support = [objective(batch) for batch in episodes.support]
+                return multitask(start, told)
             if self.algorithm == "reptile":
                 return reptile(start, support, self.inner, rate)
             depth = 0 if self.algorithm == "fomaml" else self.depth
-            return maml(start, support, objective(episodes.query), self.inner, rate, depth)
+            return maml(start, support, query, self.inner, rate, depth)
 
-        return made
+        def longest(part: Batch) -> int:
+            return part.input_lengths[0] + part.target_lengths[0]
+
+        return self.within_memory(max(parts, key=longest), made)
 
     def _count(self, found: MetaGradient | None, finite: Tensor, is_last: bool) -> None:
         """Sum what is logged; nothing waits for the device."""
@@ -533,7 +422,7 @@ class MetaPrompt(PromptMethod):
             episodes = [found.losses.sum(), found.second_order.sum(), found.moved.sum(), improved]
             values[:4] = torch.stack([value.double() for value in episodes]) / self.episodes
         values = torch.where(finite, values, 0)
-        skipped = ~self.active[0] & is_last  # the step, that is all its meta-batches
+        skipped = ~self.moves[0] & is_last  # the step, that is all its meta-batches
         if self.trainer.is_global_zero:
             values[4] += finite[0]
             values[5] += skipped
@@ -543,11 +432,12 @@ class MetaPrompt(PromptMethod):
             self.skipped_in_row.copy_(torch.where(skipped, self.skipped_in_row + 1, 0))
 
     def on_train_batch_end(self, outputs: Any, batch: Episodes, batch_idx: int) -> None:
-        """End a fit whose steps are skipped one after another.
+        """As every method's; end a fit whose steps are skipped one after another.
 
         Raises:
             ValueError: no step was good before either, so that there is nothing to keep.
         """
+        super().on_train_batch_end(outputs, batch, batch_idx)
         batches = self.trainer.accumulate_grad_batches
         if (batch_idx + 1) % (MOST_SKIPPED * batches) or int(self.skipped_in_row) < MOST_SKIPPED:
             return
@@ -559,9 +449,9 @@ class MetaPrompt(PromptMethod):
             "model.inner.steps"
         )
         never = int(self.skipped) * batches > batch_idx
-        if int(self.best_step) < 0 or never:
+        if int(self.keeper.step) < 0 or never:
             raise ValueError(message)
-        rank_zero_warn(f"{message}; the prompt of step {int(self.best_step)} is kept")
+        rank_zero_warn(f"{message}; the prompt of step {int(self.keeper.step)} is kept")
         self.trainer.should_stop = True
 
     # ---- validation -----------------------------------------------------------------------------
@@ -584,11 +474,11 @@ class MetaPrompt(PromptMethod):
             rates = [config.learning_rate] * len(runs)
             optimizer = config.optim.build([bank], rates, active, max(1, config.steps))
             everyone = list(range(len(runs)))
-            rank, world = trainer.global_rank, trainer.world_size
             data = self.datamodule
-            steps = data.train_steps(runs, config.steps, lambda: 0, lambda: everyone, rank, world)
+            rows = {(r.task, r.sample): data.tokens(r.task, r.sample, "train") for r in runs}
+            drawn = bank_draw(runs, rows, data.order_seed, data.layout, self.row_share)
             for step in range(config.steps):
-                batch = steps.batch(step, everyone).to(bank.device)
+                batch = drawn.batch(step, everyone).to(bank.device)
                 with trainer.precision_plugin.forward_context():
                     _, gradient = self.bank_gradient(bank, batch, self.label_smoothing)
                 gradient = self.over_ranks(gradient)
@@ -599,119 +489,91 @@ class MetaPrompt(PromptMethod):
         moved = (made - prompt).flatten(1).norm(dim=1) / prompt.norm().clamp(min=1e-12)
         return made, moved
 
-    def on_validation_start(self) -> None:
-        """Adapt to the validation tasks: the current prompt in a fit, else the learned one."""
-        if self.trainer.sanity_checking:
-            self.evaluation = Evaluation(self, "dev", self.adapted)
-            return
-        fitting = self.trainer.state.fn == "fit"
-        if not fitting:
-            self._restore_best()
-        made, self._moved = self.adapt(self.prompt if fitting else self.best)
-        self.adapted.copy_(made)
-        self.evaluation = Evaluation(self, "dev", self.adapted)
+    def prefixes(self, current: bool) -> Prefixes:
+        """The current prompt, or the best, adapted to the validation tasks."""
+        assert self.backbone is not None
+        if not self.trainer.sanity_checking:
+            made, self._moved = self.adapt(self.prompt if current else self.best)
+            self.adapted.copy_(made)
+        return Prefixes(self.backbone, self.adapted)
 
-    def on_validation_epoch_end(self) -> None:
-        """Score dev; in a fit, keep a better prompt."""
-        scores = self.evaluation.scores()
-        if self.trainer.state.fn != "fit":
-            self.evaluation.report(scores, "validate")
-            return
-        if self.trainer.sanity_checking:
-            return
-        known = scores.nan_to_num(nan=-torch.inf)
-        mean = known.mean() if self.runs else torch.tensor(-torch.inf, dtype=torch.float64)
-        if not self.runs or bool((mean > self.best_score) | (self.best_step < 0)):
-            self.best.copy_(self.prompt.detach())
-            self.best_score.copy_(mean)
-            self.best_step.fill_(self.trainer.global_step)
-            self.best_dev.copy_(scores)
-        self._log(scores)
-        self.sums.zero_()
-
-    def _log(self, scores: Tensor) -> None:
-        """Log the means since the last evaluation, and a line per validation run."""
-        now = time.monotonic()
-        self.seconds += now - self._clock
-        self._clock = now
+    def _means(self) -> dict[str, float]:
+        """Means since the last evaluation, and the sums that are counts."""
         sums = dict(zip(SUMS, self.over_ranks(self.sums).tolist(), strict=True))
         count = max(1.0, sums["batches"])
-        means = {name: sums[name] / count for name in SUMS[:4]}
-        best = self.best_score.item()
-        bar = {"train/loss": means["loss"], "best/val_score": best if self.runs else float("nan")}
-        rates = self.rate
-        logged = {
-            "meta/second_order": means["second_order"],
-            "meta/inner_moved": means["inner_moved"],
-            "meta/skipped": float(self.skipped),
-            "meta/inner_learning_rate": rates.mean().item(),
-            "meta/moved": self._distance(),
-        }
-        if self.runs:
-            logged["dev/mean"] = scores.nanmean().item()
-        self.log_dict(logged, rank_zero_only=False)
-        self.log_dict(bar, prog_bar=True, rank_zero_only=False)
-        self._warn(sums, means)
-        if self.trainer.is_global_zero:
-            append_curves(self.run_dir / "curves.csv", self._curve_rows(scores, means))
+        return {name: sums[name] / count for name in SUMS[:4]} | {n: sums[n] for n in SUMS[4:]}
 
-    def _distance(self) -> float:
-        """How far the prompt is from its start, relative to the start's norm."""
-        return ((self.prompt.detach() - self.init).norm() / self.init.norm()).item()
+    def mean_losses(self) -> Tensor:
+        """The mean loss of the episodes, for each line of the curves."""
+        return torch.full((len(self.line_names()),), self._means()["loss"], dtype=torch.float64)
 
-    def _curve_rows(self, scores: Tensor, means: Mapping[Any, float]) -> Iterator[dict[str, Any]]:
+    def line_names(self) -> list[str]:
         """A line per validation run, or one for the prompt where there are none."""
-        common = {
-            "step": self.trainer.global_step,
-            "train_loss": means["loss"],
-            "second_order": means["second_order"],
-            "inner_moved": means["inner_moved"],
-            "skipped": int(self.skipped),
-            "best_step": int(self.best_step),
-            "status": "training",
-        }
-        if not self.runs:
-            yield {**common, "run": self.algorithm, "moved": self._distance()}
-        moved, best = self._moved.tolist(), self.best_dev.tolist()
-        for i, (run, dev) in enumerate(zip(self.runs, scores.tolist(), strict=True)):
-            yield {**common, "run": run.name, "dev": dev, "best_dev": best[i], "moved": moved[i]}
+        return super().line_names() or [self.algorithm]
 
-    def _warn(self, sums: Mapping[Any, float], means: Mapping[Any, float]) -> None:
-        """Warn of skipped steps, of inner loops that make it worse, and of those that stand."""
-        if sums["skipped"]:
+    def logged(self, scores: Tensor) -> dict[str, float]:
+        """What inner loops do; warn of skipped steps, and of loops that make it worse or stand."""
+        means, step = self._means(), self.trainer.global_step
+        if means["skipped"]:
             rank_zero_warn(
-                f"step {self.trainer.global_step}: skipped {sums['skipped']:.0f} of the steps since"
-                f" the last evaluation, {int(self.skipped)} in all: a loss or gradient was not "
-                "finite, or the inner loop ran far away. A lower model.inner.learning_rate may help"
+                f"step {step}: skipped {means['skipped']:.0f} of the steps since the last "
+                f"evaluation, {int(self.skipped)} in all: a loss or gradient was not finite, or "
+                "the inner loop ran far away. A lower model.inner.learning_rate may help"
             )
-        if self.algorithm == "multitask" or not sums["batches"]:
-            return
-        if self.inner.steps > 1 and means["improved"] < 0.25:
+        has_loop = self.algorithm != "multitask" and means["batches"] > 0
+        if has_loop and self.inner.steps > 1 and means["improved"] < 0.25:
             self.warn_once(
                 "worse",
-                f"step {self.trainer.global_step}: in {1 - means['improved']:.0%} of the episodes "
-                "the support loss rose within the inner loop; a lower model.inner.learning_rate "
-                "may help",
+                f"step {step}: in {1 - means['improved']:.0%} of the episodes the support loss "
+                "rose within the inner loop; a lower model.inner.learning_rate may help",
             )
-        if means["inner_moved"] < 1e-4:
+        if has_loop and means["inner_moved"] < 1e-4:
             rows = "support" if self.algorithm == "reptile" else "query"
             self.warn_once(
                 "still",
-                f"step {self.trainer.global_step}: the inner loop moves the prompt by "
-                f"{means['inner_moved']:.1e} of its norm, so {self.algorithm} is hardly different "
-                f"from multi-task learning on the {rows} rows; prompts usually need inner learning "
-                "rates of 0.1 and more (model.inner.learning_rate)",
+                f"step {step}: the inner loop moves the prompt by {means['inner_moved']:.1e} of "
+                f"its norm, so {self.algorithm} is hardly different from multi-task learning on "
+                f"the {rows} rows; prompts usually need inner learning rates of 0.1 and more "
+                "(model.inner.learning_rate)",
             )
+        return {
+            "meta/second_order": means["second_order"],
+            "meta/inner_moved": means["inner_moved"],
+            "meta/skipped": float(self.skipped),
+            "meta/inner_learning_rate": self.rate.mean().item(),
+            "meta/moved": self.moved()[0],
+        }
 
-    def on_train_end(self) -> None:
+    def curve_lines(
+        self, losses: list[float], scores: Tensor, lines: list[int]
+    ) -> list[dict[str, Any]]:
+        """As every method's, with what inner loops do."""
+        means = self._means()
+        more = {name: means[name] for name in ("second_order", "inner_moved")}
+        more["skipped"] = int(self.skipped)
+        if self.runs:
+            moved = self._moved.tolist()
+            own = super().curve_lines(losses, scores, lines)
+            return [{**row, **more, "moved": m} for row, m in zip(own, moved, strict=True)]
+        line = {"step": self.trainer.global_step, "run": self.algorithm, "train_loss": losses[0]}
+        line |= {"best_step": int(self.keeper.step), "moved": self.moved()[0]}
+        return [{**line, **more, "status": STATUS[int(self.status)]}]
+
+    def after_evaluation(self, scores: Tensor, lines: list[int]) -> None:
+        """Begin the sums anew."""
+        self.sums.zero_()
+
+    # ---- files ----------------------------------------------------------------------------------
+
+    def write(self) -> None:
         """Write the learned prompt."""
         if self.trainer.is_global_zero:
             save_prompt(self.prompt_path, self.learned_prompt())
-        self.trainer.strategy.barrier("prompt written")
 
     @property
-    def prompt_path(self) -> Any:
+    def prompt_path(self) -> Path:
         """The file of the learned prompt."""
+        assert self.run_dir is not None
         return self.run_dir / "prompt.safetensors"
 
     @property
@@ -743,7 +605,7 @@ class MetaPrompt(PromptMethod):
 
         backbone = self.backbone
         assert backbone is not None
-        score = self.best_score.item()
+        score = self.keeper.score.item()
         return Prompt(
             prompt=self.best[0].detach().cpu(),
             init=self.init[0].detach().cpu(),
@@ -751,15 +613,15 @@ class MetaPrompt(PromptMethod):
             backbone=backbone.name,
             backbone_digest=backbone.digest,
             tokenizer_digest=backbone.tokenizer_digest,
-            **asdict(self.start),
+            **asdict(self.initial),
             init_seed=self.init_seed,
             order_seed=self.seed,
             learning_rate=self.learning_rate,
             batch_size=self.episodes,
-            steps=int(self.best_step),
+            steps=int(self.keeper.step),
             dev_score=score if score > -torch.inf else None,
             status="finished" if int(self.skipped_in_row) < MOST_SKIPPED else "stopped: diverged",
-            seconds=round(self.seconds.item(), 3),
+            seconds=round(self.seconds, 3),
             max_input_length=self.datamodule.max_input_length,
             task_prefix=self.datamodule.task_prefix,
             version=__version__,
@@ -768,48 +630,8 @@ class MetaPrompt(PromptMethod):
             source_set=self.source_set,
         )
 
-    # ---- checkpoints ----------------------------------------------------------------------------
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note which items the prompt is learned on, and under which weights."""
-        assert self.backbone is not None
-        checkpoint["episodes_of"] = [f"{task} {sample}" for task, sample in self.keys]
-        checkpoint["backbone_digest"] = self.backbone.digest
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the prompt of other tasks or of another backbone.
-
-        Raises:
-            ValueError: naming both sides.
-        """
-        saved = checkpoint.get("episodes_of", [])
-        own = [f"{task} {sample}" for task, sample in self.keys]
-        if saved != own:
-            raise ValueError(
-                f"the checkpoint learns from {len(saved)} items ({some(saved)}), the settings give "
-                f"{len(own)} ({some(own)}): resume with the tasks and samples of the fit"
-            )
-        self.check_backbone_of(checkpoint)
-
-    # ---- test -----------------------------------------------------------------------------------
-
-    def on_test_start(self) -> None:
-        """Adapt the learned prompt to the validation tasks, and score dev unless the fit did."""
-        self._restore_best()
-        made, _ = self.adapt(self.best)
-        self.adapted.copy_(made)
-        if self.best_dev.isnan().all():  # the learned prompt is from its file
-            dev = Evaluation(self, "dev", self.adapted)
-            with self.trainer.precision_plugin.forward_context():
-                for step in self.dev_steps():
-                    dev.add(step.to(self.device))
-            self.best_dev.copy_(dev.scores())
-        self.evaluation = Evaluation(self, "test", self.adapted)
-
-    def _restore_best(self) -> None:
-        """Read the learned prompt from its file, unless a fit or checkpoint has filled it."""
-        if int(self.best_step) >= 0:
-            return
+    def restore(self) -> None:
+        """Read the learned prompt from its file."""
         saved = load_prompt(self.prompt_path, self.backbone)
         if saved.prompt.shape != self.best[0].shape:
             raise ValueError(
@@ -817,15 +639,22 @@ class MetaPrompt(PromptMethod):
                 f"{tuple(self.best[0].shape)}: use the config of the fit"
             )
         self.best[0], self.init[0] = saved.prompt, saved.init
-        self.best_step.fill_(0 if saved.steps is None else saved.steps)
-        self.seconds.fill_(saved.seconds or 0)
+        self.keeper.step.fill_(0 if saved.steps is None else saved.steps)
+        self.seconds = saved.seconds or 0.0
+
+    def on_test_start(self) -> None:
+        """As every method's; score dev unless the fit did."""
+        super().on_test_start()
+        if self.keeper.dev.isnan().all():  # the learned prompt is from its file
+            found = self.answer_all("dev", self.evaluated, self._prefixes)
+            self.keeper.dev.copy_(found.scores())
 
     def best_prompts(self, test_scores: Tensor | None = None) -> list[Prompt]:
         """The adapted prompt of every validation run, ready to be stored."""
-        dev = self.best_dev.tolist()
+        dev = self.keeper.dev.tolist()
         return [
             self.stored_prompt(
-                run,
+                self.runs[i],
                 self.adapted[i],
                 self.best[0],
                 dev[i],
@@ -833,12 +662,32 @@ class MetaPrompt(PromptMethod):
                 start=self.role,
                 start_of=self.source_set,
                 start_seed=self.init_seed,
-                start_file=self.prompt_path.name,
+                start_file=self.prompt_path.name if self.run_dir else "",
                 order_seed=self.datamodule.order_seed,
-                steps=int(self.best_step),
+                steps=int(self.keeper.step),
             )
-            for i, run in enumerate(self.runs)
+            for i in self.evaluated
         ]
+
+    # ---- identity -------------------------------------------------------------------------------
+
+    def identity(self) -> dict[str, Any]:
+        """The items that the prompt is learned on."""
+        return {"items": [f"{task} {sample}" for task, sample in self.keys]}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As every method's, with where the prompt started."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["initial"] = asdict(self.initial)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As every method's; without a trainer the source tasks are the checkpoint's."""
+        if not self.keys:
+            items = checkpoint.get("identity", {}).get("items", [])
+            pairs = [item.rsplit(" ", 1) for item in items]
+            self.keys = [(task, int(sample)) for task, sample in pairs]
+        super().on_load_checkpoint(checkpoint)
+        self.initial = Start(**checkpoint["initial"])
 
     def digests(self) -> dict[str, Any]:
         """Digests of backbone weights, tokenizer, data files and a prompt that was read."""
@@ -858,32 +707,17 @@ class MetaPrompt(PromptMethod):
             f"{len(self.keys)} items of {len(self.source_tasks)} source tasks"
         )
 
-    def describe_fit(self, data: CrossFitDataModule, trainer: Trainer) -> str:
+    def described(self, data: PromptDataModule) -> list[str]:
         """What would be learned, on which tasks, and the rows of a step."""
-        self.prepare(data)
-        self._check_sizes(data)
         rows = f"{self.inner.steps} x {self.support_size} support rows"
         if self.algorithm != "reptile":
             rows += f" and {self.query_size} query rows"
         inner = f"{self.inner.name}, learning rate {self.inner.learning_rate:g}"
-        return "\n".join(
-            [
-                self.summary(),
-                f"source tasks: {', '.join(self.source_tasks)}",
-                f"validation tasks: {', '.join(self.validation_tasks) or 'none'}",
-                f"step: {self.episodes} episodes of {rows}",
-                f"inner loop: {'none' if self.algorithm == 'multitask' else inner}",
-                f"steps: {trainer.max_steps}, evaluation every {trainer.val_check_interval}, "
-                f"adapting by {self.adaptation.steps} steps",
-            ]
-        )
-
-
-def _weighted_by_rows(parts: list[Batch]) -> list[Batch]:
-    """Batches of the same episodes, so that the mean of their losses is that over all rows."""
-    mean = sum(map(len, parts)) / len(parts)
-    return [replace(part, weight=part.weight * (len(part) / mean)) for part in parts]
-
-
-SUPPORT_QUERY: tuple[Literal["train"], Literal["dev"]] = ("train", "dev")
-"""Support rows are drawn from train, query rows from dev."""
+        return [
+            self.summary(),
+            f"source tasks: {', '.join(self.source_tasks)}",
+            f"validation tasks: {', '.join(self.validation_tasks) or 'none'}",
+            f"step: {self.episodes} episodes of {rows}",
+            f"inner loop: {'none' if self.algorithm == 'multitask' else inner}",
+            f"adaptation: {self.adaptation.steps} steps",
+        ]

@@ -1,25 +1,20 @@
 """``VectorArithmetic``: evaluate sums of task prompt vectors as one bank.
 
 A task prompt vector is what tuning added to an initial prompt (Belanec et al. 2024, arXiv
-2408.01119). Here the sums of a study (single vectors, all pairs, every vector on every initial
-prompt, or expressions of your own) become prompts init + lambda * sum, and all of them answer side
-by side, many prompts in a forward. For each sum lambda is the value of a grid with the best mean
-dev score; test rows are answered under that one alone. Nothing is trained.
-
-Prompts are made when their turn comes, a bounded number at a time, and let go afterwards; what
-grows with the study are scores, the chosen prompts' files, and the answers to test. Left out: the
-search for a lambda beyond the grid, and one for each vector of a sum.
+2408.01119). Prompts init + lambda * sum answer side by side; for each sum lambda is the value of a
+grid with the best mean dev score. They are made when their turn comes and let go afterwards. Left
+out: a search for a lambda beyond the grid, and one for each vector of a sum.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
@@ -29,12 +24,11 @@ from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import Prefixes
 from prompt_lab.core.run import Run
 from prompt_lab.core.vectors import add_vectors, expression_name, parse_expression
-from prompt_lab.data.batches import EvaluationBatch
-from prompt_lab.data.crossfit import CrossFitDataModule
-from prompt_lab.data.files import SplitName
+from prompt_lab.data.datamodule import PromptDataModule
+from prompt_lab.data.sampling import EvaluationBatch
 from prompt_lab.files.prompts import FoundPrompt, Prompt, check_prompt
 from prompt_lab.files.results import STARTS, Start, text_table
-from prompt_lab.files.tensors import write_csv
+from prompt_lab.files.tensors import read_metadata, write_csv
 from prompt_lab.files.vectors import (
     Group,
     check_compatible,
@@ -43,8 +37,10 @@ from prompt_lab.files.vectors import (
     complete,
     find_vectors,
 )
-from prompt_lab.methods.evaluation import Evaluation
-from prompt_lab.methods.prompt_method import BackboneConfig, PromptMethod, some
+from prompt_lab.methods.checks import some
+from prompt_lab.methods.configs import as_list
+from prompt_lab.methods.evaluation import Report
+from prompt_lab.methods.method import PromptMethod
 
 Found = dict[Group, dict[str, FoundPrompt]]
 Study = Literal["singles", "pairs", "cross", "expressions"]
@@ -62,11 +58,6 @@ NO_FIT = "VectorArithmetic trains nothing: use prompt-lab test (or validate, for
 
 SCALES = "scales.csv"
 """The file of a test's folder with the dev score of every value of lambda."""
-
-SCALE_COLUMNS = (
-    *("expression", "variant", "task", "sample", "init_seed", *STARTS),
-    *("scale", "dev", "chosen"),
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,25 +89,19 @@ class VectorSum:
     scales: tuple[float, ...]
     crosses: bool = False
 
-    @property
-    def init(self) -> Tensor:
-        """The initial prompt (N, D)."""
-        if self.base is None:
-            return torch.zeros_like(next(iter(self.vectors.values())).prompt.init)
-        return self.base.prompt.init
-
     def prompt(self, scale: float) -> Tensor:
         """The prompt init + scale * sum (N, D), float32."""
         vectors = torch.stack([self.vectors[task].vector for task in self.coefficients])
-        return add_vectors(self.init, vectors, list(self.coefficients.values()), scale)
+        init = torch.zeros_like(vectors[0]) if self.base is None else self.base.prompt.init
+        return add_vectors(init, vectors, list(self.coefficients.values()), scale)
 
     @property
     def name(self) -> str:
         """A name that can be a file name, without the task and the scale."""
-        place = f"{self.variant}_{expression_name(self.coefficients)}_{self.sample}_seed{self.seed}"
-        if self.variant == "initial_prompt":
-            place = f"{self.variant}_{self.sample}_seed{self.seed}"
-        return place if not self.crosses else f"{place}_on_seed{self.init_seed}"
+        is_sum = self.variant != "initial_prompt"
+        place = f"_{expression_name(self.coefficients)}" if is_sum else ""
+        place = f"{self.variant}{place}_{self.sample}_seed{self.seed}"
+        return f"{place}_on_seed{self.init_seed}" if self.crosses else place
 
     @property
     def init_seed(self) -> int | None:
@@ -135,22 +120,10 @@ class VectorSum:
         """The tasks that choose the scale: all but those whose vector is taken away."""
         return tuple(task for task in self.tasks if self.coefficients.get(task, 0) >= 0)
 
-    @property
-    def is_tuned_prompt(self) -> bool:
-        """Whether it is one of the prompt files as it stands: init + 1 * tau (equality 9)."""
-        (source, *others) = self.vectors.values()
-        whole = list(self.coefficients.values()) == [1.0] and self.scales == (1.0,)
-        return whole and not others and self.base is source
-
 
 @dataclass(frozen=True)
 class Trial(Run):
-    """A sum at one scale, on one task.
-
-    Attributes:
-        of: the sum.
-        scale: lambda.
-    """
+    """A sum at one scale, lambda, on one task."""
 
     of: VectorSum
     scale: float
@@ -161,6 +134,13 @@ class Trial(Run):
         own = self.of.variant != "initial_prompt" and list(self.of.coefficients) == [self.task]
         return self.of.name if own else f"{self.of.name}_for_{self.task}"
 
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What tells it apart from others of its task and sample, in columns of the results."""
+        made = self.of
+        told = {"variant": made.variant, "expression": made.expression or None}
+        return told | {"init_seed": made.seed, **asdict(made.start), "scale": self.scale}
+
 
 class MadePrefixes(Prefixes):
     """The prefixes of a bank whose prompts are made some at a time.
@@ -169,56 +149,31 @@ class MadePrefixes(Prefixes):
 
     Args:
         backbone: the frozen model.
-        size: prompts of a block; block b holds the prompts from b * size on.
-        make: returns the prompts of a block, (at most size, N, D).
-    """
-
-    def __init__(self, backbone: Backbone, size: int, make: Callable[[int], Tensor]) -> None:
-        super().__init__(backbone, torch.empty(0))
-        self.size, self.make = size, make
-        self.block = -1
-
-    def of(self, used: list[int]) -> tuple[Tensor, ...]:
-        """The prefix of some prompts of one block, in the order of ``used``."""
-        block = used[0] // self.size
-        if block != self.block:
-            self.used, self.prefix, self.prompts = [], (), torch.empty(0)  # let go, then make
-            self.prompts, self.block = self.make(block), block
-        return super().of([index - block * self.size for index in used])
-
-
-class Blocks:
-    """Evaluation batches of a bank, the rows of some runs after those of others.
-
-    Args:
-        runs: number of runs.
-        size: runs of a block.
-        steps: returns the batches of some runs, by their indices.
+        places: places in the bank, in the order of the blocks.
+        size: prompts of a block.
+        make: returns the prompts of some places, (at most size, N, D).
     """
 
     def __init__(
-        self, runs: int, size: int, steps: Callable[[list[int]], Iterable[EvaluationBatch]]
+        self,
+        backbone: Backbone,
+        places: Sequence[int],
+        size: int,
+        make: Callable[[Sequence[int]], Tensor],
     ) -> None:
-        self.blocks = [range(at, min(at + size, runs)) for at in range(0, runs, size)]
-        self.steps = steps
+        super().__init__(backbone, torch.empty(0))
+        self.at = {place: at for at, place in enumerate(places)}
+        self.places, self.size, self.make, self.block = places, size, make, -1
 
-    def __iter__(self) -> Iterator[EvaluationBatch]:
-        for block in self.blocks:
-            yield from self.steps(list(block))
-
-
-class BesideNoPrompt(Evaluation):
-    """An evaluation that also scores the tasks without any prompt, where the method says so."""
-
-    def _baseline_rows(self) -> list[dict[str, Any]]:
-        """A line for each task and sample."""
-        first = {key: runs[0] for key, runs in self.members.items()}
-        scores = self._score_variant("no_prompt", list(first.values()))
-        absent = dict.fromkeys(("expression", "init_seed", *STARTS, "scale"))
-        return [
-            self._common(key, "test") | absent | {"variant": "no_prompt", "test": scores[i].item()}
-            for key, i in first.items()
-        ]
+    def of(self, used: list[int]) -> tuple[Tensor, ...]:
+        """The prefix of some prompts of one block, in the order of ``used``."""
+        block = self.at[used[0]] // self.size
+        first = block * self.size
+        if block != self.block:
+            self.used, self.prefix, self.prompts = [], (), torch.empty(0)  # let go, then make
+            self.prompts = self.make(self.places[first : first + self.size])
+            self.block = block
+        return super().of([self.at[place] - first for place in used])
 
 
 class VectorArithmetic(PromptMethod):
@@ -246,21 +201,14 @@ class VectorArithmetic(PromptMethod):
             ``prompt-lab interpret --transfer``.
         scales: values of lambda, 0 to 1; null for 0.05, 0.1, ... 1 where sums are of several
             vectors or given as expressions, and for 1 in ``singles`` and ``cross``.
-        backbone: which frozen model.
-        tokens_per_forward: most padded tokens of one forward pass; bounds memory, not results; null
-            for 2048 on a CPU and 16384 on a GPU.
-        decoding: ``score`` chooses among the labels of tasks that have them by log-likelihood, and
-            generates other answers; ``generate`` generates all answers.
-        num_beams: beams of generated answers; 1 is greedy.
-        max_new_tokens: longest generated answer; null for the longest answer in train and dev.
-        metric_variant: ``crossfit`` computes metrics as CrossFit does, ``corrected`` without traps.
+        kwargs: the arguments of :class:`PromptMethod`.
 
-    Attributes:
-        prompts_at_once: most prompts that are held at a time.
     """
 
     prompts_at_once: int = 128
     trains = False
+    prompt_baselines = ("no_prompt",)
+    guess_baselines = False
 
     def __init__(
         self,
@@ -269,90 +217,120 @@ class VectorArithmetic(PromptMethod):
         expressions: list[str] = [],  # noqa: B006 - read only
         evaluate_on: Literal["named", "all"] = "named",
         scales: list[float] | None = None,
-        backbone: BackboneConfig = BackboneConfig(),  # noqa: B008
-        tokens_per_forward: int | None = None,
-        decoding: Literal["score", "generate"] = "score",
-        num_beams: int = 1,
-        max_new_tokens: int | None = None,
-        metric_variant: Literal["crossfit", "corrected"] = "crossfit",
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            backbone, tokens_per_forward, decoding, num_beams, max_new_tokens, metric_variant
-        )
-        self.save_hyperparameters(logger=False)
-        self.simplify_settings()
-        self.folders = prompts if isinstance(prompts, list) else [prompts]
+        super().__init__(**kwargs)
+        self.folders = as_list(prompts)
         self.study, self.evaluate_on = study, evaluate_on
         self.test_baselines = evaluate_on == "all"
-        self.expressions = _expressions(study, expressions)
+        if bool(expressions) != (study == "expressions"):
+            raise ValueError(
+                f"model.study is {study} and model.expressions has {len(expressions)} expressions: "
+                "give expressions with study expressions, and with it only"
+            )
         if evaluate_on == "all" and study != "expressions":
             raise ValueError(f"model.evaluate_on all goes with study expressions, not {study}")
-        self.scales = _scales(study, scales)
+        self.expressions: dict[str, dict[str, float]] = {}
+        for text in expressions:
+            factors = parse_expression(text)
+            if same := [other for other, own in self.expressions.items() if own == factors]:
+                raise ValueError(
+                    f"expressions {same[0]!r} and {text!r} are the same: leave one out"
+                )
+            self.expressions[" ".join(text.split())] = factors
+        if scales is None:
+            scales = [1.0] if study in ("singles", "cross") else list(GRID)
+        if not scales or len(set(scales)) < len(scales) or not all(0 <= x <= 1 for x in scales):
+            raise ValueError(
+                f"model.scales is {scales}: give distinct numbers from 0 (the bare initial "
+                "prompt) to 1; larger factors go into an expression, such as '2 * qnli'"
+            )
+        self.scales = tuple(sorted(map(float, scales)))
         self.trials: list[Trial] = []
-        self.dev: list[float] = []
+        self.dev: dict[int, float] = {}
         self._sources: list[FoundPrompt] = []
 
     # ---- set-up ---------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Load the backbone, the data and the prompts, once.
-
-        Raises:
-            ValueError: ``fit``, or a run folder that holds the tuned prompts.
-        """
+        """As every method's; refuse a fit, and the folder of the tuned prompts."""
         if stage == "fit":
             raise ValueError(NO_FIT)
-        self.check_trainer()
-        own = self.run_dir.resolve()
-        if own in [place for name in self.folders for place in _places(Path(name))]:
-            raise ValueError(
-                f"--run_dir {self.run_dir} holds the tuned prompts, whose results would be "
-                "overwritten: give another folder"
-            )
-        self.prepare(self.datamodule)
+        super().setup(stage)
+        own = self.run_dir and self.run_dir.resolve()
+        for place in (Path(name).resolve() for name in self.folders):
+            folder = place.parent if place.is_file() else place
+            is_part = folder.name in ("prompts", "checkpoints")  # of the folder of a fit
+            if own == folder or (is_part and own == folder.parent):
+                raise ValueError(
+                    f"--run_dir {self.run_dir} holds the tuned prompts, whose results would be "
+                    "overwritten: give another folder"
+                )
 
-    def prepare(self, data: CrossFitDataModule) -> None:
-        """As :meth:`setup`, without a trainer.
+    def make_runs(self, data: PromptDataModule) -> list[Run]:
+        """Every sum at every scale on every task; rows of a task come together.
 
         Raises:
             FileNotFoundError: a store that is not there.
             ValueError: prompts that are missing, do not combine or belong to another backbone; or
                 expressions and tasks that do not go together.
         """
-        self.load_backbone(data)
-        if self.trials:
-            return
-        found = self._found(data)
-        sums = list(self._sums(data, found))
-        sums = [*self._baselines(sums, found), *_beside_single(sums)]
-        places = [(task, sample) for task in data.tasks for sample in data.samples]
-        self.trials = [
-            Trial(*place, made.seed, math.nan, 0, made, scale)
-            for place in places  # rows of a task come together
-            for made in sums
-            if made.sample == place[1] and place[0] in made.tasks
-            for scale in made.scales
-        ]
-        self.runs = list(self.trials)
-        _check_names(sums)
-        self._warn_of_settings(data)
-        self._warn_of_classes(data, dict.fromkeys((t.task, t.sample) for t in self.trials))
-
-    def _found(self, data: CrossFitDataModule) -> Found:
-        """The files of the samples of the data."""
-        found = find_vectors(self.folders)
-        own = {group: files for group, files in found.items() if group[0] in data.samples}
-        own = {group: files for group, files in own.items() if group[1] is not None}
-        absent = [str(n) for n in data.samples if n not in {sample for sample, _ in own}]
+        found = {
+            group: files
+            for group, files in find_vectors(self.folders).items()
+            if group[0] in data.samples and group[1] is not None
+        }
+        absent = [str(n) for n in data.samples if n not in {sample for sample, _ in found}]
         if absent:
             raise ValueError(
                 f"no tuned prompt of sample {', '.join(absent)} in {', '.join(self.folders)}: tune "
                 "them first, or leave the sample out of data.samples"
             )
-        return own
+        asked = list(self._sums(data, found))
+        sums = list(self._baselines(asked, found))
+        for made in asked:
+            is_tuned = list(made.coefficients.values()) == [1.0] and made.scales == (1.0,)
+            if is_tuned and made.base in made.vectors.values():  # equality 9: init + 1 * tau
+                others = tuple(task for task in made.tasks if task not in made.coefficients)
+                made = replace(made, tasks=others)  # on its own task it is listed as single
+            sums.append(made)
+        known: dict[tuple[str, str], VectorSum] = {}
+        for made in sums:
+            for other in (known.setdefault((made.name, task), made) for task in made.tasks):
+                if other is not made:
+                    raise ValueError(
+                        f"{other.expression!r} and {made.expression!r} have the same name, "
+                        f"{made.name}: leave one out"
+                    )
+        self.trials = [
+            Trial(*place, made.seed, math.nan, 0, made, scale)
+            for place in data.keys
+            for made in sums
+            if made.sample == place[1] and place[0] in made.tasks
+            for scale in made.scales
+        ]
+        self._warn(data)
+        return list(self.trials)
+
+    def build(self, backbone: Backbone, runs: Sequence[Run]) -> None:
+        """Make nothing: prompts are made when their turn comes."""
+
+    def take(self, data: PromptDataModule, fitting: bool = True, anew: bool | None = None) -> None:
+        """As every method's; other data bring other sums."""
+        self.is_built = False
+        super().take(data, fitting=False, anew=False)
+
+    def draw(self, data: PromptDataModule) -> None:
+        """Nothing is trained."""
+
+    def kept(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def restore_best(self) -> None:
+        """Nothing: the prompts are those of the files."""
 
     def _source(self, found: FoundPrompt) -> FoundPrompt:
-        """A prompt, read once, that goes with the backbone and all others."""
         if found not in self._sources:
             assert self.backbone is not None
             prompt = found.prompt
@@ -366,46 +344,48 @@ class VectorArithmetic(PromptMethod):
 
     # ---- the sums of a study --------------------------------------------------------------------
 
-    def _sums(self, data: CrossFitDataModule, found: Found) -> Iterator[VectorSum]:
-        """The sums of the study, without what they are compared with."""
-        if self.study == "cross":
-            for task in data.tasks:
-                yield from self._crossed(task, data, found)
-            return
-        for expression, coefficients in self._asked(data).items():
-            tasks = self._evaluated(expression, coefficients, data)
-            for (sample, seed), files in self._groups(list(coefficients), data, found):
-                vectors = {task: self._source(path) for task, path in files.items()}
-                advice = "tune them from one, such as model.init.name vocab, or use vectors apply"
-                base = common_init(list(vectors.values()), advice)
-                made = VectorSum(
-                    *("vectors", expression, coefficients, vectors, base, sample, seed),
-                    *(tasks, self.scales),
-                )
-                if len(self.scales) > 1 and not made.counted:
-                    raise ValueError(
-                        f"expression {expression!r} takes away the vector of every task that it is "
-                        "evaluated on, so none can choose lambda: give one number in "
-                        "model.scales, or further data.tasks"
-                    )
-                yield made
-
-    def _asked(self, data: CrossFitDataModule) -> dict[str, dict[str, float]]:
-        """The coefficients of every expression of the study."""
-        if self.study == "expressions":
-            return self.expressions
-        sets = combinations(data.tasks, 1 if self.study == "singles" else 2)
+    def _sums(self, data: PromptDataModule, found: Found) -> Iterator[VectorSum]:
         if self.study == "pairs" and len(data.tasks) < 2:
             raise ValueError("study pairs needs at least two data.tasks")
-        return {" + ".join(map(_written, tasks)): dict.fromkeys(tasks, 1.0) for tasks in sets}
+        asked, crosses = self.expressions, self.study == "cross"
+        if self.study != "expressions":
+            sets = combinations(data.tasks, 2 if self.study == "pairs" else 1)
+            asked = {" + ".join(map(_written, own)): dict.fromkeys(own, 1.0) for own in sets}
+        for expression, factors in asked.items():
+            tasks = self._evaluated(expression, factors, data)
+            groups = self._groups(list(factors), data, found)
+            for sample, seed, vectors in groups:
+                if crosses:
+                    bases = [own[tasks[0]] for other, _, own in groups if other == sample]
+                    if all(bases[0].prompt.init.equal(one.prompt.init) for one in bases):
+                        raise ValueError(
+                            f"study cross: the prompts of {expression} sample {sample} start from "
+                            "one initial prompt: tune some with several model.init_seed"
+                        )
+                else:
+                    advice = "tune them from one, such as model.init.name vocab, or use vectors"
+                    bases = [common_init(list(vectors.values()), f"{advice} apply")]
+                place = (expression, factors, vectors)
+                for base in bases:
+                    made = VectorSum(
+                        *("vectors", *place, base, sample, seed, tasks, self.scales, crosses)
+                    )
+                    if len(self.scales) > 1 and not made.counted:
+                        raise ValueError(
+                            f"expression {expression!r} takes away the vector of every task that "
+                            "it is evaluated on, so none can choose lambda: give one number in "
+                            "model.scales, or further data.tasks"
+                        )
+                    yield made
+                if crosses:
+                    yield VectorSum("vector_alone", *place, None, sample, seed, tasks, (1.0,))
 
     def _evaluated(
-        self, expression: str, coefficients: Mapping[str, float], data: CrossFitDataModule
+        self, expression: str, factors: Mapping[str, float], data: PromptDataModule
     ) -> tuple[str, ...]:
-        """The tasks that an expression is evaluated on."""
         if self.evaluate_on == "all":
             return tuple(data.tasks)
-        added = [task for task, factor in coefficients.items() if factor > 0]
+        added = tuple(task for task, factor in factors.items() if factor > 0)
         if not added:
             raise ValueError(
                 f"expression {expression!r} adds no vector, so it names no task to be evaluated "
@@ -417,12 +397,12 @@ class VectorArithmetic(PromptMethod):
                 f"expression {expression!r} is evaluated on {', '.join(strange)}, which data.tasks "
                 "has not: add them there, or set model.evaluate_on to all"
             )
-        return tuple(added)
+        return added
 
     def _groups(
-        self, names: list[str], data: CrossFitDataModule, found: Found
-    ) -> Iterator[tuple[tuple[int, int], dict[str, FoundPrompt]]]:
-        """Sample, seed and files of some tasks, wherever all of them have a prompt."""
+        self, names: list[str], data: PromptDataModule, found: Found
+    ) -> list[tuple[int, int, dict[str, FoundPrompt]]]:
+        """Sample, seed and prompts of some tasks, wherever all of them have one."""
         groups, left_out = complete(found, names, self.folders)
         absent = [str(n) for n in data.samples if n not in {sample for sample, _ in groups}]
         if absent:
@@ -432,32 +412,11 @@ class VectorArithmetic(PromptMethod):
             )
         if left_out:
             self.warn_once(f"left out {names}", f"left out: {left_out}")
-        for (sample, seed), files in groups.items():
-            assert sample is not None
-            assert seed is not None
-            yield (sample, seed), files
-
-    def _crossed(self, task: str, data: CrossFitDataModule, found: Found) -> Iterator[VectorSum]:
-        """A task's vectors on every initial prompt of their sample, and alone."""
-        own: dict[int, dict[int, FoundPrompt]] = {sample: {} for sample in data.samples}
-        for (sample, seed), files in self._groups([task], data, found):
-            own[sample][seed] = self._source(files[task])
-        for sample, by_seed in own.items():
-            inits = [source.prompt.init for source in by_seed.values()]
-            if all(inits[0].equal(other) for other in inits):
-                raise ValueError(
-                    f"study cross: the prompts of {task} sample {sample} start from one initial "
-                    "prompt: tune some with several model.init_seed"
-                )
-            for seed, source in by_seed.items():
-                parts = (_written(task), {task: 1.0}, {task: source})
-                alone = ((task,), (1.0,))
-                for base in by_seed.values():
-                    yield VectorSum(
-                        *("vectors", *parts, base, sample, seed, (task,), self.scales),
-                        crosses=True,
-                    )
-                yield VectorSum("vector_alone", *parts, None, sample, seed, *alone)
+        return [
+            (sample, seed, {task: self._source(one) for task, one in files.items()})
+            for (sample, seed), files in groups.items()
+            if sample is not None and seed is not None
+        ]
 
     def _baselines(self, sums: Sequence[VectorSum], found: Found) -> Iterator[VectorSum]:
         """The initial prompts, and the tuned prompts of the tasks, that the sums compare with."""
@@ -475,10 +434,8 @@ class VectorArithmetic(PromptMethod):
             if path is not None:
                 yield VectorSum("single", _written(task), *parts, (1.0,))
 
-    # ---- warnings -------------------------------------------------------------------------------
-
-    def _warn_of_settings(self, data: CrossFitDataModule) -> None:
-        """Warn of prompts that were tuned on rows of another form."""
+    def _warn(self, data: PromptDataModule) -> None:
+        """Tell of prompts tuned on rows of another form, and of dev rows that lack classes."""
         for name in ("task_prefix", "max_input_length"):
             own, seen = getattr(data, name), [one.prompt for one in self._sources]
             other = [prompt for prompt in seen if getattr(prompt, name) not in (own, None)]
@@ -488,10 +445,7 @@ class VectorArithmetic(PromptMethod):
                     f"data.{name} is {own}, but it was {getattr(other[0], name)} when "
                     f"{some([prompt.name for prompt in other])} were tuned",
                 )
-
-    def _warn_of_classes(self, data: CrossFitDataModule, keys: Iterable[tuple[str, int]]) -> None:
-        """Warn of dev sets without rows of every class, on which scores say little of lambda."""
-        for task, sample in keys:
+        for task, sample in dict.fromkeys((trial.task, trial.sample) for trial in self.trials):
             given = {answers[0] for answers in data.splits[task, sample]["dev"].references}
             missing = [label for label in data.tasks[task].labels or () if label not in given]
             if missing:
@@ -510,21 +464,10 @@ class VectorArithmetic(PromptMethod):
     def configure_optimizers(self) -> None:
         """No optimizer."""
 
-    def _steps(self, split: SplitName) -> Blocks:
-        """Rows of a split under all runs, a block of runs after the other."""
-        return Blocks(
-            len(self.runs),
-            self.prompts_at_once,
-            lambda runs: self.evaluation_steps(split, lambda: runs),
-        )
-
-    def _evaluation(self, split: SplitName) -> Evaluation:
-        """An evaluation of all runs, whose prompts are made block by block."""
+    def prefixes(self, current: bool) -> MadePrefixes:
+        """The prompts of the runs to evaluate, made block by block."""
         assert self.backbone is not None
-        size = self.prompts_at_once
-        return BesideNoPrompt(
-            self, split, MadePrefixes(self.backbone, size, lambda block: self._made(block, size))
-        )
+        return MadePrefixes(self.backbone, self.evaluated, self.prompts_at_once, self._made)
 
     @property
     def init(self) -> Tensor:
@@ -532,88 +475,69 @@ class VectorArithmetic(PromptMethod):
         assert self.backbone is not None
         return torch.empty(len(self.runs), 0, self.backbone.hidden_size, device=self.device)
 
-    def _made(self, block: int, size: int) -> Tensor:
-        """The prompts of a block of runs, (at most size, N, D)."""
-        trials = self._current[block * size : (block + 1) * size]
+    def _made(self, places: Sequence[int]) -> Tensor:
+        trials = [self.trials[place] for place in places]
         return torch.stack([trial.of.prompt(trial.scale) for trial in trials]).to(self.device)
 
-    @property
-    def _current(self) -> list[Trial]:
-        """The runs, which are trials."""
-        return cast("list[Trial]", self.runs)
-
-    def dev_steps(self) -> Blocks:
-        """Dev rows under every sum at every scale."""
-        self.runs = list(self.trials)
-        return self._steps("dev")
-
-    def test_steps(self) -> Blocks:
-        """Choose the scales on dev; then test rows under the chosen ones."""
-        self._search()
-        return self._steps("test")
-
-    @torch.no_grad()
-    def _search(self) -> None:
-        """Answer dev under every sum at every scale, and choose; in the precision of the test."""
-        steps = self.dev_steps()
-        self.evaluation = self._evaluation("dev")
-        blocks, quiet = len(steps.blocks), not self.trainer.is_global_zero
-        for number, block in enumerate(steps.blocks):
-            if not quiet and number * 10 // blocks != (number - 1) * 10 // blocks:
-                print(f"dev: {block.start} of {len(self.runs)} prompts", flush=True)
-            with self.trainer.precision_plugin.forward_context():
-                for step in steps.steps(list(block)):
-                    self._answer_dev(step.to(self.device))
-        self._choose(self.evaluation.scores())
-
-    def _answer_dev(self, step: EvaluationBatch) -> None:
-        """Answer dev rows; the scores stay, the answers of all scales would be too many to keep."""
-        self.evaluation.add(step)
-        self.evaluation.predictions.clear()
-
     def on_validation_start(self) -> None:
-        """Begin the evaluation on dev."""
-        self.evaluation = self._evaluation("dev")
+        """Begin the evaluation on dev, of every sum at every scale."""
+        self.evaluated = list(range(len(self.trials)))
+        super().on_validation_start()
 
     def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
-        """Answer a batch of dev rows."""
-        self._answer_dev(batch)
+        """Answer dev rows; the scores stay, the answers of all scales would be too many to keep."""
+        self.evaluation.add(batch, self.answer(self._prefixes, batch), keep=False)
 
     def on_validation_epoch_end(self) -> None:
         """Choose the scales and show their dev scores."""
-        self._choose(self.evaluation.scores())
-        self.evaluation.report(torch.tensor(self.dev, dtype=torch.float64), "validate")
+        scores = self.evaluation.scores()
+        self._choose(scores)
+        Report(self, self.evaluation, "validate").write(scores)
 
     def on_test_start(self) -> None:
-        """Begin the evaluation on test."""
-        self.evaluation = self._evaluation("test")
+        """Choose the scales on dev, in the precision of the test; then begin the test."""
+        self.evaluated = list(range(len(self.trials)))
+        made = self.answer_all("dev", self.evaluated, self.prefixes(current=False), keep=False)
+        self._choose(made.scores())
+        super().on_test_start()
 
     def _choose(self, scores: Tensor) -> None:
-        """Keep the trials of each sum's best scale, and write the scores of all."""
-        dev = dict(zip(self.trials, scores.tolist(), strict=True))
-        by_sum: dict[VectorSum, dict[float, dict[str, float]]] = {}
-        for trial, score in dev.items():
-            of_scale = by_sum.setdefault(trial.of, {}).setdefault(trial.scale, {})
-            of_scale[trial.task] = score
+        """Evaluate the best scale of each sum from here on, and write the scores of all."""
+        dev = scores.tolist()
+        by_sum: dict[VectorSum, dict[float, list[float]]] = {}
+        for trial, score in zip(self.trials, dev, strict=True):
+            if trial.task in (trial.of.counted or trial.of.tasks):
+                by_sum.setdefault(trial.of, {}).setdefault(trial.scale, []).append(score)
         best = {
-            made: best_scale({scale: _mean(made, found) for scale, found in by_scale.items()})
-            for made, by_scale in by_sum.items()
+            made: best_scale({scale: statistics.fmean(found) for scale, found in own.items()})
+            for made, own in by_sum.items()
         }
-        chosen = [trial for trial in self.trials if trial.scale == best[trial.of]]
-        self.runs, self.dev = list(chosen), [dev[trial] for trial in chosen]
-        if self.trainer.is_global_zero:
+        self.evaluated = [i for i, t in enumerate(self.trials) if t.scale == best[t.of]]
+        self.dev = {i: dev[i] for i in self.evaluated}
+        if self.trainer.is_global_zero and self.run_dir:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            place = ("expression", "variant", "task", "sample", "init_seed", *STARTS, "scale")
             rows = (
-                {**_place(t), "task": t.task, "sample": t.sample, "dev": score}
+                {**t.columns, "task": t.task, "sample": t.sample, "dev": score}
                 | {"chosen": t.scale == best[t.of]}
-                for t, score in dev.items()
+                for t, score in zip(self.trials, dev, strict=True)
             )
-            write_csv(self.run_dir / SCALES, SCALE_COLUMNS, rows)
+            write_csv(self.run_dir / SCALES, (*place, "dev", "chosen"), rows)
 
     # ---- results --------------------------------------------------------------------------------
 
+    def report_test(self, scores: Tensor) -> None:
+        """As every method's; the prompts of an earlier study in the folder go."""
+        if self.trainer.is_global_zero and self.run_dir:
+            for path in (self.run_dir / "prompts").glob("*.safetensors"):
+                if read_metadata(path, "prompt").get("role") == "sum":
+                    path.unlink()
+        super().report_test(scores)
+
     def best_prompts(self, test_scores: Tensor | None = None) -> Iterator[Prompt]:
         """The chosen prompts, one for each sum and task, made one after another."""
-        for i, trial in enumerate(self._current):
+        for i in self.evaluated:
+            trial = self.trials[i]
             made = trial.of
             yield combine(
                 trial.name,
@@ -635,7 +559,7 @@ class VectorArithmetic(PromptMethod):
     def result_facts(self, run: int) -> dict[str, Any]:
         """What the results say of a chosen sum; how its vectors were tuned is in their files."""
         absent = dict.fromkeys(("learning_rate", "batch_size", "order_seed"))
-        return absent | _place(self._current[run])
+        return absent | self.trials[run].columns | {"run": self.evaluated.index(run)}
 
     def digests(self) -> dict[str, Any]:
         """Digests of backbone weights, tokenizer, data files and prompt files."""
@@ -647,20 +571,19 @@ class VectorArithmetic(PromptMethod):
         sums = len({trial.of for trial in self.trials})
         return f"{sums} prompts of {self.num_virtual_tokens} virtual tokens"
 
-    def describe_fit(self, data: CrossFitDataModule, trainer: Trainer) -> str:
+    def describe_fit(self, data: PromptDataModule, trainer: Trainer) -> str:
         """What ``test`` would evaluate."""
-        self.prepare(data)
+        self.look(data, trainer)
         lines = ["nothing is trained; prompt-lab test evaluates:"]
         for variant in dict.fromkeys(trial.of.variant for trial in self.trials):
-            own = [trial for trial in self.trials if trial.of.variant == variant]
-            sums = {trial.of for trial in own}
-            scales = max(len(made.scales) for made in sums)
+            own = [trial.of for trial in self.trials if trial.of.variant == variant]
+            sums = set(own)
             lines.append(
-                f"{variant}: {len(sums)} x {scales} values of lambda, {len(own)} prompts on dev "
-                f"and {sum(len(made.tasks) for made in sums)} on test"
+                f"{variant}: {len(sums)} x {max(len(made.scales) for made in sums)} values of "
+                f"lambda, {len(own)} prompts on dev and {sum(len(made.tasks) for made in sums)} on "
+                "test"
             )
-        lines.append(f"at most {self.prompts_at_once} prompts in memory at a time")
-        return "\n".join(lines)
+        return "\n".join([*lines, f"at most {self.prompts_at_once} prompts in memory at a time"])
 
     def score_table(self, rows: list[dict[str, Any]]) -> str:
         """A line for each variant, expression and task, over samples and seeds.
@@ -668,31 +591,25 @@ class VectorArithmetic(PromptMethod):
         ``of single`` is the mean score over that of the task's tuned prompts of the same samples
         and seeds (single-task performance kept).
         """
-        place = {row["expression"]: -at for at, row in enumerate(reversed(rows))}  # the first
-        groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-        for row in sorted(
-            rows, key=lambda row: (VARIANTS.index(row["variant"]), place[row["expression"]])
-        ):
-            key = (row["expression"] or "-", row["variant"], row["task"])
-            groups.setdefault(key, []).append(row)
-        single = {
-            (row["task"], row["sample"], row["init_seed"]): row["test"]
-            for row in rows
-            if row["variant"] == "single"
-        }
-        head = ("expression", "variant", "task", "metric", "score", "of single", "scale", "prompts")
-        lines: list[tuple[str, ...]] = []
-        for (expression, variant, task), own in groups.items():
-            paired = [single.get((task, row["sample"], row["init_seed"])) for row in own]
-            scores = [row["test"] for row in own]
-            lines.append(
-                (
-                    *(expression, variant, task, own[0]["metric"], _spread(scores)),
-                    *(_kept(scores, paired), _mean_scale(own)),
-                    str(len(own)),
-                )
-            )
-        return text_table(head, lines)
+        import pandas as pd
+
+        frame: Any = pd.DataFrame(rows)
+        frame["expression"] = frame["expression"].fillna("-")
+        frame["order"] = pd.factorize(frame["expression"])[0]
+        frame["kind"] = frame["variant"].map(VARIANTS.index)
+        frame = frame.sort_values(["kind", "order"], kind="stable")
+        place = ["task", "sample", "init_seed"]
+        single = frame[frame["variant"] == "single"].set_index(place)["test"]
+        frame["single"] = single.reindex(pd.MultiIndex.from_frame(frame[place])).to_numpy()
+        lines, keys = [], ["expression", "variant", "task", "metric"]
+        for key, own in frame.astype({"test": float}).groupby(keys, sort=False):
+            test, of_single, scale = own["test"], own["single"].mean(skipna=False), own["scale"]
+            spread = f" ± {test.std():.3f}" if test.count() > 1 else ""
+            score = f"{test.mean():.3f}{spread}" if test.count() else "-"
+            kept = f"{test.mean(skipna=False) / of_single:.3f}" if of_single > 0 else "-"
+            mean_scale = f"{scale.mean():.3g}" if scale.count() else "-"
+            lines.append((*key, score, kept, mean_scale, str(len(own))))
+        return text_table((*keys, "score", "of single", "scale", "prompts"), lines)
 
 
 def best_scale(means: Mapping[float, float]) -> float:
@@ -713,55 +630,6 @@ def best_scale(means: Mapping[float, float]) -> float:
     return best
 
 
-def _mean(made: VectorSum, found: Mapping[str, float]) -> float:
-    """The mean dev score over the tasks that count; over all where there is no choice."""
-    return statistics.fmean(found[task] for task in made.counted or made.tasks)
-
-
-def _place(trial: Trial) -> dict[str, Any]:
-    """What tells a trial apart from others of its task and sample, in columns of the results."""
-    made = trial.of
-    return {
-        "variant": made.variant,
-        "expression": made.expression or None,
-        "init_seed": made.seed,
-        **asdict(made.start),
-        "scale": trial.scale,
-    }
-
-
-def _spread(scores: Sequence[float]) -> str:
-    """Mean and standard deviation (ddof 1) of scores that are numbers."""
-    known = [score for score in scores if score == score]
-    if not known:
-        return "-"
-    spread = f" ± {statistics.stdev(known):.3f}" if len(known) > 1 else ""
-    return f"{statistics.fmean(known):.3f}{spread}"
-
-
-def _kept(scores: Sequence[float], single: Sequence[float | None]) -> str:
-    """Mean score over that of the tuned prompts; ``-`` where one is missing or not above 0."""
-    reference = statistics.fmean(math.nan if own is None else own for own in single)
-    return f"{statistics.fmean(scores) / reference:.3f}" if reference > 0 else "-"
-
-
-def _mean_scale(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Mean scale of some lines; ``-`` for no prompt."""
-    scales = [row["scale"] for row in rows if row["scale"] is not None]
-    return f"{statistics.fmean(scales):.3g}" if scales else "-"
-
-
-def _beside_single(sums: Iterable[VectorSum]) -> Iterator[VectorSum]:
-    """The sums, those that are a tuned prompt only on other tasks than its own."""
-    for made in sums:
-        if not made.is_tuned_prompt:
-            yield made
-            continue
-        others = tuple(task for task in made.tasks if task not in made.coefficients)
-        if others:
-            yield replace(made, tasks=others)
-
-
 def _written(task: str) -> str:
     """A task's name as an expression, in quotes where it needs them."""
     try:
@@ -769,66 +637,3 @@ def _written(task: str) -> str:
     except ValueError:
         plain = False
     return task if plain else f"'{task}'"
-
-
-def _places(place: Path) -> list[Path]:
-    """The folder of a place of prompts, and the folder of the fit that it belongs to."""
-    place = place.resolve()
-    folder = place.parent if place.is_file() else place
-    return [folder, folder.parent] if folder.name in ("prompts", "checkpoints") else [folder]
-
-
-def _expressions(study: Study, expressions: Sequence[str]) -> dict[str, dict[str, float]]:
-    """The coefficients of each expression.
-
-    Raises:
-        ValueError: expressions without their study or the other way round, one that cannot be read,
-            or two that are the same sum.
-    """
-    if bool(expressions) != (study == "expressions"):
-        raise ValueError(
-            f"model.study is {study} and model.expressions has {len(expressions)} expressions: "
-            "give expressions with study expressions, and with it only"
-        )
-    found: dict[str, dict[str, float]] = {}
-    for text in expressions:
-        coefficients = parse_expression(text)
-        for other, known in found.items():
-            if known == coefficients:
-                raise ValueError(f"expressions {other!r} and {text!r} are the same: leave one out")
-        found[" ".join(text.split())] = coefficients
-    return found
-
-
-def _scales(study: Study, scales: Sequence[float] | None) -> tuple[float, ...]:
-    """The values of lambda, rising.
-
-    Raises:
-        ValueError: none, one out of its range, or one twice.
-    """
-    if scales is None:
-        return (1.0,) if study in ("singles", "cross") else GRID
-    wrong = [scale for scale in scales if not 0 <= scale <= 1]
-    if wrong or not scales or len(set(scales)) < len(scales):
-        raise ValueError(
-            f"model.scales is {list(scales)}: give distinct numbers from 0 (the bare initial "
-            "prompt) to 1; larger factors go into an expression, such as '2 * qnli'"
-        )
-    return tuple(sorted(float(scale) for scale in scales))
-
-
-def _check_names(sums: Sequence[VectorSum]) -> None:
-    """Refuse sums whose prompts would have one file.
-
-    Raises:
-        ValueError: naming both.
-    """
-    known: dict[tuple[str, str], VectorSum] = {}
-    for made in sums:
-        for task in made.tasks:
-            other = known.setdefault((made.name, task), made)
-            if other is not made:
-                raise ValueError(
-                    f"{other.expression!r} and {made.expression!r} have the same name, {made.name}:"
-                    " leave one out"
-                )

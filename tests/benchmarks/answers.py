@@ -44,7 +44,7 @@ from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import Prefixes
 from prompt_lab.core.batch import default_tokens_per_forward
 from prompt_lab.core.run import Run
-from prompt_lab.data.batches import EvaluationSteps, Layout, Rows
+from prompt_lab.data.sampling import EvaluationSteps, Layout, Rows
 from prompt_lab.data.tasks import Task
 
 LABELS = {

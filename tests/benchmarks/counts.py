@@ -17,7 +17,7 @@ from pairs import Settings
 from steps import Result
 
 from prompt_lab.core.batch import Batch, make_batch, micro_batches
-from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.methods.prompt_tuning import PromptTuning
 
 MEDIANS = (12, 18, 25, 35, 50, 70, 90, 110)  # tokens of an input, by task
@@ -122,6 +122,7 @@ def _fit(folder: Path, runs: int, count: int) -> PromptTuning:
     grid: dict[str, Any] = {"init_seed": list(range(runs // min(runs, 4)))}
     grid["learning_rate"] = [0.3, 0.1, 0.03, 0.01][:runs]
     method = PromptTuning(num_virtual_tokens=count, batch_size=2, **grid)
+    method.run_dir = folder
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=-1,

@@ -26,9 +26,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from prompt_lab.core.backbone import Backbone
-from prompt_lab.data.batches import Rows
-from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.data.files import SPLITS
+from prompt_lab.data.sampling import Rows
 
 TASKS, SAMPLES = 120, [100, 13, 21, 42, 87]
 TEST_ROWS, WORDS = 500, 8000
@@ -95,7 +95,7 @@ def load(backbone: Backbone, root: Path, keys: Keys) -> Loaded:
     data.setup()
     data.connect(backbone)
     return {
-        (task, sample, split): data.rows(task, sample, split)
+        (task, sample, split): data.tokens(task, sample, split)
         for task in tasks
         for sample in samples
         for split in SPLITS

@@ -23,7 +23,7 @@ from steps import Result, virtual_tokens
 
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import bank_gradient, with_gradient
-from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.methods.prompt_tuning import PromptTuning
 
 T5_SMALL = Size(6, 512, 8, feed_forward=2048)
@@ -98,9 +98,7 @@ class BareSteps(Callback):
         self.optimizer = method.optim_config.build(
             [self.prompt], rates, self.active, trainer.max_steps
         )
-        self.rows = method.datamodule.train_steps(
-            method.runs, trainer.max_steps, lambda: 0, method.live, 0, 1
-        )
+        self.draw = method.draw(method.datamodule)
         self.done = 0
         self.start = time.perf_counter()
 
@@ -118,7 +116,7 @@ class BareSteps(Callback):
         """A block of bare steps, with the arithmetic of ``training_step``."""
         assert method.backbone is not None
         for _ in range(self.block):
-            batch = self.rows.batch(self.done, [0]).to(self.device)
+            batch = self.draw.batch(self.done, [0]).to(self.device)
             losses, gradient = bank_gradient(
                 method.backbone, self.prompt, batch, method.tokens_per_forward
             )

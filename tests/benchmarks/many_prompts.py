@@ -42,8 +42,8 @@ from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import Prefixes, renumber
 from prompt_lab.core.batch import default_tokens_per_forward
 from prompt_lab.core.run import Run
-from prompt_lab.data.batches import EvaluationBatch, EvaluationSteps, Layout, Rows
-from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.data.datamodule import CrossFitDataModule
+from prompt_lab.data.sampling import EvaluationBatch, EvaluationSteps, Layout, Rows
 from prompt_lab.data.tasks import Task
 
 TOKENS = 20  # N, but on CUDA as in the papers
@@ -161,7 +161,7 @@ def studies(settings: Settings) -> Iterator[Study]:
     data = CrossFitDataModule([SANDBOX_TASK], samples=[SAMPLE])
     data.setup()
     data.connect(backbone)
-    rows = data.rows(SANDBOX_TASK, SAMPLE, "test")
+    rows = data.tokens(SANDBOX_TASK, SAMPLE, "test")
     rows = replace(rows, inputs=rows.inputs[:size])
     yield Study("sandbox", backbone, make_prompts(backbone, count, TOKENS), rows)
 

@@ -31,7 +31,7 @@ from pairs import Settings, in_own_process, machine
 from steps import our_side
 
 from prompt_lab.core.optim import OptimConfig
-from prompt_lab.methods.dry_run import saved_bytes
+from prompt_lab.methods.look import saved_bytes
 
 MODELS = {
     "t5-small": ("t5", Size(6, 512, 8)),

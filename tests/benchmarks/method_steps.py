@@ -23,7 +23,7 @@ from prompt_lab.core.adapters import AdapterLayout
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.meta_gradient import InnerConfig
 from prompt_lab.core.subspace import AdapterMap
-from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.files.prompts import Prompt, PromptStore
 from prompt_lab.files.tensors import save_network
 from prompt_lab.methods.adapter_subspace import AdapterSubspace, AdapterTuning
@@ -31,9 +31,9 @@ from prompt_lab.methods.attempt import Attempt
 from prompt_lab.methods.fine_tuning import FineTuning
 from prompt_lab.methods.intrinsic_subspace import IntrinsicSubspace
 from prompt_lab.methods.meta_prompt import Algorithm, MetaPrompt
-from prompt_lab.methods.prompt_method import PromptMethod
+from prompt_lab.methods.method import PromptMethod
 from prompt_lab.methods.prompt_tuning import PromptTuning
-from prompt_lab.methods.subspace_tuning import SubspaceConfig
+from prompt_lab.methods.starts import SubspaceConfig
 from prompt_lab.methods.vector_arithmetic import VectorArithmetic
 
 TASKS = ["sandbox-sst", "sandbox-gender", "sandbox-daytime"]
@@ -150,7 +150,8 @@ class AtFirstStep(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: Any, batch: Any, *_: int
     ) -> None:
-        self.look(pl_module, lambda: pl_module.answers(pl_module.evaluation.prefixes, batch))
+        prefixes = pl_module.prefixes(current=False)
+        self.look(pl_module, lambda: pl_module.answer(prefixes, batch))
         raise Measured
 
 

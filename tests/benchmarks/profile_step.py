@@ -37,8 +37,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from prompt_lab.methods.dry_run import saved_bytes
-from prompt_lab.methods.prompt_method import PromptMethod
+from prompt_lab.methods.look import saved_bytes
+from prompt_lab.methods.method import PromptMethod
 
 ROWS, LENGTHS = 8, (15, 40)
 TOP = 12

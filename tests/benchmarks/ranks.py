@@ -23,7 +23,7 @@ from torch import Tensor
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import bank_gradient
 from prompt_lab.core.batch import Batch, default_tokens_per_forward, make_batch
-from prompt_lab.methods.run_shares import share_runs
+from prompt_lab.methods.sharing import share_runs
 
 PROCESSES, ROWS = 2, 4
 

@@ -18,7 +18,7 @@ import prompt_lab
 from prompt_lab.__main__ import COMMANDS, TRAINER_COMMANDS
 from prompt_lab.commands.cli import METHODS, PromptLabCLI
 from prompt_lab.commands.offline import make_parser
-from prompt_lab.data.crossfit import CrossFitDataModule
+from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.files.prompts import METADATA_FIELDS, TENSORS
 from prompt_lab.files.results import CURVE_COLUMNS, RESULT_COLUMNS
 

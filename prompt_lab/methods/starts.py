@@ -1,19 +1,16 @@
-"""The initial prompts of a bank of runs, by whichever way the config names.
+"""Where the runs of a bank start: initial prompts, and codes in a subspace.
 
 A vocabulary, text or noise prompt depends on (seed, backbone, N) alone; class labels add the task.
-A prompt from a prompt file or a PEFT folder serves every run; from a store, a fit or a checkpoint
-each run takes the one of its own task, or of its source task where prompts are transferred. PEFT
-folders do not say for which weights they were made: their width is compared with the backbone's,
-the weights are not.
+PEFT folders do not say for which weights they were made: only their width is compared.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,10 +18,12 @@ from torch import Tensor
 from prompt_lab.core import prompts
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.run import Run
+from prompt_lab.core.subspace import Subspace
 from prompt_lab.data.partitions import expand_sets
 from prompt_lab.data.tasks import Task
 from prompt_lab.files.prompts import PLACES, FoundPrompt, best_found, find_prompts, is_single
 from prompt_lab.files.results import Start, start_from
+from prompt_lab.files.tensors import load_network
 
 ROWS_AT_ONCE = 4096
 """Embeddings that are read at a time where all are."""
@@ -68,14 +67,9 @@ class InitConfig:
             raise ValueError("init.name is text: give the text with init.text")
         if self.name == "file" and not self.path:
             raise ValueError(f"init.name is file: give {PLACES} with init.path")
-        if self.source_tasks is not None:
-            self._check_transfer(self.source_tasks)
-
-    def _check_transfer(self, sources: list[str]) -> None:
-        """Check that there are sources, and a store to find their prompts in."""
-        if not sources:
+        if self.source_tasks is not None and not self.source_tasks:
             raise ValueError("init.source_tasks is empty: name source tasks, or leave it out")
-        if self.name != "file":
+        if self.source_tasks and self.name != "file":
             raise ValueError(
                 f"init.source_tasks needs init.name file, with the source prompts in init.path; it "
                 f"is {self.name}"
@@ -87,12 +81,6 @@ class InitConfig:
         if self.source_tasks is None:
             return [""]
         return expand_sets([" ".join(source.split()) for source in self.source_tasks])
-
-    def of_seed(self, seed: int) -> InitConfig:
-        """The same with the path of one seed."""
-        if not self.path or "{init_seed}" not in self.path:
-            return self
-        return replace(self, path=self.path.replace("{init_seed}", str(seed)))
 
 
 def initial_prompts(
@@ -116,14 +104,23 @@ def initial_prompts(
             "the prompt file of one source as init.path"
         )
     if config.name == "file":
-        made = _from_files(config, backbone, runs)
-        for run, (prompt, _) in zip(runs, made, strict=True):
-            if len(prompt) != num_virtual_tokens:
+        paths = [(config.path or "").replace("{init_seed}", str(run.init_seed)) for run in runs]
+        found: dict[Run, tuple[Tensor, Start]] = {}
+        for path in dict.fromkeys(paths):
+            own = [run for run, place in zip(runs, paths, strict=True) if place == path]
+            starts = starts_of(Path(path), own)
+            read = {
+                one: (one.load(backbone).prompt, start_from(one.metadata, one.path))
+                for one in dict.fromkeys(starts)
+            }
+            found |= {run: read[start] for run, start in zip(own, starts, strict=True)}
+        for run in runs:
+            if len(found[run][0]) != num_virtual_tokens:
                 raise ValueError(
-                    f"run {run.name}: the prompt in {config.path} has {len(prompt)} virtual "
+                    f"run {run.name}: the prompt in {config.path} has {len(found[run][0])} virtual "
                     f"tokens, model.num_virtual_tokens is {num_virtual_tokens}"
                 )
-        return torch.stack([prompt for prompt, _ in made]), [start for _, start in made]
+        return torch.stack([found[run][0] for run in runs]), [found[run][1] for run in runs]
     keys = [(run.init_seed, run.task if config.name == "labels" else "") for run in runs]
     unique = {
         key: _make(config, backbone, key[0], tasks.get(key[1]), num_virtual_tokens)
@@ -139,37 +136,22 @@ def vocabulary_prompt(
 ) -> Tensor:
     """The default start: embeddings of N frequent tokens, drawn without replacement, seeded.
 
-    Lester et al. 2021 (arXiv 2104.08691), section 3.2; (N, D) float32, on the CPU.
-
-    Args:
-        backbone: whose embeddings.
-        num_virtual_tokens: N.
-        seed: seed of the draw.
-        vocab_size: how many low ids to draw from, special ones left out; None for all.
+    Lester et al. 2021 (arXiv 2104.08691), section 3.2; (N, D) float32, on the CPU. ``vocab_size``
+    is how many low ids to draw from, special ones left out; None for all.
 
     Raises:
         ValueError: fewer such tokens than N.
     """
-    size = min(_vocabulary_size(backbone), len(backbone.tokenizer))
+    size = min(len(backbone.model.get_input_embeddings().weight), len(backbone.tokenizer))
     ids = prompts.frequent_ids(size, backbone.tokenizer.all_special_ids, vocab_size)
     return _embeddings(backbone, prompts.vocabulary_sample(ids, num_virtual_tokens, seed))
 
 
 def scale_ratio(backbone: Backbone, init: Tensor) -> float:
-    """Standard deviation of prompts over that of all embeddings, which are read some at a time.
-
-    Args:
-        backbone: whose embeddings.
-        init: prompts (R, N, D).
-    """
-    every = torch.arange(_vocabulary_size(backbone))
+    """Standard deviation of prompts (R, N, D) over that of all embeddings, read some at a time."""
+    every = torch.arange(len(backbone.model.get_input_embeddings().weight))
     chunks = (_embeddings(backbone, ids) for ids in every.split(ROWS_AT_ONCE))
     return init.double().std().item() / prompts.standard_deviation(chunks)
-
-
-def _vocabulary_size(backbone: Backbone) -> int:
-    """V, the rows of the embedding table."""
-    return len(backbone.model.get_input_embeddings().weight)
 
 
 @torch.no_grad()
@@ -181,41 +163,22 @@ def _embeddings(backbone: Backbone, ids: Tensor) -> Tensor:
 def _make(
     config: InitConfig, backbone: Backbone, seed: int, task: Task | None, count: int
 ) -> Tensor:
-    """One initial prompt (N, D) float32."""
+    def tokens(text: str) -> list[int]:
+        return backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
+
     if config.name == "normal":
         return prompts.normal_prompt(count, backbone.hidden_size, config.std, seed)
     if config.name == "uniform":
         return prompts.uniform_prompt(count, backbone.hidden_size, config.limit, seed)
     if config.name == "text":
-        return _embeddings(backbone, prompts.text_ids(_tokens(backbone, config.text or ""), count))
+        return _embeddings(backbone, prompts.text_ids(tokens(config.text or ""), count))
     sampled = vocabulary_prompt(backbone, count, seed, config.vocab_size)
     if config.name == "vocab":
         return sampled
     if task is None or task.labels is None:
         raise ValueError(f"init.name is labels, but task {task and task.name!r} has no label set")
-    labels = [torch.tensor(_tokens(backbone, label)) for label in task.labels]
-    return prompts.label_prompt([_embeddings(backbone, ids) for ids in labels], sampled)
-
-
-def _tokens(backbone: Backbone, text: str) -> list[int]:
-    """Token ids of a text without special tokens."""
-    return backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _from_files(
-    config: InitConfig, backbone: Backbone, runs: Sequence[Run]
-) -> list[tuple[Tensor, Start]]:
-    """A prompt per run, from the path of its seed, and what it is."""
-    found: dict[Run, tuple[Tensor, Start]] = {}
-    for path in dict.fromkeys(config.of_seed(run.init_seed).path or "" for run in runs):
-        own = [run for run in runs if config.of_seed(run.init_seed).path == path]
-        starts = starts_of(Path(path), own)
-        read = {
-            one: (one.load(backbone).prompt, start_from(one.metadata, one.path))
-            for one in dict.fromkeys(starts)
-        }
-        found |= {run: read[start] for run, start in zip(own, starts, strict=True)}
-    return [found[run] for run in runs]
+    labels = [_embeddings(backbone, torch.tensor(tokens(label))) for label in task.labels]
+    return prompts.label_prompt(labels, sampled)
 
 
 def starts_of(path: Path, runs: Sequence[Run]) -> list[FoundPrompt]:
@@ -250,11 +213,9 @@ def starts_of(path: Path, runs: Sequence[Run]) -> list[FoundPrompt]:
 
 
 def _matches(found: Sequence[FoundPrompt], run: Run) -> list[FoundPrompt]:
-    """The prompts of a run's task, narrowed to its sample and seed where needed.
+    """The prompts of a run's task or source, narrowed to its sample and seed where there are those.
 
-    Of several of its sample and seed, as a grid leaves them, the one with the best dev score (of
-    equal ones the first) is taken, if all have one. Where a run has a source, it is the task; seeds
-    of sources need not be those of targets, and the best of several seeds is taken.
+    Of several, as a grid leaves them, the one with the best dev score is taken, if all have one.
     """
     wanted = run.source or run.task
     own = [one for one in found if _made_for(one.metadata) == wanted]
@@ -270,8 +231,86 @@ def _matches(found: Sequence[FoundPrompt], run: Run) -> list[FoundPrompt]:
     return own
 
 
-def _made_for(row: Mapping[str, object]) -> str:
+def _made_for(row: Mapping[str, Any]) -> str:
     """Task of a prompt by its metadata; of a sum of vectors for no task, its expression."""
-    made_from = row.get("made_from")
-    expression = made_from.get("expression") if isinstance(made_from, Mapping) else None
-    return str(row.get("task") or expression or "")
+    return str(row.get("task") or (row.get("made_from") or {}).get("expression") or "")
+
+
+# ---- codes in a subspace -------------------------------------------------------------------------
+
+RANDOM = "random"
+"""The path that stands for a random subspace."""
+
+
+@dataclass
+class SubspaceConfig:
+    """The subspace that prompts are tuned in.
+
+    Args:
+        path: subspace file that IntrinsicSubspace wrote; or ``random`` for a random subspace.
+        intrinsic_dim: I of a random subspace; a file has its own.
+        seed: of the weights of a random subspace.
+        std: standard deviation of the initial codes, 0.02 in the authors' code.
+    """
+
+    path: str
+    intrinsic_dim: int | None = None
+    seed: int = 0
+    std: float = 0.02
+
+    def check(self) -> None:
+        """Check that a random subspace has a dimension, and a file none beside its own.
+
+        Raises:
+            ValueError: naming the setting and what is allowed.
+        """
+        if (self.path == RANDOM) != (self.intrinsic_dim is not None):
+            raise ValueError(
+                f"model.subspace.path is {self.path!r} and model.subspace.intrinsic_dim is "
+                f"{self.intrinsic_dim}: give a dimension for a {RANDOM} subspace, and none for a "
+                "file"
+            )
+        if self.intrinsic_dim is not None and self.intrinsic_dim < 1:
+            raise ValueError(
+                f"model.subspace.intrinsic_dim is {self.intrinsic_dim}: give 1 or more"
+            )
+        if self.std < 0:
+            raise ValueError(f"model.subspace.std is {self.std}: give 0 or more")
+
+    def load(self, backbone: Backbone, num_virtual_tokens: int) -> Subspace:
+        """The map, frozen.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: as :func:`prompt_lab.files.networks.load_network`, or another N.
+        """
+        if self.intrinsic_dim is None:
+            found = load_network(self.path, Subspace, backbone)
+            if found.num_virtual_tokens != num_virtual_tokens:
+                raise ValueError(
+                    f"{self.path}: a subspace of prompts of {found.num_virtual_tokens} virtual "
+                    f"tokens, but num_virtual_tokens is {num_virtual_tokens}"
+                )
+            return found
+        size = (num_virtual_tokens, backbone.hidden_size, self.intrinsic_dim)
+        return Subspace(*size, seed=self.seed).requires_grad_(False)
+
+    @property
+    def variant(self) -> str:
+        """Its name in the results."""
+        return "random_subspace" if self.path == RANDOM else "subspace"
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the map can be made or read."""
+        return self.path == RANDOM or Path(self.path).is_file()
+
+    def start(self, seed: int) -> Start:
+        """Where codes start that are drawn under a seed."""
+        return Start("codes", "", seed, "" if self.path == RANDOM else self.path)
+
+
+def initial_codes(runs: Sequence[Run], intrinsic_dim: int, std: float) -> Tensor:
+    """Normal codes (R, I); those of a run are a function of its initialisation seed."""
+    generators = [torch.Generator().manual_seed(run.init_seed) for run in runs]
+    return torch.stack([torch.randn(intrinsic_dim, generator=one) for one in generators]) * std

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from prompt_lab.methods.run_shares import RunShares, share_runs
+from prompt_lab.methods.sharing import RunShares, share_runs
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])

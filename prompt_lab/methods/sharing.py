@@ -1,8 +1,7 @@
 """Whole runs of a bank shared among processes, and what they hold joined again.
 
 Each process trains and scores the runs that it has as a bank of its own, and holds nothing of the
-others: no prompt, no optimizer state, no rows, no gradient to sum. So a bank may be larger than the
-memory of one device. What is told of all runs (curves, tables, prompts, checkpoints) is joined in
+others: a bank may be larger than the memory of one device. What is told of all runs is joined in
 the order of the grid, so it does not depend on the number of processes.
 
 Left out: moving runs between processes when others have stopped; sharing the rows of a run, which
@@ -13,11 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from prompt_lab.methods.method import PromptMethod
 
 T = TypeVar("T")
 
@@ -124,3 +126,21 @@ class RunShares:
     def take(self, whole: Tensor) -> Tensor:
         """Own rows (R_own, ...) of (R, ...)."""
         return whole[self.own] if self.divided else whole
+
+
+def left_out_of_ddp(method: PromptMethod) -> list[str]:
+    """Names of what is frozen, and of own runs, whose gradients no other process has.
+
+    Buffers are not broadcast either: each process has its own sums, and the others are equal. Where
+    whole runs are divided DDP is left with a number that nothing depends on, since it refuses to
+    have nothing; it broadcasts by the first name and reduces by the second.
+    """
+    names = [name for name, _ in method.named_parameters(remove_duplicate=False)]  # tied ones too
+    kept_out = [name for name in names if name.startswith(method.frozen)]
+    buffers = [name for name, _ in method.named_buffers()]
+    if method.shares.divided:
+        own = [name for name in names if not name.startswith(method.frozen)]
+        kept_out += [*own, *(f".{name}" for name in own)]
+        method.anchor = torch.nn.Parameter(torch.zeros(()))
+        method.frozen = (*method.frozen, "anchor")
+    return kept_out + buffers

@@ -1,0 +1,422 @@
+"""Data modules: the rows of few-shot tasks, tokenised once, and the batches of a bank of runs.
+
+`PromptDataModule` makes tokens by the rules of the backbone that a method brings along, and loaders
+from the method's runs and `Progress`. `CrossFitDataModule` reads files in the layout of the
+CrossFit gym, `RowsDataModule` takes pairs of texts; a subclass with a method ``rows`` brings any
+other source. Everything stays in memory: these are few-shot sets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, get_args
+
+from lightning.pytorch import LightningDataModule
+
+from prompt_lab.core.backbone import Backbone, Side
+from prompt_lab.core.metric_names import METRICS
+from prompt_lab.core.run import Run
+from prompt_lab.data.few_shot import draw_stratified
+from prompt_lab.data.files import (
+    SPLITS,
+    DataError,
+    Split,
+    SplitName,
+    check_labels,
+    check_overlap,
+    find_shots,
+    read_samples,
+)
+from prompt_lab.data.partitions import expand_sets
+from prompt_lab.data.sampling import Draw, EvaluationSteps, Key, Layout, Progress, Rows, TrainSteps
+from prompt_lab.data.tasks import Shots, Task, find_tasks
+from prompt_lab.sandbox import SANDBOX, TASKS
+from prompt_lab.sandbox import rows as sandbox_rows
+from prompt_lab.sandbox.tasks import SPLIT_ROWS
+
+Pairs = Sequence[tuple[str, str | Sequence[str]]]
+"""Input and answer, or accepted answers, of each row."""
+
+
+class PromptDataModule(LightningDataModule):
+    """Rows of tasks for the methods; a subclass gives them by ``rows``.
+
+    Args:
+        tasks: the tasks, with metric and labels.
+        samples: few-shot samples of each task.
+        max_input_length: longer inputs are cut to this many tokens, specials included; it does
+            not count the prompt, which is never cut.
+        task_prefix: put ``[name of the task]`` in front of every input, as CrossFit's loaders do.
+        order_seed: seed of the order in which each run sees its training rows.
+        truncation_side: the side on which the text of longer inputs is cut, ``right`` (its end) or
+            ``left`` (its beginning, a task_prefix included); special tokens are never cut.
+
+    Attributes:
+        splits: the rows of every (task, sample), after :meth:`setup`.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        samples: Sequence[int] = (0,),
+        max_input_length: int = 512,
+        task_prefix: bool = False,
+        order_seed: int = 0,
+        truncation_side: Side = "right",
+    ) -> None:
+        super().__init__()
+        if not tasks:
+            raise ValueError("data.tasks is empty: name at least one task")
+        if max_input_length < 1:
+            raise ValueError(f"data.max_input_length is {max_input_length}: give at least 1")
+        if len(set(samples)) < len(samples) or not samples:
+            raise ValueError(f"data.samples must be distinct and at least one: {samples}")
+        if truncation_side not in get_args(Side):
+            raise ValueError(
+                f"data.truncation_side is {truncation_side!r}; allowed: {', '.join(get_args(Side))}"
+            )
+        self.tasks: dict[str, Task] = {task.name: task for task in tasks}
+        if len(self.tasks) < len(tasks):
+            raise ValueError(f"data.tasks names a task twice: {[task.name for task in tasks]}")
+        self.given_tasks = list(self.tasks)
+        self.samples, self.order_seed = list(samples), order_seed
+        self.truncation_side: Side = truncation_side
+        self.max_input_length, self.task_prefix = max_input_length, task_prefix
+        self.splits: dict[Key, dict[SplitName, Split]] = {}
+        self._backbone: Backbone | None = None
+        self._tokens: dict[tuple[str, str, str], Rows] = {}
+
+    def rows(self, task: str, sample: int, split: SplitName) -> Pairs:
+        """The rows of one split: (input, answer) or (input, accepted answers) pairs."""
+        raise NotImplementedError(f"{type(self).__name__} says no rows: give it a method rows")
+
+    def setup(self, stage: str | None = None) -> None:
+        """Take and check the rows of every task and sample, once.
+
+        Raises:
+            DataError: a split without rows, or answers outside a task's labels.
+        """
+        for task, sample in self.keys:
+            if (task, sample) in self.splits:
+                continue
+            made: dict[SplitName, Split] = {}
+            for split in SPLITS:
+                pairs, where = self.rows(task, sample, split), Path(f"{task} {sample} {split}")
+                if not pairs:
+                    raise DataError(f"{where}: no rows: give at least one of each split")
+                made[split] = as_split(pairs, where)
+                check_labels(made[split], self.tasks[task])
+            self.splits[task, sample] = made
+
+    @property
+    def keys(self) -> list[Key]:
+        """Every (task, sample)."""
+        return [(task, sample) for task in self.tasks for sample in self.samples]
+
+    # ---- tokens ---------------------------------------------------------------------------------
+
+    def connect(self, backbone: Backbone) -> None:
+        """Take the backbone whose rules make the tokens, when they are first asked for."""
+        if backbone is not self._backbone:
+            self._tokens.clear()
+        self._backbone = backbone
+        self.layout = Layout(backbone.pad_id, not backbone.is_encoder_decoder)
+
+    def tokens(self, task: str, sample: int, split: SplitName, keep: bool = True) -> Rows:
+        """Tokenised rows of one split, to keep for the next time; equal test sets are made once."""
+        data = self.splits[task, sample][split]
+        key = (task, data.digest, split)
+        found = self._tokens.get(key)
+        if found is None:
+            assert self._backbone is not None, "tokens are asked for before connect"
+            prefix = f" [{task}] " if self.task_prefix else ""
+            found = tokenise(
+                self._backbone,
+                *(self.tasks[task], data, self.max_input_length, prefix),
+                with_targets=split != "test",
+                truncation_side=self.truncation_side,
+            )
+        if keep:
+            self._tokens[key] = found
+        return found
+
+    def longest_answer(self, task: str, sample: int) -> int:
+        """Tokens of the longest answer in train and dev, which caps what is generated."""
+        return max(self.tokens(task, sample, split).longest_target for split in ("train", "dev"))
+
+    # ---- loaders --------------------------------------------------------------------------------
+
+    def feed(
+        self,
+        runs: Sequence[Run],
+        progress: Progress,
+        draw: Draw | None,
+        evaluated: Callable[[], Sequence[int]],
+        tokens_per_forward: int,
+        beside: Callable[[Task, int], int],
+        share: tuple[int, int] = (0, 1),
+        block: int | None = None,
+    ) -> None:
+        """Take what loaders are made of.
+
+        Args:
+            runs: all runs of the bank.
+            progress: where the fit is.
+            draw: what a training batch holds; None where nothing is trained.
+            evaluated: places of the runs that an evaluation answers for.
+            tokens_per_forward: most padded tokens of an evaluation batch.
+            beside: tokens of an evaluated row beside its input, by task and longest answer.
+            share: this process, and how many share the rows of an evaluation.
+            block: most runs that are evaluated side by side; None for all.
+        """
+        self.progress, self.draw = progress, draw
+
+        def steps(split: SplitName, live: Callable[[], Sequence[int]]) -> EvaluationSteps:
+            rows = {
+                key: self.tokens(*key, split)
+                for key in dict.fromkeys((runs[i].task, runs[i].sample) for i in live())
+            }
+            longest = {key: self.longest_answer(*key) for key in rows}
+            known = (self.layout, tokens_per_forward, longest, beside)
+            return EvaluationSteps(runs, rows, *known, live, share, block)
+
+        self.evaluation_steps = steps
+        self.evaluated = evaluated
+
+    def train_dataloader(self) -> TrainSteps:
+        """The batches of a fit: as many as ``trainer.max_steps`` takes, or one pass."""
+        trainer = self.trainer
+        assert trainer is not None
+        assert self.draw is not None
+        steps = trainer.max_steps * trainer.accumulate_grad_batches
+        return TrainSteps(self.draw, self.progress, steps if steps > 0 else self.draw.one_pass)
+
+    def val_dataloader(self) -> EvaluationSteps:
+        """The batches of an evaluation on dev."""
+        return self.evaluation_steps("dev", self.evaluated)
+
+    def test_dataloader(self) -> EvaluationSteps:
+        """The batches of the evaluation on test."""
+        return self.evaluation_steps("test", self.evaluated)
+
+    def predict_dataloader(self) -> EvaluationSteps:
+        """As :meth:`test_dataloader`."""
+        return self.test_dataloader()
+
+
+class RowsDataModule(PromptDataModule):
+    """Tasks from pairs of texts.
+
+    Args:
+        tasks: for each task its pairs by split: ``{"sst": {"train": [("it was lovely", "great"),
+            ...], "dev": [...], "test": [...]}}``; instead of an answer several accepted ones.
+        labels: the closed label sets of tasks that have one; answers of others are generated.
+        metrics: by task; ACC where there are labels, else EM.
+        settings: max_input_length, task_prefix, order_seed, truncation_side, as
+            :class:`PromptDataModule`.
+
+    Raises:
+        ValueError: labels or metrics of a task that is not there, a split that is missing, or an
+            unknown metric.
+    """
+
+    def __init__(
+        self,
+        tasks: Mapping[str, Mapping[SplitName, Pairs]],
+        labels: Mapping[str, Sequence[str]] | None = None,
+        metrics: Mapping[str, str] | None = None,
+        **settings: object,
+    ) -> None:
+        labels, metrics = labels or {}, metrics or {}
+        if strange := [name for name in (*labels, *metrics) if name not in tasks]:
+            raise ValueError(f"{', '.join(strange)} is none of the tasks {', '.join(tasks)}")
+        for name, own in labels.items():
+            if isinstance(own, str) or len(own) < 2:
+                raise ValueError(f"labels of {name} are {own!r}: give a list of two or more")
+        for name, of_task in tasks.items():
+            if lacking := [split for split in SPLITS if split not in of_task]:
+                raise ValueError(f"task {name} has no {', '.join(lacking)}: give train, dev, test")
+        made = []
+        for name in tasks:
+            own = tuple(labels[name]) if name in labels else None
+            made.append(Task(name, "custom", metrics.get(name, "ACC" if own else "EM"), None, own))
+        if wrong := [task for task in made if task.metric not in METRICS]:
+            raise ValueError(
+                f"metric {wrong[0].metric} of {wrong[0].name}: choose among {', '.join(METRICS)}"
+            )
+        super().__init__(made, **settings)  # pyright: ignore[reportArgumentType]
+        self._pairs = tasks
+
+    def rows(self, task: str, sample: int, split: SplitName) -> Pairs:
+        """The pairs that were given."""
+        return self._pairs[task][split]
+
+
+class CrossFitDataModule(PromptDataModule):
+    """Few-shot tasks from a folder in CrossFit's layout, or from the embedded sandbox.
+
+    Args:
+        tasks: names of tasks, from the package's table or ``task_file``; a set of a partition,
+            such as ``mpt/cls_to_cls/target``, stands for its tasks.
+        root: folder that holds one folder per task, with files
+            ``<task>_<K>_<sample>_{train,dev,test}.tsv``; or ``sandbox`` for the package's own.
+        samples: few-shot samples of each task (CrossFit has 100, 13, 21, 42 and 87).
+        task_file: YAML file with rows for your own tasks: ``name: {metric: ACC, labels: [a, b]}``.
+        max_input_length: longer inputs are cut to this many tokens, specials included; it does
+            not count the prompt, which is never cut.
+        task_prefix: put ``[name of the task]`` in front of every input, as CrossFit's loaders do.
+        order_seed: seed of the order in which each run sees its training rows.
+        allow_overlap: accept files that share a row between splits, as some of CrossFit's own do
+            (their sources repeat rows), instead of refusing them.
+        shots: K of the file names, a number or ``all``; null takes that of the task table. Of the
+            sandbox it is the number of training rows, out of 512.
+        truncation_side: the side on which the text of longer inputs is cut, ``right`` (its end) or
+            ``left`` (its beginning, a task_prefix included); special tokens are never cut.
+
+    Raises:
+        ValueError: a setting out of its range, or an unknown task.
+    """
+
+    def __init__(
+        self,
+        tasks: list[str],
+        root: str = SANDBOX,
+        samples: list[int] = [100],  # noqa: B006 - read only; a list so that the CLI shows it
+        task_file: str | None = None,
+        max_input_length: int = 512,
+        task_prefix: bool = False,
+        order_seed: int = 0,
+        allow_overlap: bool = False,
+        shots: Shots | None = None,
+        truncation_side: Side = "right",
+    ) -> None:
+        chosen = find_tasks(expand_sets(tasks), task_file)
+        most = SPLIT_ROWS["train"]
+        if shots is not None:
+            if shots != "all" and (type(shots) is not int or shots < 1):
+                raise ValueError(f"data.shots is {shots!r}: give a whole number above 0, or all")
+            if root == SANDBOX and (shots == "all" or shots > most):
+                raise ValueError(
+                    f"data.shots is {shots}, but a sandbox task has {most} training rows: give up "
+                    f"to {most}, or leave it out"
+                )
+            chosen = [replace(task, shots=shots) for task in chosen]
+        given = (samples, max_input_length, task_prefix, order_seed, truncation_side)
+        super().__init__(chosen, *given)
+        self.given_tasks = list(tasks)  # with sets of partitions as they were named
+        self.root, self.allow_overlap = root, allow_overlap
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and check the files of every task and sample, once.
+
+        Raises:
+            DataError: naming file, line and reason.
+            ValueError: a task is not one of the sandbox's.
+        """
+        for task in list(self.tasks.values()):
+            samples = [sample for sample in self.samples if (task.name, sample) not in self.splits]
+            if not samples:
+                continue
+            if self.root == SANDBOX:
+                read = {sample: _sandbox_splits(task, sample) for sample in samples}
+            else:  # a K that its row left open is filled in
+                task = self.tasks[task.name] = replace(task, shots=find_shots(self.root, task))
+                read = read_samples(self.root, task, samples, self.allow_overlap)
+            for sample, splits in read.items():
+                self.splits[task.name, sample] = splits
+
+
+def as_split(pairs: Pairs, where: Path) -> Split:
+    """Pairs of texts as the rows of a split; spaces around them are dropped, as in files.
+
+    Raises:
+        DataError: a row that is no text with an answer or several, or has an empty one.
+    """
+    inputs, references = [], []
+    for number, pair in enumerate(pairs, 1):
+        text, answers = pair if isinstance(pair, (tuple, list)) and len(pair) == 2 else (None, ())
+        row: Any = [answers]
+        if isinstance(answers, Iterable) and not isinstance(answers, str):
+            row = [*answers]
+        if not all(isinstance(x, str) and x.strip() for x in (text, *row)) or not row:
+            raise DataError(
+                f"{where}, row {number}: {pair!r} is no pair of a text and an answer, or a list of "
+                "accepted answers, none of them empty"
+            )
+        inputs.append(str(text).strip())
+        references.append([answer.strip() for answer in row])
+    told = "".join(
+        "\t".join(x.replace("\t", "\\t").replace("\n", "\\n") for x in (text, *row)) + "\n"
+        for text, row in zip(inputs, references, strict=True)
+    )
+    return Split(inputs, references, where, hashlib.sha256(told.encode()).hexdigest())
+
+
+def tokenise(
+    backbone: Backbone,
+    task: Task,
+    data: Split,
+    max_input_length: int,
+    prefix: str = "",
+    with_targets: bool = True,
+    truncation_side: Side = "right",
+) -> Rows:
+    """Apply the rules of a backbone to the rows of a split; equal answers are tokenised once.
+
+    Inputs are cut to ``max_input_length`` tokens, specials included; ``prefix`` is text in front of
+    each; ``with_targets`` asks for the token ids of the answers, which training needs.
+
+    Raises:
+        ValueError: an input without tokens, naming the file.
+    """
+    try:
+        whole = backbone.encode_inputs([prefix + text for text in data.inputs])
+    except ValueError as error:
+        raise ValueError(f"{data.path}: {error}") from None
+    inputs = [backbone.cut_input(ids, max_input_length, truncation_side) for ids in whole]
+    answers = list(dict.fromkeys(chain.from_iterable(data.references)))
+    ids = dict(zip(answers, backbone.encode_targets(answers), strict=True))
+    return Rows(
+        task,
+        inputs,
+        [[ids[answer] for answer in row] for row in data.references] if with_targets else [],
+        data.references,
+        longest_target=max(map(len, ids.values())),
+        shortest_targets=[min(len(ids[answer]) for answer in row) for row in data.references],
+        cut=sum(len(ids) > max_input_length for ids in whole),
+    )
+
+
+def _sandbox_splits(task: Task, sample: int) -> dict[SplitName, Split]:
+    """The generated splits of a sandbox task; K training rows keep labels' shares.
+
+    Raises:
+        ValueError: a task that is not one of the sandbox's, or a K that cannot hold all labels.
+    """
+    if task.name not in TASKS:
+        raise ValueError(
+            f"task {task.name!r} is not in the sandbox: set data.root to the folder that holds "
+            f"its files, or choose among {', '.join(sorted(TASKS))}"
+        )
+    made: dict[SplitName, Split] = {}
+    for name in ("train", "dev", "test"):
+        pairs = sandbox_rows(task.name, sample, name)
+        if name == "train" and task.shots != SPLIT_ROWS["train"]:
+            assert isinstance(task.shots, int)
+            kinds = [answer if task.labels else "" for _, answer in pairs]
+            try:
+                chosen, _ = draw_stratified(kinds, task.shots, 0, sample)
+            except DataError as error:
+                raise DataError(f"{task.name}: {error}") from None
+            pairs = [pairs[row] for row in chosen]
+        where = Path(f"sandbox/{task.name}/{task.name}_{task.shots}_{sample}_{name}.tsv")
+        made[name] = as_split(pairs, where)
+    check_overlap(made["train"], made["dev"], made["test"])
+    return made

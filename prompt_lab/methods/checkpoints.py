@@ -1,0 +1,92 @@
+"""What a checkpoint holds beside the weights, and what it must agree in with the settings.
+
+The frozen backbone is in none. Where processes share whole runs, one checkpoint has those of all.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from prompt_lab.methods.checks import some
+
+if TYPE_CHECKING:
+    from prompt_lab.methods.method import PromptMethod
+
+
+def fill_checkpoint(method: PromptMethod, checkpoint: dict[str, Any]) -> None:
+    """Join the runs of all processes, and note what they are, and what must agree."""
+    change_runs(method, checkpoint, method.shares.join_tensor)
+    kind = type(method)
+    checkpoint |= {
+        "method": f"{kind.__module__}.{kind.__qualname__}",
+        "runs": [asdict(run) for run in method.all_runs],
+        "starts": [asdict(start) for start in method.shares.join(method.starts)],
+        "identity": whole_identity(method),
+        "backbone_digest": method.backbone.digest,
+        "tokenizer_digest": method.backbone.tokenizer_digest,
+    }
+
+
+def change_runs(
+    method: PromptMethod, checkpoint: dict[str, Any], change: Callable[[Tensor], Tensor]
+) -> None:
+    """Put what ``change`` makes of it in the place of what a checkpoint holds of each run."""
+    if not method.shares.divided:
+        return
+    state = checkpoint["state_dict"]
+    changed = {name: change(value) for name, value in state.items() if value.dim()}
+    checkpoint["state_dict"] = {**state, **changed}
+    for of_optimizer in checkpoint.get("optimizer_states", []):
+        of_optimizer["state"] = {
+            parameter: {name: change(value) for name, value in values.items()}
+            for parameter, values in of_optimizer["state"].items()
+        }
+
+
+def whole_identity(method: PromptMethod) -> dict[str, Any]:
+    """What a checkpoint must agree in."""
+    names = [
+        f"{run.task} {run.sample} seed {run.init_seed}" + (run.source and f" from {run.source}")
+        for run in method.all_runs
+    ]
+    common = {"method": type(method).__name__, "backbone": method.backbone.digest, "runs": names}
+    return common | method.identity()
+
+
+def check_identity(method: PromptMethod, saved: dict[str, Any]) -> None:
+    """Refuse a checkpoint of other data, seeds or weights, which may look like these.
+
+    Raises:
+        ValueError: naming both sides; lists by their first members, digests by their beginning.
+    """
+
+    def shown(value: Any) -> str:
+        if isinstance(value, list):
+            return f"{len(value)} ({some([str(item) for item in value])})"
+        return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
+
+    for name, own in whole_identity(method).items():
+        if saved.get(name) != own:
+            raise ValueError(
+                f"the checkpoint is of {name.replace('_', ' ')} {shown(saved.get(name))}, the "
+                f"settings give {shown(own)}: resume with those of the fit"
+            )
+
+
+def kind_of(path: Any) -> type[PromptMethod]:
+    """The class of the method that a checkpoint is of.
+
+    Raises:
+        ValueError: it is of none.
+    """
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    if "method" not in saved:
+        raise ValueError(f"{path} is not the checkpoint of a method of prompt_lab")
+    module, _, name = saved["method"].rpartition(".")
+    return getattr(importlib.import_module(module), name)

@@ -1,0 +1,125 @@
+"""Values that a setting may have, and what a Trainer must not do.
+
+What is refused would do nothing, or quietly change the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from lightning.pytorch import callbacks
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+
+if TYPE_CHECKING:
+    from prompt_lab.methods.method import PromptMethod
+
+COUNTS = (
+    *("tokens_per_forward", "num_beams", "max_new_tokens", "num_virtual_tokens", "batch_size"),
+    *("intrinsic_dim", "inner_size", "bottleneck", "episodes", "support_size", "query_size"),
+)
+LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
+    **dict.fromkeys(COUNTS, (lambda value: value >= 1, "at least 1")),
+    "patience": (lambda value: value >= 1, "at least 1, or null"),
+    **dict.fromkeys(("alpha", "std"), (lambda value: value >= 0, "0 or more")),
+    **dict.fromkeys(
+        ("learning_rate", "attention_learning_rate", "rate_factor", "temperature"),
+        (lambda value: value > 0, "a positive number"),
+    ),
+    "label_smoothing": (lambda value: 0 <= value < 1, "0 up to below 1"),
+    "warmup": (lambda value: 0 <= value <= 1, "a share of the steps, 0 to 1"),
+    "clip": (lambda value: value > 0, "a positive norm, or null for none"),
+}
+"""What settings of one number may be, whichever method has them."""
+
+REFUSED_CALLBACKS = {
+    "WeightAveraging": "prompts are kept by dev score, not averaged",
+    "StochasticWeightAveraging": "prompts are kept by dev score, not averaged",
+    "BaseFinetuning": "the backbone stays frozen",
+    "ModelPruning": "the backbone stays as it is, and prompts have nothing to prune",
+    "LearningRateFinder": "rates belong to runs: give several as model.learning_rate",
+    "BatchSizeFinder": "model.tokens_per_forward bounds memory; a batch size changes the result",
+}
+"""Callbacks of Lightning that would do nothing, or change what is recorded, and why."""
+
+
+def check_settings(given: Mapping[str, Any]) -> None:
+    """Refuse a number beyond what its setting may be; null and lists are checked elsewhere.
+
+    Raises:
+        ValueError: the setting, and what is allowed.
+    """
+    for name, (is_allowed, allowed) in LIMITS.items():
+        value = given.get(name)
+        if isinstance(value, (int, float)) and not is_allowed(value):
+            raise ValueError(f"model.{name} is {value}: give {allowed}")
+
+
+def check_trainer(method: PromptMethod) -> None:
+    """Refuse trainer settings that would quietly change the result.
+
+    Raises:
+        ValueError: the setting, and what to use instead.
+    """
+    trainer = method.trainer
+    strategy, whole = trainer.strategy, (SingleDeviceStrategy, DDPStrategy)
+    if not isinstance(strategy, whole) or isinstance(strategy, DeepSpeedStrategy):
+        refuse_strategy(type(strategy).__name__)
+    if trainer.precision in ("bf16-true", "16-true"):
+        raise ValueError(
+            f"trainer.precision {trainer.precision} would round the prompts and their "
+            "optimizer: use trainer.precision 32-true with model.backbone.dtype bfloat16"
+        )
+    if trainer.precision == "16-mixed":
+        raise ValueError(
+            "trainer.precision 16-mixed: a step makes its gradient before the trainer scales "
+            "the loss, so small gradients are below what float16 holds: use bf16-mixed or "
+            "32-true"
+        )
+    if trainer.gradient_clip_val and method.trains_a_bank:
+        raise ValueError(
+            "trainer.gradient_clip_val clips over all runs of the bank together and so couples "
+            "them: use model.optim.clip (some methods have model.clip), which clips each alone"
+        )
+    if trainer.accumulate_grad_batches != 1 and method.trains_a_bank:
+        raise ValueError(
+            "trainer.accumulate_grad_batches is not needed: a step is cut into micro-batches "
+            "of model.tokens_per_forward tokens; set model.batch_size instead"
+        )
+    refused = dict(REFUSED_CALLBACKS)
+    if method.trains_a_bank:
+        refused["GradientAccumulationScheduler"] = "a step is cut into micro-batches anyway"
+    for given in getattr(trainer, "callbacks", []):
+        for kind in type(given).__mro__:
+            own = kind is getattr(callbacks, kind.__name__, None)
+            idle = isinstance(given, callbacks.GradientAccumulationScheduler) and (
+                given.scheduling == {0: 1}  # Lightning puts one into every trainer
+            )
+            if own and kind.__name__ in refused and not idle:
+                raise ValueError(
+                    f"the callback {type(given).__name__} does not go with "
+                    f"{type(method).__name__}: {refused[kind.__name__]}; leave it out"
+                )
+
+
+def refuse_strategy(name: str) -> NoReturn:
+    """Refuse a strategy that splits the backbone over devices (FSDP, DeepSpeed, tensor parallel).
+
+    Each of its layers would wait for all processes, but those run different rows in different
+    numbers of forward passes; some have none.
+
+    Raises:
+        ValueError: what to use instead.
+    """
+    raise ValueError(
+        f"trainer.strategy {name} splits the backbone over devices, whose layers then wait for "
+        "each other, while here every process runs rows or runs of its own: use ddp. For a "
+        "backbone that is too large for a device use model.backbone.dtype bfloat16, "
+        "model.backbone.gradient_checkpointing true and a smaller model.tokens_per_forward"
+    )
+
+
+def some(names: list[str], most: int = 3) -> str:
+    """The first few names and how many more there are, for a sentence."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

@@ -1,0 +1,186 @@
+"""A look before training: what rows a fit will run, and what it would cost.
+
+Memory is counted, not guessed: weights and what is trained by their bytes, activations as the bytes
+that autograd keeps for the largest micro-batch of the first step, which is run once for that. Of
+several processes it is the first one's.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.pytorch import Trainer
+
+from prompt_lab.core.batch import Batch, micro_batches
+from prompt_lab.data.files import SplitName
+from prompt_lab.data.sampling import Key, Rows
+from prompt_lab.data.tasks import Task
+
+if TYPE_CHECKING:
+    from prompt_lab.core.backbone import Backbone
+    from prompt_lab.data.datamodule import PromptDataModule
+    from prompt_lab.methods.method import PromptMethod
+
+
+def look_at_rows(method: PromptMethod, data: PromptDataModule, *splits: SplitName) -> list[str]:
+    """What the model will not see, or cannot tell apart, of the rows of this process's runs.
+
+    A sentence each for inputs that are cut, labels of equal tokens, references longer than the
+    answers that are generated, and test rows that will be refused. Test rows are only measured.
+
+    Raises:
+        ValueError: rows of train or dev that do not fit the backbone's positions, inputs
+            without tokens, or a task all of whose labels have the same tokens.
+    """
+    keys = _own_keys(method, data)
+    tasks = {task: data.tasks[task] for task, _ in keys}
+    told = [said for task in tasks.values() for said in _look_alikes(method, task)]
+    cut, rows_of = defaultdict[str, int](int), defaultdict[str, int](int)
+    too_long = defaultdict[tuple[str, int], list[str]](list)
+    for task, sample in keys:
+        longest = None
+        if not method.scored(tasks[task]):
+            longest = method.max_new_tokens or data.longest_answer(task, sample)
+        for split in splits:
+            rows = data.tokens(task, sample, split, keep=split != "test")
+            cut[f"{task} {split}"] += rows.cut
+            rows_of[f"{task} {split}"] += len(rows)
+            try:
+                _check_length(method, rows)
+            except ValueError as error:
+                if split != "test":
+                    raise
+                told.append(f"test rows will be refused: {error}")
+            lost = sum(length > longest for length in rows.shortest_targets) if longest else 0
+            if longest and lost:
+                too_long[task, longest].append(f"{split} {lost} of {len(rows)}")
+    why = "" if method.max_new_tokens else ", the longest answer of train and dev"
+    told += [
+        f"task {task}: rows all of whose references are longer than the {longest} tokens that "
+        f"are generated (model.max_new_tokens{why}), so that no answer can match in full: "
+        f"{', '.join(lost)}"
+        for (task, longest), lost in too_long.items()
+    ]
+    found = [f"{name} {count} of {rows_of[name]}" for name, count in cut.items() if count]
+    if found:
+        end = "end" if data.truncation_side == "right" else "beginning"
+        told.append(
+            f"inputs of over {data.max_input_length} tokens lose their {end} "
+            f"(data.max_input_length, data.truncation_side): {'; '.join(found)}"
+        )
+    return list(dict.fromkeys(told))
+
+
+def check_lengths(method: PromptMethod, data: PromptDataModule, *splits: SplitName) -> None:
+    """Refuse rows of this process's runs that do not fit the backbone's positions.
+
+    Raises:
+        ValueError: naming the task, the lengths and what to lower.
+    """
+    for key in _own_keys(method, data):
+        for split in splits:
+            _check_length(method, data.tokens(*key, split))
+
+
+def _own_keys(method: PromptMethod, data: PromptDataModule) -> list[Key]:
+    if not method.shares.divided:
+        return data.keys
+    return list(dict.fromkeys((run.task, run.sample) for run in method.runs))
+
+
+def _look_alikes(method: PromptMethod, task: Task) -> list[str]:
+    told, labels = [], task.labels or ()
+    if len({label.lower() for label in labels}) < len(labels):
+        told = [f"task {task.name}: some labels differ by case alone: {', '.join(labels)}"]
+    alike = method.backbone.look_alikes(labels)
+    if not alike:
+        return told
+    groups = "; ".join(", ".join(map(repr, group)) for group in alike)
+    if len(alike[0]) == len(labels):
+        raise ValueError(
+            f"task {task.name}: all labels have the same tokens for backbone "
+            f"{method.backbone.name!r} ({groups}), so that nothing can be learned: take a "
+            "backbone whose tokenizer knows them, or other words for the labels"
+        )
+    return [
+        *told,
+        f"task {task.name}: labels with the same tokens for backbone {method.backbone.name!r}, "
+        f"of which the first is always answered: {groups}",
+    ]
+
+
+def _check_length(method: PromptMethod, rows: Rows) -> None:
+    positions, prompt = method.backbone.max_positions, method.num_virtual_tokens
+    if positions is None:
+        return
+    made = 0 if method.scored(rows.task) else method.max_new_tokens or 0
+    answer, longest = max(rows.longest_target, made), max(map(len, rows.inputs))
+    after = 0 if method.backbone.is_encoder_decoder else answer
+    if max(prompt + longest + after, answer) > positions:
+        raise ValueError(
+            f"task {rows.task.name}: {prompt} virtual tokens, inputs of up to {longest} tokens "
+            f"and answers of up to {answer} do not fit the {positions} positions of backbone "
+            f"{method.backbone.name!r}: lower data.max_input_length, model.num_virtual_tokens or "
+            "model.max_new_tokens"
+        )
+
+
+def describe(method: PromptMethod, data: PromptDataModule, trainer: Trainer) -> str:
+    """The text of ``fit --dry_run``."""
+    processes = trainer.world_size
+    method.look(data, trainer)
+    lines = [*method.described(data), f"backbone: {method.backbone.name}"]
+    lines.append(f"steps: {trainer.max_steps}, evaluation every {trainer.val_check_interval}")
+    if processes > 1:
+        shared = "the rows of every step shared"
+        if method.shares.divided:
+            shared = f"whole runs shared, {len(method.runs)} of them in the first"
+        lines.append(f"processes: {processes}, {shared}; of the first process:")
+    drawn = method.draw(data)
+    batch = None if drawn is None else drawn.batch(0, method.progress.live)
+    if not isinstance(batch, Batch):
+        return "\n".join(lines)
+    bank = method.bank().detach()
+    extra = method.num_virtual_tokens if method.backbone.is_encoder_decoder else 0
+    parts = micro_batches(batch, method.tokens_per_forward, extra)
+    padded = 0 if extra else len(bank) * bank.shape[1]
+    padded += sum(
+        len(part) * (part.input_ids.shape[1] + part.target_ids.shape[1] + extra) for part in parts
+    )
+    prompts, smoothing = bank.requires_grad_(), method.label_smoothing
+    kept = [saved_bytes(method.backbone, prompts, part, smoothing) for part in parts]
+    held = method.held() | {"activations of the largest micro-batch": max(kept, default=0)}
+    lines += [
+        f"first step: {len(batch)} rows, {padded} padded tokens in {len(parts)} micro-batches",
+        f"memory: {', '.join(f'{name} {_size(count)}' for name, count in held.items())}",
+    ]
+    return "\n".join(lines)
+
+
+def saved_bytes(
+    backbone: Backbone, prompts: torch.Tensor, batch: Batch, label_smoothing: float = 0.0
+) -> int:
+    """Bytes that autograd keeps for rows under a bank (R, N, D), weights not counted."""
+    weights = {p.untyped_storage().data_ptr() for p in backbone.parameters()}
+    seen: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        # The loss is kept until the count is done, so that no storage is freed and used again.
+        loss = backbone.loss(prompts, batch.to(backbone.device), label_smoothing)
+    del loss
+    return sum(seen.values())
+
+
+def _size(count: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} B"

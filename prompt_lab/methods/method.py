@@ -1,0 +1,964 @@
+"""``PromptMethod``: the life cycle that all methods share.
+
+A method says what is trained (``make_runs``, ``build``, ``start``, ``bank``, ``draw``,
+``training_step``), what the best evaluation keeps (``kept``) and what a checkpoint must agree in
+(``identity``). Here stand, once: loading the backbone, making what is trained when data or a
+checkpoint bring the runs, the clock, keeping the best, patience, answers, files, and checkpoints
+without the backbone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from prompt_lab.core.backbone import Backbone, Prefix
+from prompt_lab.core.bank import Prefixes, bank_gradient, is_out_of_memory, renumber
+from prompt_lab.core.batch import Batch, default_tokens_per_forward
+from prompt_lab.core.run import Run
+from prompt_lab.data.datamodule import PromptDataModule
+from prompt_lab.data.files import SplitName
+from prompt_lab.data.sampling import Draw, EvaluationBatch, Progress
+from prompt_lab.data.tasks import Task
+from prompt_lab.files.prompts import Prompt, PromptStore
+from prompt_lab.files.results import Start, summary_table
+from prompt_lab.files.tensors import write_atomically
+from prompt_lab.methods.checkpoints import (
+    change_runs,
+    check_identity,
+    fill_checkpoint,
+    kind_of,
+)
+from prompt_lab.methods.checks import check_settings, check_trainer, some
+from prompt_lab.methods.configs import BackboneConfig, as_config, plain
+from prompt_lab.methods.evaluation import Evaluation, Report, Way, answers
+from prompt_lab.methods.identity import trainer_settings
+from prompt_lab.methods.keeper import Keeper
+from prompt_lab.methods.logs import begin_curves, log_evaluation, log_rates, log_settings
+from prompt_lab.methods.look import check_lengths, describe, look_at_rows
+from prompt_lab.methods.sharing import RunShares, left_out_of_ddp, share_runs
+
+Made = TypeVar("Made")
+
+TRAINING, STOPPED, FAILED, FINISHED = range(4)
+STATUS = ("training", "stopped early", "failed: loss not finite", "finished")
+
+FIT_RECORD = "fit.json"
+"""The file of a run's folder that keeps what a test cannot know of its fit."""
+
+
+class PromptMethod(LightningModule):
+    """Parent of the methods; trains R runs on a frozen backbone, and answers under the best.
+
+    ``trainer.max_steps`` is the budget and ``trainer.val_check_interval`` the number of steps
+    between evaluations on dev; the last step is always evaluated.
+
+    Args:
+        backbone: which frozen model.
+        tokens_per_forward: most padded tokens of one forward pass; bounds memory, not results; null
+            for 2048 on a CPU and 16384 on a GPU.
+        decoding: ``score`` chooses among the labels of tasks that have them by log-likelihood, and
+            generates other answers; ``generate`` generates all answers.
+        num_beams: beams of generated answers; 1 is greedy.
+        max_new_tokens: longest generated answer; null for the longest answer in train and dev.
+        metric_variant: ``crossfit`` computes metrics as CrossFit does, ``corrected`` without traps.
+        dev_loss: also log the mean loss on dev at each evaluation, as ``dev/loss``.
+
+    Attributes:
+        runs: what each prompt of the bank is for; empty before data or a checkpoint bring them.
+            Where processes share whole runs, those of this process; ``all_runs`` are everyone's.
+        evaluated: places of the runs that an evaluation answers for.
+        init: (R, N, D) the prompts that the runs start from.
+        starts: where each run starts from.
+        num_virtual_tokens: N.
+        keeper: the best of each run, or of all together where ``joint``.
+        status: (R,) how each run stands, an index of `STATUS`.
+        active: (R,) runs that may move; the optimizer reads it.
+        joint: whether runs train something together, so that one score chooses for all.
+        shares_runs: whether processes may divide whole runs among them.
+        test_baselines: whether ``test`` also scores no prompt and other baselines.
+        trains_a_bank: whether several runs train side by side, each with its own clip.
+        stores_prompts: whether there are prompts to keep as files.
+        trains: whether there is a fit.
+        frozen: beginnings of the names of weights that do not change, and no checkpoint holds.
+        prompts_at_once: most prompts that an evaluation holds side by side; None for all.
+        fixed: arguments of its parents that a class sets itself.
+    """
+
+    init: Tensor
+    status: Tensor
+    active: Tensor
+    loss_sum: Tensor
+    loss_steps: Tensor
+    keeper: Keeper
+    anchor: torch.nn.Parameter
+    num_virtual_tokens: int
+    joint: bool = False
+    shares_runs: bool = False
+    test_baselines: bool = False
+    prompt_baselines: tuple[str, ...] = ("no_prompt", "initial_prompt")
+    guess_baselines: bool = True
+    trains_a_bank: bool = True
+    stores_prompts: bool = True
+    trains: bool = True
+    frozen: tuple[str, ...] = ("backbone.", "subspace.")
+    fixed: tuple[str, ...] = ()
+    patience: int | None = None
+    label_smoothing: float = 0.0
+    prompts_at_once: int | None = None
+
+    def __init__(
+        self,
+        backbone: BackboneConfig = BackboneConfig(),  # noqa: B008
+        tokens_per_forward: int | None = None,
+        decoding: Literal["score", "generate"] = "score",
+        num_beams: int = 1,
+        max_new_tokens: int | None = None,
+        metric_variant: Literal["crossfit", "corrected"] = "crossfit",
+        dev_loss: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        for name in [*self.hparams]:
+            if name in self.fixed:
+                del self.hparams[name]
+            else:  # plain values, which checkpoints can hold
+                self.hparams[name] = plain(self.hparams[name])
+        check_settings(self.hparams)
+        self.backbone_config = as_config(BackboneConfig, backbone)
+        self._tokens_per_forward = tokens_per_forward
+        self.decoding, self.num_beams = decoding, num_beams
+        self.max_new_tokens, self.metric_variant = max_new_tokens, metric_variant
+        self.dev_loss = dev_loss
+        self.backbone: Backbone = None  # pyright: ignore - set up before anything needs it
+        self.runs: list[Run] = []
+        self.all_runs: list[Run] = []
+        self.starts: list[Start] = []
+        self.evaluated: list[int] = []
+        self.shares = RunShares([[]])
+        self.progress = Progress()
+        self.seconds = 0.0
+        self.is_built = False
+        self._run_dir: Path | None = None
+        self._named_run_dir: Path | None = None
+        self._fit_record: dict[str, Any] = {}
+        self._warned: set[str] = set()
+        self._seen_splits: set[SplitName] = set()
+        self._start_scores: list[float] = []
+        self._evaluated_at = -1
+
+    @property
+    def best_score(self) -> Tensor:
+        """The best dev score of each unit, (U,)."""
+        return self.keeper.score
+
+    @property
+    def best_step(self) -> Tensor:
+        """Its step, (U,)."""
+        return self.keeper.step
+
+    @property
+    def best(self) -> Tensor:
+        """The best prompts, (R, N, D)."""
+        return self.keeper["bank"]
+
+    # ---- what a method says ---------------------------------------------------------------------
+
+    def make_runs(self, data: PromptDataModule) -> list[Run]:
+        """The runs that settings and data ask for."""
+        raise NotImplementedError
+
+    def build(self, backbone: Backbone, runs: Sequence[Run]) -> None:
+        """Make parameters and buffers, from runs and shapes alone, on the CPU."""
+        raise NotImplementedError
+
+    def start(self, data: PromptDataModule) -> None:
+        """Put what is trained where a new fit starts, with ``init`` and ``starts``."""
+
+    def bank(self) -> Tensor:
+        """The prompts (R, N, D) that are scored now, with gradient to what is trained."""
+        raise NotImplementedError
+
+    def kept(self) -> dict[str, Tensor]:
+        """What the best evaluation keeps; ``bank`` is what answers later."""
+        return {"bank": self.bank()}
+
+    def draw(self, data: PromptDataModule) -> Draw | None:
+        """What a training batch holds; None where nothing is trained."""
+        raise NotImplementedError
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree in, beside the backbone's weights and the runs."""
+        return {}
+
+    def curve(self) -> dict[str, list[Any]]:
+        """Further columns of ``curves.csv``, a value for each run."""
+        return {}
+
+    def logged(self, scores: Tensor) -> dict[str, float]:
+        """Further numbers that an evaluation logs."""
+        return {}
+
+    def write(self) -> None:
+        """Write the best prompts, and what else the fit leaves, into ``run_dir``."""
+        assert self.run_dir is not None
+        self.save_prompts(PromptStore(self.run_dir / "prompts"), self.best_prompts())
+
+    def restore(self) -> None:
+        """Read the best from ``run_dir``, where neither a fit nor a checkpoint has filled it."""
+        raise NotImplementedError
+
+    def best_prompts(self, test_scores: Tensor | None = None) -> Iterable[Prompt]:
+        """The prompt of every run in ``evaluated`` that ``test`` scores, ready to be stored."""
+        raise NotImplementedError
+
+    def result_facts(self, run: int) -> dict[str, Any]:
+        """What the results say of how a run was trained, beside or instead of its prompt's word."""
+        raise NotImplementedError
+
+    def summary(self) -> str:
+        """What is trained, in a few words."""
+        return f"{len(self.all_runs)} runs of {self.num_virtual_tokens} virtual tokens"
+
+    def score_table(self, rows: list[dict[str, Any]]) -> str:
+        """The table that an evaluation prints, from its lines of results."""
+        return summary_table(rows)
+
+    def described(self, data: PromptDataModule) -> list[str]:
+        """What is trained and on what, the first lines of ``fit --dry_run``."""
+        return [self.summary()]
+
+    def held(self) -> dict[str, int]:
+        """Bytes that a fit holds beside activations, by what they are of."""
+        weights = sum(weight.nbytes for weight in self.backbone.parameters())
+        trained = sum(p.nbytes for p in self.parameters() if p.requires_grad)
+        return {"weights": weights, "trained with gradient, moments and best copy": 5 * trained}
+
+    def describe_fit(self, data: PromptDataModule, trainer: Trainer) -> str:
+        """The text of ``fit --dry_run``; what is trained is made, and nothing is trained."""
+        return describe(self, data, trainer)
+
+    # ---- the Trainer's set-up -------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Check the trainer, load the backbone, and let the data be tokenised by its rules."""
+        self.check_trainer()
+        self._run_dir = self._find_run_dir()
+        self.backbone = self.load_backbone()
+        self.datamodule.connect(self.backbone)
+
+    def configure_model(self) -> None:
+        """Make what is trained, where a trainer brings data; a checkpoint brings its own runs."""
+        if self._trainer is None or self.backbone is None:
+            return
+        self.check_trainer()  # some callbacks call this before setup
+        data, fitting = self.datamodule, self._fitting
+        with torch.device("cpu"):  # not on the GPU that Lightning makes tensors on here
+            self.take(data, fitting)
+        if fitting:
+            check_lengths(self, data, "train", "dev")
+        data.feed(
+            self.runs,
+            self.progress,
+            self.draw(data) if fitting else None,
+            lambda: self.progress.live if fitting else self.evaluated,
+            self.tokens_per_forward,
+            lambda task, longest: self.tokens_beside_input(self.num_virtual_tokens, task, longest),
+            self.row_share,
+            self.prompts_at_once,
+        )
+
+    def take(self, data: PromptDataModule, fitting: bool = True, anew: bool | None = None) -> None:
+        """Take the runs that settings and data ask for, and make what they train, once.
+
+        Args:
+            data: the data, connected to the backbone.
+            fitting: whether a fit begins; other data then brings fresh runs. Otherwise those runs
+                are evaluated that the data have rows of.
+            anew: whether runs start now, and not from a checkpoint.
+
+        Raises:
+            ValueError: an evaluation of tasks that no run was trained for.
+        """
+        asked = self.make_runs(data)
+        if anew is None:
+            anew = fitting and not self.trainer.ckpt_path
+        if fitting and self.is_built and asked != self.all_runs:
+            rank_zero_info(f"other data than before: {len(asked)} fresh runs")
+            self.is_built = False
+        if not self.is_built:
+            self._build(asked, data)
+            if anew:
+                self.start(data)
+                self.keeper.keep(torch.ones_like(self.status, dtype=torch.bool), self.kept())
+        self.evaluated = list(range(len(self.runs)))
+        if fitting:
+            self.progress.live = self.evaluated_in_fit()
+        else:
+            own, known = (
+                {(r.task, r.sample): f"{r.task} (sample {r.sample})" for r in runs}
+                for runs in (asked, self.all_runs)
+            )
+            strange = [told for key, told in own.items() if key not in known]
+            if strange:
+                raise ValueError(
+                    f"no run was trained for {some(strange)}; there are runs for "
+                    f"{some([*known.values()])}: test the tasks of the fit, or fit these"
+                )
+            self.evaluated = [i for i, r in enumerate(self.runs) if (r.task, r.sample) in own]
+
+    def _build(self, runs: list[Run], data: PromptDataModule | None) -> None:
+        trainer = self._trainer
+        self.all_runs = list(runs)
+        world = 1 if trainer is None else trainer.world_size
+        self.shares = RunShares([list(range(len(runs)))])
+        if trainer and data is not None and self.shares_runs and 1 < world <= len(runs):
+            length = {}  # a step of a run costs about what its rows are long
+            for key, splits in data.splits.items():
+                inputs = splits["train"].inputs
+                length[key] = 1 + sum(map(len, inputs)) / max(1, len(inputs))
+            costs = [run.batch_size * length[run.task, run.sample] for run in runs]
+            self.shares = RunShares(share_runs(costs, world), trainer.global_rank)
+        self.runs = [runs[place] for place in self.shares.own]
+        self.starts = [Start("")] * len(self.runs)
+        self.build(self.backbone, self.runs)
+        units = len(self.kept_units())
+        for name, value in {
+            "status": torch.full((units,), TRAINING, dtype=torch.long),
+            "active": torch.ones(units, dtype=torch.bool),
+            "loss_sum": torch.zeros(len(self.line_names())),
+            "loss_steps": torch.zeros((), dtype=torch.long),
+        }.items():
+            self.register_buffer(name, value)
+        self.keeper = Keeper(units, len(self.runs), self.kept())
+        self.is_built = True
+        self.progress.live = self.evaluated_in_fit()
+        self._ddp_params_and_buffers_to_ignore = left_out_of_ddp(self)
+
+    def evaluated_in_fit(self) -> list[int]:
+        """Places of the runs that a fit evaluates at first."""
+        return list(range(len(self.runs)))
+
+    def line_names(self) -> list[str]:
+        """What has a line of its own in ``curves.csv``, and a loss of its own."""
+        return [run.name for run in self.runs]
+
+    def kept_units(self) -> list[str]:
+        """Names of what is chosen by one score: the runs, or all of them together."""
+        return ["all"] if self.joint else [run.name for run in self.runs]
+
+    def look(self, data: PromptDataModule, trainer: Trainer) -> None:
+        """Make what a fit would train, for a look at it before training."""
+        self.trainer = trainer
+        setattr(trainer, "datamodule", data)  # noqa: B010 - Lightning makes the attribute later
+        self.backbone = self.load_backbone()
+        data.connect(self.backbone)
+        self.take(data, fitting=True, anew=True)
+        self.to(trainer.strategy.root_device)
+
+    def load_backbone(self) -> Backbone:
+        """The backbone, loaded once."""
+        return self.backbone or self.backbone_config.load()
+
+    @property
+    def datamodule(self) -> PromptDataModule:
+        """The trainer's data.
+
+        Raises:
+            ValueError: the trainer was not given one of this package's kinds.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, PromptDataModule):
+            raise ValueError(
+                f"{type(self).__name__} draws the rows of each run itself: pass datamodule= a "
+                "CrossFitDataModule, a RowsDataModule or another PromptDataModule to the trainer"
+            )
+        return data
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move, but leave float64 where it is if the device has none, as Apple's."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            if tensor.dtype != torch.float64:
+                return fn(tensor)
+            there = fn(torch.empty(0, dtype=torch.float32, device=tensor.device))
+            return tensor if there.device.type == "mps" else fn(tensor)
+
+        return super()._apply(moved, recurse)
+
+    @property
+    def tokens_per_forward(self) -> int:
+        """Most padded tokens of one forward pass."""
+        trainer = self._trainer
+        device = self.device if trainer is None else trainer.strategy.root_device
+        return self._tokens_per_forward or default_tokens_per_forward(device)
+
+    @property
+    def run_dir(self) -> Path | None:
+        """Where the outputs go; None where nothing is written (``fast_dev_run``).
+
+        By default the folder of a CSV or TensorBoard logger, else
+        ``<default_root_dir>/prompt_lab_runs/<time>``. Set it to name another.
+        """
+        if getattr(self._trainer, "fast_dev_run", False):
+            return None
+        return self._run_dir or self._named_run_dir
+
+    @run_dir.setter
+    def run_dir(self, folder: str | Path) -> None:
+        self._named_run_dir = Path(folder)
+
+    def _find_run_dir(self) -> Path | None:
+        trainer = self.trainer
+        if getattr(trainer, "fast_dev_run", False) or self._named_run_dir is not None:
+            return self._named_run_dir
+        logs = [x for x in trainer.loggers if isinstance(x, (CSVLogger, TensorBoardLogger))]
+        if logs:
+            return Path(trainer.strategy.broadcast(str(logs[0].log_dir)))
+        name = time.strftime("%Y%m%d-%H%M%S")
+        folder = Path(trainer.default_root_dir) / "prompt_lab_runs" / name
+        folder = Path(trainer.strategy.broadcast(str(folder)))
+        rank_zero_info(f"outputs go to {folder}")
+        return folder
+
+    def check_trainer(self) -> None:
+        """Refuse trainer settings that would quietly change the result; see `checks`."""
+        check_trainer(self)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the fit, at which schedules end.
+
+        Raises:
+            ValueError: a fit without an end.
+        """
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise ValueError("the fit has no end: give trainer.max_steps or trainer.max_epochs")
+        return int(steps)
+
+    # ---- processes ------------------------------------------------------------------------------
+
+    @property
+    def row_share(self) -> tuple[int, int]:
+        """Which share of the rows is this process's, and how many there are."""
+        if self.shares.divided:
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size
+
+    def over_ranks(self, values: Tensor) -> Tensor:
+        """Sum over the processes that share rows."""
+        if self.row_share[1] == 1:
+            return values
+        return self.trainer.strategy.reduce(values.clone(), reduce_op="sum")
+
+    def save_prompts(self, store: PromptStore, prompts: Iterable[Prompt | None]) -> None:
+        """Write the prompts of all processes, by the first one; None leaves a run out."""
+        joined = (prompt for prompt in self.shares.stream(prompts) if prompt is not None)
+        if self.trainer.is_global_zero:
+            store.save(joined)
+        elif self.shares.divided:
+            list(joined)  # empty: sends them
+
+    # ---- answers --------------------------------------------------------------------------------
+
+    def scored(self, task: Task) -> bool:
+        """Whether answers of a task are chosen by score (else generated)."""
+        return self.decoding == "score" and task.labels is not None
+
+    def way(self, task: Task) -> Way:
+        """How answers to a task are made."""
+        labels = list(task.labels or ()) if self.scored(task) else None
+        return Way(labels, self.max_new_tokens, self.num_beams)
+
+    def way_of_answering(self, task: str, sample: int) -> dict[str, Any]:
+        """How answers to a task are made, as prompt files keep it for ``prompt-lab predict``."""
+        data = self.datamodule
+        way = self.way(data.tasks[task])
+        return {
+            "decoding": "generate" if way.labels is None else "score",
+            "labels": way.labels,
+            "max_new_tokens": way.max_new_tokens or data.longest_answer(task, sample),
+            "truncation_side": data.truncation_side,
+            "num_beams": self.num_beams,
+            "max_input_length": data.max_input_length,
+            "task_prefix": data.task_prefix,
+        }
+
+    def prefix_of(self, prefixes: Prefixes, batch: Batch) -> tuple[Prefix, Batch]:
+        """What the rows of a batch need of their prompts, and the rows numbered by its order."""
+        used = sorted(set(batch.prompts))
+        return prefixes.of(used), renumber(batch, used)
+
+    def answer(self, prefixes: Prefixes, step: EvaluationBatch) -> list[str]:
+        """One answer per row of an evaluation batch."""
+        way = self.way(self.datamodule.tasks[step.task])
+        return answers(self.backbone, lambda batch: self.prefix_of(prefixes, batch), step, way)
+
+    def answer_all(
+        self, split: SplitName, chosen: list[int], prefixes: Prefixes, keep: bool = True
+    ) -> Evaluation:
+        """An evaluation of some runs outside Lightning's loop, in the trainer's precision."""
+        data, made = self.datamodule, self.new_evaluation(split)
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            for step in data.evaluation_steps(split, lambda: chosen):
+                step = step.to(self.device)
+                made.add(step, self.answer(prefixes, step), keep)
+        return made
+
+    def tokens_beside_input(self, num_virtual_tokens: int, task: Task, longest: int) -> int:
+        """Tokens that an evaluated row costs besides its input, for cutting batches."""
+        prompt = num_virtual_tokens if self.backbone.is_encoder_decoder else 0
+        if self.scored(task):
+            return prompt + longest
+        return prompt + self.num_beams * (self.max_new_tokens or longest)
+
+    # ---- a look at the rows ---------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Look at all rows that the fit and its test will run, and tell loggers the settings."""
+        self._is_written = False
+        self._tell_of_rows("train", "dev", "test")
+        log_settings(self)
+
+    def _tell_of_rows(self, *splits: SplitName) -> None:  # all processes call it
+        if not self._seen_splits.issuperset(splits):
+            self._seen_splits.update(splits)
+            for said in self.shares.gather(look_at_rows(self, self.datamodule, *splits)):
+                self.warn_once(said, said)
+
+    # ---- training -------------------------------------------------------------------------------
+
+    def bank_gradient(
+        self, bank: Tensor, batch: Batch, label_smoothing: float
+    ) -> tuple[Tensor, Tensor]:
+        """Losses (R,) and gradient (R, N, D); micro-batches are halved when memory runs out."""
+        return self.within_memory(
+            batch,
+            lambda tokens: bank_gradient(self.backbone, bank, batch, tokens, label_smoothing),
+        )
+
+    def within_memory(self, batch: Batch, step: Callable[[int], Made]) -> Made:
+        """What ``step`` makes, given the tokens of a forward pass; fewer when memory runs out.
+
+        Raises:
+            ValueError: it runs out with one row in a forward pass.
+        """
+        while True:
+            try:
+                return step(self.tokens_per_forward)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Here the failed step's tensors are gone.
+            lengths = zip(batch.input_lengths, batch.target_lengths, strict=True)
+            if self.tokens_per_forward <= max(map(sum, lengths)):
+                raise ValueError(
+                    "memory runs out with a single row in a forward pass: use a smaller "
+                    "data.max_input_length or model.num_virtual_tokens, model.backbone.dtype "
+                    "bfloat16 or model.backbone.gradient_checkpointing true"
+                )
+            self._tokens_per_forward = self.tokens_per_forward // 2
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            rank_zero_warn(
+                f"memory ran out: model.tokens_per_forward is {self.tokens_per_forward} from step "
+                f"{self.trainer.global_step} on; give that to start with it"
+            )
+
+    def on_train_start(self) -> None:
+        """Take up the clock, the progress and the curves; a larger budget revives finished runs."""
+        trainer, step = self.trainer, self.trainer.global_step
+        if step == 0 and not trainer.ckpt_path:
+            self._evaluated_at = 0
+            self.keeper.reset()
+            self.status.fill_(TRAINING)
+            self.active.fill_(True)
+            self.seconds = 0.0
+        if step < self.total_steps:
+            finished = self.status == FINISHED
+            self.status.masked_fill_(finished, TRAINING)
+            self.active |= finished
+        self.progress.batches = step * trainer.accumulate_grad_batches
+        self._set_live()
+        if not self.count_live():
+            trainer.should_stop = True
+        self._clock = time.monotonic()
+        begin_curves(self, self._start_scores)
+        self._start_scores = []
+        every = trainer.val_check_interval
+        if step and self._evaluated_at < step and isinstance(every, int) and step % every == 0:
+            self._evaluate()  # the checkpoint was written between the step and its evaluation
+
+    def _evaluate(self) -> None:
+        trainer = self.trainer
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Count the batch, and log its loss."""
+        self.progress.batches += 1
+        runs = 1 if self.joint else max(1, len(self.progress.live))
+        batches = self.trainer.accumulate_grad_batches
+        self.log("train/loss", outputs["loss"].detach() * (batches / runs), rank_zero_only=False)
+        every: int = getattr(self.trainer, "log_every_n_steps", 50) or 50
+        if self.progress.batches % every == 0 and self.progress.live:
+            log_rates(self)
+
+    def finite_everywhere(self, finite: Tensor) -> Tensor:
+        """Which units are finite in all processes that share rows."""
+        return self.over_ranks((~finite).float()) == 0
+
+    def count_live(self) -> int:
+        """How many runs of all processes still train."""
+        return sum(self.shares.gather([int((self.status == TRAINING).sum())]))
+
+    # ---- evaluation -----------------------------------------------------------------------------
+
+    @property
+    def _fitting(self) -> bool:
+        return self.trainer.state.fn == "fit"
+
+    def new_evaluation(self, split: SplitName) -> Evaluation:
+        """An evaluation of the runs."""
+        shared = self.row_share[1] > 1
+        variant = self.metric_variant
+        return Evaluation(self.datamodule, self.runs, split, variant, self.device, shared)
+
+    def prefixes(self, current: bool) -> Prefixes:
+        """What answers: the current prompts, or the best."""
+        bank = self.bank().detach() if current else self.keeper["bank"]
+        return Prefixes(self.backbone, bank)
+
+    def _begin(self, split: SplitName) -> None:
+        if not self._fitting:
+            self.restore_best()
+            self._tell_of_rows(split)
+            check_lengths(self, self.datamodule, split)
+        self.evaluation = self.new_evaluation(split)
+        self._prefixes = self.prefixes(self._fitting)
+
+    def restore_best(self) -> None:
+        """Read the best from files, unless a fit or checkpoint has filled it.
+
+        Raises:
+            ValueError: there is no folder to read from.
+        """
+        if self.keeper.is_filled or bool((self.status != TRAINING).any()):
+            return
+        if self.run_dir is None:
+            raise ValueError(
+                "trainer.fast_dev_run has no run folder to read prompts from: give "
+                "trainer.limit_test_batches instead, or a checkpoint"
+            )
+        self.restore()
+
+    def on_validation_start(self) -> None:
+        """Begin an evaluation: of what is trained in a fit, else of the best."""
+        self._begin("dev")
+
+    def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+        """Answer a batch of dev rows."""
+        self.evaluation.add(batch, self.answer(self._prefixes, batch))
+
+    def on_validation_epoch_end(self) -> None:
+        """Score dev; in a fit, keep what is better and stop runs that are done."""
+        scores = self.evaluation.scores()
+        if not self._fitting:
+            Report(self, self.evaluation, "validate").write(scores)
+            return
+        if self.trainer.sanity_checking:
+            whole = self.trainer.num_sanity_val_steps == float("inf")
+            self._start_scores = scores.tolist() if whole and not self.joint else []
+            return
+        self._evaluated_at = self.trainer.global_step
+        units, live = self.unit_scores(scores), self.active & (self.status == TRAINING)
+        step = self.trainer.global_step
+        self.keep(self.keeper.update(units, scores, step, live, always=not self.runs))
+        lines = list(self.progress.live)
+        self._stop_runs()
+        self._log_evaluation(scores, lines)
+        self.after_evaluation(scores, lines)
+        self.loss_sum.zero_()
+        self.loss_steps.zero_()
+        if not self.count_live():
+            self.trainer.should_stop = True
+
+    def unit_scores(self, scores: Tensor) -> Tensor:
+        """What chooses the best: the score of each run, or their mean where they are joint."""
+        if not self.joint:
+            return scores
+        return scores.nan_to_num(nan=-torch.inf).mean().reshape(1)
+
+    def keep(self, better: Tensor) -> None:
+        """Keep what belongs to the better units."""
+        self.keeper.keep(better, self.kept())
+
+    def after_evaluation(self, scores: Tensor, lines: list[int]) -> None:
+        """What a method does besides, after an evaluation in a fit."""
+
+    def _stop_runs(self) -> None:
+        """End runs that failed, lost patience or reached the budget."""
+        failed = (self.status == TRAINING) & ~self.active
+        self.status.masked_fill_(failed, FAILED)
+        if self.patience is not None:
+            impatient = (self.status == TRAINING) & (self.keeper.bad >= self.patience)
+            self.status.masked_fill_(impatient, STOPPED)
+        if self.trainer.global_step >= self.total_steps:
+            self.status.masked_fill_(self.status == TRAINING, FINISHED)
+        self.active &= self.status == TRAINING
+        names = zip(self.kept_units(), failed.tolist(), strict=True)
+        if told := self.shares.gather([name for name, has_failed in names if has_failed]):
+            rank_zero_warn(
+                f"loss or gradient not finite by step {self.trainer.global_step}: "
+                f"{', '.join(told)}; these runs stop, with their best prompt so far. A lower "
+                "learning_rate or optim.clip may help"
+            )
+        self._set_live()
+
+    def _set_live(self) -> None:
+        """Joint runs are evaluated to the end, others while they train."""
+        if not self.joint:
+            self.progress.live = [i for i, s in enumerate(self.status.tolist()) if s == TRAINING]
+
+    def mean_losses(self) -> Tensor:
+        """Mean loss of each run since the last evaluation."""
+        return self.over_ranks(self.loss_sum) / self.loss_steps.clamp(min=1)
+
+    def _log_evaluation(self, scores: Tensor, lines: list[int]) -> None:
+        now = time.monotonic()
+        self.seconds, self._clock = self.seconds + now - self._clock, now
+        log_evaluation(self, scores, lines)
+
+    def curve_lines(
+        self, losses: list[float], scores: Tensor, lines: list[int]
+    ) -> list[dict[str, Any]]:
+        """A line of ``curves.csv`` for each run that was evaluated."""
+        dev, best, further = scores.tolist(), self.keeper.dev.tolist(), self.curve()
+        each = len(self.runs) // max(1, len(self.status))
+        steps, status = self.keeper.step.tolist(), self.status.tolist()
+        return [
+            {
+                "step": self.trainer.global_step,
+                "run": self.runs[i].name,
+                "train_loss": losses[i],
+                "dev": dev[i],
+                "best_dev": best[i] if best[i] == best[i] else None,
+                "best_step": steps[i // each],
+                "status": STATUS[status[i // each]],
+                **{name: values[i] for name, values in further.items()},
+            }
+            for i in lines
+        ]
+
+    def moved(self) -> list[float]:
+        """Distance of each prompt from its start, relative to the start's norm: R numbers."""
+        change = (self.bank().detach() - self.init).flatten(1).norm(dim=1)
+        return (change / self.init.flatten(1).norm(dim=1).clamp(min=1e-12)).tolist()
+
+    def on_train_end(self) -> None:
+        """Evaluate the last step if it was not, and write the best."""
+        trainer = self.trainer
+        if self._evaluated_at != trainer.global_step and trainer.enable_validation:
+            self._evaluate()
+        self.status.masked_fill_((self.status == TRAINING) & ~self.active, FAILED)
+        self.status.masked_fill_(self.status == TRAINING, FINISHED)
+        unseen = (self.status == FINISHED) & (self.keeper.step < 0)
+        if unseen.any():  # a fit without any evaluation: what it ends with
+            self.keeper.step.masked_fill_(unseen, trainer.global_step)
+            self.keep(unseen)
+        self._write_all()
+
+    def _write_all(self) -> None:
+        if self.run_dir:
+            self.write()
+        self._is_written = True
+        self.trainer.strategy.barrier("best prompts written")
+
+    # ---- test and predict -----------------------------------------------------------------------
+
+    def on_test_start(self) -> None:
+        """Begin the evaluation of the best of this fit, of the checkpoint, or of the files."""
+        self._begin("test")
+
+    def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+        """Answer a batch of test rows."""
+        self.evaluation.add(batch, self.answer(self._prefixes, batch))
+
+    def on_test_epoch_end(self) -> None:
+        """Score test, and write what it leaves."""
+        scores = self.evaluation.scores()
+        self.log("test/mean", scores[self.evaluated].nanmean().float(), rank_zero_only=False)
+        self.report_test(scores)
+
+    def report_test(self, scores: Tensor) -> None:
+        """Write results, predictions and, where there are any, prompts."""
+        Report(self, self.evaluation, "test").write(scores)
+
+    def on_predict_start(self) -> None:
+        """Take the best of this fit, of the checkpoint, or of the files."""
+        self.restore_best()
+        self._prefixes = self.prefixes(current=False)
+
+    def predict_step(self, batch: EvaluationBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Answers to test rows under each run's best prompt: run, task, sample, row, answer."""
+        texts = self.answer(self._prefixes, batch)
+        runs = [self.runs[i] for i in batch.batch.prompts]
+        return [
+            {"run": r.name, "task": r.task, "sample": r.sample, "row": row, "answer": text}
+            for r, row, text in zip(runs, batch.batch.rows, texts, strict=True)
+        ]
+
+    # ---- identity, warnings ---------------------------------------------------------------------
+
+    def digests(self) -> dict[str, Any]:
+        """Digests of what a fit reads: backbone weights, tokenizer, data files; no path is in it.
+
+        All processes call it.
+        """
+        files = {
+            f"{task}/{sample}/{name}": split.digest
+            for (task, sample), splits in self.datamodule.splits.items()
+            for name, split in splits.items()
+        }
+        return {
+            "backbone": self.backbone.digest,
+            "tokenizer": self.backbone.tokenizer_digest,
+            "data": files,
+        }
+
+    def fit_record(self) -> dict[str, Any]:
+        """What the fit kept for tests to come; empty where there is none."""
+        file = self.run_dir and self.run_dir / FIT_RECORD
+        if not self._fit_record and file and file.is_file():
+            self._fit_record = json.loads(file.read_text())
+        return self._fit_record
+
+    def on_fit_end(self) -> None:
+        """Record the trainer's settings, and what the fit read, for tests to come."""
+        if not self._is_written:  # a fit that was killed after its last step had none left
+            self._write_all()
+        self._fit_record = {"trainer": trainer_settings(self.trainer), "digests": self.digests()}
+        if self.trainer.is_global_zero and self.run_dir:
+            text = json.dumps(self._fit_record, indent=1)
+            write_atomically(self.run_dir / FIT_RECORD, text.encode())
+
+    def warn_once(self, key: str, message: str) -> None:
+        """Warn about one thing once per fit."""
+        if key not in self._warned:
+            self._warned.add(key)
+            rank_zero_warn(message)
+
+    def stored_prompt(
+        self, run: Run, prompt: Tensor, init: Tensor, dev: float, test: float | None, **facts: Any
+    ) -> Prompt:
+        """A run's prompt with all that its file says.
+
+        Args:
+            run: what the prompt is of.
+            prompt: (N, D).
+            init: (N, D) what it was trained from.
+            dev: dev score that chose it; NaN or infinite where there is none.
+            test: test score.
+            facts: further fields of :class:`Prompt`, and those that differ from the run's.
+        """
+        from prompt_lab import __version__
+
+        fields = {
+            "name": run.name,
+            "backbone": self.backbone.name,
+            "backbone_digest": self.backbone.digest,
+            "tokenizer_digest": self.backbone.tokenizer_digest,
+            "task": run.task,
+            "sample": run.sample,
+            "init_seed": run.init_seed,
+            "learning_rate": run.learning_rate,
+            "batch_size": run.batch_size,
+            "dev_score": dev if math.isfinite(dev) else None,
+            "test_score": test,
+            "metric": self.datamodule.tasks[run.task].metric,
+            "status": "finished",
+            "seconds": round(self.seconds, 3),
+            "run": self.all_runs.index(run),
+            "version": __version__,
+            **self.way_of_answering(run.task, run.sample),
+        }
+        kept = {"prompt": prompt.detach().cpu(), "init": init.detach().cpu()}
+        return Prompt(**kept, **(fields | facts))
+
+    # ---- checkpoints ----------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note what the runs are, and what must agree."""
+        fill_checkpoint(self, checkpoint)
+        checkpoint["seconds"], checkpoint["evaluated_at"] = self.seconds, self._evaluated_at
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take this process's runs; refuse other data, seeds or weights, which may look like these.
+
+        Without a trainer, as in ``load_from_checkpoint``, the runs are those of the checkpoint.
+
+        Raises:
+            ValueError: naming both sides.
+        """
+        if any(name not in checkpoint for name in ("runs", "starts", "identity", "seconds")):
+            raise ValueError("the checkpoint is not of a method of prompt_lab")
+        if not self.is_built:
+            self.backbone = self.load_backbone()
+            self._build([Run(**run) for run in checkpoint["runs"]], None)
+        check_identity(self, checkpoint["identity"])
+        self.starts = [Start(**checkpoint["starts"][place]) for place in self.shares.own]
+        self.seconds, self._evaluated_at = checkpoint["seconds"], checkpoint["evaluated_at"]
+        change_runs(self, checkpoint, self.shares.take)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """The method of a checkpoint, of the class that was saved, with what it has trained.
+
+        Raises:
+            ValueError: a checkpoint of another class.
+        """
+        kwargs.setdefault("weights_only", True)
+        if cls is PromptMethod:
+            return kind_of(checkpoint_path).load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The state without the frozen backbone."""
+        state = super().state_dict(*args, **kwargs)
+        for name in [name for name in state if name.startswith(self.frozen)]:
+            del state[name]
+        return state
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load everything but the backbone, which must not be there.
+
+        Raises:
+            ValueError: anything else is missing or left over, or has another shape.
+        """
+        for name, own in self.state_dict().items():
+            given = state_dict.get(name, own)
+            if given.shape != own.shape:
+                raise ValueError(
+                    f"the checkpoint does not fit: {name} has shape {tuple(given.shape)} there and "
+                    f"{tuple(own.shape)} here; resume with the settings and the data of the fit"
+                )
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        missing = [name for name in result.missing_keys if not name.startswith(self.frozen)]
+        if strict and (missing or result.unexpected_keys):
+            raise ValueError(
+                f"the checkpoint does not fit: missing {missing}, unexpected "
+                f"{result.unexpected_keys}; was it made with other settings or by another method?"
+            )
+        return type(result)(missing, result.unexpected_keys)
