@@ -290,8 +290,9 @@ def norm_table(groups: Mapping[int | None, Sequence[FoundPrompt]]) -> pd.DataFra
     norms["init"] = [float(x.prompt.init.double().norm()) for x in found]
     norms["ratio"] = (norms["vector"] / norms["init"]).where(norms["init"] > 0)
     by_task = norms.groupby("task")
-    table = by_task.mean().join(by_task.std().add_suffix("_std"))
-    table.insert(0, "prompts", by_task.size())
+    table = pd.DataFrame({"prompts": by_task.size()})
+    for name in ("vector", "init", "ratio"):
+        table[name], table[f"{name}_std"] = by_task[name].mean(), by_task[name].std()
     return table.reset_index()
 
 
