@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import types
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,12 @@ from test_prompt_tuning import make_data, make_method
 from test_readme import example
 
 import prompt_lab
+from prompt_lab.core.batch import Batch
 from prompt_lab.data.datamodule import PromptDataModule, RowsDataModule
+from prompt_lab.data.sampling import EvaluationBatch
 from prompt_lab.files.results import read_csv
+from prompt_lab.methods.checks import check_settings
+from prompt_lab.methods.evaluation import Way, answers
 from prompt_lab.methods.method import PromptMethod
 from prompt_lab.methods.vector_arithmetic import VectorArithmetic
 
@@ -182,6 +187,71 @@ def test_load_from_checkpoint_gives_the_class_with_what_it_trained(fitted, tmp_p
     assert len(read_csv(tmp_path / "run" / "results.csv"))
 
 
+@pytest.mark.parametrize(
+    ("saved", "told"),
+    [
+        ({"method": "os.path"}, "is the checkpoint of os.path; a method of one's own is imported"),
+        (
+            {"method": "prompt_lab.methods.none.Backbone"},
+            r"is the checkpoint of prompt_lab\.methods",
+        ),
+        ({"state_dict": {}}, "is the checkpoint of no method of prompt_lab"),
+        ([1], "is the checkpoint of no method of prompt_lab"),
+    ],
+)
+def test_a_checkpoint_does_not_say_what_to_import(tmp_path, saved, told):
+    torch.save(saved, tmp_path / "a.ckpt")
+    before = {*sys.modules}
+    with pytest.raises(ValueError, match=told):
+        PromptMethod.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert not [name for name in {*sys.modules} - before if "prompt_lab" not in name]
+
+
+def test_rows_too_large_for_memory_are_halved_when_their_prompts_are_gone():
+    """Reference: what each row alone answers; the first prefix is let go before the halves run."""
+    backbone, seen = make_backbone("gpt2"), []
+    bank = torch.randn(1, 3, backbone.hidden_size, generator=torch.Generator().manual_seed(0))
+    batch = backbone.batch(["a dog", "the sea", "yes", "a cat"])
+
+    def prefix_of(rows: Batch) -> tuple[Any, Batch]:
+        if seen:
+            assert seen[0]() is None
+        prefix = backbone.prefix(bank)
+        seen.append(weakref.ref(prefix[0]))
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return prefix, rows
+
+    step, way = EvaluationBatch("t", batch, 3), Way(["yes", "no"], None, 1)
+    with torch.no_grad():
+        found = answers(backbone, prefix_of, step, way)
+        alone = [
+            way.labels[backbone.choose(bank, batch.slice(i, i + 1), way.labels)[0]]
+            for i in range(4)
+        ]
+    assert found == alone
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "right", "told"),
+    [
+        ("warmup", (-0.1, 1.1, float("nan")), (0.0, 1.0), "a share of the steps, 0 to 1"),
+        ("clip", (0.0, -1.0, float("nan")), (0.1, None), "a positive norm, or null for none"),
+        ("learning_rate", (0.0, float("nan")), (0.1, [0.1, 0.2]), "a positive number"),
+        ("label_smoothing", (-0.1, 1.0), (0.0, 0.5), "0 up to below 1"),
+        ("patience", (0,), (1, None), "at least 1, or null"),
+        ("batch_size", (0,), (1,), "at least 1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_whichever_method_has_them(name, wrong, right, told):
+    for value in right:
+        check_settings({name: value})
+    for value in wrong:
+        with pytest.raises(ValueError, match=rf"^model\.{name} is .*: give {told}$"):
+            check_settings({name: value})
+
+
 def test_predict_answers_the_test_rows_as_the_test_did(fitted):
     method = fitted["method"]
     found = trainer(fitted["folder"]).predict(method, datamodule=fitted["data"]())
@@ -311,6 +381,7 @@ def test_loggers_get_settings_losses_and_scores(files, fewshot_root, tmp_path, k
         assert method.run_dir == Path(made.log_dir)
     if kind == "bare":
         assert made.seen["settings"]["model.optim.name"] == "adamw"
+        assert made.seen["settings"]["model.backbone.name"] == "sandbox"
         assert made.seen["settings"]["data.tasks"] == ["glue-cola"]
         assert len(made.seen["train/loss"]) >= 6
         for name in ("dev/loss", "dev/glue-cola/mean", "best/val_score", "lr", "lr/min", "lr/max"):
@@ -330,8 +401,8 @@ def test_the_loss_on_dev_is_the_mean_over_rows_and_runs(files, fewshot_root, tmp
     split = method.datamodule.splits["glue-cola", 13]["dev"]
     backbone, losses = method.backbone, []
     for prompt in method.bank().detach():
-        for text, answers in zip(split.inputs, split.references, strict=True):
-            batch = backbone.batch([text], [answers[0]])
+        for text, references in zip(split.inputs, split.references, strict=True):
+            batch = backbone.batch([text], [references[0]])
             losses.append(backbone.loss(prompt[None], batch).item())
     found = made.callback_metrics["dev/loss"].item()
     assert found == pytest.approx(sum(losses) / len(losses), rel=1e-4)

@@ -360,18 +360,6 @@ def adamw_with_warmup(
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def check_warmup_and_clip(warmup: float, clip: float | None) -> None:
-    """Refuse a share or a norm that makes no sense.
-
-    Raises:
-        ValueError: naming the setting and what is allowed.
-    """
-    if not 0 <= warmup <= 1:
-        raise ValueError(f"model.warmup is {warmup}: give a share of the steps, 0 to 1")
-    if clip is not None and not clip > 0:
-        raise ValueError(f"model.clip is {clip}: give a positive norm, or null for none")
-
-
 def _align(values: Tensor, like: Tensor) -> Tensor:
     """(R,) values with trailing axes of length one, to combine with (R, ...) tensors."""
     return values.view(-1, *[1] * (like.dim() - 1))

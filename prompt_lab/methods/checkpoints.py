@@ -5,14 +5,13 @@ The frozen backbone is in none. Where processes share whole runs, one checkpoint
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
+from prompt_lab.files.peft import read_pickle
 from prompt_lab.methods.checks import some
 
 if TYPE_CHECKING:
@@ -80,13 +79,29 @@ def check_identity(method: PromptMethod, saved: dict[str, Any]) -> None:
 
 
 def kind_of(path: Any) -> type[PromptMethod]:
-    """The class of the method that a checkpoint is of.
+    """The class of the method that a checkpoint is of; one of one's own is imported before.
+
+    Only classes that are there are taken: a file does not say what to import.
 
     Raises:
         ValueError: it is of none.
     """
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    if "method" not in saved:
-        raise ValueError(f"{path} is not the checkpoint of a method of prompt_lab")
-    module, _, name = saved["method"].rpartition(".")
-    return getattr(importlib.import_module(module), name)
+    import prompt_lab
+    from prompt_lab.methods.method import PromptMethod
+
+    saved = read_pickle(path)
+    name = str(saved.get("method", "")) if isinstance(saved, dict) else ""
+    public = name.rpartition(".")[2]
+    if public in prompt_lab.__all__:
+        getattr(prompt_lab, public)  # imports it
+    kinds, known = [PromptMethod], dict[str, type[PromptMethod]]()
+    while kinds:
+        kind = kinds.pop()
+        known[f"{kind.__module__}.{kind.__qualname__}"] = kind
+        kinds += kind.__subclasses__()
+    if name not in known:
+        raise ValueError(
+            f"{path} is the checkpoint of {name or 'no method of prompt_lab'}; a method of one's "
+            "own is imported before, or loaded by its own class"
+        )
+    return known[name]

@@ -61,15 +61,19 @@ class Way:
 
 def answers(backbone: Backbone, prefix_of: PrefixOf, step: EvaluationBatch, way: Way) -> list[str]:
     """One answer per row of an evaluation batch; a batch too large for memory is halved."""
-    try:
-        prefix, batch = prefix_of(step.batch)
+
+    def of_rows(prefix: Prefix, batch: Batch) -> list[str]:
         if way.labels is not None:
             return [way.labels[i] for i in backbone.choose(prefix, batch, way.labels)]
         length = way.max_new_tokens or step.max_new_tokens
         return backbone.generate(prefix, batch, length, way.num_beams)
+
+    try:
+        return of_rows(*prefix_of(step.batch))
     except RuntimeError as error:
         if not is_out_of_memory(error) or len(step.batch) < 2:
             raise
+    # Here the failed prefix is gone, which no name of this frame held.
     half = len(step.batch) // 2
     parts = (step.batch.slice(0, half), step.batch.slice(half, len(step.batch)))
     return [

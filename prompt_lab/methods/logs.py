@@ -17,6 +17,7 @@ from prompt_lab.core.run import Run
 from prompt_lab.data.sampling import bank_draw
 from prompt_lab.files.results import append_curves, start_curves
 from prompt_lab.methods.checks import some
+from prompt_lab.methods.configs import flag_names
 from prompt_lab.methods.identity import settings_of
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 def log_settings(method: PromptMethod) -> None:
     """Tell the loggers the settings of model and data, by the names of the flags."""
-    found = {k: v for k, v in settings_of(method).items() if k.startswith(("model.", "data."))}
+    found = {f"model.{k}": v for k, v in flag_names(dict(method.hparams)).items()}
+    found |= {k: v for k, v in settings_of(method).items() if k.startswith("data.")}
     for logger in method.trainer.loggers if method.trainer.is_global_zero else []:
         if isinstance(logger, WandbLogger):  # a sweep's own settings are locked
             known = logger.experiment.config

@@ -282,7 +282,7 @@ class SubspaceConfig:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: as :func:`prompt_lab.files.networks.load_network`, or another N.
+            ValueError: as :func:`prompt_lab.files.tensors.load_network`, or another N.
         """
         if self.intrinsic_dim is None:
             found = load_network(self.path, Subspace, backbone)
