@@ -303,7 +303,7 @@ def test_generated_answers_equal_a_greedy_loop(kind: str) -> None:
     batch = model.batch(TEXTS, None, INDEX)
     free = greedy(model, prompts[INDEX[0]], TEXTS[0], 8, EOS_ID)
     end = model.tokenizer.encode(free, add_special_tokens=False)[2]
-    model.model.generation_config.eos_token_id = end
+    model.frame().ends = [end]
     found = model.generate(prompts, batch, 8)
     expected = [greedy(model, prompts[INDEX[i]], TEXTS[i], 8, end) for i in batch.rows]
     alone = [

@@ -28,7 +28,8 @@ from torch.nn import functional as F
 
 from prompt_lab.core.backbone import Backbone, Prefix
 from prompt_lab.core.batch import Batch
-from prompt_lab.core.candidates import Follow
+from prompt_lab.core.candidates import Follow, LabelScore
+from prompt_lab.core.text import Frame
 
 _T5 = ("SelfAttention.o", "DenseReluDense.wo")
 _LLAMA = ("self_attn.o_proj", "mlp.down_proj")
@@ -223,11 +224,11 @@ class AdaptedBackbone(Backbone):
             return super().row_losses(none, batch, label_smoothing)
 
     def _generate(
-        self, prefix: Prefix, batch: Batch, max_new_tokens: int, num_beams: int
+        self, prefix: Prefix, batch: Batch, max_new_tokens: int, num_beams: int, ends: list[int]
     ) -> list[str]:
         """As the backbone's."""
         with self._adapted(prefix, batch) as none:
-            return super()._generate(none, batch, max_new_tokens, num_beams)
+            return super()._generate(none, batch, max_new_tokens, num_beams, ends)
 
     def _candidate_scores(
         self,
@@ -235,10 +236,14 @@ class AdaptedBackbone(Backbone):
         batch: Batch,
         candidates: Sequence[str],
         exhaustive: bool,
+        label_score: LabelScore = "sum",
+        frame: Frame | None = None,
     ) -> Tensor:
         """Scores (B, C), or bounds whose largest is exact."""
         with self._adapted(self._as_prefix(prompts), batch) as none:
-            return super()._candidate_scores(none, batch, candidates, exhaustive)
+            return super()._candidate_scores(
+                none, batch, candidates, exhaustive, label_score, frame
+            )
 
     def _start_answers(self, prefix: Prefix, batch: Batch, depth: int) -> tuple[Tensor, Follow]:
         """As the backbone's; rows that are dropped on the way lose their adapters, too."""

@@ -24,16 +24,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prompt_lab.core.batch import IGNORE, Batch, index_tensor, make_batch
-from prompt_lab.core.candidates import Follow, candidate_scores
+from prompt_lab.core.candidates import Follow, LabelScore, candidate_scores
 from prompt_lab.core.pretrained import (
     DTYPES,
     ENCODER_DECODER,
-    find_specials,
     load_pretrained,
     refuse_not_finite,
     refuse_unsupported,
     weights_digest,
 )
+from prompt_lab.core.text import ChatFrame, Frame, Side, Template, find_specials
 from prompt_lab.core.training_forward import (
     attention_window,
     causal_mask,
@@ -47,17 +47,11 @@ from prompt_lab.sandbox import SANDBOX
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Side = Literal["right", "left"]
-"""Where the text of an input that is too long is cut."""
-
 Prefix = tuple[Tensor, ...]
 """What :meth:`Backbone.prefix` returns."""
 
 _POSITIONS = {"bart": "max_position_embeddings", "gpt2": "n_positions"}
 _POSITIONS |= dict.fromkeys(("llama", "qwen2"), "max_position_embeddings")
-
-_IDS_ALONE = {"return_attention_mask": False, "return_token_type_ids": False}
-"""What tokenizers need not make: masks follow from lengths here."""
 
 
 class Backbone(nn.Module):
@@ -71,7 +65,7 @@ class Backbone(nn.Module):
 
     Raises:
         ValueError: an architecture that is not supported, T5 in float16, or special tokens that the
-            model's files do not agree on (``pretrained.find_specials``).
+            model's files do not agree on (``text.find_specials``).
     """
 
     def __init__(
@@ -91,8 +85,9 @@ class Backbone(nn.Module):
         self.max_positions: int | None = getattr(model.config, field) if field else None
         self.pad_id = self.specials.pad
         self.window = attention_window(model.config)
-        self._candidates: dict[tuple[str, ...], Tensor] = {}
-        self._adds_space = "".join(self.tokenizer.tokenize("a")).startswith("▁")
+        self._candidates: dict[tuple[Any, ...], Tensor] = {}
+        plain = Frame(tokenizer, self.specials, self.is_encoder_decoder, name)
+        self._frames: dict[tuple[str, str | None], Frame] = {("plain", None): plain}
 
     @classmethod
     def load(
@@ -180,77 +175,42 @@ class Backbone(nn.Module):
 
     # ---- text to tokens -------------------------------------------------------------------------
 
-    def encode_inputs(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of inputs, whole, with the special tokens that the tokenizer itself adds.
-
-        Encoder-decoder models get them on both sides (T5 ``text </s>``, BART ``<s> text </s>``);
-        decoder-only models in front alone (Llama ``<s> text``; GPT-2, BLOOM and SmolLM2 add none).
-
-        Raises:
-            ValueError: a text without tokens where there is no special token either.
-        """
-        if not texts:
-            return []
-        made = self._tokens(texts)
-        front, back = self.specials.front, self.specials.back if self.is_encoder_decoder else []
-        empty = next((text for text, ids in zip(texts, made, strict=True) if not ids), None)
-        if empty is not None and not front + back:
-            raise ValueError(
-                f"an input has no tokens for backbone {self.name!r}, {empty[:40]!r}: give it some "
-                "text that its tokenizer knows"
-            )
-        return [front + ids + back for ids in made]
-
-    def cut_input(self, ids: list[int], max_length: int, side: Side = "right") -> list[int]:
-        """An input of at most ``max_length`` tokens; of a longer one the text is cut at a side.
+    def frame(self, template: Template = "plain", system: str | None = None) -> Frame:
+        """What stands around inputs and answers, made once; plain where a method is given none.
 
         Args:
-            ids: as :meth:`encode_inputs` makes them.
-            max_length: most tokens, specials included.
-            side: ``right`` leaves the text's beginning, ``left`` its end.
+            template: ``plain``, or ``chat`` for the tokenizer's chat template.
+            system: system text of a chat; None for what the template does without.
 
         Raises:
-            ValueError: another side, or no room beside the special tokens.
+            ValueError: another template, a system text of plain rows, or as :class:`ChatFrame`.
         """
-        if side not in get_args(Side):
-            raise ValueError(f"truncation_side is {side!r}; allowed: {', '.join(get_args(Side))}")
-        if len(ids) <= max_length:
-            return ids
-        front = len(self.specials.front)
-        back = len(self.specials.back) if self.is_encoder_decoder else 0
-        text, room = ids[front : len(ids) - back], max_length - front - back
-        if room < 1:
-            raise ValueError(
-                f"max_input_length is {max_length}, but {front + back} special tokens stand around "
-                f"every input of backbone {self.name!r}: give at least {front + back + 1}"
-            )
-        kept = text[:room] if side == "right" else text[len(text) - room :]
-        return ids[:front] + kept + ids[len(ids) - back :]
+        if (template, system) not in self._frames:
+            if template not in get_args(Template):
+                allowed = ", ".join(get_args(Template))
+                raise ValueError(f"data.template is {template!r}; allowed: {allowed}")
+            if template == "plain":
+                raise ValueError("data.system is a part of a chat: give data.template chat")
+            self._frames[template, system] = ChatFrame(self.frame(), system)
+        return self._frames[template, system]
 
-    def encode_targets(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of answers, never cut, with the end token.
+    def encode_inputs(self, texts: Sequence[str], frame: Frame | None = None) -> list[list[int]]:
+        """As :meth:`Frame.encode_inputs`."""
+        return (frame or self.frame()).encode_inputs(texts)
 
-        Decoder-only answers follow their input after one space (which SentencePiece adds itself).
-        """
-        if not texts:
-            return []
-        space = "" if self.is_encoder_decoder or self._adds_space else " "
-        made = self._tokens([space + text for text in texts], self.is_encoder_decoder)
-        end = self.specials.end
-        return [ids if ids[-1:] == [end] else [*ids, end] for ids in made]
+    def cut_input(
+        self, ids: list[int], max_length: int, side: Side = "right", frame: Frame | None = None
+    ) -> list[int]:
+        """As :meth:`Frame.cut_input`."""
+        return (frame or self.frame()).cut_input(ids, max_length, side)
 
-    def _tokens(self, texts: Sequence[str], specials: bool = False) -> list[list[int]]:
-        """Token ids of texts, whatever length the tokenizer thinks right."""
-        return self.tokenizer(
-            list(texts), add_special_tokens=specials, verbose=False, **_IDS_ALONE
-        )["input_ids"]
+    def encode_targets(self, texts: Sequence[str], frame: Frame | None = None) -> list[list[int]]:
+        """As :meth:`Frame.encode_targets`."""
+        return (frame or self.frame()).encode_targets(texts)
 
-    def look_alikes(self, answers: Sequence[str]) -> list[list[str]]:
-        """Groups of answers whose tokens are the same, which the model cannot tell apart."""
-        groups: dict[tuple[int, ...], list[str]] = {}
-        for answer, ids in zip(answers, self.encode_targets(answers), strict=True):
-            groups.setdefault(tuple(ids), []).append(answer)
-        return [group for group in groups.values() if len(group) > 1]
+    def look_alikes(self, answers: Sequence[str], frame: Frame | None = None) -> list[list[str]]:
+        """As :meth:`Frame.look_alikes`."""
+        return (frame or self.frame()).look_alikes(answers)
 
     def batch(
         self,
@@ -258,21 +218,22 @@ class Backbone(nn.Module):
         targets: Sequence[str] | None = None,
         prompt_index: Sequence[int] | None = None,
         max_input_length: int = 512,
+        frame: Frame | None = None,
     ) -> Batch:
         """Tokenise and pad texts into a :class:`Batch` on the backbone's device.
 
         Rows are sorted by length; ``batch.rows`` tells the place of each in ``inputs``. Every row
         runs under prompt 0 unless ``prompt_index`` says otherwise. Warns of inputs that are cut.
         """
-        whole = self.encode_inputs(inputs)
+        whole = self.encode_inputs(inputs, frame)
         if any(len(ids) > max_input_length for ids in whole):
             warnings.warn(
                 f"inputs of over {max_input_length} tokens lose their end (max_input_length)",
                 stacklevel=2,
             )
         made = make_batch(
-            [self.cut_input(ids, max_input_length) for ids in whole],
-            None if targets is None else self.encode_targets(targets),
+            [self.cut_input(ids, max_input_length, frame=frame) for ids in whole],
+            None if targets is None else self.encode_targets(targets, frame),
             [0] * len(inputs) if prompt_index is None else prompt_index,
             pad_id=self.pad_id,
             left_padded=not self.is_encoder_decoder,
@@ -360,23 +321,37 @@ class Backbone(nn.Module):
         return losses.view_as(batch.target_ids).sum(1) / (batch.target_ids != IGNORE).sum(1)
 
     @torch.no_grad()
-    def score(self, prompts: Tensor | Prefix, batch: Batch, candidates: Sequence[str]) -> Tensor:
+    def score(
+        self,
+        prompts: Tensor | Prefix,
+        batch: Batch,
+        candidates: Sequence[str],
+        label_score: LabelScore = "sum",
+        frame: Frame | None = None,
+    ) -> Tensor:
         """Log-likelihood of every candidate answer, end token included: float32 (B, C), in nats.
 
         Args:
             prompts: (R, N, D) bank, or what :meth:`prefix` made of it.
             batch: rows; their targets are not looked at.
             candidates: C answers, the same for all rows.
+            label_score: ``sum`` over an answer's tokens, or their ``mean``.
+            frame: what the rows were made with, plain by default.
 
         Raises:
             ValueError: no candidates, a bank of another width, or rows longer than the model's
                 positions.
         """
-        return self._candidate_scores(prompts, batch, candidates, exhaustive=True)
+        return self._candidate_scores(prompts, batch, candidates, True, label_score, frame)
 
     @torch.no_grad()
     def choose(
-        self, prompts: Tensor | Prefix, batch: Batch, candidates: Sequence[str]
+        self,
+        prompts: Tensor | Prefix,
+        batch: Batch,
+        candidates: Sequence[str],
+        label_score: LabelScore = "sum",
+        frame: Frame | None = None,
     ) -> list[int]:
         """The place of each row's likeliest candidate: ``score(...).argmax(1)``, but faster.
 
@@ -386,11 +361,13 @@ class Backbone(nn.Module):
             prompts: (R, N, D) bank, or what :meth:`prefix` made of it.
             batch: rows; their targets are not looked at.
             candidates: C answers, the same for all rows.
+            label_score: as :meth:`score`.
+            frame: as :meth:`score`.
 
         Raises:
             ValueError: as :meth:`score`.
         """
-        scores = self._candidate_scores(prompts, batch, candidates, exhaustive=False)
+        scores = self._candidate_scores(prompts, batch, candidates, False, label_score, frame)
         return scores.argmax(1).tolist()
 
     @torch.no_grad()
@@ -400,6 +377,7 @@ class Backbone(nn.Module):
         batch: Batch,
         max_new_tokens: int = 64,
         num_beams: int = 1,
+        frame: Frame | None = None,
     ) -> list[str]:
         """Greedy (or beam) answers, one per row in the batch's order, stripped of white space.
 
@@ -408,22 +386,23 @@ class Backbone(nn.Module):
             batch: rows; their targets are not looked at.
             max_new_tokens: longest answer, end token included.
             num_beams: beams of each row; 1 is greedy.
+            frame: what the rows were made with, plain by default.
 
         Raises:
             ValueError: a bank of another width, or rows longer than the model's positions.
         """
         if len(batch) == 0:
             return []
-        prefix = self._as_prefix(prompts)
+        prefix, ends = self._as_prefix(prompts), (frame or self.frame()).ends
         if self._pads_windows(prefix, batch, max_new_tokens):
             texts = [""] * len(batch)
             for length in dict.fromkeys(batch.input_lengths):
                 rows = [row for row, own in enumerate(batch.input_lengths) if own == length]
-                made = self._generate(prefix, batch.take(rows), max_new_tokens, num_beams)
+                made = self._generate(prefix, batch.take(rows), max_new_tokens, num_beams, ends)
                 for row, text in zip(rows, made, strict=True):
                     texts[row] = text
             return texts
-        return self._generate(prefix, batch, max_new_tokens, num_beams)
+        return self._generate(prefix, batch, max_new_tokens, num_beams, ends)
 
     def _pads_windows(self, prefix: Prefix, batch: Batch, max_new_tokens: int) -> bool:
         """Whether padding would count in windows; rows of one length at a time have none.
@@ -437,13 +416,14 @@ class Backbone(nn.Module):
         return self._beyond_window(count + width + max_new_tokens)
 
     def _generate(
-        self, prefix: Prefix, batch: Batch, max_new_tokens: int, num_beams: int
+        self, prefix: Prefix, batch: Batch, max_new_tokens: int, num_beams: int, ends: list[int]
     ) -> list[str]:
         """As :meth:`generate`, given what :meth:`prefix` returned."""
         settings = {
             "max_new_tokens": max_new_tokens,
             "num_beams": num_beams,
             "do_sample": False,
+            "eos_token_id": ends,
         }
         if self.is_encoder_decoder:
             from transformers.modeling_outputs import BaseModelOutput
@@ -467,7 +447,7 @@ class Backbone(nn.Module):
                 use_cache=True,
                 **settings,
             )[:, batch.input_ids.shape[1] :]
-        answers = [_before(self.specials.ends, ids) for ids in made.tolist()]
+        answers = [_before(ends, ids) for ids in made.tolist()]
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
@@ -477,24 +457,30 @@ class Backbone(nn.Module):
         batch: Batch,
         candidates: Sequence[str],
         exhaustive: bool,
+        label_score: LabelScore = "sum",
+        frame: Frame | None = None,
     ) -> Tensor:
         """Scores (B, C), or bounds whose largest is exact."""
-        answers = self._encode_candidates(tuple(candidates)).to(batch.input_ids.device)
+        if label_score not in get_args(LabelScore):
+            allowed = ", ".join(get_args(LabelScore))
+            raise ValueError(f"label_score is {label_score!r}; allowed: {allowed}")
+        answers = self._encode_candidates(tuple(candidates), frame).to(batch.input_ids.device)
         prefix = self._as_prefix(prompts)
         start = self._start_answers if self.is_encoder_decoder else self._start_rows
         first, follow = start(prefix, batch, answers.shape[1])
-        return candidate_scores(first, answers, follow, self.pad_id, exhaustive=exhaustive)
+        settings = {"exhaustive": exhaustive, "mean": label_score == "mean"}
+        return candidate_scores(first, answers, follow, self.pad_id, **settings)
 
-    def _encode_candidates(self, candidates: tuple[str, ...]) -> Tensor:
+    def _encode_candidates(self, candidates: tuple[str, ...], frame: Frame | None) -> Tensor:
         """Token ids (C, T) of answers, padded on the right with ``IGNORE``; kept for next time."""
         if not candidates:
             raise ValueError("score needs at least one candidate answer")
-        if candidates not in self._candidates:
-            encoded = self.encode_targets(candidates)
+        if (candidates, frame) not in self._candidates:
+            encoded = self.encode_targets(candidates, frame)
             depth = max(map(len, encoded))
             rows = [[*ids, *[IGNORE] * (depth - len(ids))] for ids in encoded]
-            self._candidates[candidates] = torch.tensor(rows)
-        return self._candidates[candidates]
+            self._candidates[candidates, frame] = torch.tensor(rows)
+        return self._candidates[candidates, frame]
 
     def _as_prefix(self, prompts: Tensor | Prefix) -> Prefix:
         """The prefix of a bank, or the prefix that was given."""
