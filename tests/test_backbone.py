@@ -293,7 +293,8 @@ def greedy(model: Backbone, prompt: Tensor, text: str, length: int, end: int) ->
     while len(made) < length and made[-1:] != [end]:
         logits = naive_logits(model, prompt, ids, [*made, 0])  # the last target is not read
         made.append(int(logits[-1].argmax()))
-    return model.tokenizer.decode(made, skip_special_tokens=True).strip()
+    kept = made[:-1] if made[-1:] == [end] else made
+    return model.tokenizer.decode(kept, skip_special_tokens=True).strip()
 
 
 @pytest.mark.parametrize("kind", KINDS)

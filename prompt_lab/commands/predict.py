@@ -15,7 +15,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from prompt_lab.core.prediction import check_at_least_one, label_scores, predict, tidy_labels
+from prompt_lab.core.prediction import (
+    check_at_least_one,
+    check_label_score,
+    label_scores,
+    predict,
+    tidy_labels,
+)
+from prompt_lab.core.text import check_template
 from prompt_lab.files.tensors import write_atomically
 
 if TYPE_CHECKING:
@@ -32,7 +39,7 @@ OUTPUT_FIELDS = ("prompt", "prediction", "scores")
 
 DEFAULTS = {
     **{"max_new_tokens": 64, "num_beams": 1},
-    **{"max_input_length": 512, "truncation_side": "right"},
+    **{"max_input_length": 512, "truncation_side": "right", "template": "plain"},
 }
 """Of prompts whose files do not say, such as imported ones."""
 
@@ -63,6 +70,9 @@ def predict_command(
     num_beams: int | None = None,
     max_input_length: int | None = None,
     truncation_side: Literal["right", "left"] | None = None,
+    template: Literal["plain", "chat"] | None = None,
+    system: str | None = None,
+    label_score: Literal["sum", "mean"] | None = None,
     tokens_per_forward: int | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> None:
@@ -92,6 +102,11 @@ def predict_command(
         max_input_length: longer inputs are cut to so many tokens, and to what the backbone's
             positions leave; by default as the prompt was trained, or else 512.
         truncation_side: where they are cut, right (the end) or left; by default as trained.
+        template: chat puts inputs into the chat template of the backbone's tokenizer, plain does
+            not; by default as the prompt was trained, or else plain.
+        system: system text of the chat; by default as trained.
+        label_score: score of a label, the sum of its tokens' log-likelihoods or their mean; by
+            default as tested, or else sum.
         tokens_per_forward: most padded tokens of one forward pass; bounds memory, not results; by
             default 2048 on a CPU and 16384 on a GPU.
         device: auto takes a GPU where there is one.
@@ -103,12 +118,16 @@ def predict_command(
     given["max_input_length"] = max_input_length
     numbers = {"tokens_per_forward": tokens_per_forward, **given}
     check_at_least_one(**{name: number for name, number in numbers.items() if number is not None})
-    given["truncation_side"] = truncation_side
+    given |= {"truncation_side": truncation_side, "template": template, "system": system}
+    given["label_score"] = label_score
     given = {name: value for name, value in given.items() if value is not None}
     if labels is not None:
         labels = tidy_labels(labels)
         if decoding == "generate":
             raise ValueError("labels are scored and decoding is generate: leave one of them out")
+    check_label_score(label_score or "sum", decoding == "generate")
+    if template == "plain":
+        check_template(template, system)
     source = _check_input(input)
     if out is not None and Path(out).is_dir():
         raise ValueError(f"out is the folder {out}: give a file")
@@ -215,11 +234,23 @@ def _ways(
         known = tasks.get(task)
         own = {name: row.get(name) or default for name, default in DEFAULTS.items()} | given
         own["input_prefix"] = f" [{task}] " if row.get("task_prefix") else ""
+        kept = row.get("system") if own["template"] == "chat" else None
+        own["system"] = given.get("system", kept)
         scored = (decoding or row.get("decoding") or "score") == "score"
         choice = labels or ((row.get("labels") or (known and known.labels)) if scored else None)
+        score = given.get("label_score") or row.get("label_score") or "sum"
+        check_label_score(score, not choice and "label_score" in given)
+        own["label_score"] = score if choice else "sum"
         ways.append((list(choice) if choice else None, own))
         if task and known is None and not row.get("decoding"):
             unknown.add(task)
+    frames = {(own["template"], own["system"]) for _, own in ways}
+    if len(frames) > 1:
+        print(
+            "the prompts were trained with different templates or system texts, and each answers "
+            "with its own: give --template, and --system for a chat, to answer with one",
+            file=sys.stderr,
+        )
     if unknown and labels is None and decoding is None:
         print(
             f"task {', '.join(sorted(unknown))} is not in the package's table, so answers are "

@@ -36,7 +36,10 @@ LONGEST_NAME = 200
 """Characters in a file's name; what is longer is cut there and gets a digest."""
 
 OF_TASK = ("labels", "metric")
-ANSWERS = ("decoding", "max_new_tokens", "num_beams", "max_input_length", "truncation_side")
+ANSWERS = (
+    *("decoding", "max_new_tokens", "num_beams", "max_input_length", "truncation_side"),
+    *("label_score", "template", "system"),
+)
 """Fields that say how a prompt answers; the first two belong to its task."""
 
 

@@ -33,7 +33,7 @@ from prompt_lab.core.pretrained import (
     refuse_unsupported,
     weights_digest,
 )
-from prompt_lab.core.text import ChatFrame, Frame, Side, Template, find_specials
+from prompt_lab.core.text import ChatFrame, Frame, Side, Template, check_template, find_specials
 from prompt_lab.core.training_forward import (
     attention_window,
     causal_mask,
@@ -186,11 +186,7 @@ class Backbone(nn.Module):
             ValueError: another template, a system text of plain rows, or as :class:`ChatFrame`.
         """
         if (template, system) not in self._frames:
-            if template not in get_args(Template):
-                allowed = ", ".join(get_args(Template))
-                raise ValueError(f"data.template is {template!r}; allowed: {allowed}")
-            if template == "plain":
-                raise ValueError("data.system is a part of a chat: give data.template chat")
+            check_template(template, system)
             self._frames[template, system] = ChatFrame(self.frame(), system)
         return self._frames[template, system]
 

@@ -32,6 +32,18 @@ _FIXED_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"
 """In front of a template that writes the date: rows stay the same. Llama 3's own default."""
 
 
+def check_template(template: str, system: str | None, where: str = "") -> None:
+    """Refuse (``ValueError``) another template, or a system text where there is no chat.
+
+    ``where`` stands in front of the names of the settings.
+    """
+    if template not in get_args(Template):
+        allowed = ", ".join(get_args(Template))
+        raise ValueError(f"{where}template is {template!r}; allowed: {allowed}")
+    if template == "plain" and system is not None:
+        raise ValueError(f"{where}system is a part of a chat: give {where}template chat with it")
+
+
 class Frame:
     """Plain rows; what stands around their inputs and answers.
 
@@ -158,12 +170,12 @@ class ChatFrame(Frame):
         self.system = system
         if self.is_encoder_decoder:
             raise ValueError(
-                f"data.template is chat, but backbone {self.name!r} is an encoder-decoder, whose "
+                f"template is chat, but backbone {self.name!r} is an encoder-decoder, whose "
                 "answers stand apart from the input: use plain"
             )
         if not self.tokenizer.chat_template:
             raise ValueError(
-                f"data.template is chat, but the tokenizer of backbone {self.name!r} has no chat "
+                f"template is chat, but the tokenizer of backbone {self.name!r} has no chat "
                 "template: use plain, or the instruct version of the model"
             )
         (whole,) = self._rendered([_INPUT], [_ANSWER])
@@ -171,7 +183,7 @@ class ChatFrame(Frame):
         if lost := [role for role, text in parts.items() if text not in whole]:
             raise ValueError(
                 f"the chat template of backbone {self.name!r} leaves out the {lost[0]}'s turn: "
-                + ("leave out data.system" if lost == ["system"] else "use data.template plain")
+                + ("leave out the system text" if lost == ["system"] else "use template plain")
             )
         self.digest = hashlib.sha256(whole.encode()).hexdigest()
         # From here on the answer's turn: its end token, and what is written behind that.
@@ -208,7 +220,7 @@ class ChatFrame(Frame):
             if ids[: len(self._lead)] != self._lead:
                 raise ValueError(
                     f"the answer {text[:40]!r} begins within a token of the chat template of "
-                    f"backbone {self.name!r}: use data.template plain, or another answer"
+                    f"backbone {self.name!r}: use template plain, or another answer"
                 )
         end = [] if self._end is None else [self._end]
         return [ids[len(self._lead) :] + end for ids in made]
@@ -241,7 +253,7 @@ class ChatFrame(Frame):
             return self.tokenizer.apply_chat_template(chats, chat_template=template, tokenize=False)
         except (TemplateError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split())[:200]
-            advice = "" if self.system is None else "; leave out data.system if it takes no system"
+            advice = "" if self.system is None else "; leave out the system text if it takes none"
             raise ValueError(
                 f"the chat template of backbone {self.name!r} cannot be used ({reason}){advice}"
             ) from None

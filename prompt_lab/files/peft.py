@@ -283,6 +283,8 @@ def load_checkpoint(path: str | Path) -> list[Prompt]:
         backbone, starts = str(settings["backbone"]["name"]), saved["starts"]
         digest, tokenizer = str(saved["backbone_digest"]), str(saved["tokenizer_digest"])
         runs = [Run(**run) for run in saved["runs"]]
+        answers = {name: saved[name] for name in ("template", "system")}
+        answers["label_score"] = str(settings["label_score"])
         if not len(runs) == len(starts) == len(prompt) == len(best) == len(init):
             raise ValueError(f"{len(runs)} runs, {len(best)} prompts")
     except _MISFIT as error:
@@ -296,7 +298,7 @@ def load_checkpoint(path: str | Path) -> list[Prompt]:
         tensors = {"prompt": (best if scored else prompt)[i].float(), "init": init[i].float()}
         names = ("name", "task", "sample", "init_seed", "learning_rate", "batch_size")
         known = {"backbone": backbone, "backbone_digest": digest, "tokenizer_digest": tokenizer}
-        known |= {name: getattr(run, name) for name in names} | starts[i]
+        known |= {name: getattr(run, name) for name in names} | starts[i] | answers
         known["steps"] = int(step[i]) if scored else int(saved.get("global_step", 0))
         known["dev_score"] = float(score[i]) if score[i].isfinite() else None
         prompts.append(Prompt(**tensors, **known))
