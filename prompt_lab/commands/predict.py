@@ -23,6 +23,7 @@ from prompt_lab.core.prediction import (
     tidy_labels,
 )
 from prompt_lab.core.text import check_template
+from prompt_lab.data.files import BREAK
 from prompt_lab.files.tensors import write_atomically
 
 if TYPE_CHECKING:
@@ -78,9 +79,10 @@ def predict_command(
 ) -> None:
     """Answer new inputs under one or many prompts, in the order of the input.
 
-    Each prompt answers as in the test of its fit, unless a setting here says otherwise. Spaces
-    around an input are dropped, as in few-shot files; a line without text gets an empty answer
-    (null in jsonl), so that lines stay aligned. Text output has one line per input, one column per
+    Each prompt answers as in the test of its fit, unless a setting here says otherwise. As in
+    few-shot files, spaces around an input are dropped, and the mark ␤ in a line of text is a line
+    break. A line without text gets an empty answer (null in jsonl), so that lines stay aligned.
+    Text output has one line per input, one column per
     prompt with tabs between them; white space within an answer becomes one space. jsonl output has
     one line per input and prompt: input, prompt, prediction, for labels their log-likelihoods as
     scores, and the other fields of a jsonl input.
@@ -177,7 +179,7 @@ def _parse_text(text: str) -> Line:
             "the line holds a tab, so it may be a row with answers: give inputs only (cut -f1), or "
             "a .jsonl file"
         )
-    return Line(text.strip(), {"input": text})
+    return Line(text.replace(BREAK, "\n").strip(), {"input": text})
 
 
 def _parse_json(text: str) -> Line:

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from prompt_lab.core.text import check_template
 from prompt_lab.core.vectors import expression_name, parse_expression, shortened
 from prompt_lab.data.partitions import expand_sets
 from prompt_lab.files.prompts import (
@@ -108,6 +109,8 @@ def import_prompts(
     task: str = "",
     task_index: int | None = None,
     name: str | None = None,
+    template: Literal["plain", "chat"] | None = None,
+    system: str | None = None,
 ) -> Path:
     """Write a prompt from elsewhere as a prompt file.
 
@@ -124,6 +127,9 @@ def import_prompts(
         task: task of the prompt; by default what the source says.
         task_index: which task of a multitask PEFT folder, counted from 0.
         name: name of the prompt; by default that of the file or folder.
+        template: chat for a prompt that was trained on chats by the tokenizer's template; by
+            default what the source says, or else plain.
+        system: system text of those chats.
 
     Raises:
         FileNotFoundError: no such source.
@@ -146,6 +152,9 @@ def import_prompts(
     is_file = target.suffix == ".safetensors"
     name = name or (target.stem if is_file else prompt.name)
     prompt = replace(prompt, name=name, task=task or prompt.task)
+    if template is not None or system is not None:
+        check_template(template or prompt.template, system)
+        prompt = replace(prompt, template=template or prompt.template, system=system)
     path = target if is_file else PromptStore(target).path(name)
     if path.exists():
         raise ValueError(f"{path} is there and is not overwritten: choose another name")
@@ -155,6 +164,7 @@ def import_prompts(
             raise ValueError(f"{source} does not name its model: give it with backbone")
         model = Backbone.load(backbone or prompt.backbone)
         check_prompt(prompt, model, source)
+        model.frame(prompt.template, prompt.system)  # refuses a template that is not there
         digests = {"backbone_digest": model.digest, "tokenizer_digest": model.tokenizer_digest}
         prompt = replace(prompt, backbone=model.name, **digests)
     if store is None:

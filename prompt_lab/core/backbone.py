@@ -33,7 +33,7 @@ from prompt_lab.core.pretrained import (
     refuse_unsupported,
     weights_digest,
 )
-from prompt_lab.core.text import ChatFrame, Frame, Side, Template, check_template, find_specials
+from prompt_lab.core.text import ChatFrame, Frame, Side, check_template, find_specials
 from prompt_lab.core.training_forward import (
     attention_window,
     causal_mask,
@@ -99,7 +99,8 @@ class Backbone(nn.Module):
         """Load a model and its tokenizer from the hub, its cache, or a local folder.
 
         Args:
-            name: hub id, folder, or ``sandbox`` for the tiny model that ships with the package.
+            name: hub id, folder, ``.gguf`` file, or ``sandbox`` for the tiny model that ships with
+                the package.
             dtype: dtype of the frozen weights; prompts and losses stay float32.
             attention: attention implementation of transformers. BLOOM has its own and ignores it.
 
@@ -175,7 +176,7 @@ class Backbone(nn.Module):
 
     # ---- text to tokens -------------------------------------------------------------------------
 
-    def frame(self, template: Template = "plain", system: str | None = None) -> Frame:
+    def frame(self, template: str = "plain", system: str | None = None) -> Frame:
         """What stands around inputs and answers, made once; plain where a method is given none.
 
         Args:

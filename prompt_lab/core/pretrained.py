@@ -12,6 +12,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -34,14 +35,15 @@ def load_pretrained(name: str, dtype: str, attention: str) -> tuple[Any, Any]:
     """A model of transformers, in its published dtype, and its tokenizer.
 
     Args:
-        name: hub id, folder, or ``sandbox``.
+        name: hub id, folder, ``.gguf`` file (whose weights are unpacked), or ``sandbox``.
         dtype: one of ``DTYPES``, which the model is meant to be cast to.
         attention: attention implementation of transformers.
 
     Raises:
-        ValueError: another dtype, no such model, damaged files, weights that are missing, of
-            another shape or not finite, a folder without tokenizer, an unsupported architecture,
-            one that needs code of its own, or T5 in float16.
+        ValueError: another dtype, no such model, a GGUF file that transformers cannot read, damaged
+            files, weights that are missing, of another shape or not finite, a folder without
+            tokenizer, an unsupported architecture, one that needs code of its own, or T5 in
+            float16.
     """
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
@@ -50,12 +52,21 @@ def load_pretrained(name: str, dtype: str, attention: str) -> tuple[Any, Any]:
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
     path = ASSETS if name == SANDBOX else name
-    config = _read(name, AutoConfig.from_pretrained, path)
+    file: dict[str, str] = {}
+    if name.endswith(".gguf"):
+        _refuse_without_reader(name)
+        path, file = str(Path(name).parent), {"gguf_file": Path(name).name}
+    config = _read(name, AutoConfig.from_pretrained, path, **file)
     refuse_unsupported(config.model_type, DTYPES[dtype], name)
-    _refuse_without_tokenizer(path)
-    _refuse_damaged_generation_config(Path(path))
-    model = _load_model(name, path, config, attention)
-    return model, _read(name, AutoTokenizer.from_pretrained, path)
+    if not file:
+        _refuse_without_tokenizer(path)
+        _refuse_damaged_generation_config(Path(path))
+    model = _load_model(name, path, config, attention, file)
+    tokenizer = _read(name, AutoTokenizer.from_pretrained, path, **file)
+    if file:
+        embeddings: Any = model.get_input_embeddings()
+        tokenizer = _as_in_file(tokenizer, len(embeddings.weight))
+    return model, tokenizer
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
@@ -90,6 +101,32 @@ def refuse_unsupported(kind: str, dtype: torch.dtype, name: str) -> None:
             f"backbone {name!r} is a T5, whose activations overflow in float16: use "
             "dtype bfloat16 or float32"
         )
+
+
+def _refuse_without_reader(name: str) -> None:
+    """Refuse a GGUF file that is not there, or that no installed package can read."""
+    if not all(find_spec(package) for package in ("gguf", "accelerate")):
+        raise ValueError(
+            f"backbone {name!r} is a GGUF file, which the packages gguf and accelerate read: "
+            "install them with pip install 'prompt-lab[gguf]'"
+        )
+    if Path(name).parent.is_dir() and not Path(name).is_file():
+        raise ValueError(f"no backbone {name!r}: there is no such file in its folder")
+
+
+def _as_in_file(tokenizer: Any, size: int) -> Any:
+    """A GGUF file's tokenizer without the tokens that its class adds beyond the model's tables."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules["added_tokens"] = [one for one in rules["added_tokens"] if one["id"] < size]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(rules)),
+        chat_template=tokenizer.chat_template,
+        clean_up_tokenization_spaces=False,
+        **tokenizer.special_tokens_map,
+    )
 
 
 def _refuse_without_tokenizer(path: str | Path) -> None:
@@ -130,6 +167,11 @@ def _read(name: str, read: Callable[..., Any], path: str | Path, **settings: Any
                 f"a model of one of the types {', '.join(ENCODER_DECODER + DECODER_ONLY)}"
             ) from error
         reason = " ".join(str(error).split())[:300]
+        if name.endswith(".gguf") and "not supported" in reason:
+            raise ValueError(
+                f"backbone {name!r} is a GGUF file that transformers cannot read ({reason}): take "
+                "the model in the Hugging Face layout"
+            ) from error
         if isinstance(error, UnpicklingError):  # whose words advise to run the code
             reason = "pickled weights that hold more than tensors"
         raise ValueError(
@@ -138,14 +180,18 @@ def _read(name: str, read: Callable[..., Any], path: str | Path, **settings: Any
         ) from error
 
 
-def _load_model(name: str, path: str | Path, config: Any, attention: str) -> PreTrainedModel:
+def _load_model(
+    name: str, path: str | Path, config: Any, attention: str, file: dict[str, str]
+) -> PreTrainedModel:
     """The model in its published dtype, BLOOM with its own attention; its weights all there."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GgufConfig
     from transformers.utils import logging
 
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     settings: dict[str, Any] = {"config": config, "dtype": "auto", "output_loading_info": True}
     settings["ignore_mismatched_sizes"] = True  # they are refused below, by name
+    if file:
+        settings |= {**file, "quantization_config": GgufConfig(dequantize=True)}
     if config.model_type != "bloom":
         settings["attn_implementation"] = attention
     before = logging.get_verbosity()
