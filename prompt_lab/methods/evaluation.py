@@ -177,11 +177,11 @@ class Evaluation:
 # ---- the records of a test -----------------------------------------------------------------------
 
 IN_COLUMNS = (
-    *("data.tasks", "data.samples", "data.shots", "data.order_seed", "data.template"),
+    *("data.tasks", "data.samples", "data.shots", "data.order_seed"),
     *("model.init_seed", "model.seed", "model.learning_rate", "model.batch_size"),
     *("model.num_virtual_tokens", "model.intrinsic_dim", "model.subspace.intrinsic_dim"),
     *("model.init.name", "model.init.source_tasks", "model.optim.name", "model.optim"),
-    *("model.metric_variant", "model.label_score", "model.expressions", "model.scales"),
+    *("model.metric_variant", "model.expressions", "model.scales"),
 )
 """Settings that results have as columns of their own, or that differ between tasks."""
 
