@@ -154,7 +154,10 @@ def make(name: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Back
     config = (ENCODER_DECODERS if seq2seq else DECODERS)[name][0]()
     tokenizer = make_tokenizer("t5" if seq2seq else "gpt2")
     ids = {"pad_token_id": PAD_ID, "bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
-    for key, value in {"vocab_size": len(tokenizer), **ids, **settings}.items():
+    sizes = {"vocab_size": len(tokenizer)}
+    if hasattr(config, "decoder_vocab_size"):
+        sizes["decoder_vocab_size"] = len(tokenizer)
+    for key, value in {**sizes, **ids, **settings}.items():
         setattr(config, key, value)
     maker: Any = hf.AutoModelForSeq2SeqLM if seq2seq else hf.AutoModelForCausalLM
     with torch.random.fork_rng():

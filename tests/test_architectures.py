@@ -5,17 +5,24 @@ The table of types is ``architectures.py``; ``tests/README.md`` names them for r
 
 from __future__ import annotations
 
+import re
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from architectures import DECODERS, ENCODER_DECODERS, NAMES, make
-from conftest import make_tokenizer
+from conftest import HIDDEN, make_tokenizer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import PromptTuningConfig, get_peft_model
 from test_backbone import CANDIDATES, TARGETS, TEXTS, greedy, naive_logits, relative
+from test_prompt_tuning import make_data, make_method, make_trainer
 
 from prompt_lab.core import self_check
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import bank_product
+from prompt_lab.core.batch import IGNORE
 from prompt_lab.core.decoder import Decoder
 
 INDEX = [0, 1, 0, 0]
@@ -96,6 +103,62 @@ def test_packs_of_many_rows_equal_rows_alone(name, monkeypatch):
         whole = bank_product(model, prompts, vector, batch, 10_000)
         parts = bank_product(model, prompts, vector, batch, 1)
         assert relative(whole, parts) <= 1e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_losses_equal_those_of_peft(name):
+    """One row, so that PEFT has nothing to pad."""
+    model = model_of(name)
+    kind = "SEQ_2_SEQ_LM" if model.is_encoder_decoder else "CAUSAL_LM"
+    config = PromptTuningConfig(
+        task_type=kind,
+        num_virtual_tokens=5,
+        num_transformer_submodules=1,
+        token_dim=HIDDEN,
+        num_attention_heads=4,
+        num_layers=2,
+    )
+    peft: Any = get_peft_model(make(name).model, config).eval()
+    prompts = bank(model)
+    peft.prompt_encoder["default"].embedding.weight.data[:] = prompts[0]
+    (ids,), (target,) = model.encode_inputs(TEXTS[:1]), model.encode_targets(TARGETS[:1])
+    joined = ids if model.is_encoder_decoder else ids + target
+    labels = target if model.is_encoder_decoder else [IGNORE] * len(ids) + target
+    with torch.no_grad():
+        theirs = peft(
+            input_ids=torch.tensor([joined]),
+            attention_mask=torch.ones(1, len(joined), dtype=torch.long),
+            labels=torch.tensor([labels]),
+        ).loss
+        ours = model.loss(prompts, model.batch(TEXTS[:1], TARGETS[:1]))
+    assert ours.item() == pytest.approx(theirs.item(), abs=2e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "mpt", "pegasus"])
+def test_a_fit_resumes_to_the_bit(name, fewshot_root, tmp_path):
+    """A bank of two runs, interrupted between a step and its evaluation; and a test of it."""
+    model = model_of(name)
+
+    def fit(folder, **given):
+        method = make_method(model, learning_rate=[0.1, 0.03], batch_size=4)
+        saved = ModelCheckpoint(tmp_path / "ckpt", "{step}", every_n_train_steps=4, save_top_k=-1)
+        made = make_trainer(folder, 6, 2, callbacks=[saved], enable_checkpointing=True)
+        data = make_data(fewshot_root, ["glue-sst2"], [13])
+        made.fit(method, datamodule=data, **given)
+        made.test(method, datamodule=data, verbose=False)
+        return (folder / "predictions.jsonl").read_bytes(), method.bank().detach()
+
+    whole = fit(tmp_path / "whole")
+    saved = next(iter((tmp_path / "ckpt").glob("step=4*.ckpt")))
+    resumed = fit(tmp_path / "resumed", ckpt_path=saved, weights_only=True)
+    assert resumed[0] == whole[0]
+    assert torch.equal(resumed[1], whole[1])
+
+
+def test_the_readme_names_every_type():
+    text = (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
+    table = dict(re.findall(r"^\| (\S.*?) +\| `(\w+)` +\|", text, re.MULTILINE))
+    assert table == {name: way for name, (_, way) in {**DECODERS, **ENCODER_DECODERS}.items()}
 
 
 def test_a_state_in_place_of_keys_and_values_is_refused():
