@@ -81,6 +81,7 @@ def test_train_loss_is_that_of_chats_behind_the_prompt(
     method = make_method(model)
     method.look(data, make_trainer(tmp_path))
     prompt, losses = method.bank().detach()[0], []
+    end = model.tokenizer.convert_tokens_to_ids("<|im_end|>")
     batch = method.draw(data).batch(0, [0])
     for row in batch.rows:
         split = data.splits[TASKS[0], 13]["train"]
@@ -89,7 +90,8 @@ def test_train_loss_is_that_of_chats_behind_the_prompt(
             {"role": "user", "content": split.inputs[row]},
             {"role": "assistant", "content": split.references[row][0]},
         ]
-        ids = model.tokenizer.apply_chat_template(chat)["input_ids"][:-1]
+        ids = model.tokenizer.apply_chat_template(chat)["input_ids"]
+        ids = ids[: len(ids) - ids[::-1].index(end)]
         start = model.tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True)
         count = len(start["input_ids"])
         rows = torch.cat([prompt, model.embed(torch.tensor(ids))])[None]
