@@ -165,6 +165,8 @@ def test_prompts_of_different_templates_answer_each_in_its_own_and_it_is_told(
         next(one.path for one in find_prompts(made) if one.metadata["task"] == TASKS[1])
         for made in (fit("chat"), fit("plain", data={}))
     ]
+    names = [read_csv(file.parents[1] / "results.csv")[0]["fit_id"] for file in files]
+    assert names[0] != names[1]
     alone = []
     capsys.readouterr()
     for words in ([files[0]], [files[1]], files):
