@@ -69,6 +69,7 @@ def load(path: Path) -> Backbone:
     """The backbone of a folder, which loads without a word."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", ".*eager is taken")  # bloom
         return Backbone.load(str(path))
 
 

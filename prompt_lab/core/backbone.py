@@ -1,10 +1,9 @@
 """The one frozen language model: loss, label scores and generation under a bank of prompts.
 
 A prompt is prepended to the input embeddings: of the encoder for encoder-decoder models (T5, BART),
-of the decoder for decoder-only models (GPT-2, BLOOM, Llama, Qwen2). In a decoder-only model the
-rows of a prompt see only each other, so their keys and values are the same for every row of text
-that follows: they are computed once per prompt, with gradient, and shared by the rows that name it.
-Logits are made only where targets are. Both are exact.
+of the decoder for decoder-only models (Llama, Qwen, Gemma, GPT-2 and the like). How either kind
+runs is in ``encoder_decoder.py`` and ``decoder.py``; which way is exact for a model is found at
+loading (``self_check.py``).
 
 The backbone is frozen: evaluation mode, no gradients for its weights, no dropout. It does not
 train, choose prompts or read data; the fine-tuning baseline alone asks it to :meth:`unfreeze`.
@@ -16,6 +15,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -25,23 +25,18 @@ from torch.nn import functional as F
 
 from prompt_lab.core.batch import IGNORE, Batch, index_tensor, make_batch
 from prompt_lab.core.candidates import Follow, candidate_scores
+from prompt_lab.core.decoder import Decoder
+from prompt_lab.core.encoder_decoder import EncoderDecoder
+from prompt_lab.core.forward import compile_training, recompute_layers
 from prompt_lab.core.pretrained import (
     DTYPES,
-    ENCODER_DECODER,
     find_specials,
     load_pretrained,
     refuse_not_finite,
     refuse_unsupported,
     weights_digest,
 )
-from prompt_lab.core.training_forward import (
-    attention_window,
-    causal_mask,
-    compile_training,
-    position_masks,
-    recompute_layers,
-    tokens_mask,
-)
+from prompt_lab.core.self_check import choose_way
 from prompt_lab.sandbox import SANDBOX
 
 if TYPE_CHECKING:
@@ -53,9 +48,6 @@ Side = Literal["right", "left"]
 Prefix = tuple[Tensor, ...]
 """What :meth:`Backbone.prefix` returns."""
 
-_POSITIONS = {"bart": "max_position_embeddings", "gpt2": "n_positions"}
-_POSITIONS |= dict.fromkeys(("llama", "qwen2"), "max_position_embeddings")
-
 _IDS_ALONE = {"return_attention_mask": False, "return_token_type_ids": False}
 """What tokenizers need not make: masks follow from lengths here."""
 
@@ -64,35 +56,38 @@ class Backbone(nn.Module):
     """A frozen Hugging Face model that runs rows of text under prompts of a bank.
 
     Args:
-        model: an encoder-decoder (T5, mT5, BART) or decoder-only (GPT-2, BLOOM, Llama, Qwen2)
-            language model; it is frozen and put in evaluation mode.
+        model: an encoder-decoder or decoder-only language model of transformers; it is frozen and
+            put in evaluation mode.
         tokenizer: its tokenizer.
         name: hub id or folder, for messages and prompt files.
 
     Raises:
-        ValueError: an architecture that is not supported, T5 in float16, or special tokens that the
-            model's files do not agree on (``pretrained.find_specials``).
+        ValueError: a kind of model that cannot work, T5 in float16, special tokens that the model's
+            files do not agree on (``pretrained.find_specials``), or results that differ from those
+            of plain prepending (``self_check.py``).
     """
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "model"
     ) -> None:
         super().__init__()
-        kind = model.config.model_type
-        refuse_unsupported(kind, model.dtype, name)
+        refuse_unsupported(model.config, model.dtype, name)
         self.model: Any = model.requires_grad_(False).eval()
         self.tokenizer: Any = tokenizer
         self.specials = find_specials(model, tokenizer, name)
         self.name = name
-        self.is_encoder_decoder = kind in ENCODER_DECODER
+        self.is_encoder_decoder: bool = model.config.is_encoder_decoder
         self.model.generation_config = self._plain_generation()
-        self.hidden_size: int = self.model.get_input_embeddings().weight.shape[1]
-        field = _POSITIONS.get(kind)
-        self.max_positions: int | None = getattr(model.config, field) if field else None
+        self.vocabulary, self.hidden_size = self.model.get_input_embeddings().weight.shape
+        config = model.config.get_text_config()
+        self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         self.pad_id = self.specials.pad
-        self.window = attention_window(model.config)
         self._candidates: dict[tuple[str, ...], Tensor] = {}
         self._adds_space = "".join(self.tokenizer.tokenize("a")).startswith("▁")
+        self.runner: Decoder | EncoderDecoder = Decoder(self.model)
+        if self.is_encoder_decoder:
+            self.runner = EncoderDecoder(self.model, self.specials.start, self.pad_id)
+        choose_way(self)
 
     @classmethod
     def load(
@@ -145,6 +140,11 @@ class Backbone(nn.Module):
         digest = hashlib.sha256(json.dumps(rules, sort_keys=True).encode())
         digest.update(repr(sorted(self.tokenizer.all_special_tokens)).encode())
         return digest.hexdigest()
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows of one prompt share a sequence, so that none is padded to another."""
+        return self.runner.packs and self.runner.way not in ("rows", "lengths")
 
     def train(self, mode: bool = True) -> Backbone:
         """Stay in evaluation mode, whatever a trainer asks: frozen means no dropout."""
@@ -322,32 +322,24 @@ class Backbone(nn.Module):
             ValueError: a bank of another width, or prompts longer than the model's positions.
         """
         self._check_prompts(prompts)
-        cast = prompts.to(self.model.dtype)
-        if self.is_encoder_decoder or prompts.shape[1] == 0:
-            return (cast,)
-        from prompt_lab.core.prompt_cache import prompt_cache
-
-        count = prompts.shape[1]
-        self._check_positions(count)
-        masks = None
-        self._beyond_window(count)
-        if self.window is not None and not self._is_flash:
-            places = torch.arange(count, device=cast.device)[None]
-            known = torch.ones_like(places)
-            masks = position_masks(self.model.config, places, known, places, cast.dtype)
-        cache = prompt_cache(self.model.config.num_hidden_layers)
-        self.model.base_model(inputs_embeds=cast, attention_mask=masks, cache=cache, use_cache=True)
-        return tuple(part for layer in cache.layers for part in (layer.keys, layer.values))
+        self._check_positions(prompts.shape[1])
+        return self.runner.prefix(prompts.to(self.model.dtype))
 
     def row_losses(self, prefix: Prefix, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
         """As :meth:`loss`, given what :meth:`prefix` returned: (B,)."""
-        if self.is_encoder_decoder:
-            logits = self._decode(*self._encode(prefix, batch), self._shift(batch.target_ids))
-            at, targets = None, batch.target_ids.flatten()
-        else:
+        self._check_positions(self._longest(prefix, batch, batch.target_lengths))
+        groups = self.runner.groups(batch)
+        if groups is None:
+            return self._row_losses(prefix, batch, label_smoothing)
+        parts = [self._row_losses(prefix, batch.take(rows), label_smoothing) for rows in groups]
+        return torch.cat(parts).index_select(0, _back_in_order(groups, self.device))
+
+    def _row_losses(self, prefix: Prefix, batch: Batch, label_smoothing: float) -> Tensor:
+        logits = self.runner.target_logits(prefix, batch)
+        at, targets = None, batch.target_ids.flatten()
+        if not self.is_encoder_decoder:  # logits of targets alone
             at = index_tensor(_target_places(batch), batch.target_ids.device)
-            logits = self._target_logits(prefix, batch)
-            targets = batch.target_ids.flatten().index_select(0, at)
+            targets = targets.index_select(0, at)
         losses = F.cross_entropy(
             _at_least_float32(logits).flatten(0, -2),
             targets,
@@ -372,7 +364,8 @@ class Backbone(nn.Module):
             ValueError: no candidates, a bank of another width, or rows longer than the model's
                 positions.
         """
-        return self._candidate_scores(prompts, batch, candidates, exhaustive=True)
+        answers = self._encode_candidates(tuple(candidates))
+        return self.scores_of(self._as_prefix(prompts), batch, answers)
 
     @torch.no_grad()
     def choose(
@@ -390,8 +383,37 @@ class Backbone(nn.Module):
         Raises:
             ValueError: as :meth:`score`.
         """
-        scores = self._candidate_scores(prompts, batch, candidates, exhaustive=False)
+        answers = self._encode_candidates(tuple(candidates))
+        scores = self.scores_of(self._as_prefix(prompts), batch, answers, exhaustive=False)
         return scores.argmax(1).tolist()
+
+    def scores_of(
+        self, prefix: Prefix, batch: Batch, answers: Tensor, exhaustive: bool = True
+    ) -> Tensor:
+        """As :meth:`score`, of C answers as token ids (C, T), padded behind with ``IGNORE``.
+
+        Args:
+            prefix: what :meth:`prefix` returned.
+            batch: rows; their targets are not looked at.
+            answers: the candidates.
+            exhaustive: false for upper bounds whose largest is exact.
+        """
+        answers = answers.to(batch.input_ids.device)
+        depth = answers.shape[1]
+        self._check_positions(self._longest(prefix, batch, [depth] * len(batch)), depth)
+        batch = replace(batch, target_ids=batch.target_ids[:, :0], target_lengths=[0] * len(batch))
+        groups = self.runner.groups(batch)
+        if groups is None:
+            return self._scores_of(prefix, batch, answers, exhaustive)
+        parts = [self._scores_of(prefix, batch.take(at), answers, exhaustive) for at in groups]
+        return torch.cat(parts).index_select(0, _back_in_order(groups, self.device))
+
+    def _scores_of(self, prefix: Prefix, batch: Batch, answers: Tensor, exhaustive: bool) -> Tensor:
+        first, follow = self._start(prefix, batch)
+        return candidate_scores(first, answers, follow, self.pad_id, exhaustive=exhaustive)
+
+    def _start(self, prefix: Prefix, batch: Batch) -> tuple[Tensor, Follow]:
+        return self.runner.start(prefix, batch)
 
     @torch.no_grad()
     def generate(
@@ -412,78 +434,31 @@ class Backbone(nn.Module):
         Raises:
             ValueError: a bank of another width, or rows longer than the model's positions.
         """
-        if len(batch) == 0:
-            return []
-        prefix = self._as_prefix(prompts)
-        if self._pads_windows(prefix, batch, max_new_tokens):
-            texts = [""] * len(batch)
-            for length in dict.fromkeys(batch.input_lengths):
-                rows = [row for row, own in enumerate(batch.input_lengths) if own == length]
-                made = self._generate(prefix, batch.take(rows), max_new_tokens, num_beams)
-                for row, text in zip(rows, made, strict=True):
-                    texts[row] = text
-            return texts
-        return self._generate(prefix, batch, max_new_tokens, num_beams)
-
-    def _pads_windows(self, prefix: Prefix, batch: Batch, max_new_tokens: int) -> bool:
-        """Whether padding would count in windows; rows of one length at a time have none.
-
-        While it generates, transformers makes the masks, by counting keys.
-        """
-        width = batch.input_ids.shape[1]
-        if self.window is None or min(batch.input_lengths, default=0) == width:
-            return False
-        count = 0 if len(prefix) == 1 else prefix[0].shape[2]
-        return self._beyond_window(count + width + max_new_tokens)
-
-    def _generate(
-        self, prefix: Prefix, batch: Batch, max_new_tokens: int, num_beams: int
-    ) -> list[str]:
-        """As :meth:`generate`, given what :meth:`prefix` returned."""
-        settings = {
-            "max_new_tokens": max_new_tokens,
-            "num_beams": num_beams,
-            "do_sample": False,
-        }
-        if self.is_encoder_decoder:
-            from transformers.modeling_outputs import BaseModelOutput
-
-            self._check_positions(max_new_tokens)
-            states, _ = self._encode(prefix, batch)
-            mask = F.pad(batch.input_mask, (prefix[0].shape[1], 0), value=1)
-            output = BaseModelOutput(last_hidden_state=states)
-            made = self.model.generate(encoder_outputs=output, attention_mask=mask, **settings)
-            made = made[:, 1:]  # without the start token, which may be an end, too
-        else:
-            batch = batch.padded_left()
-            cache, mask, _, _ = self._growing_cache(prefix, batch)
-            self._check_positions(mask.shape[1] + max_new_tokens)
-            if cache.get_seq_length():
-                cache.batch_repeat_interleave(num_beams)
-            made = self.model.generate(
-                batch.input_ids,
-                attention_mask=mask,
-                cache=cache,
-                use_cache=True,
-                **settings,
-            )[:, batch.input_ids.shape[1] :]
-        answers = [_before(self.specials.ends, ids) for ids in made.tolist()]
+        answers = self.generate_ids(self._as_prefix(prompts), batch, max_new_tokens, num_beams)
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
-    def _candidate_scores(
-        self,
-        prompts: Tensor | Prefix,
-        batch: Batch,
-        candidates: Sequence[str],
-        exhaustive: bool,
-    ) -> Tensor:
-        """Scores (B, C), or bounds whose largest is exact."""
-        answers = self._encode_candidates(tuple(candidates)).to(batch.input_ids.device)
-        prefix = self._as_prefix(prompts)
-        start = self._start_answers if self.is_encoder_decoder else self._start_rows
-        first, follow = start(prefix, batch, answers.shape[1])
-        return candidate_scores(first, answers, follow, self.pad_id, exhaustive=exhaustive)
+    def generate_ids(
+        self, prefix: Prefix, batch: Batch, max_new_tokens: int, num_beams: int
+    ) -> list[list[int]]:
+        """As :meth:`generate`: the ids of each answer before its end."""
+        if len(batch) == 0:
+            return []
+        batch = batch.slice(0, len(batch))  # padding that none needs would count in windows
+        longest = self._longest(prefix, batch, [max_new_tokens] * len(batch))
+        self._check_positions(longest, max_new_tokens)
+        groups = self.runner.groups(batch, longest)
+        settings = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": False}
+        made: list[list[int]] = [[]] * len(batch)
+        for rows in groups or [list(range(len(batch)))]:
+            part = batch if groups is None else batch.take(rows)
+            for row, ids in zip(rows, self._generate(prefix, part, settings), strict=True):
+                ends = (at for at, token in enumerate(ids) if token in self.specials.ends)
+                made[row] = ids[: next(ends, len(ids))]
+        return made
+
+    def _generate(self, prefix: Prefix, batch: Batch, settings: dict[str, Any]) -> list[list[int]]:
+        return self.runner.generate(prefix, batch, settings).tolist()
 
     def _encode_candidates(self, candidates: tuple[str, ...]) -> Tensor:
         """Token ids (C, T) of answers, padded on the right with ``IGNORE``; kept for next time."""
@@ -500,217 +475,6 @@ class Backbone(nn.Module):
         """The prefix of a bank, or the prefix that was given."""
         return self.prefix(prompts) if isinstance(prompts, Tensor) else prompts
 
-    # ---- encoder-decoder ------------------------------------------------------------------------
-
-    def _encode(self, prefix: Prefix, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Encoder states (B, N + S, D) of rows behind their prompts, and the mask of attention.
-
-        There is no mask where no row is padded, else it is as :func:`tokens_mask` makes it.
-        """
-        (prompts,) = prefix
-        count = prompts.shape[1]
-        self._check_positions(count + batch.input_ids.shape[1])
-        chosen = prompts.index_select(0, batch.prompt_index)  # (B, N, D)
-        embeddings = torch.cat([chosen, self.embed(batch.input_ids)], dim=1)
-        mask = None
-        if min(batch.input_lengths, default=0) < batch.input_ids.shape[1]:
-            tokens = F.pad(batch.input_mask, (count, 0), value=1)
-            mask = tokens_mask(self.model.config, tokens, embeddings.dtype)
-        encoder = self.model.get_encoder()
-        states = encoder(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state
-        return states, mask
-
-    def _decode(self, states: Tensor, mask: Tensor | None, decoder_ids: Tensor) -> Tensor:
-        """Logits (B, T, V) of the decoder over given encoder states."""
-        self._check_positions(decoder_ids.shape[1])
-        config, own = self.model.config, None
-        if config.model_type == "bart":  # without a mask it makes one, and looks at its values
-            own = causal_mask(config, torch.ones_like(decoder_ids), states.dtype)
-        made = self.model(
-            encoder_outputs=(states,),
-            attention_mask=mask,
-            decoder_input_ids=decoder_ids,
-            decoder_attention_mask=own,
-            use_cache=False,
-        )
-        return made.logits
-
-    def _shift(self, target_ids: Tensor) -> Tensor:
-        """Decoder inputs (B, T): the start token, then the targets without their last."""
-        start = torch.full_like(target_ids[:, :1], self.specials.start)
-        shifted = torch.cat([start, target_ids[:, :-1]], dim=1)
-        return shifted.masked_fill(shifted == IGNORE, self.pad_id)
-
-    def _start_answers(self, prefix: Prefix, batch: Batch, depth: int) -> tuple[Tensor, Follow]:
-        """Logits (B, V) of the first answer token, and a way to run answers behind the start.
-
-        The encoder and the cross-attention's keys and values are computed once for all answers.
-        """
-        from transformers import DynamicCache, EncoderDecoderCache
-
-        self._check_positions(depth)
-        states, mask = self._encode(prefix, batch)
-        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-
-        def run(ids: Tensor) -> Tensor:
-            """Logits (b, t, V) behind decoder inputs (b, t)."""
-            made = self.model(
-                encoder_outputs=(states,),
-                attention_mask=mask,
-                decoder_input_ids=ids,
-                cache=cache,
-                use_cache=True,
-            )
-            return made.logits
-
-        def follow(keep: Tensor | None, ids: Tensor) -> Tensor:
-            """Logits (b, t, V) behind tokens (b, t) of the rows to keep; the cache forgets them."""
-            nonlocal states, mask
-            if keep is not None:
-                states, mask = states[keep], None if mask is None else mask[keep]
-                cache.batch_select_indices(keep)
-            logits = run(ids)
-            cache.crop(-ids.shape[1])
-            return logits
-
-        start = torch.full_like(batch.input_ids[:, :1], self.specials.start)
-        return run(start)[:, -1], follow
-
-    # ---- decoder-only ---------------------------------------------------------------------------
-
-    def _growing_cache(self, prefix: Prefix, batch: Batch) -> tuple[Any, Tensor, Tensor, Tensor]:
-        """Cache of each row's prompt that takes up what follows, mask, and positions.
-
-        As :meth:`_rows` gives them.
-        """
-        from prompt_lab.core.prompt_cache import growing_cache
-
-        parts, mask, positions, places = self._rows(prefix, batch)
-        return growing_cache(parts), mask, positions, places
-
-    def _rows(self, prefix: Prefix, batch: Batch) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-        """Keys and values of each row's prompt, and mask and positions of its tokens.
-
-        The list is empty for prompts of no tokens, which leave no keys. Mask (B, N + S) and the
-        last, positions of keys (B, N + S), are of prompt and text; positions (B, S) of the text.
-        """
-        empty = len(prefix) == 1
-        count = 0 if empty else prefix[0].shape[2]
-        parts = [] if empty else [part.index_select(0, batch.prompt_index) for part in prefix]
-        mask = F.pad(batch.input_mask, (count, 0), value=1)
-        places = (mask.cumsum(1) - 1).clamp(min=0)
-        return parts, mask, places[:, count:], places
-
-    def _beyond_window(self, length: int) -> bool:
-        """Whether rows of so many keys, padding included, reach beyond a layer's window.
-
-        Raises:
-            ValueError: they do, and the attention is one that would count padding.
-        """
-        if self.window is None or length <= self.window:
-            return False
-        if self._is_flash:
-            raise ValueError(
-                f"rows of {length} tokens reach beyond the window of {self.window} in layers of "
-                f"backbone {self.name!r}, where flash_attention_2 would count padding: use "
-                "model.backbone.attention sdpa"
-            )
-        return True
-
-    @property
-    def _is_flash(self) -> bool:
-        """Whether attention is a package of fused kernels, which take no made masks."""
-        return self.model.config._attn_implementation.startswith("flash")
-
-    def _causal_mask(self, batch: Batch, mask: Tensor) -> Tensor | None:
-        """Mask of attention of rows without a prompt, of whose mask (B, L) models see the values.
-
-        BLOOM does not, and counts positions by it. Models with windows make a mask for each kind
-        of layer.
-        """
-        config, lengths = self.model.config, batch.target_lengths
-        if config.model_type == "bloom" or self.window is not None:
-            return mask
-        whole = min(batch.input_lengths, default=0) == batch.input_ids.shape[1]
-        if whole and min(lengths, default=0) == max(lengths, default=0):
-            return None
-        return causal_mask(config, mask, self.model.dtype)
-
-    def _follow(
-        self, ids: Tensor, cache: Any, mask: Tensor | None, positions: Tensor, places: Tensor
-    ) -> Tensor:
-        """Hidden states (B, L, D) of ids (B, L) behind a cache, which grows by them.
-
-        The mask (B, K) says which of the keys are tokens, and ``places`` (B, K) their positions.
-        """
-        config, masks = self.model.config, mask
-        self._beyond_window(places.shape[1])
-        if mask is not None and self.window is not None and not self._is_flash:
-            masks = position_masks(config, places, mask, positions, self.model.dtype)
-        made = self.model.base_model(
-            inputs_embeds=self.embed(ids),
-            attention_mask=masks,
-            cache=cache,
-            use_cache=True,
-            **({} if config.model_type == "bloom" else {"position_ids": positions}),
-        )
-        return made.last_hidden_state
-
-    def _target_logits(self, prefix: Prefix, batch: Batch) -> Tensor:
-        """Logits (M, V) at the M targets of rows ``[prompt] input target``, row by row."""
-        from prompt_lab.core.prompt_cache import prompt_cache, row_cache
-
-        batch = batch.padded_left()
-        parts, mask, positions, places = self._rows(prefix, batch)
-        # Without a prompt too the cache must stay as it is when a layer is recomputed.
-        layers = self.model.config.num_hidden_layers
-        cache = row_cache(parts) if parts else prompt_cache(layers)
-        width = batch.input_ids.shape[1]
-        rows = zip(batch.input_lengths, batch.target_lengths, strict=True)
-        self._check_positions(mask.shape[1] - width + max(map(sum, rows)))  # padding takes none
-        known = batch.target_ids[:, :-1]  # the last target is only predicted
-        present = (known != IGNORE).long()
-        ids = torch.cat([batch.input_ids, known.masked_fill(known == IGNORE, self.pad_id)], dim=1)
-        mask = torch.cat([mask, present], dim=1)
-        behind = positions[:, -1:] + present.cumsum(1)
-        positions, places = (torch.cat([before, behind], dim=1) for before in (positions, places))
-        ready = mask if parts else self._causal_mask(batch, mask)
-        states = self._follow(ids, cache, ready, positions, places)  # (B, S + T - 1, D)
-        length = states.shape[1]
-        before = [
-            row * length + width - 1 + at
-            for row, count in enumerate(batch.target_lengths)
-            for at in range(count)
-        ]
-        chosen = states.flatten(0, 1).index_select(0, index_tensor(before, states.device))
-        return self.model.get_output_embeddings()(chosen)
-
-    def _start_rows(self, prefix: Prefix, batch: Batch, depth: int) -> tuple[Tensor, Follow]:
-        """Logits (B, V) of the first answer token, and a way to run answers behind the text.
-
-        The text runs once behind its prompt's keys and values, for all answers.
-        """
-        batch = batch.padded_left()
-        cache, mask, positions, places = self._growing_cache(prefix, batch)
-        self._check_positions(mask.shape[1] + depth)
-        head = self.model.get_output_embeddings()
-        states = self._follow(batch.input_ids, cache, mask, positions, places)
-
-        def follow(keep: Tensor | None, ids: Tensor) -> Tensor:
-            """Logits (b, t, V) behind tokens (b, t) of the rows to keep; the cache forgets them."""
-            nonlocal mask, places
-            if keep is not None:
-                mask, places = mask[keep], places[keep]
-                cache.batch_select_indices(keep)
-            ones = torch.ones_like(ids)
-            following = places[:, -1:] + ones.cumsum(1)
-            keys = torch.cat([mask, ones], 1), torch.cat([places, following], 1)
-            behind = self._follow(ids, cache, keys[0], following, keys[1])
-            cache.crop(-ids.shape[1])
-            return head(behind)
-
-        return head(states[:, -1]), follow
-
     def _check_prompts(self, prompts: Tensor) -> None:
         """Refuse what is not a bank of this model's width."""
         if prompts.dim() != 3 or prompts.shape[2] != self.hidden_size:
@@ -719,19 +483,33 @@ class Backbone(nn.Module):
                 f"(R, N, {self.hidden_size})"
             )
 
-    def _check_positions(self, length: int) -> None:
+    def _longest(self, prefix: Prefix, batch: Batch, answers: Sequence[int]) -> int:
+        """Positions of the longest row, its prompt included; in the encoder, without the answer."""
+        if self.is_encoder_decoder:
+            answers = [0] * len(batch)
+        pairs = zip(batch.input_lengths, answers, strict=True)
+        return self._virtual_tokens(prefix) + max((sum(pair) for pair in pairs), default=0)
+
+    def _virtual_tokens(self, prefix: Prefix) -> int:
+        """N of what :meth:`prefix` returned."""
+        if self.is_encoder_decoder:
+            return prefix[0].shape[1]
+        return 0 if len(prefix) == 1 else prefix[0].shape[2]
+
+    def _check_positions(self, *lengths: int) -> None:
         """Refuse rows that are longer than the model's positions."""
-        if self.max_positions is not None and length > self.max_positions:
+        if self.max_positions is not None and max(lengths) > self.max_positions:
             raise ValueError(
-                f"rows of {length} positions (prompt, input and answer) do not fit backbone "
+                f"rows of {max(lengths)} positions (prompt, input and answer) do not fit backbone "
                 f"{self.name!r}, which has {self.max_positions}: lower max_input_length, "
                 "num_virtual_tokens or max_new_tokens"
             )
 
 
-def _before(ends: Sequence[int], ids: list[int]) -> list[int]:
-    """The tokens of an answer before the first that ends it."""
-    return ids[: next((at for at, token in enumerate(ids) if token in ends), len(ids))]
+def _back_in_order(groups: list[list[int]], device: torch.device) -> Tensor:
+    """Where each row (B,) of a batch stands among the rows of groups, one behind the other."""
+    place = {row: at for at, row in enumerate(row for rows in groups for row in rows)}
+    return index_tensor([place[row] for row in range(len(place))], device)
 
 
 def _target_places(batch: Batch) -> list[int]:

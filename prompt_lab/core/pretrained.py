@@ -25,8 +25,6 @@ from prompt_lab.sandbox import ASSETS, SANDBOX
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ENCODER_DECODER = ("t5", "mt5", "bart")
-DECODER_ONLY = ("gpt2", "bloom", "llama", "qwen2")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -51,7 +49,7 @@ def load_pretrained(name: str, dtype: str, attention: str) -> tuple[Any, Any]:
         raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
     path = ASSETS if name == SANDBOX else name
     config = _read(name, AutoConfig.from_pretrained, path)
-    refuse_unsupported(config.model_type, DTYPES[dtype], name)
+    refuse_unsupported(config, DTYPES[dtype], name)
     _refuse_without_tokenizer(path)
     _refuse_damaged_generation_config(Path(path))
     model = _load_model(name, path, config, attention)
@@ -77,19 +75,35 @@ def _content(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def refuse_unsupported(kind: str, dtype: torch.dtype, name: str) -> None:
-    """Refuse other architectures, and T5 in float16.
+def refuse_unsupported(config: Any, dtype: torch.dtype, name: str) -> None:
+    """Refuse what is no language model with keys and values, and T5 in float16.
 
     T5 was trained in bfloat16 and overflows in float16 (transformers issue 9295).
     """
-    if kind not in ENCODER_DECODER + DECODER_ONLY:
-        known = ", ".join(ENCODER_DECODER + DECODER_ONLY)
-        raise ValueError(f"backbone {name!r} is of type {kind!r}; supported types: {known}")
-    if kind in ("t5", "mt5") and dtype == torch.float16:
+    kind = config.model_type
+    if _class_of(config) is None:
+        raise ValueError(
+            f"backbone {name!r} is of type {kind!r}, which transformers has no language model for: "
+            "take a decoder-only or an encoder-decoder language model"
+        )
+    if getattr(_class_of(config), "_is_stateful", False):
+        raise ValueError(
+            f"backbone {name!r} is of type {kind!r}, which carries a state in place of keys and "
+            "values, so that no prompt can be shared by rows: take a model with attention"
+        )
+    if kind in ("t5", "mt5", "umt5") and dtype == torch.float16:
         raise ValueError(
             f"backbone {name!r} is a T5, whose activations overflow in float16: use "
             "dtype bfloat16 or float32"
         )
+
+
+def _class_of(config: Any) -> Any:
+    """The class of transformers that runs a config as a language model; None for none."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return auto._model_mapping.get(type(config), None)
 
 
 def _refuse_without_tokenizer(path: str | Path) -> None:
@@ -127,7 +141,7 @@ def _read(name: str, read: Callable[..., Any], path: str | Path, **settings: Any
         if "custom code" in str(error):
             raise ValueError(
                 f"backbone {name!r} needs Python code that comes with it, which is never run: take "
-                f"a model of one of the types {', '.join(ENCODER_DECODER + DECODER_ONLY)}"
+                "a model of a type that transformers has itself"
             ) from error
         reason = " ".join(str(error).split())[:300]
         if isinstance(error, UnpicklingError):  # whose words advise to run the code
@@ -139,15 +153,20 @@ def _read(name: str, read: Callable[..., Any], path: str | Path, **settings: Any
 
 
 def _load_model(name: str, path: str | Path, config: Any, attention: str) -> PreTrainedModel:
-    """The model in its published dtype, BLOOM with its own attention; its weights all there."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    """The model in its published dtype, its weights all there; eager where it has no sdpa."""
     from transformers.utils import logging
 
-    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    kind = _class_of(config)
     settings: dict[str, Any] = {"config": config, "dtype": "auto", "output_loading_info": True}
     settings["ignore_mismatched_sizes"] = True  # they are refused below, by name
-    if config.model_type != "bloom":
-        settings["attn_implementation"] = attention
+    if attention == "sdpa" and not kind._supports_sdpa:
+        attention = "eager"
+        warnings.warn(
+            f"backbone {name!r}: transformers has no sdpa attention for "
+            f"{config.model_type} models; eager is taken",
+            stacklevel=2,
+        )
+    settings["attn_implementation"] = attention
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # transformers tells the same in a table
     try:
