@@ -72,6 +72,11 @@ def number(value: float, sign: str = "", digits: int = 3) -> str:
     return "–" if pd.isna(value) else f"{value:{sign}.{digits}f}"
 
 
+def counted(count: float, what: str) -> str:
+    """A count with its noun, ``2 tasks``."""
+    return f"{count:g} {what}" + ("" if count == 1 else "s")
+
+
 def literal(text: str) -> str:
     """A text that stays as it is in a table of Markdown, whatever marks it holds."""
     return re.sub(f"[{re.escape(string.punctuation)}]", r"\\\g<0>", text)
@@ -155,7 +160,7 @@ def _counts(table: pd.DataFrame, **columns: str) -> tuple[str, dict[str, pd.Seri
     own = table[is_method(table)]
     seen = {name: (table if name == "tasks" else own)[x] for name, x in columns.items()}
     same = {name: count.iloc[0] for name, count in seen.items() if count.nunique() == 1}
-    words = " and ".join(f"{count:g} {name}" for name, count in same.items())
+    words = " and ".join(counted(count, name[:-1]) for name, count in same.items())
     apart = any(table[columns[name]].nunique() > 1 for name in same)
     rest = {name: table[x] for name, x in columns.items() if name not in same}
     return (f"{words} in every row{', baselines apart' * apart}. " if words else ""), rest
@@ -194,7 +199,7 @@ def lines_section(runs: pd.DataFrame) -> Section:
     shown = table[keep | (table.shape[1] == 1) & table.index.isin(["method", "backbone"])]
     twice, shared = runs.attrs.get("twice", 0), len(runs) - len(own)
     legend = (
-        f"{len(own)} runs of {own['task'].nunique()} tasks"
+        f"{counted(len(own), 'run')} of {counted(own['task'].nunique(), 'task')}"
         + (f", and {shared} of baselines that all lines share. " if shared else ". ")
         + (f"{twice} runs stand in several files and count once. " if twice else "")
         + "Settings in which no line differs are left out."
@@ -279,8 +284,8 @@ def gains_section(runs: pd.DataFrame, ratios: pd.DataFrame) -> Section:
         "tasks' deviations / reference. ARG: average relative gain, E_rel less 1, ± standard "
         "deviation (ddof 1) over samples of a sample's own ARG. Score : reference are means over "
         f"the tasks that both have. {RULE} {words}{INTERVAL} p: two-sided paired t-test of the "
-        f"tasks' scores, corrected after Holm over the {own['p'].notna().sum()} tests of this "
-        f"table; *: at most {LEVEL:g}. {BOLD}"
+        f"tasks' scores, corrected after Holm over the "
+        f"{counted(own['p'].notna().sum(), 'test')} of this table; *: at most {LEVEL:g}. {BOLD}"
         + (f" Left out, {'; '.join(reasons)}." if reasons else "")
     )
     name = f"gains-{file_name(reference)}"
@@ -485,9 +490,9 @@ def tests_section(runs: pd.DataFrame, references: Sequence[str]) -> Iterator[Sec
         f"{'' if 'K' in same else ' and K'}: two-sided t-tests of unrounded test scores of runs, "
         "paired where both sides have the same samples and seeds, else Welch's"
         f"{f' (here {shown.test.iloc[0]} in all)' if 'test' in same else ''}. n: runs of either "
-        f"side. p: corrected after Holm over the {len(known)} tests of this table; *: at most "
-        f"{LEVEL:g}. The intervals are not corrected. Runs count as independent, also those that "
-        "share a sample or a seed."
+        f"side. p: corrected after Holm over the {counted(len(known), 'test')} of this table; *: "
+        f"at most {LEVEL:g}. The intervals are not corrected. Runs count as independent, also "
+        "those that share a sample or a seed."
     )
     if few := len(table) - len(known):
         legend += f" {few} comparisons have too few runs, or no spread."
