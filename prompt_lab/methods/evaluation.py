@@ -48,14 +48,14 @@ class Way:
         max_new_tokens: longest generated answer; None for that of the batch.
         num_beams: beams of generated answers.
         label_score: what a label's score is of its tokens' log-likelihoods.
-        frame: what stands around inputs and answers.
+        frame: what stands around inputs and answers; None for plain rows.
     """
 
     labels: list[str] | None
     max_new_tokens: int | None
     num_beams: int
-    label_score: LabelScore
-    frame: Frame
+    label_score: LabelScore = "sum"
+    frame: Frame | None = None
 
     @property
     def described(self) -> str:
