@@ -332,6 +332,12 @@ def apply_vectors(
         given.setdefault(one.start.numpy().tobytes(), one)
     vectors = [one for own in groups.values() for one in own.values()]
     check_compatible(*vectors, *given.values())
+    if len({(one.prompt.template, one.prompt.system) for one in vectors}) > 1:
+        print(
+            "prompt-lab: the prompts were tuned with different templates or system texts; a sum "
+            "answers by that of its own task's prompt, or by plain rows",
+            file=sys.stderr,
+        )
     for one in vectors:
         if one.prompt.prompt.equal(one.prompt.init):
             print(f"prompt-lab: {one.where} adds nothing: it is its own init", file=sys.stderr)
@@ -357,6 +363,8 @@ def _answers(task: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
     names = ANSWERS if own is prompts and task else (*ANSWERS, *OF_TASK)
     values = {name: [getattr(prompt, name) for prompt in own] for name in names}
     agreed = {name: found[0] for name, found in values.items() if found.count(found[0]) == len(own)}
+    if not {"template", "system"} <= {*agreed}:  # half a frame is none
+        agreed = {k: v for k, v in agreed.items() if k not in ("template", "system")}
     return {**agreed, "task_prefix": bool(task) and all(prompt.task_prefix for prompt in own)}
 
 
