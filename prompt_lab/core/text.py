@@ -393,8 +393,8 @@ def _decoder_start(config: Any, generation: Any, size: int, name: str) -> int:
         )
     if named[0] not in (None, *known):
         warnings.warn(
-            f"config.json of backbone {name!r} names token {named[0]}, which the model has no row for, "
-            f"as what its decoder starts from; {known[0]} is taken, as generation_config.json says",
+            f"config.json of backbone {name!r} names token {named[0]}, which the model has no row "
+            f"for, as what its decoder starts from; {known[0]} of generation_config.json is taken",
             stacklevel=2,
         )
     if len(set(known)) > 1:
