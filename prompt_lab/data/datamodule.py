@@ -27,7 +27,6 @@ from prompt_lab.data.files import (
     Split,
     SplitName,
     check_labels,
-    check_overlap,
     find_shots,
     read_samples,
 )
@@ -164,19 +163,12 @@ class PromptDataModule(LightningDataModule):
         share: tuple[int, int] = (0, 1),
         block: int | None = None,
     ) -> None:
-        """Take what loaders are made of.
+        """Take what :class:`TrainSteps` and :class:`EvaluationSteps` are made of.
 
-        Args:
-            runs: all runs of the bank.
-            progress: where the fit is.
-            draw: what a training batch holds; None where nothing is trained.
-            evaluated: places of the runs that an evaluation answers for.
-            tokens_per_forward: most padded tokens of an evaluation batch.
-            beside: tokens of an evaluated row beside its input, by task and longest answer.
-            share: this process, and how many share the rows of an evaluation.
-            block: most runs that are evaluated side by side; None for all.
+        ``draw`` is None where nothing is trained; ``evaluated`` gives the places of the runs that
+        an evaluation answers for, ``beside`` a row's tokens beside its input.
         """
-        self.progress, self.draw = progress, draw
+        self.progress, self.draw, self.evaluated = progress, draw, evaluated
 
         def steps(split: SplitName, live: Callable[[], Sequence[int]]) -> EvaluationSteps:
             rows = {
@@ -188,7 +180,6 @@ class PromptDataModule(LightningDataModule):
             return EvaluationSteps(runs, rows, *known, live, share, block)
 
         self.evaluation_steps = steps
-        self.evaluated = evaluated
 
     def train_dataloader(self) -> TrainSteps:
         """The batches of a fit: as many as ``trainer.max_steps`` takes, or one pass."""
@@ -219,8 +210,7 @@ class RowsDataModule(PromptDataModule):
             ...], "dev": [...], "test": [...]}}``; instead of an answer several accepted ones.
         labels: the closed label sets of tasks that have one; answers of others are generated.
         metrics: by task; ACC where there are labels, else EM.
-        settings: max_input_length, task_prefix, order_seed, truncation_side, as
-            :class:`PromptDataModule`.
+        settings: the other arguments of :class:`PromptDataModule`.
 
     Raises:
         ValueError: labels or metrics of a task that is not there, a split that is missing, or an
@@ -232,7 +222,7 @@ class RowsDataModule(PromptDataModule):
         tasks: Mapping[str, Mapping[SplitName, Pairs]],
         labels: Mapping[str, Sequence[str]] | None = None,
         metrics: Mapping[str, str] | None = None,
-        **settings: object,
+        **settings: Any,
     ) -> None:
         labels, metrics = labels or {}, metrics or {}
         if strange := [name for name in (*labels, *metrics) if name not in tasks]:
@@ -251,7 +241,7 @@ class RowsDataModule(PromptDataModule):
             raise ValueError(
                 f"metric {wrong[0].metric} of {wrong[0].name}: choose among {', '.join(METRICS)}"
             )
-        super().__init__(made, **settings)  # pyright: ignore[reportArgumentType]
+        super().__init__(made, **settings)
         self._pairs = tasks
 
     def rows(self, task: str, sample: int, split: SplitName) -> Pairs:
@@ -269,16 +259,11 @@ class CrossFitDataModule(PromptDataModule):
             ``<task>_<K>_<sample>_{train,dev,test}.tsv``; or ``sandbox`` for the package's own.
         samples: few-shot samples of each task (CrossFit has 100, 13, 21, 42 and 87).
         task_file: YAML file with rows for your own tasks: ``name: {metric: ACC, labels: [a, b]}``.
-        max_input_length: longer inputs are cut to this many tokens, specials included; it does
-            not count the prompt, which is never cut.
-        task_prefix: put ``[name of the task]`` in front of every input, as CrossFit's loaders do.
-        order_seed: seed of the order in which each run sees its training rows.
         allow_overlap: accept files that share a row between splits, as some of CrossFit's own do
             (their sources repeat rows), instead of refusing them.
         shots: K of the file names, a number or ``all``; null takes that of the task table. Of the
             sandbox it is the number of training rows, out of 512.
-        truncation_side: the side on which the text of longer inputs is cut, ``right`` (its end) or
-            ``left`` (its beginning, a task_prefix included); special tokens are never cut.
+        settings: the other arguments of :class:`PromptDataModule`.
 
     Raises:
         ValueError: a setting out of its range, or an unknown task.
@@ -290,12 +275,9 @@ class CrossFitDataModule(PromptDataModule):
         root: str = SANDBOX,
         samples: list[int] = [100],  # noqa: B006 - read only; a list so that the CLI shows it
         task_file: str | None = None,
-        max_input_length: int = 512,
-        task_prefix: bool = False,
-        order_seed: int = 0,
         allow_overlap: bool = False,
         shots: Shots | None = None,
-        truncation_side: Side = "right",
+        **settings: Any,
     ) -> None:
         chosen = find_tasks(expand_sets(tasks), task_file)
         most = SPLIT_ROWS["train"]
@@ -308,8 +290,7 @@ class CrossFitDataModule(PromptDataModule):
                     f"to {most}, or leave it out"
                 )
             chosen = [replace(task, shots=shots) for task in chosen]
-        given = (samples, max_input_length, task_prefix, order_seed, truncation_side)
-        super().__init__(chosen, *given)
+        super().__init__(chosen, samples, **settings)
         self.given_tasks = list(tasks)  # with sets of partitions as they were named
         self.root, self.allow_overlap = root, allow_overlap
 
@@ -320,17 +301,37 @@ class CrossFitDataModule(PromptDataModule):
             DataError: naming file, line and reason.
             ValueError: a task is not one of the sandbox's.
         """
+        if self.root == SANDBOX:
+            super().setup(stage)
+            return
         for task in list(self.tasks.values()):
             samples = [sample for sample in self.samples if (task.name, sample) not in self.splits]
-            if not samples:
-                continue
-            if self.root == SANDBOX:
-                read = {sample: _sandbox_splits(task, sample) for sample in samples}
-            else:  # a K that its row left open is filled in
+            if samples:  # a K that its row left open is filled in
                 task = self.tasks[task.name] = replace(task, shots=find_shots(self.root, task))
                 read = read_samples(self.root, task, samples, self.allow_overlap)
-            for sample, splits in read.items():
-                self.splits[task.name, sample] = splits
+                self.splits |= {(task.name, sample): splits for sample, splits in read.items()}
+
+    def rows(self, task: str, sample: int, split: SplitName) -> Pairs:
+        """The generated rows of a sandbox task; K training rows keep labels' shares.
+
+        Raises:
+            DataError: a K that cannot hold all labels.
+            ValueError: a task that is not one of the sandbox's.
+        """
+        if task not in TASKS:
+            raise ValueError(
+                f"task {task!r} is not in the sandbox: set data.root to the folder that holds "
+                f"its files, or choose among {', '.join(sorted(TASKS))}"
+            )
+        pairs, own = sandbox_rows(task, sample, split), self.tasks[task]
+        if split != "train" or not isinstance(own.shots, int) or own.shots == len(pairs):
+            return pairs
+        kinds = [answer if own.labels else "" for _, answer in pairs]
+        try:
+            chosen, _ = draw_stratified(kinds, own.shots, 0, sample)
+        except DataError as error:
+            raise DataError(f"{task}: {error}") from None
+        return [pairs[row] for row in chosen]
 
 
 def as_split(pairs: Pairs, where: Path) -> Split:
@@ -370,8 +371,7 @@ def tokenise(
 ) -> Rows:
     """Apply the rules of a backbone to the rows of a split; equal answers are tokenised once.
 
-    Inputs are cut to ``max_input_length`` tokens, specials included; ``prefix`` is text in front of
-    each; ``with_targets`` asks for the token ids of the answers, which training needs.
+    ``prefix`` is text in front of each input; ``with_targets`` asks for the answers' token ids.
 
     Raises:
         ValueError: an input without tokens, naming the file.
@@ -392,31 +392,3 @@ def tokenise(
         shortest_targets=[min(len(ids[answer]) for answer in row) for row in data.references],
         cut=sum(len(ids) > max_input_length for ids in whole),
     )
-
-
-def _sandbox_splits(task: Task, sample: int) -> dict[SplitName, Split]:
-    """The generated splits of a sandbox task; K training rows keep labels' shares.
-
-    Raises:
-        ValueError: a task that is not one of the sandbox's, or a K that cannot hold all labels.
-    """
-    if task.name not in TASKS:
-        raise ValueError(
-            f"task {task.name!r} is not in the sandbox: set data.root to the folder that holds "
-            f"its files, or choose among {', '.join(sorted(TASKS))}"
-        )
-    made: dict[SplitName, Split] = {}
-    for name in ("train", "dev", "test"):
-        pairs = sandbox_rows(task.name, sample, name)
-        if name == "train" and task.shots != SPLIT_ROWS["train"]:
-            assert isinstance(task.shots, int)
-            kinds = [answer if task.labels else "" for _, answer in pairs]
-            try:
-                chosen, _ = draw_stratified(kinds, task.shots, 0, sample)
-            except DataError as error:
-                raise DataError(f"{task.name}: {error}") from None
-            pairs = [pairs[row] for row in chosen]
-        where = Path(f"sandbox/{task.name}/{task.name}_{task.shots}_{sample}_{name}.tsv")
-        made[name] = as_split(pairs, where)
-    check_overlap(made["train"], made["dev"], made["test"])
-    return made
