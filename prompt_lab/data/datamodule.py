@@ -19,7 +19,6 @@ from lightning.pytorch import LightningDataModule
 
 from prompt_lab.core.backbone import Backbone, Side
 from prompt_lab.core.metric_names import METRICS
-from prompt_lab.core.run import Run
 from prompt_lab.data.few_shot import draw_stratified
 from prompt_lab.data.files import (
     SPLITS,
@@ -129,19 +128,35 @@ class PromptDataModule(LightningDataModule):
         self.layout = Layout(backbone.pad_id, not backbone.is_encoder_decoder)
 
     def tokens(self, task: str, sample: int, split: SplitName, keep: bool = True) -> Rows:
-        """Tokenised rows of one split, to keep for the next time; equal test sets are made once."""
-        data = self.splits[task, sample][split]
+        """Tokenised rows of one split, to keep for the next time; equal test sets are made once.
+
+        Raises:
+            ValueError: an input without tokens, naming the file.
+        """
+        data, kind = self.splits[task, sample][split], self.tasks[task]
         key = (task, data.digest, split)
-        found = self._tokens.get(key)
-        if found is None:
-            assert self._backbone is not None, "tokens are asked for before connect"
-            prefix = f" [{task}] " if self.task_prefix else ""
-            found = tokenise(
-                self._backbone,
-                *(self.tasks[task], data, self.max_input_length, prefix),
-                with_targets=split != "test",
-                truncation_side=self.truncation_side,
-            )
+        if key in self._tokens:
+            return self._tokens[key]
+        backbone = self._backbone
+        assert backbone is not None, "tokens are asked for before connect"
+        prefix = f" [{task}] " if self.task_prefix else ""
+        try:
+            whole = backbone.encode_inputs([prefix + text for text in data.inputs])
+        except ValueError as error:
+            raise ValueError(f"{data.path}: {error}") from None
+        most, side = self.max_input_length, self.truncation_side
+        answers = list(dict.fromkeys(chain.from_iterable(data.references)))  # each once
+        ids = dict(zip(answers, backbone.encode_targets(answers), strict=True))
+        targets = [[ids[answer] for answer in row] for row in data.references]
+        found = Rows(
+            kind,
+            [backbone.cut_input(tokens, most, side) for tokens in whole],
+            targets if split != "test" else [],
+            data.references,
+            longest_target=max(map(len, ids.values())),
+            shortest_targets=[min(map(len, row)) for row in targets],
+            cut=sum(len(tokens) > most for tokens in whole),
+        )
         if keep:
             self._tokens[key] = found
         return found
@@ -154,32 +169,31 @@ class PromptDataModule(LightningDataModule):
 
     def feed(
         self,
-        runs: Sequence[Run],
         progress: Progress,
         draw: Draw | None,
         evaluated: Callable[[], Sequence[int]],
-        tokens_per_forward: int,
-        beside: Callable[[Task, int], int],
-        share: tuple[int, int] = (0, 1),
-        block: int | None = None,
+        **steps: Any,
     ) -> None:
-        """Take what :class:`TrainSteps` and :class:`EvaluationSteps` are made of.
+        """Take what loaders are made of.
 
-        ``draw`` is None where nothing is trained; ``evaluated`` gives the places of the runs that
-        an evaluation answers for, ``beside`` a row's tokens beside its input.
+        ``draw`` is None where nothing is trained, ``evaluated`` gives the places of the runs that
+        an evaluation answers for, and ``steps`` are fields of :class:`EvaluationSteps`.
         """
-        self.progress, self.draw, self.evaluated = progress, draw, evaluated
+        self.progress, self.draw, self.evaluated, self._steps = progress, draw, evaluated, steps
 
-        def steps(split: SplitName, live: Callable[[], Sequence[int]]) -> EvaluationSteps:
-            rows = {
-                key: self.tokens(*key, split)
-                for key in dict.fromkeys((runs[i].task, runs[i].sample) for i in live())
-            }
-            longest = {key: self.longest_answer(*key) for key in rows}
-            known = (self.layout, tokens_per_forward, longest, beside)
-            return EvaluationSteps(runs, rows, *known, live, share, block)
-
-        self.evaluation_steps = steps
+    def evaluation_steps(
+        self, split: SplitName, live: Callable[[], Sequence[int]]
+    ) -> EvaluationSteps:
+        """The batches of an evaluation of some runs."""
+        runs = self._steps["runs"]
+        keys = list(dict.fromkeys((runs[i].task, runs[i].sample) for i in live()))
+        return EvaluationSteps(
+            rows={key: self.tokens(*key, split) for key in keys},
+            longest_answer={key: self.longest_answer(*key) for key in keys},
+            layout=self.layout,
+            live=live,
+            **self._steps,
+        )
 
     def train_dataloader(self) -> TrainSteps:
         """The batches of a fit: as many as ``trainer.max_steps`` takes, or one pass."""
@@ -358,37 +372,3 @@ def as_split(pairs: Pairs, where: Path) -> Split:
         for text, row in zip(inputs, references, strict=True)
     )
     return Split(inputs, references, where, hashlib.sha256(told.encode()).hexdigest())
-
-
-def tokenise(
-    backbone: Backbone,
-    task: Task,
-    data: Split,
-    max_input_length: int,
-    prefix: str = "",
-    with_targets: bool = True,
-    truncation_side: Side = "right",
-) -> Rows:
-    """Apply the rules of a backbone to the rows of a split; equal answers are tokenised once.
-
-    ``prefix`` is text in front of each input; ``with_targets`` asks for the answers' token ids.
-
-    Raises:
-        ValueError: an input without tokens, naming the file.
-    """
-    try:
-        whole = backbone.encode_inputs([prefix + text for text in data.inputs])
-    except ValueError as error:
-        raise ValueError(f"{data.path}: {error}") from None
-    inputs = [backbone.cut_input(ids, max_input_length, truncation_side) for ids in whole]
-    answers = list(dict.fromkeys(chain.from_iterable(data.references)))
-    ids = dict(zip(answers, backbone.encode_targets(answers), strict=True))
-    return Rows(
-        task,
-        inputs,
-        [[ids[answer] for answer in row] for row in data.references] if with_targets else [],
-        data.references,
-        longest_target=max(map(len, ids.values())),
-        shortest_targets=[min(len(ids[answer]) for answer in row) for row in data.references],
-        cut=sum(len(ids) > max_input_length for ids in whole),
-    )

@@ -268,14 +268,16 @@ class PromptMethod(LightningModule):
         if fitting:
             check_lengths(self, data, "train", "dev")
         data.feed(
-            self.runs,
             self.progress,
             self.draw(data) if fitting else None,
             lambda: self.progress.live if fitting else self.evaluated,
-            self.tokens_per_forward,
-            lambda task, longest: self.tokens_beside_input(self.num_virtual_tokens, task, longest),
-            self.row_share,
-            self.prompts_at_once,
+            runs=self.runs,
+            tokens_per_forward=self.tokens_per_forward,
+            extra_per_row=lambda task, longest: self.tokens_beside_input(
+                self.num_virtual_tokens, task, longest
+            ),
+            share=self.row_share,
+            block=self.prompts_at_once,
         )
 
     def take(self, data: PromptDataModule, fitting: bool = True, anew: bool | None = None) -> None:
