@@ -72,14 +72,15 @@ def fit(fewshot_root: Path, tmp_path: Path) -> Fit:
 
 
 @pytest.fixture
-def prepare(fewshot_root: Path) -> Callable[..., FineTuning]:
-    """Function that makes a method ready on a new tiny model, without a trainer."""
+def prepare(fewshot_root: Path, tmp_path: Path) -> Callable[..., FineTuning]:
+    """Function that makes a method ready on a new tiny model, without a fit."""
 
     def run(kind: str, **settings: Any) -> FineTuning:
         method, data = make(make_backbone(kind), **settings), make_data(fewshot_root, TASK, [13])
         data.setup()
         data.connect(method.backbone)
-        method.take(data, anew=True)
+        method.trainer = make_trainer(tmp_path)
+        method.take(data)
         return method
 
     return run

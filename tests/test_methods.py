@@ -298,7 +298,7 @@ def test_building_does_not_depend_on_the_default_device(fitted):
     method.backbone = method.load_backbone()
     data.connect(method.backbone)
     with torch.device("meta"), torch.device("cpu"):
-        method.take(data, anew=True)
+        method.take(data)
     assert {value.device.type for value in method.state_dict().values()} == {"cpu"}
 
 

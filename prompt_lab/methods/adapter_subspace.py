@@ -252,9 +252,8 @@ class AdapterSubspace(_AdapterMethod):
 
     def draw(self, data: PromptDataModule) -> Draw:
         """Rows of all tasks, mixed."""
-        rows = {(r.task, r.sample): data.tokens(r.task, r.sample, "train") for r in self.runs}
         given = ("tasks", self.batch_sizes[0], self.seed)
-        return mixture_draw(rows, *given, data.layout, self.row_share)
+        return mixture_draw(self.train_rows(data), *given, data.layout, self.row_share)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of the rows; from a loss or gradient that is not finite on, no gradient."""
@@ -278,15 +277,11 @@ class AdapterSubspace(_AdapterMethod):
         """Write the best map, and the adapters of every task."""
         if self.trainer.is_global_zero:
             metadata = {
-                "backbone": self.backbone.name,
-                "backbone_digest": self.backbone.digest,
-                "tokenizer_digest": self.backbone.tokenizer_digest,
+                **self.origin(0),
                 "bottleneck": self.bottleneck,
                 "source_tasks": list(self.datamodule.tasks),
                 "samples": self.datamodule.samples,
                 "seed": self.seed,
-                "steps": int(self.keeper.step),
-                "dev_score": float(self.keeper.score),
             }
             save_network(self.map_path, self.best_map, metadata)
         super().write()
@@ -294,8 +289,7 @@ class AdapterSubspace(_AdapterMethod):
     @property
     def map_path(self) -> Path:
         """The file of the map."""
-        assert self.run_dir is not None
-        return self.run_dir / f"adapters_{self.intrinsic_dim}.safetensors"
+        return self.file(f"adapters_{self.intrinsic_dim}.safetensors")
 
     def subspace_digest(self) -> None:
         """None: the map is what is trained."""

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -31,20 +30,19 @@ from prompt_lab.core.backbone import Backbone, Prefix
 from prompt_lab.core.bank import Prefixes, with_gradient
 from prompt_lab.core.batch import Batch, index_tensor, micro_batches
 from prompt_lab.core.optim import adamw_with_warmup
-from prompt_lab.core.pretrained import tensor_digest
 from prompt_lab.core.run import Run
 from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.partitions import expand_sets
-from prompt_lab.data.sampling import Draw, Mixing, mixture_draw
+from prompt_lab.data.sampling import Draw, Key, Mixing, mixture_draw
 from prompt_lab.data.tasks import Task
-from prompt_lab.files.prompts import TARGET_OF, Prompt, PromptStore, source_prompts
+from prompt_lab.files.prompts import TARGET_OF
 from prompt_lab.files.tensors import load_network, save_network, write_csv
 from prompt_lab.methods.checks import some
 from prompt_lab.methods.configs import as_config, as_list
 from prompt_lab.methods.method import PromptMethod
 from prompt_lab.methods.starts import InitConfig, initial_prompts
 
-ATTENTION_FILE, TARGET_FOLDER = "attention.safetensors", "target_prompts"
+ATTENTION_FILE = "attention.safetensors"
 ATTENTION_COLUMNS = ("task", "sample", "source", "weight", "std")
 TARGET = "target prompt"
 
@@ -86,9 +84,8 @@ class Attempt(PromptMethod):
 
     frozen = ("backbone.", "initial_attention.")
     joint = True
-    stores_prompts = False  # not where others look for prompts that answer by themselves
+    prompt_folder = "target_prompts"  # not where others look for prompts that answer alone
     prompt: nn.Parameter
-    sources: Tensor
     weight_sum: Tensor
 
     def __init__(
@@ -124,8 +121,6 @@ class Attempt(PromptMethod):
         self.warmup, self.clip, self.batch_size = warmup, clip, batch_size
         self.mixing: Mixing = mixing
         self.label_smoothing, self.test_baselines = label_smoothing, test_baselines
-        self.source_names: list[str] = []
-        self._is_read = False
 
     # ---- what is trained ------------------------------------------------------------------------
 
@@ -152,17 +147,13 @@ class Attempt(PromptMethod):
         self.register_buffer("init", torch.zeros(len(runs), *size))
         self.register_buffer("weight_sum", torch.zeros(len(runs)))
 
-    def take(self, data: PromptDataModule, fitting: bool = True, anew: bool | None = None) -> None:
-        """As every method's, with the source prompts, which a checkpoint is compared with."""
-        super().take(data, fitting, anew)
-        if fitting and not self.source_names:
-            self._read_sources()
+    def source_keys(self) -> list[Key]:
+        own = self.source_sample
+        sample = self.all_runs[0].sample if own is None else own
+        return [(task, sample) for task in self.source_tasks]
 
     @torch.no_grad()
     def start(self, data: PromptDataModule) -> None:
-        """Read the source prompts, and put target prompts where they start."""
-        assert self.backbone is not None
-        self._read_sources()
         init, self.starts = initial_prompts(
             self.init_config, self.backbone, self.runs, data.tasks, self.num_virtual_tokens
         )
@@ -175,16 +166,6 @@ class Attempt(PromptMethod):
                 f"{some(both)}: a source task and a target task, so its target prompt is trained "
                 "beside a prompt that was tuned for it",
             )
-
-    def _read_sources(self) -> None:
-        assert self.backbone is not None
-        own = self.all_runs[0].sample
-        sample = own if self.source_sample is None else self.source_sample
-        keys = [(task, sample) for task in self.source_tasks]
-        found = source_prompts(self.folders, keys, self.backbone, self.num_virtual_tokens)
-        self.source_names = [prompt.name for prompt in found]
-        self.sources.copy_(torch.stack([prompt.prompt for prompt in found]))
-        self._is_read = True
 
     def bank(self) -> Tensor:
         """The target prompts, (R, N, D)."""
@@ -210,10 +191,8 @@ class Attempt(PromptMethod):
             nn.utils.clip_grad_norm_([self.prompt, *self.attention.parameters()], self.clip)
 
     def draw(self, data: PromptDataModule) -> Draw:
-        """Rows of all target tasks, mixed."""
-        rows = {(r.task, r.sample): data.tokens(r.task, r.sample, "train") for r in self.runs}
         given = (self.mixing, self.batch_size, data.order_seed)
-        return mixture_draw(rows, *given, data.layout, self.row_share)
+        return mixture_draw(self.train_rows(data), *given, data.layout, self.row_share)
 
     # ---- the mixture ----------------------------------------------------------------------------
 
@@ -229,7 +208,6 @@ class Attempt(PromptMethod):
             (B, J + 1), the last column for the target prompt.
         """
         backbone = self.backbone
-        assert backbone is not None
         with torch.autocast(targets.device.type, enabled=False):
             with torch.no_grad():  # the maximum of each row's embeddings over its tokens, (B, D)
                 pooled = [
@@ -257,7 +235,6 @@ class Attempt(PromptMethod):
 
         The baseline without prompt has none; that of the initial prompts takes the initial G.
         """
-        assert self.backbone is not None
         targets = prefixes.prompts
         if targets.shape[1] == 0:
             return super().prefix_of(prefixes, batch)
@@ -266,11 +243,10 @@ class Attempt(PromptMethod):
         with torch.no_grad():
             return self.backbone.prefix(self.mixed(batch, attention, targets)), _one_each(batch)
 
-    def tokens_beside_input(self, num_virtual_tokens: int, task: Task, longest: int) -> int:
+    def tokens_beside_input(self, task: Task, longest: int) -> int:
         """As the parent's, with the prompt that each row runs in decoder-only models too."""
-        assert self.backbone is not None
-        beside = super().tokens_beside_input(num_virtual_tokens, task, longest)
-        return beside if self.backbone.is_encoder_decoder else beside + num_virtual_tokens
+        beside = super().tokens_beside_input(task, longest)
+        return beside + (0 if self.backbone.is_encoder_decoder else self.num_virtual_tokens)
 
     # ---- training -------------------------------------------------------------------------------
 
@@ -289,10 +265,6 @@ class Attempt(PromptMethod):
         """Mean loss of each task; NaN where none of its rows was drawn."""
         return self.over_ranks(self.loss_sum) / self.over_ranks(self.weight_sum)
 
-    def curve(self) -> dict[str, list[Any]]:
-        """How far the target prompts moved."""
-        return {"moved": self.moved()}
-
     def after_evaluation(self, scores: Tensor, lines: list[int]) -> None:
         """Warn of a loss that is not finite, and begin the sums anew."""
         if not self.over_ranks(self.loss_sum).sum().isfinite():
@@ -305,27 +277,17 @@ class Attempt(PromptMethod):
 
     # ---- files ----------------------------------------------------------------------------------
 
-    def write(self, test_scores: Tensor | None = None) -> None:
-        """Write the best attention and target prompts."""
-        backbone, folder = self.backbone, self.run_dir
-        assert backbone is not None
-        assert folder is not None
-        if not self.trainer.is_global_zero:
-            return
-        metadata = {
-            "backbone": backbone.name,
-            "backbone_digest": backbone.digest,
-            "tokenizer_digest": backbone.tokenizer_digest,
-            "source_tasks": self.source_tasks,
-            "source_prompts": self.source_names,
-            "sources_digest": tensor_digest(self.sources),
-            "target_prompts": [run.name for run in self.runs],
-            "steps": int(self.keeper.step),
-            "dev_score": self.keeper.score.item(),
-            "seconds": round(self.seconds, 3),
-        }
-        save_network(folder / ATTENTION_FILE, self.best_attention, metadata)
-        PromptStore(folder / TARGET_FOLDER).save(self.best_prompts(test_scores))
+    def write(self) -> None:
+        if self.trainer.is_global_zero:
+            metadata = {
+                **self.origin(0),
+                "source_tasks": self.source_tasks,
+                "source_prompts": self.source_names,
+                "sources_digest": self.source_digest,
+                "target_prompts": [run.name for run in self.runs],
+            }
+            save_network(self.file(ATTENTION_FILE), self.best_attention, metadata)
+        super().write()
 
     # ---- test -----------------------------------------------------------------------------------
 
@@ -347,8 +309,6 @@ class Attempt(PromptMethod):
         weight, square, rows = self.over_ranks(sums).unbind(1)
         weight, square = weight / rows, square / rows
         spread = (square - weight.square()).clamp(min=0).sqrt()
-        if self.run_dir:
-            self.write(scores)
         if self.run_dir and self.trainer.is_global_zero:
             lines = [
                 {"task": run.task, "sample": run.sample, "source": name, "weight": mean, "std": std}
@@ -358,19 +318,16 @@ class Attempt(PromptMethod):
             write_csv(self.run_dir / "attention.csv", ATTENTION_COLUMNS, lines)
 
     def restore(self) -> None:
-        """Read sources and best state from their files."""
-        assert self.run_dir is not None
-        self._read_sources()
-        file = self.run_dir / ATTENTION_FILE
+        self.read_sources()
+        file, own = self.file(ATTENTION_FILE), self.best_attention
         saved = load_network(file, PromptAttention, self.backbone)
         known = saved.metadata
-        if known.get("sources_digest") != tensor_digest(self.sources):
+        if known.get("sources_digest") != self.source_digest:
             raise ValueError(
                 f"{file} is of the source prompts {some(known['source_prompts'])}, "
                 f"the settings give {some(self.source_names)}: use the config and the prompt files "
                 "of the fit"
             )
-        own = self.best_attention
         if (saved.inner_size, saved.temperature) != (own.inner_size, own.temperature):
             raise ValueError(
                 f"{file} has inner_size {saved.inner_size} and temperature "
@@ -378,64 +335,18 @@ class Attempt(PromptMethod):
                 f"{own.temperature:g}: use the config of the fit"
             )
         own.load_state_dict(saved.state_dict())
-        store = PromptStore(self.run_dir / TARGET_FOLDER)
-        names = [run.name for run in self.runs]
-        for i, prompt in enumerate(store.load(names, self.backbone)):
-            self.best[i], self.init[i] = prompt.prompt, prompt.init
-            self.starts[i] = prompt.start_fields
-            self.keeper.dev[i] = torch.nan if prompt.dev_score is None else prompt.dev_score
-        self.keeper.step.fill_(known["steps"])
-        self.keeper.score.fill_(known["dev_score"])
-        self.seconds = known["seconds"]
+        super().restore()
+        self.keeper.restore(0, known["steps"], known["dev_score"])
 
-    def best_prompts(self, test_scores: Tensor | None = None) -> list[Prompt]:
-        """The target prompt of every task, which answers only beside the others of the mixture."""
-        dev = self.keeper.dev.tolist()
-        return [
-            self.stored_prompt(
-                self.runs[i],
-                self.best[i],
-                self.init[i],
-                dev[i],
-                None if test_scores is None else test_scores[i].item(),
-                **asdict(self.starts[i]),
-                order_seed=self.datamodule.order_seed,
-                steps=int(self.keeper.step),
-                source_tasks=self.source_tasks,
-                made_from={TARGET_OF: ATTENTION_FILE, "sources": self.source_names},
-            )
-            for i in self.evaluated
-        ]
-
-    # ---- identity -------------------------------------------------------------------------------
-
-    def identity(self) -> dict[str, Any]:
-        """The source prompts, by name and digest."""
-        known = {"source_prompts": self.source_names}
-        return known | (
-            {"digest of source prompts": tensor_digest(self.sources)} if self._is_read else {}
-        )
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As every method's; without a trainer the source prompts are the checkpoint's."""
-        if not self.source_names:
-            self.source_names = checkpoint.get("identity", {}).get("source_prompts", [])
-        super().on_load_checkpoint(checkpoint)
-
-    def digests(self) -> dict[str, Any]:
-        """Digests of backbone weights, tokenizer, data files, source prompts and prompts read."""
-        found = {**super().digests(), "source_prompts": tensor_digest(self.sources)}
-        if self.init_config.name == "file":
-            found["initial_prompts"] = tensor_digest(self.init)
-        return found
+    def prompt_facts(self) -> list[dict[str, Any]]:
+        """Target prompts answer only beside the others of the mixture."""
+        made_from = {TARGET_OF: ATTENTION_FILE, "sources": self.source_names}
+        own = {"source_tasks": self.source_tasks, "made_from": made_from}
+        return [known | own for known in super().prompt_facts()]
 
     def result_facts(self, run: int) -> dict[str, Any]:
         """What the results say of how a run was trained."""
-        return {
-            "variant": "attempt",
-            "optimizer": "adamw",
-            "prompt_file": f"{TARGET_FOLDER}/{self.runs[run].name}.safetensors",
-        }
+        return {"variant": "attempt", "optimizer": "adamw"}
 
     def summary(self) -> str:
         """What is trained, in a few words."""

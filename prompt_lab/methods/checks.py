@@ -5,7 +5,7 @@ What is refused would do nothing, or quietly change the result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lightning.pytorch import callbacks
@@ -117,6 +117,23 @@ def refuse_strategy(name: str) -> NoReturn:
         "backbone that is too large for a device use model.backbone.dtype bfloat16, "
         "model.backbone.gradient_checkpointing true and a smaller model.tokens_per_forward"
     )
+
+
+def hold_out(tasks: Iterable[str], setting: str, held_out: Sequence[str]) -> list[str]:
+    """The tasks that are left to learn from.
+
+    Raises:
+        ValueError: tasks to be held out that are not there, or none left.
+    """
+    if strange := [task for task in held_out if task not in tasks]:
+        raise ValueError(
+            f"model.{setting} has {', '.join(strange)}, which data.tasks has not: add them there, "
+            "since their rows are needed"
+        )
+    left = [task for task in tasks if task not in held_out]
+    if not left:
+        raise ValueError(f"model.{setting} has every task of data.tasks: leave some to learn from")
+    return left
 
 
 def some(names: list[str], most: int = 3) -> str:

@@ -24,7 +24,6 @@ from prompt_lab.core.run import Run
 from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.files import SPLITS, SplitName
 from prompt_lab.data.sampling import EvaluationBatch, Key
-from prompt_lab.files.prompts import PromptStore
 from prompt_lab.files.results import RESULT_COLUMNS, STARTS, write_predictions
 from prompt_lab.files.tensors import write_atomically, write_csv
 from prompt_lab.methods.identity import fit_id, unusual
@@ -196,7 +195,7 @@ class Report:
                 rows += self._baseline_rows()
             predictions = sorted(gather_values(self.predictions))
             if folder and method.stores_prompts:
-                method.save_prompts(PromptStore(folder / "prompts"), method.best_prompts(scores))
+                method.save_prompts(method.store, method.best_prompts(scores))
                 kept = "results, predictions and prompts"
             if folder and method.trainer.is_global_zero:
                 write_csv(folder / "results.csv", RESULT_COLUMNS, rows)
@@ -243,7 +242,7 @@ class Report:
                 "run": place_of[i],
             }
             if method.stores_prompts:
-                line["prompt_file"] = f"prompts/{prompt.name}.safetensors"
+                line["prompt_file"] = f"{method.prompt_folder}/{prompt.name}.safetensors"
             lines[i] = line = line | method.result_facts(i)
             told = (line["variant"], place_of[i])
             self.predictions += [(*told, row, prompt.name, text) for row, text in found[i]]

@@ -30,11 +30,10 @@ from prompt_lab.core.fastfood import FastfoodMap
 from prompt_lab.core.optim import OptimConfig, schedule_factor
 from prompt_lab.core.run import Run, grid
 from prompt_lab.data.datamodule import PromptDataModule
-from prompt_lab.data.sampling import Draw, bank_draw
-from prompt_lab.files.prompts import Prompt
+from prompt_lab.files.results import Start
 from prompt_lab.files.tensors import load_tensors, save_tensors
 from prompt_lab.methods.configs import as_config, as_list
-from prompt_lab.methods.method import STATUS, PromptMethod
+from prompt_lab.methods.method import PromptMethod
 
 
 class FineTuning(PromptMethod):
@@ -144,13 +143,17 @@ class FineTuning(PromptMethod):
             name: value.detach().to("cpu", copy=True) for name, value in self.trained.items()
         }
         self.register_buffer("init", torch.zeros(1, 0, backbone.hidden_size), persistent=False)
+        seed = runs[0].init_seed
+        self.starts = [Start("weights") if self.intrinsic_dim is None else Start("codes", "", seed)]
 
     def bank(self) -> Tensor:
         """A prompt of no tokens, (1, 0, D)."""
         return self.init
 
     def kept(self) -> dict[str, Tensor]:
-        """Nothing on the device: `keep` copies to the host."""
+        return {}  # nothing on the device: `keep` copies to the host
+
+    def curve(self) -> dict[str, list[Any]]:
         return {}
 
     def keep(self, better: Tensor) -> None:
@@ -179,11 +182,6 @@ class FineTuning(PromptMethod):
             {"params": spared, "weight_decay": 0.0, **common},
         ]
         return [group for group in groups if group["params"]]
-
-    def draw(self, data: PromptDataModule) -> Draw:
-        """The rows that a run of PromptTuning has."""
-        rows = {(r.task, r.sample): data.tokens(r.task, r.sample, "train") for r in self.runs}
-        return bank_draw(self.runs, rows, data.order_seed, data.layout, self.row_share)
 
     # ---- training -------------------------------------------------------------------------------
 
@@ -247,25 +245,15 @@ class FineTuning(PromptMethod):
     # ---- files ----------------------------------------------------------------------------------
 
     def write(self) -> None:
-        """Write the best weights."""
-        if not (self.trainer.is_global_zero and self.save_weights):
-            return
-        step, score = int(self.keeper.step), float(self.keeper.score)
-        facts = {
-            **self._belongs_to(),
-            "backbone": self.backbone.name,
-            "best_step": step,
-            "dev_score": score if step >= 0 else None,
-            "status": int(self.status),
-            "seconds": self.seconds,
-        }
-        save_tensors(self.best_path, "weights", self.best_weights, facts)
+        if self.trainer.is_global_zero and self.save_weights:
+            facts = {**self.origin(0), **self._belongs_to(), "status": int(self.status)}
+            facts |= {"best_step": int(self.keeper.step), "seconds": self.seconds}
+            save_tensors(self.best_path, "weights", self.best_weights, facts)
 
     @property
     def best_path(self) -> Path:
         """The file of the best weights."""
-        assert self.run_dir is not None
-        return self.run_dir / "best.safetensors"
+        return self.file("best.safetensors")
 
     def _belongs_to(self) -> dict[str, Any]:
         """What weights must have in common with the settings: for files and checkpoints."""
@@ -303,23 +291,15 @@ class FineTuning(PromptMethod):
             raise ValueError(f"{self.best_path}: damaged, its tensors are not those of the weights")
         for name, value in self.best_weights.items():
             value.copy_(tensors[name])
-        self.keeper.step.fill_(facts["best_step"])
-        self.keeper.score.fill_(-torch.inf if facts["dev_score"] is None else facts["dev_score"])
+        self.keeper.restore(0, facts["best_step"], facts["dev_score"])
+        self.keeper.dev.copy_(self.keeper.score)
         self.status.fill_(facts["status"])
         self.seconds = facts["seconds"]
 
-    def best_prompts(self, test_scores: Tensor | None = None) -> list[Prompt]:
-        """The record of the run, as a prompt of no tokens; it is not stored."""
-        run, in_subspace = self.runs[0], self.intrinsic_dim is not None
-        return [
-            self.stored_prompt(
-                *(run, self.init[0], self.init[0], self.keeper.score.item(), None),
-                start="codes" if in_subspace else "weights",
-                start_seed=run.init_seed if in_subspace else None,
-                steps=int(self.keeper.step),
-                status=STATUS[int(self.status)],
-            )
-        ]
+    @property
+    def best(self) -> Tensor:
+        """No prompt; the record of the run is kept as one of no tokens, and not stored."""
+        return self.init
 
     # ---- checkpoints ----------------------------------------------------------------------------
 

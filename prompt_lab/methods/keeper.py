@@ -36,13 +36,19 @@ class Keeper(nn.Module):
         self.register_buffer("step", torch.full((units,), -1, dtype=torch.long))
         self.register_buffer("bad", torch.zeros(units, dtype=torch.long))
         self.register_buffer("dev", torch.full((runs,), torch.nan, dtype=torch.float64))
-        self.names = list(kept)
+        self.names: list[str] = []
         for name, tensor in kept.items():
-            self.register_buffer(f"kept_{name}", tensor.detach().clone())
+            self.add(name, tensor)
 
     def __getitem__(self, name: str) -> Tensor:
         """What is kept under a name."""
         return getattr(self, f"kept_{name}")
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Keep one more tensor, unless there is one of that name."""
+        if name not in self.names:
+            self.names.append(name)
+            self.register_buffer(f"kept_{name}", tensor.detach().clone())
 
     @property
     def is_filled(self) -> bool:
@@ -55,6 +61,11 @@ class Keeper(nn.Module):
         self.step.fill_(-1)
         self.bad.zero_()
         self.dev.fill_(torch.nan)
+
+    def restore(self, unit: int, step: int | None, score: float | None) -> None:
+        """Take what a file says of a unit's best evaluation."""
+        self.step[unit] = -1 if step is None else step
+        self.score[unit] = -torch.inf if score is None else score
 
     def update(
         self, units: Tensor, scores: Tensor, step: int, live: Tensor, always: bool = False

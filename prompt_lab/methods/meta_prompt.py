@@ -24,14 +24,13 @@ from prompt_lab.core.bank import BankObjective, Prefixes, with_gradient
 from prompt_lab.core.batch import Batch
 from prompt_lab.core.meta_gradient import InnerConfig, MetaGradient, maml, multitask, reptile
 from prompt_lab.core.optim import OptimConfig
-from prompt_lab.core.pretrained import tensor_digest
 from prompt_lab.core.run import Run
 from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.partitions import expand_sets
-from prompt_lab.data.sampling import Draw, Episodes, Key, bank_draw, episode_draw
+from prompt_lab.data.sampling import Draw, Episodes, Key, episode_draw
 from prompt_lab.files.prompts import Prompt, load_prompt, save_prompt
 from prompt_lab.files.results import Start
-from prompt_lab.methods.checks import some
+from prompt_lab.methods.checks import hold_out, some
 from prompt_lab.methods.configs import as_config
 from prompt_lab.methods.method import STATUS, PromptMethod
 from prompt_lab.methods.starts import InitConfig, initial_prompts
@@ -235,14 +234,14 @@ class MetaPrompt(PromptMethod):
                 f"of trainer.accumulate_grad_batches ({batches})"
             )
 
-    def take(self, data: PromptDataModule, fitting: bool = True, anew: bool | None = None) -> None:
+    def take(self, data: PromptDataModule, fitting: bool = True) -> None:
         """As every method's; the prompt is learned on other tasks than it is scored on."""
         keys = [(task, sample) for task in self._sources(data) for sample in data.samples]
         if fitting and self.is_built and keys != self.keys:
             self.is_built = False
         if fitting or not self.keys:
             self.keys = keys
-        super().take(data, fitting, anew)
+        super().take(data, fitting)
         if not fitting and not self.runs:
             raise ValueError(
                 "there is nothing to score without model.validation_tasks: name some of "
@@ -273,14 +272,13 @@ class MetaPrompt(PromptMethod):
         }.items():
             self.register_buffer(name, value)
         self.register_buffer("adapted", torch.zeros(len(runs), *size), persistent=False)
-        self.initial = Start("")
+        self.starts = [Start("")]
 
     @torch.no_grad()
     def start(self, data: PromptDataModule) -> None:
         """Put the prompt where it starts."""
-        assert self.backbone is not None
         alone = Run("", 0, self.init_seed, self.learning_rate, 1)
-        made, (self.initial,) = initial_prompts(
+        made, self.starts = initial_prompts(
             self.init_config, self.backbone, [alone], data.tasks, self.num_virtual_tokens
         )
         self.prompt.copy_(made)
@@ -292,15 +290,7 @@ class MetaPrompt(PromptMethod):
 
     def _sources(self, data: PromptDataModule) -> list[str]:
         """The tasks to learn from."""
-        strange = [task for task in self.validation_tasks if task not in data.tasks]
-        if strange:
-            raise ValueError(
-                f"model.validation_tasks has {', '.join(strange)}, which data.tasks has not: add "
-                "them there, since their rows are needed"
-            )
-        sources = [task for task in data.tasks if task not in self.validation_tasks]
-        if not sources:
-            raise ValueError("every task of data.tasks is held out: leave some to learn from")
+        sources = hold_out(data.tasks, "validation_tasks", self.validation_tasks)
         both = [task for task in data.tasks if task in self.target_tasks]
         if both:
             raise ValueError(
@@ -390,7 +380,6 @@ class MetaPrompt(PromptMethod):
             episodes: at least one episode.
             rate: inner learning rate, () or (N, 1).
         """
-        assert self.backbone is not None
         backbone, parts = self.backbone, [*episodes.support, episodes.query]
         start = self.prompt.detach().expand(len(episodes.keys), -1, -1).contiguous()
         if self.algorithm == "multitask":  # the mean of the parts' losses is that over all rows
@@ -473,10 +462,7 @@ class MetaPrompt(PromptMethod):
             active = torch.ones(len(runs), dtype=torch.bool, device=bank.device)
             rates = [config.learning_rate] * len(runs)
             optimizer = config.optim.build([bank], rates, active, max(1, config.steps))
-            everyone = list(range(len(runs)))
-            data = self.datamodule
-            rows = {(r.task, r.sample): data.tokens(r.task, r.sample, "train") for r in runs}
-            drawn = bank_draw(runs, rows, data.order_seed, data.layout, self.row_share)
+            everyone, drawn = list(range(len(runs))), super().draw(self.datamodule)
             for step in range(config.steps):
                 batch = drawn.batch(step, everyone).to(bank.device)
                 with trainer.precision_plugin.forward_context():
@@ -491,7 +477,6 @@ class MetaPrompt(PromptMethod):
 
     def prefixes(self, current: bool) -> Prefixes:
         """The current prompt, or the best, adapted to the validation tasks."""
-        assert self.backbone is not None
         if not self.trainer.sanity_checking:
             made, self._moved = self.adapt(self.prompt if current else self.best)
             self.adapted.copy_(made)
@@ -544,6 +529,9 @@ class MetaPrompt(PromptMethod):
             "meta/moved": self.moved()[0],
         }
 
+    def curve(self) -> dict[str, list[Any]]:
+        return {"moved": self._moved.tolist()}
+
     def curve_lines(
         self, losses: list[float], scores: Tensor, lines: list[int]
     ) -> list[dict[str, Any]]:
@@ -552,9 +540,7 @@ class MetaPrompt(PromptMethod):
         more = {name: means[name] for name in ("second_order", "inner_moved")}
         more["skipped"] = int(self.skipped)
         if self.runs:
-            moved = self._moved.tolist()
-            own = super().curve_lines(losses, scores, lines)
-            return [{**row, **more, "moved": m} for row, m in zip(own, moved, strict=True)]
+            return [row | more for row in super().curve_lines(losses, scores, lines)]
         line = {"step": self.trainer.global_step, "run": self.algorithm, "train_loss": losses[0]}
         line |= {"best_step": int(self.keeper.step), "moved": self.moved()[0]}
         return [{**line, **more, "status": STATUS[int(self.status)]}]
@@ -573,8 +559,7 @@ class MetaPrompt(PromptMethod):
     @property
     def prompt_path(self) -> Path:
         """The file of the learned prompt."""
-        assert self.run_dir is not None
-        return self.run_dir / "prompt.safetensors"
+        return self.file("prompt.safetensors")
 
     @property
     def source_set(self) -> str:
@@ -603,25 +588,18 @@ class MetaPrompt(PromptMethod):
         """The prompt of the best evaluation, ready to be stored."""
         from prompt_lab import __version__
 
-        backbone = self.backbone
-        assert backbone is not None
-        score = self.keeper.score.item()
+        diverged = int(self.skipped_in_row) >= MOST_SKIPPED
         return Prompt(
             prompt=self.best[0].detach().cpu(),
             init=self.init[0].detach().cpu(),
             name="prompt",
-            backbone=backbone.name,
-            backbone_digest=backbone.digest,
-            tokenizer_digest=backbone.tokenizer_digest,
-            **asdict(self.initial),
+            **self.origin(0),
+            **asdict(self.starts[0]),
             init_seed=self.init_seed,
             order_seed=self.seed,
             learning_rate=self.learning_rate,
             batch_size=self.episodes,
-            steps=int(self.keeper.step),
-            dev_score=score if score > -torch.inf else None,
-            status="finished" if int(self.skipped_in_row) < MOST_SKIPPED else "stopped: diverged",
-            seconds=round(self.seconds, 3),
+            status="stopped: diverged" if diverged else "finished",
             max_input_length=self.datamodule.max_input_length,
             task_prefix=self.datamodule.task_prefix,
             version=__version__,
@@ -631,7 +609,6 @@ class MetaPrompt(PromptMethod):
         )
 
     def restore(self) -> None:
-        """Read the learned prompt from its file."""
         saved = load_prompt(self.prompt_path, self.backbone)
         if saved.prompt.shape != self.best[0].shape:
             raise ValueError(
@@ -639,7 +616,7 @@ class MetaPrompt(PromptMethod):
                 f"{tuple(self.best[0].shape)}: use the config of the fit"
             )
         self.best[0], self.init[0] = saved.prompt, saved.init
-        self.keeper.step.fill_(0 if saved.steps is None else saved.steps)
+        self.keeper.restore(0, saved.steps or 0, saved.dev_score)
         self.seconds = saved.seconds or 0.0
 
     def on_test_start(self) -> None:
@@ -663,7 +640,6 @@ class MetaPrompt(PromptMethod):
                 start_of=self.source_set,
                 start_seed=self.init_seed,
                 start_file=self.prompt_path.name if self.run_dir else "",
-                order_seed=self.datamodule.order_seed,
                 steps=int(self.keeper.step),
             )
             for i in self.evaluated
@@ -675,11 +651,6 @@ class MetaPrompt(PromptMethod):
         """The items that the prompt is learned on."""
         return {"items": [f"{task} {sample}" for task, sample in self.keys]}
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As every method's, with where the prompt started."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["initial"] = asdict(self.initial)
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """As every method's; without a trainer the source tasks are the checkpoint's."""
         if not self.keys:
@@ -687,14 +658,6 @@ class MetaPrompt(PromptMethod):
             pairs = [item.rsplit(" ", 1) for item in items]
             self.keys = [(task, int(sample)) for task, sample in pairs]
         super().on_load_checkpoint(checkpoint)
-        self.initial = Start(**checkpoint["initial"])
-
-    def digests(self) -> dict[str, Any]:
-        """Digests of backbone weights, tokenizer, data files and a prompt that was read."""
-        found = super().digests()
-        if self.init_config.name == "file":
-            found["initial_prompts"] = tensor_digest(self.init)
-        return found
 
     def result_facts(self, run: int) -> dict[str, Any]:
         """What the results say of how a run was trained."""

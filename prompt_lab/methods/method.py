@@ -1,18 +1,19 @@
 """``PromptMethod``: the life cycle that all methods share.
 
-A method says what is trained (``make_runs``, ``build``, ``start``, ``bank``, ``draw``,
-``training_step``), what the best evaluation keeps (``kept``) and what a checkpoint must agree in
-(``identity``). Here stand, once: loading the backbone, making what is trained when data or a
-checkpoint bring the runs, the clock, keeping the best, patience, answers, files, and checkpoints
+A method says what is trained, what the best evaluation keeps (``kept``) and what a checkpoint must
+agree in (``identity``). Here stand, once: loading the backbone, making what is trained when data or
+a checkpoint bring the runs, the clock, keeping the best, patience, answers, files, and checkpoints
 without the backbone.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -25,12 +26,13 @@ from torch import Tensor
 from prompt_lab.core.backbone import Backbone, Prefix
 from prompt_lab.core.bank import Prefixes, bank_gradient, is_out_of_memory, renumber
 from prompt_lab.core.batch import Batch, default_tokens_per_forward
+from prompt_lab.core.pretrained import tensor_digest
 from prompt_lab.core.run import Run
 from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.files import SplitName
-from prompt_lab.data.sampling import Draw, EvaluationBatch, Progress
+from prompt_lab.data.sampling import Draw, EvaluationBatch, Key, Progress, Rows, bank_draw
 from prompt_lab.data.tasks import Task
-from prompt_lab.files.prompts import Prompt, PromptStore
+from prompt_lab.files.prompts import Prompt, PromptStore, source_prompts
 from prompt_lab.files.results import Start, summary_table
 from prompt_lab.files.tensors import write_atomically
 from prompt_lab.methods.checkpoints import (
@@ -47,6 +49,7 @@ from prompt_lab.methods.keeper import Keeper
 from prompt_lab.methods.logs import begin_curves, log_evaluation, log_rates, log_settings
 from prompt_lab.methods.look import check_lengths, describe, look_at_rows
 from prompt_lab.methods.sharing import RunShares, left_out_of_ddp, share_runs
+from prompt_lab.methods.starts import InitConfig
 
 Made = TypeVar("Made")
 
@@ -78,9 +81,8 @@ class PromptMethod(LightningModule):
         runs: what each prompt of the bank is for; empty before data or a checkpoint bring them.
             Where processes share whole runs, those of this process; ``all_runs`` are everyone's.
         evaluated: places of the runs that an evaluation answers for.
-        init: (R, N, D) the prompts that the runs start from.
-        starts: where each run starts from.
-        num_virtual_tokens: N.
+        init: (R, N, D) the prompts that the runs start from, and ``starts`` where these are from.
+        sources: (J, N, D) the tuned prompts that a fit builds on, of ``source_keys``.
         keeper: the best of each run, or of all together where ``joint``.
         status: (R,) how each run stands, an index of `STATUS`.
         active: (R,) runs that may move; the optimizer reads it.
@@ -96,6 +98,7 @@ class PromptMethod(LightningModule):
     """
 
     init: Tensor
+    sources: Tensor
     status: Tensor
     active: Tensor
     loss_sum: Tensor
@@ -110,12 +113,16 @@ class PromptMethod(LightningModule):
     guess_baselines: bool = True
     trains_a_bank: bool = True
     stores_prompts: bool = True
+    prompt_folder: str = "prompts"
     trains: bool = True
     frozen: tuple[str, ...] = ("backbone.", "subspace.")
     fixed: tuple[str, ...] = ()
     patience: int | None = None
     label_smoothing: float = 0.0
     prompts_at_once: int | None = None
+    init_config: InitConfig | None = None
+    folders: Sequence[str] = ()
+    source_digest: str | None = None
 
     def __init__(
         self,
@@ -145,6 +152,7 @@ class PromptMethod(LightningModule):
         self.all_runs: list[Run] = []
         self.starts: list[Start] = []
         self.evaluated: list[int] = []
+        self.source_names: list[str] = []
         self.shares = RunShares([[]])
         self.progress = Progress()
         self.seconds = 0.0
@@ -193,17 +201,26 @@ class PromptMethod(LightningModule):
         """What the best evaluation keeps; ``bank`` is what answers later."""
         return {"bank": self.bank()}
 
-    def draw(self, data: PromptDataModule) -> Draw | None:
-        """What a training batch holds; None where nothing is trained."""
-        raise NotImplementedError
+    def source_keys(self) -> list[Key]:
+        """The tasks, each with its sample, whose tuned prompts a fit builds on."""
+        return []
+
+    def draw(self, data: PromptDataModule) -> Draw:
+        """What a training batch holds; here each run reads its own rows."""
+        return bank_draw(
+            self.runs, self.train_rows(data), data.order_seed, data.layout, self.row_share
+        )
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree in, beside the backbone's weights and the runs."""
-        return {}
+        if not self.source_keys():
+            return {}
+        digest = {"digest of source prompts": self.source_digest} if self.source_digest else {}
+        return {"source_prompts": self.source_names, **digest}
 
     def curve(self) -> dict[str, list[Any]]:
-        """Further columns of ``curves.csv``, a value for each run."""
-        return {}
+        """Further columns of ``curves.csv``, a value for each run; here how far prompts moved."""
+        return {"moved": self.moved()}
 
     def logged(self, scores: Tensor) -> dict[str, float]:
         """Further numbers that an evaluation logs."""
@@ -211,16 +228,45 @@ class PromptMethod(LightningModule):
 
     def write(self) -> None:
         """Write the best prompts, and what else the fit leaves, into ``run_dir``."""
-        assert self.run_dir is not None
-        self.save_prompts(PromptStore(self.run_dir / "prompts"), self.best_prompts())
+        self.save_prompts(self.store, self.best_prompts())
 
     def restore(self) -> None:
         """Read the best from ``run_dir``, where neither a fit nor a checkpoint has filled it."""
-        raise NotImplementedError
+        keeper, store = self.keeper, self.store
+        for i, saved in enumerate(store.load([run.name for run in self.runs], self.backbone)):
+            if saved.prompt.shape != self.init[i].shape:
+                raise ValueError(
+                    f"{store.path(saved.name)} has shape {tuple(saved.prompt.shape)}, the config "
+                    f"asks for {tuple(self.init[i].shape)}: use the config of the fit"
+                )
+            keeper["bank"][i], self.init[i] = saved.prompt, saved.init
+            self.starts[i] = saved.start_fields
+            if saved.code is not None:
+                keeper.add("code", saved.code.new_zeros(len(self.runs), len(saved.code)))
+                keeper["code"][i] = saved.code
+            unit = 0 if self.joint else i
+            keeper.restore(unit, saved.steps, saved.dev_score)
+            keeper.dev[i] = torch.nan if saved.dev_score is None else saved.dev_score
+            if saved.status in STATUS:
+                self.status[unit] = STATUS.index(saved.status)
+            self.seconds = saved.seconds or 0.0
 
     def best_prompts(self, test_scores: Tensor | None = None) -> Iterable[Prompt]:
         """The prompt of every run in ``evaluated`` that ``test`` scores, ready to be stored."""
-        raise NotImplementedError
+        dev, made = self.keeper.dev.tolist(), self.best
+        test = [None] * len(dev) if test_scores is None else test_scores.tolist()
+        facts = self.prompt_facts()
+        return [
+            self.stored_prompt(self.runs[i], made[i], self.init[i], dev[i], test[i], **facts[i])
+            for i in self.evaluated
+        ]
+
+    def prompt_facts(self) -> list[dict[str, Any]]:
+        """What the file of each run's prompt says besides, or instead."""
+        each = len(self.runs) // max(1, len(self.status))  # runs of a unit
+        units = zip(self.keeper.step.tolist(), self.status.tolist(), strict=True)
+        known = [{"steps": step, "status": STATUS[status]} for step, status in units]
+        return [asdict(start) | known[i // each] for i, start in enumerate(self.starts)]
 
     def result_facts(self, run: int) -> dict[str, Any]:
         """What the results say of how a run was trained, beside or instead of its prompt's word."""
@@ -273,55 +319,61 @@ class PromptMethod(LightningModule):
             lambda: self.progress.live if fitting else self.evaluated,
             runs=self.runs,
             tokens_per_forward=self.tokens_per_forward,
-            extra_per_row=lambda task, longest: self.tokens_beside_input(
-                self.num_virtual_tokens, task, longest
-            ),
+            extra_per_row=self.tokens_beside_input,
             share=self.row_share,
             block=self.prompts_at_once,
         )
 
-    def take(self, data: PromptDataModule, fitting: bool = True, anew: bool | None = None) -> None:
+    def take(self, data: PromptDataModule, fitting: bool = True) -> None:
         """Take the runs that settings and data ask for, and make what they train, once.
 
-        Args:
-            data: the data, connected to the backbone.
-            fitting: whether a fit begins; other data then brings fresh runs. Otherwise those runs
-                are evaluated that the data have rows of.
-            anew: whether runs start now, and not from a checkpoint.
+        A fit on other data than before takes fresh runs. An evaluation is of those runs that the
+        data have rows of.
 
         Raises:
             ValueError: an evaluation of tasks that no run was trained for.
         """
         asked = self.make_runs(data)
-        if anew is None:
-            anew = fitting and not self.trainer.ckpt_path
         if fitting and self.is_built and asked != self.all_runs:
             rank_zero_info(f"other data than before: {len(asked)} fresh runs")
             self.is_built = False
         if not self.is_built:
             self._build(asked, data)
-            if anew:
+            if fitting:
+                self.read_sources()
+            if fitting and not self.trainer.ckpt_path:
                 self.start(data)
                 self.keeper.keep(torch.ones_like(self.status, dtype=torch.bool), self.kept())
         self.evaluated = list(range(len(self.runs)))
         if fitting:
             self.progress.live = self.evaluated_in_fit()
-        else:
-            own, known = (
-                {(r.task, r.sample): f"{r.task} (sample {r.sample})" for r in runs}
-                for runs in (asked, self.all_runs)
+            return
+        own, known = (
+            {(r.task, r.sample): f"{r.task} (sample {r.sample})" for r in runs}
+            for runs in (asked, self.all_runs)
+        )
+        if strange := [told for key, told in own.items() if key not in known]:
+            raise ValueError(
+                f"no run was trained for {some(strange)}; there are runs for "
+                f"{some([*known.values()])}: test the tasks of the fit, or fit these"
             )
-            strange = [told for key, told in own.items() if key not in known]
-            if strange:
-                raise ValueError(
-                    f"no run was trained for {some(strange)}; there are runs for "
-                    f"{some([*known.values()])}: test the tasks of the fit, or fit these"
-                )
-            self.evaluated = [i for i, r in enumerate(self.runs) if (r.task, r.sample) in own]
+        self.evaluated = [i for i, r in enumerate(self.runs) if (r.task, r.sample) in own]
+
+    def read_sources(self) -> None:
+        """Read the tuned prompts that a fit builds on.
+
+        Raises:
+            FileNotFoundError: prompts that are not there, all named.
+            ValueError: prompts of another backbone or length.
+        """
+        if keys := self.source_keys():
+            found = source_prompts(self.folders, keys, self.backbone, self.num_virtual_tokens)
+            self.source_names = [prompt.name for prompt in found]
+            self.sources.copy_(torch.stack([prompt.prompt for prompt in found]))
+            self.source_digest = tensor_digest(self.sources)
 
     def _build(self, runs: list[Run], data: PromptDataModule | None) -> None:
-        trainer = self._trainer
-        self.all_runs = list(runs)
+        trainer, self.all_runs = self._trainer, list(runs)
         world = 1 if trainer is None else trainer.world_size
         self.shares = RunShares([list(range(len(runs)))])
         if trainer and data is not None and self.shares_runs and 1 < world <= len(runs):
@@ -359,13 +411,18 @@ class PromptMethod(LightningModule):
         """Names of what is chosen by one score: the runs, or all of them together."""
         return ["all"] if self.joint else [run.name for run in self.runs]
 
+    def train_rows(self, data: PromptDataModule) -> dict[Key, Rows]:
+        """The training rows of the runs' tasks and samples."""
+        keys = dict.fromkeys((run.task, run.sample) for run in self.runs)
+        return {key: data.tokens(*key, "train") for key in keys}
+
     def look(self, data: PromptDataModule, trainer: Trainer) -> None:
         """Make what a fit would train, for a look at it before training."""
         self.trainer = trainer
         setattr(trainer, "datamodule", data)  # noqa: B010 - Lightning makes the attribute later
         self.backbone = self.load_backbone()
         data.connect(self.backbone)
-        self.take(data, fitting=True, anew=True)
+        self.take(data)
         self.to(trainer.strategy.root_device)
 
     def load_backbone(self) -> Backbone:
@@ -415,6 +472,16 @@ class PromptMethod(LightningModule):
         if getattr(self._trainer, "fast_dev_run", False):
             return None
         return self._run_dir or self._named_run_dir
+
+    @property
+    def store(self) -> PromptStore:
+        """The runs' prompts in the run's folder."""
+        return PromptStore(self.file(self.prompt_folder))
+
+    def file(self, name: str) -> Path:
+        """A file or folder of the run's folder."""
+        assert self.run_dir is not None
+        return self.run_dir / name
 
     @run_dir.setter
     def run_dir(self, folder: str | Path) -> None:
@@ -518,9 +585,9 @@ class PromptMethod(LightningModule):
                 made.add(step, self.answer(prefixes, step), keep)
         return made
 
-    def tokens_beside_input(self, num_virtual_tokens: int, task: Task, longest: int) -> int:
+    def tokens_beside_input(self, task: Task, longest: int) -> int:
         """Tokens that an evaluated row costs besides its input, for cutting batches."""
-        prompt = num_virtual_tokens if self.backbone.is_encoder_decoder else 0
+        prompt = self.num_virtual_tokens if self.backbone.is_encoder_decoder else 0
         if self.scored(task):
             return prompt + longest
         return prompt + self.num_beams * (self.max_new_tokens or longest)
@@ -665,6 +732,7 @@ class PromptMethod(LightningModule):
                 "trainer.limit_test_batches instead, or a checkpoint"
             )
         self.restore()
+        self.status.masked_fill_(self.status == TRAINING, FINISHED)
 
     def on_validation_start(self) -> None:
         """Begin an evaluation: of what is trained in a fit, else of the best."""
@@ -711,7 +779,6 @@ class PromptMethod(LightningModule):
         """What a method does besides, after an evaluation in a fit."""
 
     def _stop_runs(self) -> None:
-        """End runs that failed, lost patience or reached the budget."""
         failed = (self.status == TRAINING) & ~self.active
         self.status.masked_fill_(failed, FAILED)
         if self.patience is not None:
@@ -730,8 +797,7 @@ class PromptMethod(LightningModule):
         self._set_live()
 
     def _set_live(self) -> None:
-        """Joint runs are evaluated to the end, others while they train."""
-        if not self.joint:
+        if not self.joint:  # which are evaluated to the end
             self.progress.live = [i for i, s in enumerate(self.status.tolist()) if s == TRAINING]
 
     def mean_losses(self) -> Tensor:
@@ -825,20 +891,21 @@ class PromptMethod(LightningModule):
     # ---- identity, warnings ---------------------------------------------------------------------
 
     def digests(self) -> dict[str, Any]:
-        """Digests of what a fit reads: backbone weights, tokenizer, data files; no path is in it.
-
-        All processes call it.
-        """
+        """Digests of all that a fit reads; no path is in it. All processes call it."""
         files = {
             f"{task}/{sample}/{name}": split.digest
             for (task, sample), splits in self.datamodule.splits.items()
             for name, split in splits.items()
         }
-        return {
-            "backbone": self.backbone.digest,
-            "tokenizer": self.backbone.tokenizer_digest,
-            "data": files,
-        }
+        backbone = self.backbone
+        found: dict[str, Any] = {"backbone": backbone.digest, "data": files}
+        found["tokenizer"] = backbone.tokenizer_digest
+        if self.source_keys():
+            found["source_prompts"] = tensor_digest(self.sources)
+        if self.init_config is not None and self.init_config.name == "file":
+            own = self.shares.join([tensor_digest(init) for init in self.init])
+            found["initial_prompts"] = hashlib.sha256(" ".join(own).encode()).hexdigest()
+        return found
 
     def fit_record(self) -> dict[str, Any]:
         """What the fit kept for tests to come; empty where there is none."""
@@ -865,39 +932,43 @@ class PromptMethod(LightningModule):
     def stored_prompt(
         self, run: Run, prompt: Tensor, init: Tensor, dev: float, test: float | None, **facts: Any
     ) -> Prompt:
-        """A run's prompt with all that its file says.
+        """A run's prompt (N, D) with all that its file says.
 
-        Args:
-            run: what the prompt is of.
-            prompt: (N, D).
-            init: (N, D) what it was trained from.
-            dev: dev score that chose it; NaN or infinite where there is none.
-            test: test score.
-            facts: further fields of :class:`Prompt`, and those that differ from the run's.
+        ``init`` (N, D) is what it was trained from, ``dev`` the score that chose it, NaN for none;
+        ``facts`` are further fields of :class:`Prompt`, or other values than the run's.
         """
         from prompt_lab import __version__
 
         fields = {
+            **self.origin(),
             "name": run.name,
-            "backbone": self.backbone.name,
-            "backbone_digest": self.backbone.digest,
-            "tokenizer_digest": self.backbone.tokenizer_digest,
             "task": run.task,
             "sample": run.sample,
             "init_seed": run.init_seed,
+            "order_seed": self.datamodule.order_seed,
             "learning_rate": run.learning_rate,
             "batch_size": run.batch_size,
             "dev_score": dev if math.isfinite(dev) else None,
             "test_score": test,
             "metric": self.datamodule.tasks[run.task].metric,
             "status": "finished",
-            "seconds": round(self.seconds, 3),
             "run": self.all_runs.index(run),
             "version": __version__,
             **self.way_of_answering(run.task, run.sample),
         }
         kept = {"prompt": prompt.detach().cpu(), "init": init.detach().cpu()}
         return Prompt(**kept, **(fields | facts))
+
+    def origin(self, unit: int | None = None) -> dict[str, Any]:
+        """What every file says of where it is from; with a unit, of its best evaluation too."""
+        backbone = self.backbone
+        found: dict[str, Any] = {"backbone": backbone.name, "backbone_digest": backbone.digest}
+        found |= {"tokenizer_digest": backbone.tokenizer_digest, "seconds": round(self.seconds, 3)}
+        if unit is not None:
+            score = self.keeper.score[unit].item()
+            found["dev_score"] = score if math.isfinite(score) else None
+            found["steps"] = int(self.keeper.step[unit])
+        return found
 
     # ---- checkpoints ----------------------------------------------------------------------------
 
@@ -916,11 +987,15 @@ class PromptMethod(LightningModule):
         """
         if any(name not in checkpoint for name in ("runs", "starts", "identity", "seconds")):
             raise ValueError("the checkpoint is not of a method of prompt_lab")
+        if not self.source_names:
+            self.source_names = checkpoint["identity"].get("source_prompts", [])
+            self.source_digest = checkpoint["identity"].get("digest of source prompts")
         if not self.is_built:
             self.backbone = self.load_backbone()
             self._build([Run(**run) for run in checkpoint["runs"]], None)
         check_identity(self, checkpoint["identity"])
-        self.starts = [Start(**checkpoint["starts"][place]) for place in self.shares.own]
+        starts = [Start(**start) for start in checkpoint["starts"]]
+        self.starts = [starts[i] for i in self.shares.own] if self.shares.divided else starts
         self.seconds, self._evaluated_at = checkpoint["seconds"], checkpoint["evaluated_at"]
         change_runs(self, checkpoint, self.shares.take)
 

@@ -16,9 +16,7 @@ the rows of each step where there are fewer.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
@@ -29,17 +27,16 @@ from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import with_gradient
 from prompt_lab.core.batch import Batch
 from prompt_lab.core.optim import OptimConfig
-from prompt_lab.core.pretrained import tensor_digest, weights_digest
+from prompt_lab.core.pretrained import weights_digest
 from prompt_lab.core.run import Run, grid
 from prompt_lab.core.subspace import Subspace
 from prompt_lab.data.datamodule import PromptDataModule
-from prompt_lab.data.sampling import Draw, bank_draw
-from prompt_lab.files.prompts import Prompt, PromptStore
+from prompt_lab.files.prompts import PromptStore
 from prompt_lab.files.tensors import read_metadata
 from prompt_lab.methods.checks import some
 from prompt_lab.methods.configs import as_config, as_list
 from prompt_lab.methods.logs import warn_of_answers
-from prompt_lab.methods.method import FINISHED, STATUS, PromptMethod
+from prompt_lab.methods.method import STATUS, TRAINING, PromptMethod
 from prompt_lab.methods.starts import (
     InitConfig,
     SubspaceConfig,
@@ -192,11 +189,6 @@ class PromptTuning(PromptMethod):
         own = self.own_parameters()
         return self.optim_config.build(own, rates, self.active, self.total_steps)
 
-    def draw(self, data: PromptDataModule) -> Draw:
-        """Each run reads its own rows."""
-        rows = {(r.task, r.sample): data.tokens(r.task, r.sample, "train") for r in self.runs}
-        return bank_draw(self.runs, rows, data.order_seed, data.layout, self.row_share)
-
     # ---- training -------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -213,74 +205,28 @@ class PromptTuning(PromptMethod):
         loss = with_gradient(losses.sum() * world, bank, gradient * world)
         return loss + 0 * self.anchor if self.shares.divided else loss
 
-    def curve(self) -> dict[str, list[Any]]:
-        """How far the prompts moved."""
-        return {"moved": self.moved()}
-
     def after_evaluation(self, scores: Tensor, lines: list[int]) -> None:
         """Warn, and keep the prompts of the evaluated runs, if this is one of the steps to keep."""
         warn_of_answers(self, lines)
         step = self.trainer.global_step
         if step not in self.save_steps or not self.run_dir:
             return
-        bank, dev = self.bank().detach(), scores.tolist()
-        facts = {"order_seed": self.datamodule.order_seed, "steps": step, "status": STATUS[0]}
+        bank, dev, facts = self.bank().detach(), scores.tolist(), self.prompt_facts()
+        now = {"steps": step, "status": STATUS[TRAINING], "code": None}
         kept = (
-            self.stored_prompt(
-                *(run, bank[i], self.init[i], dev[i], None), **asdict(self.starts[i]), **facts
-            )
+            self.stored_prompt(run, bank[i], self.init[i], dev[i], None, **(facts[i] | now))
             if i in lines
             else None
             for i, run in enumerate(self.runs)
         )
-        self.save_prompts(PromptStore(self.run_dir / "steps" / str(step)), kept)
+        self.save_prompts(PromptStore(self.file(f"steps/{step}")), kept)
 
-    # ---- files ----------------------------------------------------------------------------------
-
-    def restore(self) -> None:
-        """Read each run's best prompt from the prompt store."""
-        assert self.run_dir is not None
-        keeper, store = self.keeper, PromptStore(self.run_dir / "prompts")
-        for i, saved in enumerate(store.load([run.name for run in self.runs], self.backbone)):
-            if saved.prompt.shape != self.init[i].shape:
-                raise ValueError(
-                    f"{store.path(saved.name)} has shape {tuple(saved.prompt.shape)}, the config "
-                    f"asks for {tuple(self.init[i].shape)}: use the config of the fit"
-                )
-            keeper["bank"][i], self.init[i] = saved.prompt, saved.init
-            self.starts[i] = saved.start_fields
-            if saved.code is not None:
-                if "code" not in keeper.names:  # the subspace is not there
-                    keeper.names.append("code")
-                    keeper.kept_code = saved.code.new_zeros(len(self.runs), len(saved.code))
-                keeper["code"][i] = saved.code
-            unit = 0 if self.joint else i
-            keeper.step[unit] = -1 if saved.steps is None else saved.steps
-            keeper.dev[i] = torch.nan if saved.dev_score is None else saved.dev_score
-            keeper.score[unit] = -torch.inf if saved.dev_score is None else saved.dev_score
-            self.status[unit] = STATUS.index(saved.status) if saved.status in STATUS else FINISHED
-            self.seconds = saved.seconds or 0.0
-
-    def best_prompts(self, test_scores: Tensor | None = None) -> list[Prompt]:
-        """The best prompt of every run, ready to be stored."""
-        keeper, count = self.keeper, (len(self.runs),)
-        score = (keeper.dev if self.joint else keeper.score).tolist()
-        step, status = keeper.step.expand(count).tolist(), self.status.expand(count).tolist()
-        return [
-            self.stored_prompt(
-                self.runs[i],
-                keeper["bank"][i],
-                self.init[i],
-                score[i],
-                None if test_scores is None else test_scores[i].item(),
-                code=keeper["code"][i].detach().cpu() if "code" in keeper.names else None,
-                **asdict(self.starts[i]),
-                order_seed=self.datamodule.order_seed,
-                steps=step[i],
-                status=STATUS[status[i]],
-            )
-            for i in self.evaluated
-        ]
+    def prompt_facts(self) -> list[dict[str, Any]]:
+        facts = super().prompt_facts()
+        if "code" in self.keeper.names:
+            codes = self.keeper["code"].detach().cpu()
+            return [known | {"code": code} for known, code in zip(facts, codes, strict=True)]
+        return facts
 
     # ---- identity, warnings ---------------------------------------------------------------------
 
@@ -289,11 +235,9 @@ class PromptTuning(PromptMethod):
         return {"subspace": self.subspace_digest()}
 
     def digests(self) -> dict[str, Any]:
-        """Those of all methods, of the subspace, and of initial prompts that were read."""
         found = {**super().digests(), "subspace": self.subspace_digest()}
-        if self.init_config.name == "file" and self.subspace_config is None:
-            own = self.shares.join([tensor_digest(init) for init in self.init])
-            found["initial_prompts"] = hashlib.sha256(" ".join(own).encode()).hexdigest()
+        if self.subspace_config is not None:  # where init is without effect
+            found.pop("initial_prompts", None)
         return found
 
     def subspace_digest(self) -> str | None:

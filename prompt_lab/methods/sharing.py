@@ -85,6 +85,8 @@ class RunShares:
 
     def join(self, values: Sequence[T]) -> list[T]:
         """One value for each run, from those of this process's runs, in the order of the grid."""
+        if not self.divided:
+            return list(values)
         pairs = self.gather(list(zip(self.own, values, strict=True)))
         return [value for _, value in sorted(pairs, key=lambda pair: pair[0])]
 

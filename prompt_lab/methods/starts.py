@@ -278,20 +278,9 @@ class SubspaceConfig:
             raise ValueError(f"model.subspace.std is {self.std}: give 0 or more")
 
     def load(self, backbone: Backbone, num_virtual_tokens: int) -> Subspace:
-        """The map, frozen.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: as :func:`prompt_lab.files.tensors.load_network`, or another N.
-        """
+        """The map, frozen; errors as :func:`load_subspace`."""
         if self.intrinsic_dim is None:
-            found = load_network(self.path, Subspace, backbone)
-            if found.num_virtual_tokens != num_virtual_tokens:
-                raise ValueError(
-                    f"{self.path}: a subspace of prompts of {found.num_virtual_tokens} virtual "
-                    f"tokens, but num_virtual_tokens is {num_virtual_tokens}"
-                )
-            return found
+            return load_subspace(self.path, backbone, num_virtual_tokens)
         size = (num_virtual_tokens, backbone.hidden_size, self.intrinsic_dim)
         return Subspace(*size, seed=self.seed).requires_grad_(False)
 
@@ -308,6 +297,21 @@ class SubspaceConfig:
     def start(self, seed: int) -> Start:
         """Where codes start that are drawn under a seed."""
         return Start("codes", "", seed, "" if self.path == RANDOM else self.path)
+
+
+def load_subspace(path: str | Path, backbone: Backbone, num_virtual_tokens: int) -> Subspace:
+    """The map of a subspace file.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load_network`, or a map of another N.
+    """
+    found = load_network(path, Subspace, backbone)
+    if found.num_virtual_tokens != num_virtual_tokens:
+        raise ValueError(
+            f"{path}: a subspace of prompts of {found.num_virtual_tokens} virtual tokens, but "
+            f"num_virtual_tokens is {num_virtual_tokens}"
+        )
+    return found
 
 
 def initial_codes(runs: Sequence[Run], intrinsic_dim: int, std: float) -> Tensor:

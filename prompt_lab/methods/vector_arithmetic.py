@@ -315,13 +315,10 @@ class VectorArithmetic(PromptMethod):
     def build(self, backbone: Backbone, runs: Sequence[Run]) -> None:
         """Make nothing: prompts are made when their turn comes."""
 
-    def take(self, data: PromptDataModule, fitting: bool = True, anew: bool | None = None) -> None:
+    def take(self, data: PromptDataModule, fitting: bool = True) -> None:
         """As every method's; other data bring other sums."""
         self.is_built = False
-        super().take(data, fitting=False, anew=False)
-
-    def draw(self, data: PromptDataModule) -> None:
-        """Nothing is trained."""
+        super().take(data, fitting=False)
 
     def kept(self) -> dict[str, Tensor]:
         """Nothing."""
@@ -332,7 +329,6 @@ class VectorArithmetic(PromptMethod):
 
     def _source(self, found: FoundPrompt) -> FoundPrompt:
         if found not in self._sources:
-            assert self.backbone is not None
             prompt = found.prompt
             check_prompt(prompt, self.backbone, found.where)
             check_compatible(*self._sources[:1], found)
@@ -466,13 +462,11 @@ class VectorArithmetic(PromptMethod):
 
     def prefixes(self, current: bool) -> MadePrefixes:
         """The prompts of the runs to evaluate, made block by block."""
-        assert self.backbone is not None
         return MadePrefixes(self.backbone, self.evaluated, self.prompts_at_once, self._made)
 
     @property
     def init(self) -> Tensor:
         """What no prompt is made of: (R, 0, D)."""
-        assert self.backbone is not None
         return torch.empty(len(self.runs), 0, self.backbone.hidden_size, device=self.device)
 
     def _made(self, places: Sequence[int]) -> Tensor:
