@@ -68,18 +68,15 @@ class _AdapterMethod(PromptTuning):
         return self.subspace
 
     def build(self, backbone: Backbone, runs: Sequence[Run]) -> None:
-        """Make the codes."""
         self.prompt = None
         self.code = nn.Parameter(torch.zeros(len(runs), self.map.intrinsic_dim))
         self.register_buffer("init", torch.zeros(len(runs), 1, backbone.hidden_size))
 
     @property
     def variant(self) -> str:
-        """Name of what is trained, in the results."""
         return "adapter_subspace"
 
     def summary(self) -> str:
-        """What is trained, in a few words."""
         return (
             f"{len(self.all_runs)} codes of {self.map.intrinsic_dim} numbers for "
             f"{self.map.hidden_size:,} adapter weights"
@@ -120,7 +117,6 @@ class AdapterTuning(_AdapterMethod):
         self.adapters, self.std, self.num_virtual_tokens = adapters, std, 0
 
     def load_backbone(self) -> Backbone:
-        """Load map and backbone, once."""
         if not isinstance(self.backbone, AdaptedBackbone):
             plain = self.plain_backbone()
             self.subspace = load_network(self.adapters, AdapterMap, plain)
@@ -129,7 +125,6 @@ class AdapterTuning(_AdapterMethod):
 
     @torch.no_grad()
     def start(self, data: PromptDataModule) -> None:
-        """Draw the codes; ``init`` are the adapters (R, 1, P) that they make."""
         self.starts = [Start("codes", start_seed=run.init_seed) for run in self.runs]
         self.trained.copy_(initial_codes(self.runs, self.map.intrinsic_dim, self.std))
         self.init.copy_(self.bank())
@@ -203,21 +198,17 @@ class AdapterSubspace(_AdapterMethod):
     # ---- what is trained ------------------------------------------------------------------------
 
     def described(self, data: PromptDataModule) -> list[str]:
-        """Map and codes; there is no grid."""
         return [self.summary()]
 
     def held(self) -> dict[str, int]:
-        """As every method's."""
         return PromptMethod.held(self)
 
     def load_backbone(self) -> Backbone:
-        """Load the backbone, once, and let it take adapters."""
         if isinstance(self.backbone, AdaptedBackbone):
             return self.backbone
         return AdaptedBackbone(self.plain_backbone(), self.bottleneck)
 
     def build(self, backbone: Backbone, runs: Sequence[Run]) -> None:
-        """Make map and codes."""
         self.subspace = AdapterMap(
             backbone.hidden_size, self.intrinsic_dim, self.inner_size, self.seed
         )
@@ -226,7 +217,6 @@ class AdapterSubspace(_AdapterMethod):
 
     @torch.no_grad()
     def start(self, data: PromptDataModule) -> None:
-        """Draw the codes."""
         self.starts = [Start("codes", start_seed=self.seed)] * len(self.runs)
         generator = torch.Generator().manual_seed(self.seed)
         codes = torch.randn(len(self.runs), self.intrinsic_dim, generator=generator)
@@ -234,24 +224,20 @@ class AdapterSubspace(_AdapterMethod):
         self.init.copy_(self.bank())
 
     def keep(self, better: Tensor) -> None:
-        """Keep map, codes and adapters."""
         super().keep(better)
         if bool(better):
             self.best_map.load_state_dict(self.map.state_dict())
 
     def configure_optimizers(self) -> Any:
-        """AdamW over map and codes; the learning rate rises, then falls linearly to zero."""
         trained = [*self.map.parameters(), self.trained]
         groups = [{"params": trained, "lr": self.learning_rates[0]}]
         return adamw_with_warmup(groups, self.warmup, self.total_steps)
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
-        """Clip the gradient over map and codes."""
         if self.clip is not None:
             nn.utils.clip_grad_norm_([*self.map.parameters(), self.trained], self.clip)
 
     def draw(self, data: PromptDataModule) -> Draw:
-        """Rows of all tasks, mixed."""
         given = ("tasks", self.batch_sizes[0], self.seed)
         return mixture_draw(self.train_rows(data), *given, data.layout, self.row_share)
 
@@ -274,7 +260,6 @@ class AdapterSubspace(_AdapterMethod):
     # ---- files ----------------------------------------------------------------------------------
 
     def write(self) -> None:
-        """Write the best map, and the adapters of every task."""
         if self.trainer.is_global_zero:
             metadata = {
                 **self.origin(0),

@@ -125,7 +125,6 @@ class Attempt(PromptMethod):
     # ---- what is trained ------------------------------------------------------------------------
 
     def make_runs(self, data: PromptDataModule) -> list[Run]:
-        """A target prompt for each task of one sample."""
         if len(data.samples) > 1:
             raise ValueError(
                 f"data.samples has {len(data.samples)} samples, which would share one attention "
@@ -135,7 +134,6 @@ class Attempt(PromptMethod):
         return [Run(task, *own) for task in data.tasks]
 
     def build(self, backbone: Backbone, runs: Sequence[Run]) -> None:
-        """Make target prompts and attention, and room for the source prompts."""
         size = (self.num_virtual_tokens, backbone.hidden_size)
         self.prompt = nn.Parameter(torch.zeros(len(runs), *size))
         self.attention = PromptAttention(
@@ -168,17 +166,14 @@ class Attempt(PromptMethod):
             )
 
     def bank(self) -> Tensor:
-        """The target prompts, (R, N, D)."""
         return self.prompt
 
     def keep(self, better: Tensor) -> None:
-        """Keep target prompts and attention."""
         super().keep(better)
         if bool(better):
             self.best_attention.load_state_dict(self.attention.state_dict())
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW over target prompts and G, each at its rate; it rises, then falls linearly to 0."""
         groups = [
             {"params": [self.prompt], "lr": self.learning_rate},
             {"params": list(self.attention.parameters()), "lr": self.attention_learning_rate},
@@ -186,7 +181,6 @@ class Attempt(PromptMethod):
         return adamw_with_warmup(groups, self.warmup, self.total_steps)
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
-        """Clip the gradient of target prompts and G together."""
         if self.clip is not None:
             nn.utils.clip_grad_norm_([self.prompt, *self.attention.parameters()], self.clip)
 
@@ -226,7 +220,6 @@ class Attempt(PromptMethod):
             return row_prompts(weights, self.sources, own)
 
     def prefixes(self, current: bool) -> Prefixes:
-        """The target prompts, which each row mixes with the sources by the attention of now."""
         self._current = current
         return super().prefixes(current)
 
@@ -251,7 +244,6 @@ class Attempt(PromptMethod):
     # ---- training -------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean loss of the rows, each under its own mixture."""
         made = self.mixed(batch, self.attention, self.prompt)
         losses, gradient = self.bank_gradient(made, _one_each(batch), self.label_smoothing)
         self.loss_sum.index_add_(0, batch.prompt_index, losses)
@@ -262,11 +254,9 @@ class Attempt(PromptMethod):
     # ---- evaluation -----------------------------------------------------------------------------
 
     def mean_losses(self) -> Tensor:
-        """Mean loss of each task; NaN where none of its rows was drawn."""
         return self.over_ranks(self.loss_sum) / self.over_ranks(self.weight_sum)
 
     def after_evaluation(self, scores: Tensor, lines: list[int]) -> None:
-        """Warn of a loss that is not finite, and begin the sums anew."""
         if not self.over_ranks(self.loss_sum).sum().isfinite():
             self.warn_once(
                 "nan",
@@ -292,10 +282,7 @@ class Attempt(PromptMethod):
     # ---- test -----------------------------------------------------------------------------------
 
     def report_test(self, scores: Tensor) -> None:
-        """Write results, predictions, target prompts and the attention's weights.
-
-        Those are the mean over the test rows of each task, and the spread (ddof 0).
-        """
+        """Write results, predictions, target prompts and the attention's weights."""
         super().report_test(scores)
         sums = torch.zeros(
             *(len(self.runs), 3, len(self.sources) + 1), dtype=torch.float64, device=self.device
@@ -345,18 +332,15 @@ class Attempt(PromptMethod):
         return [known | own for known in super().prompt_facts()]
 
     def result_facts(self, run: int) -> dict[str, Any]:
-        """What the results say of how a run was trained."""
         return {"variant": "attempt", "optimizer": "adamw"}
 
     def summary(self) -> str:
-        """What is trained, in a few words."""
         return (
             f"attention over {len(self.source_tasks)} source prompts and {len(self.runs)} target "
             f"prompts of {self.num_virtual_tokens} virtual tokens"
         )
 
     def described(self, data: PromptDataModule) -> list[str]:
-        """What is trained, beside which prompts."""
         numbers = sum(weight.numel() for weight in self.attention.parameters())
         return [
             self.summary(),

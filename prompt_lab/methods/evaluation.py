@@ -273,7 +273,6 @@ class Report:
         }
 
     def _baseline_rows(self) -> list[dict[str, Any]]:
-        """Lines for no prompt, the initial prompt, chance and the majority class."""
         method, data, lines = self.method, self.method.datamodule, []
         best = dict(zip(method.evaluated, method.best_prompts(), strict=True))
         for variant in method.prompt_baselines:

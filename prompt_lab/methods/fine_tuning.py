@@ -103,11 +103,7 @@ class FineTuning(PromptMethod):
     # ---- what is trained ------------------------------------------------------------------------
 
     def make_runs(self, data: PromptDataModule) -> list[Run]:
-        """The run of the settings.
-
-        Raises:
-            ValueError: the settings are of several runs.
-        """
+        """The run of the settings."""
         axes = {
             "data.tasks": list(data.tasks),
             "data.samples": data.samples,
@@ -124,11 +120,6 @@ class FineTuning(PromptMethod):
         return grid(*axes.values())
 
     def build(self, backbone: Backbone, runs: Sequence[Run]) -> None:
-        """Let the weights be trained, or make numbers that move them in a subspace.
-
-        Raises:
-            ValueError: weights in half precision.
-        """
         backbone.unfreeze()
         self.weights = dict(backbone.model.named_parameters())
         self.trained = self.weights
@@ -147,7 +138,6 @@ class FineTuning(PromptMethod):
         self.starts = [Start("weights") if self.intrinsic_dim is None else Start("codes", "", seed)]
 
     def bank(self) -> Tensor:
-        """A prompt of no tokens, (1, 0, D)."""
         return self.init
 
     def kept(self) -> dict[str, Tensor]:
@@ -157,12 +147,10 @@ class FineTuning(PromptMethod):
         return {}
 
     def keep(self, better: Tensor) -> None:
-        """Copy the better weights."""
         for name, value in self.trained.items() if bool(better) else ():
             self.best_weights[name].copy_(value.detach())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The optimizer over all that is trained; its learning rate is set before each step."""
         rate = self.runs[0].learning_rate
         if self.optim_config.name == "adamw":
             return torch.optim.AdamW(self._groups(), lr=rate, fused=True)
@@ -216,7 +204,6 @@ class FineTuning(PromptMethod):
         return increments
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Set the learning rate of the step, and clip; as the optimizers of a bank do."""
         config, step = self.optim_config, self.trainer.global_step
         at = torch.tensor([float(step)])
         factor = schedule_factor(at, config.schedule, config.warmup_steps, self.total_steps)
@@ -228,14 +215,12 @@ class FineTuning(PromptMethod):
     # ---- evaluation -----------------------------------------------------------------------------
 
     def prefixes(self, current: bool) -> Prefixes:
-        """No prompt; the weights are the current ones, or the best."""
         if current and self.intrinsic_dim is not None:
             self.move_weights()
         return Prefixes(self.backbone, self.init)
 
     @torch.no_grad()
     def restore_best(self) -> None:
-        """Put the best weights in place; from the file, unless a fit or checkpoint has them."""
         super().restore_best()
         for name, value in self.trained.items():
             value.copy_(self.best_weights[name])
@@ -267,12 +252,6 @@ class FineTuning(PromptMethod):
         }
 
     def restore(self) -> None:
-        """Take the best weights from their file.
-
-        Raises:
-            FileNotFoundError: there is none.
-            ValueError: not such a file, damaged, or of other settings.
-        """
         if not self.best_path.is_file():
             raise FileNotFoundError(
                 f"no best weights {self.best_path}: a fit that ends writes them unless "
@@ -304,12 +283,10 @@ class FineTuning(PromptMethod):
     # ---- checkpoints ----------------------------------------------------------------------------
 
     def identity(self) -> dict[str, Any]:
-        """What the weights, and the optimizer's state, belong to."""
         own = {k: v for k, v in self._belongs_to().items() if k not in ("task", "sample")}
         return {**own, "optimizer": self.optim_config.name}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As every method's, with the best weights."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["best"] = self.best_weights
 
@@ -325,7 +302,6 @@ class FineTuning(PromptMethod):
     # ---- identity -------------------------------------------------------------------------------
 
     def result_facts(self, run: int) -> dict[str, Any]:
-        """What the results say of how the run was trained."""
         return {
             "variant": "tuned" if self.intrinsic_dim is None else "random_subspace",
             "intrinsic_dim": self.intrinsic_dim,
@@ -333,14 +309,12 @@ class FineTuning(PromptMethod):
         }
 
     def summary(self) -> str:
-        """What is trained, in a few words."""
         count = sum(weight.numel() for weight in self.weights.values())
         if self.intrinsic_dim is None:
             return f"1 run of all {count:,} weights"
         return f"1 run of {self.intrinsic_dim:,} numbers for all {count:,} weights"
 
     def described(self, data: PromptDataModule) -> list[str]:
-        """The run, and how large its checkpoint is."""
         trained = sum(value.nbytes for value in self.trained.values())
         size = 2 * trained + self.held()["optimizer"]
         return [
@@ -349,7 +323,6 @@ class FineTuning(PromptMethod):
         ]
 
     def held(self) -> dict[str, int]:
-        """Weights, gradient, optimizer and the map of a subspace."""
         weights = sum(weight.nbytes for weight in self.weights.values())
         moments = 2 if self.optim_config.name == "adamw" else 0
         optimizer = moments * sum(value.nbytes for value in self.trained.values())
@@ -398,13 +371,11 @@ class _GivenGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *trained: Tensor) -> Tensor:
-        """The value; the gradients are kept."""
         ctx.gradients = gradients
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients, times that of the value."""
         gradients, ctx.gradients = ctx.gradients, None
         for gradient in gradients:
             gradient.mul_(outer[0])

@@ -122,7 +122,6 @@ class IntrinsicSubspace(PromptMethod):
         ]
 
     def build(self, backbone: Backbone, runs: Sequence[Run]) -> None:
-        """Make a map for each dimension, and room for the prompts."""
         own = [(run.task, run.sample) for run in runs[: len(runs) // len(self.dims)]]
         self.keys = [key for key in own if key[0] not in self.unseen_tasks]
         self.unseen = own[len(self.keys) :]
@@ -158,36 +157,29 @@ class IntrinsicSubspace(PromptMethod):
         return self.sources.repeat(len(self.dims), 1, 1)
 
     def kept_units(self) -> list[str]:
-        """The maps."""
         return [f"dim{dim}" for dim in self.dims]
 
     def line_names(self) -> list[str]:
-        """A line for each map."""
         return self.kept_units()
 
     def kept(self) -> dict[str, Tensor]:
-        """Nothing but the maps, which `keep` copies."""
         return {}
 
     def keep(self, better: Tensor) -> None:
-        """Copy the better maps."""
         for at, is_better in enumerate(better.tolist()):
             if is_better:
                 self.best_subspaces[at].load_state_dict(self.subspaces[at].state_dict())
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW over the maps; the learning rate rises, then falls linearly to zero."""
         groups = [{"params": list(self.subspaces.parameters()), "lr": self.learning_rate}]
         return adamw_with_warmup(groups, self.warmup, self.total_steps)
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
-        """Clip the gradient of each map by itself."""
         if self.clip is not None:
             for subspace in self.subspaces:
                 nn.utils.clip_grad_norm_(subspace.parameters(), self.clip)
 
     def draw(self, data: PromptDataModule) -> Draw:
-        """Rows of all training tasks, mixed."""
         rows = {key: data.tokens(*key, "train") for key in self.keys}
         share = self.row_share
         return mixture_draw(rows, self.mixing, self.batch_size, self.seed, data.layout, share)
@@ -225,11 +217,9 @@ class IntrinsicSubspace(PromptMethod):
         return torch.cat([subspace(self.sources) for subspace in subspaces])
 
     def bank(self) -> Tensor:
-        """What the current maps reconstruct."""
         return self.reconstructed(self.subspaces)
 
     def prefixes(self, current: bool) -> Prefixes:
-        """What the current maps, or the best, reconstruct."""
         return Prefixes(self.backbone, self.bank() if current else self.best)
 
     @property
@@ -238,15 +228,12 @@ class IntrinsicSubspace(PromptMethod):
         return len(self.keys) + len(self.unseen)
 
     def evaluated_in_fit(self) -> list[int]:
-        """Runs of the training tasks."""
         return [at * self.each + i for at in range(len(self.dims)) for i in range(len(self.keys))]
 
     def unit_scores(self, scores: Tensor) -> Tensor:
-        """The mean over the training tasks, of each map."""
         return scores.view(len(self.dims), -1)[:, : len(self.keys)].mean(1)
 
     def logged(self, scores: Tensor) -> dict[str, float]:
-        """Both losses and the mean score of each map."""
         lm, made = self.mean_losses().tolist(), self._mean_reconstruction()
         logged: dict[str, float] = {}
         for at, (dim, mean) in enumerate(zip(self.dims, self.unit_scores(scores), strict=True)):
@@ -269,7 +256,6 @@ class IntrinsicSubspace(PromptMethod):
     def curve_lines(
         self, losses: list[float], scores: Tensor, lines: list[int]
     ) -> list[dict[str, Any]]:
-        """A line per map."""
         means, made = self.unit_scores(scores).tolist(), self._mean_reconstruction()
         best, steps = self.keeper.score.tolist(), self.keeper.step.tolist()
         return [
@@ -287,7 +273,6 @@ class IntrinsicSubspace(PromptMethod):
         ]
 
     def after_evaluation(self, scores: Tensor, lines: list[int]) -> None:
-        """Begin the sums anew."""
         self.reconstruction_sum.zero_()
 
     # ---- files ----------------------------------------------------------------------------------
@@ -328,7 +313,6 @@ class IntrinsicSubspace(PromptMethod):
 
     @property
     def best(self) -> Tensor:
-        """The best reconstructions, (R, N, D)."""
         return self.reconstructed(self.best_subspaces)
 
     @torch.no_grad()
@@ -343,7 +327,6 @@ class IntrinsicSubspace(PromptMethod):
     # ---- identity -------------------------------------------------------------------------------
 
     def result_facts(self, run: int) -> dict[str, Any]:
-        """What the results say of how a run was trained."""
         is_unseen = run % self.each >= len(self.keys)
         return {
             "variant": "reconstructed_unseen" if is_unseen else "reconstructed",
@@ -352,14 +335,12 @@ class IntrinsicSubspace(PromptMethod):
         }
 
     def summary(self) -> str:
-        """What is trained, in a few words."""
         return (
             f"subspaces of {', '.join(map(str, self.dims))} dimensions from {len(self.keys)} "
             f"prompts of {self.num_virtual_tokens} virtual tokens"
         )
 
     def described(self, data: PromptDataModule) -> list[str]:
-        """The maps, and the tasks whose prompts they learn from."""
         numbers = sum(weight.numel() for weight in self.subspaces.parameters())
         return [
             f"{self.summary()}: {numbers} numbers, {self.batch_size} rows a step",

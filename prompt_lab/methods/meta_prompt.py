@@ -64,7 +64,6 @@ class AdaptationConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
-        """Check the values, since they come from files and flags."""
         self.optim = as_config(OptimConfig, self.optim)
         if self.steps < 0:
             raise ValueError(f"model.adaptation.steps is {self.steps}: give 0 or more")
@@ -213,7 +212,6 @@ class MetaPrompt(PromptMethod):
     # ---- what is trained ------------------------------------------------------------------------
 
     def check_trainer(self) -> None:
-        """As every method's; evaluations fall between steps."""
         super().check_trainer()
         if self.trainer.precision == "bf16-mixed" and self.second_order:
             self.warn_once(
@@ -249,7 +247,6 @@ class MetaPrompt(PromptMethod):
             )
 
     def make_runs(self, data: PromptDataModule) -> list[Run]:
-        """The validation tasks."""
         config = self.adaptation
         return [
             Run(task, sample, self.init_seed, config.learning_rate, config.batch_size)
@@ -258,7 +255,6 @@ class MetaPrompt(PromptMethod):
         ]
 
     def build(self, backbone: Backbone, runs: Sequence[Run]) -> None:
-        """Make the prompt, and the inner learning rate if it is learned."""
         size = (self.num_virtual_tokens, backbone.hidden_size)
         self.prompt = nn.Parameter(torch.zeros(1, *size))
         width = {"fixed": 0, "shared": 1, "per_token": self.num_virtual_tokens}[self.inner.learned]
@@ -276,7 +272,6 @@ class MetaPrompt(PromptMethod):
 
     @torch.no_grad()
     def start(self, data: PromptDataModule) -> None:
-        """Put the prompt where it starts."""
         alone = Run("", 0, self.init_seed, self.learning_rate, 1)
         made, self.starts = initial_prompts(
             self.init_config, self.backbone, [alone], data.tasks, self.num_virtual_tokens
@@ -285,11 +280,9 @@ class MetaPrompt(PromptMethod):
         self.init.copy_(made)
 
     def bank(self) -> Tensor:
-        """The prompt, (1, N, D)."""
         return self.prompt
 
     def _sources(self, data: PromptDataModule) -> list[str]:
-        """The tasks to learn from."""
         sources = hold_out(data.tasks, "validation_tasks", self.validation_tasks)
         both = [task for task in data.tasks if task in self.target_tasks]
         if both:
@@ -308,7 +301,6 @@ class MetaPrompt(PromptMethod):
         return rate[0, 0] if rate.numel() == 1 else rate[0, :, None]
 
     def configure_optimizers(self) -> Any:
-        """The outer optimizer; it holds the prompt, and the inner learning rate if learned."""
         learned = [] if self.log_rate is None else [self.log_rate]
         return self.optim_config.build(
             [self.prompt, *learned],
@@ -319,11 +311,7 @@ class MetaPrompt(PromptMethod):
         )
 
     def draw(self, data: PromptDataModule) -> Draw:
-        """Episodes of the source tasks.
-
-        Raises:
-            ValueError: tasks with fewer rows than one batch of support or query has, all named.
-        """
+        """Episodes of the source tasks."""
         support = {key: data.tokens(*key, "train") for key in self.keys}
         query = {key: data.tokens(*key, "dev") for key in self.keys}
         both = (("train", support, self.support_size), ("dev", query, self.query_size))
@@ -421,11 +409,7 @@ class MetaPrompt(PromptMethod):
             self.skipped_in_row.copy_(torch.where(skipped, self.skipped_in_row + 1, 0))
 
     def on_train_batch_end(self, outputs: Any, batch: Episodes, batch_idx: int) -> None:
-        """As every method's; end a fit whose steps are skipped one after another.
-
-        Raises:
-            ValueError: no step was good before either, so that there is nothing to keep.
-        """
+        """As every method's; end a fit whose steps are skipped one after another."""
         super().on_train_batch_end(outputs, batch, batch_idx)
         batches = self.trainer.accumulate_grad_batches
         if (batch_idx + 1) % (MOST_SKIPPED * batches) or int(self.skipped_in_row) < MOST_SKIPPED:
@@ -476,20 +460,17 @@ class MetaPrompt(PromptMethod):
         return made, moved
 
     def prefixes(self, current: bool) -> Prefixes:
-        """The current prompt, or the best, adapted to the validation tasks."""
         if not self.trainer.sanity_checking:
             made, self._moved = self.adapt(self.prompt if current else self.best)
             self.adapted.copy_(made)
         return Prefixes(self.backbone, self.adapted)
 
     def _means(self) -> dict[str, float]:
-        """Means since the last evaluation, and the sums that are counts."""
         sums = dict(zip(SUMS, self.over_ranks(self.sums).tolist(), strict=True))
         count = max(1.0, sums["batches"])
         return {name: sums[name] / count for name in SUMS[:4]} | {n: sums[n] for n in SUMS[4:]}
 
     def mean_losses(self) -> Tensor:
-        """The mean loss of the episodes, for each line of the curves."""
         return torch.full((len(self.line_names()),), self._means()["loss"], dtype=torch.float64)
 
     def line_names(self) -> list[str]:
@@ -497,7 +478,6 @@ class MetaPrompt(PromptMethod):
         return super().line_names() or [self.algorithm]
 
     def logged(self, scores: Tensor) -> dict[str, float]:
-        """What inner loops do; warn of skipped steps, and of loops that make it worse or stand."""
         means, step = self._means(), self.trainer.global_step
         if means["skipped"]:
             rank_zero_warn(
@@ -535,7 +515,6 @@ class MetaPrompt(PromptMethod):
     def curve_lines(
         self, losses: list[float], scores: Tensor, lines: list[int]
     ) -> list[dict[str, Any]]:
-        """As every method's, with what inner loops do."""
         means = self._means()
         more = {name: means[name] for name in ("second_order", "inner_moved")}
         more["skipped"] = int(self.skipped)
@@ -546,13 +525,11 @@ class MetaPrompt(PromptMethod):
         return [{**line, **more, "status": STATUS[int(self.status)]}]
 
     def after_evaluation(self, scores: Tensor, lines: list[int]) -> None:
-        """Begin the sums anew."""
         self.sums.zero_()
 
     # ---- files ----------------------------------------------------------------------------------
 
     def write(self) -> None:
-        """Write the learned prompt."""
         if self.trainer.is_global_zero:
             save_prompt(self.prompt_path, self.learned_prompt())
 
@@ -620,14 +597,12 @@ class MetaPrompt(PromptMethod):
         self.seconds = saved.seconds or 0.0
 
     def on_test_start(self) -> None:
-        """As every method's; score dev unless the fit did."""
         super().on_test_start()
         if self.keeper.dev.isnan().all():  # the learned prompt is from its file
             found = self.answer_all("dev", self.evaluated, self._prefixes)
             self.keeper.dev.copy_(found.scores())
 
     def best_prompts(self, test_scores: Tensor | None = None) -> list[Prompt]:
-        """The adapted prompt of every validation run, ready to be stored."""
         dev = self.keeper.dev.tolist()
         return [
             self.stored_prompt(
@@ -648,11 +623,9 @@ class MetaPrompt(PromptMethod):
     # ---- identity -------------------------------------------------------------------------------
 
     def identity(self) -> dict[str, Any]:
-        """The items that the prompt is learned on."""
         return {"items": [f"{task} {sample}" for task, sample in self.keys]}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As every method's; without a trainer the source tasks are the checkpoint's."""
         if not self.keys:
             items = checkpoint.get("identity", {}).get("items", [])
             pairs = [item.rsplit(" ", 1) for item in items]
@@ -660,18 +633,15 @@ class MetaPrompt(PromptMethod):
         super().on_load_checkpoint(checkpoint)
 
     def result_facts(self, run: int) -> dict[str, Any]:
-        """What the results say of how a run was trained."""
         return {"variant": "adapted", "optimizer": self.adaptation.optim.name}
 
     def summary(self) -> str:
-        """What is trained, in a few words."""
         return (
             f"{self.algorithm} of one prompt of {self.num_virtual_tokens} virtual tokens on "
             f"{len(self.keys)} items of {len(self.source_tasks)} source tasks"
         )
 
     def described(self, data: PromptDataModule) -> list[str]:
-        """What would be learned, on which tasks, and the rows of a step."""
         rows = f"{self.inner.steps} x {self.support_size} support rows"
         if self.algorithm != "reptile":
             rows += f" and {self.query_size} query rows"

@@ -107,11 +107,7 @@ class PromptTuning(PromptMethod):
     # ---- what is trained ------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """As every method's; refuse to keep the prompts of steps that are not evaluated.
-
-        Raises:
-            ValueError: naming the steps.
-        """
+        """As every method's; refuse to keep the prompts of steps that are not evaluated."""
         super().setup(stage)
         every, steps = self.trainer.val_check_interval, self.trainer.max_steps
         never = [s for s in self.save_steps if isinstance(every, int) and s % every and s != steps]
@@ -123,7 +119,6 @@ class PromptTuning(PromptMethod):
             )
 
     def make_runs(self, data: PromptDataModule) -> list[Run]:
-        """The grid."""
         return grid(
             list(data.tasks),
             data.samples,
@@ -146,7 +141,6 @@ class PromptTuning(PromptMethod):
 
     @torch.no_grad()
     def start(self, data: PromptDataModule) -> None:
-        """Put prompts or codes where they start."""
         backbone, config = self.backbone, self.subspace_config
         if config is not None:
             subspace = config.load(backbone, self.num_virtual_tokens)
@@ -176,15 +170,12 @@ class PromptTuning(PromptMethod):
         return trained
 
     def bank(self) -> Tensor:
-        """The runs' prompts (R, N, D), with gradient to what is trained."""
         return self.trained if self.subspace is None else self.subspace.back_project(self.trained)
 
     def kept(self) -> dict[str, Tensor]:
-        """Prompts, and their codes."""
         return super().kept() | ({} if self.subspace is None else {"code": self.trained})
 
     def configure_optimizers(self) -> Any:
-        """The bank's optimizer; it holds the prompts, or their codes, and nothing else."""
         rates = [run.learning_rate for run in self.runs]
         own = self.own_parameters()
         return self.optim_config.build(own, rates, self.active, self.total_steps)
@@ -231,7 +222,6 @@ class PromptTuning(PromptMethod):
     # ---- identity, warnings ---------------------------------------------------------------------
 
     def identity(self) -> dict[str, Any]:
-        """The subspace."""
         return {"subspace": self.subspace_digest()}
 
     def digests(self) -> dict[str, Any]:
@@ -257,7 +247,6 @@ class PromptTuning(PromptMethod):
         return "tuned" if self.subspace_config is None else self.subspace_config.variant
 
     def described(self, data: PromptDataModule) -> list[str]:
-        """The grid of runs, and where they start."""
         axes = {
             "tasks": list(data.tasks),
             "samples": data.samples,
@@ -277,13 +266,11 @@ class PromptTuning(PromptMethod):
         ]
 
     def held(self) -> dict[str, int]:
-        """Weights, bank and optimizer."""
         moments = 2 if self.optim_config.name == "adamw" else 0
         bank, optimizer = 3 * self.init.nbytes, moments * self.trained.nbytes
         return {"weights": super().held()["weights"], "bank": bank, "optimizer": optimizer}
 
     def result_facts(self, run: int) -> dict[str, Any]:
-        """What the results say of how a run was trained."""
         has_code = "code" in self.keeper.names
         return {
             "variant": self.variant,
@@ -292,7 +279,6 @@ class PromptTuning(PromptMethod):
         }
 
     def _warn_of_starts(self, data: PromptDataModule, init: Tensor) -> None:
-        """Warn of initial prompts off the scale of the embeddings, or learned on these tasks."""
         ratio = scale_ratio(self.backbone, init)
         if not 1 / 3 <= ratio <= 3:
             self.warn_once(

@@ -60,7 +60,6 @@ class InitConfig:
     source_tasks: list[str] | None = None
 
     def __post_init__(self) -> None:
-        """Check that the way is known and what it needs is there."""
         if self.name not in get_args(InitName):
             raise ValueError(f"init.name is {self.name!r}; allowed: {get_args(InitName)}")
         if self.name == "text" and not self.text:

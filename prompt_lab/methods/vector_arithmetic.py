@@ -253,7 +253,6 @@ class VectorArithmetic(PromptMethod):
     # ---- set-up ---------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """As every method's; refuse a fit, and the folder of the tuned prompts."""
         if stage == "fit":
             raise ValueError(NO_FIT)
         super().setup(stage)
@@ -268,13 +267,7 @@ class VectorArithmetic(PromptMethod):
                 )
 
     def make_runs(self, data: PromptDataModule) -> list[Run]:
-        """Every sum at every scale on every task; rows of a task come together.
-
-        Raises:
-            FileNotFoundError: a store that is not there.
-            ValueError: prompts that are missing, do not combine or belong to another backbone; or
-                expressions and tasks that do not go together.
-        """
+        """Every sum at every scale on every task; rows of a task come together."""
         found = {
             group: files
             for group, files in find_vectors(self.folders).items()
@@ -321,7 +314,6 @@ class VectorArithmetic(PromptMethod):
         super().take(data, fitting=False)
 
     def kept(self) -> dict[str, Tensor]:
-        """Nothing."""
         return {}
 
     def restore_best(self) -> None:
@@ -415,7 +407,6 @@ class VectorArithmetic(PromptMethod):
         ]
 
     def _baselines(self, sums: Sequence[VectorSum], found: Found) -> Iterator[VectorSum]:
-        """The initial prompts, and the tuned prompts of the tasks, that the sums compare with."""
         bases: dict[tuple[str, int, int], FoundPrompt] = {}
         for made in sums:
             if made.base is not None and made.init_seed is not None:
@@ -431,7 +422,6 @@ class VectorArithmetic(PromptMethod):
                 yield VectorSum("single", _written(task), *parts, (1.0,))
 
     def _warn(self, data: PromptDataModule) -> None:
-        """Tell of prompts tuned on rows of another form, and of dev rows that lack classes."""
         for name in ("task_prefix", "max_input_length"):
             own, seen = getattr(data, name), [one.prompt for one in self._sources]
             other = [prompt for prompt in seen if getattr(prompt, name) not in (own, None)]
@@ -461,7 +451,6 @@ class VectorArithmetic(PromptMethod):
         """No optimizer."""
 
     def prefixes(self, current: bool) -> MadePrefixes:
-        """The prompts of the runs to evaluate, made block by block."""
         return MadePrefixes(self.backbone, self.evaluated, self.prompts_at_once, self._made)
 
     @property
@@ -474,7 +463,6 @@ class VectorArithmetic(PromptMethod):
         return torch.stack([trial.of.prompt(trial.scale) for trial in trials]).to(self.device)
 
     def on_validation_start(self) -> None:
-        """Begin the evaluation on dev, of every sum at every scale."""
         self.evaluated = list(range(len(self.trials)))
         super().on_validation_start()
 
@@ -483,7 +471,6 @@ class VectorArithmetic(PromptMethod):
         self.evaluation.add(batch, self.answer(self._prefixes, batch), keep=False)
 
     def on_validation_epoch_end(self) -> None:
-        """Choose the scales and show their dev scores."""
         scores = self.evaluation.scores()
         self._choose(scores)
         Report(self, self.evaluation, "validate").write(scores)
@@ -496,7 +483,6 @@ class VectorArithmetic(PromptMethod):
         super().on_test_start()
 
     def _choose(self, scores: Tensor) -> None:
-        """Evaluate the best scale of each sum from here on, and write the scores of all."""
         dev = scores.tolist()
         by_sum: dict[VectorSum, dict[float, list[float]]] = {}
         for trial, score in zip(self.trials, dev, strict=True):
@@ -529,7 +515,6 @@ class VectorArithmetic(PromptMethod):
         super().report_test(scores)
 
     def best_prompts(self, test_scores: Tensor | None = None) -> Iterator[Prompt]:
-        """The chosen prompts, one for each sum and task, made one after another."""
         for i in self.evaluated:
             trial = self.trials[i]
             made = trial.of
@@ -551,22 +536,18 @@ class VectorArithmetic(PromptMethod):
             )
 
     def result_facts(self, run: int) -> dict[str, Any]:
-        """What the results say of a chosen sum; how its vectors were tuned is in their files."""
         absent = dict.fromkeys(("learning_rate", "batch_size", "order_seed"))
         return absent | self.trials[run].columns | {"run": self.evaluated.index(run)}
 
     def digests(self) -> dict[str, Any]:
-        """Digests of backbone weights, tokenizer, data files and prompt files."""
         files = sorted(source.digest for source in self._sources)
         return {**super().digests(), "prompts": files}
 
     def summary(self) -> str:
-        """What is evaluated, in a few words."""
         sums = len({trial.of for trial in self.trials})
         return f"{sums} prompts of {self.num_virtual_tokens} virtual tokens"
 
     def describe_fit(self, data: PromptDataModule, trainer: Trainer) -> str:
-        """What ``test`` would evaluate."""
         self.look(data, trainer)
         lines = ["nothing is trained; prompt-lab test evaluates:"]
         for variant in dict.fromkeys(trial.of.variant for trial in self.trials):
