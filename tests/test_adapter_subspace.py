@@ -158,7 +158,7 @@ def test_the_best_map_is_one_step_for_all_tasks(find, backbone):
     for row in rows:
         means[int(row["step"])] = means.get(int(row["step"]), 0) + float(row["dev"]) / len(TASKS)
     best = max(means, key=lambda step: (round(means[step], 9), -step))
-    assert method.best_step.tolist() == [best]
+    assert method.keeper.step.tolist() == [best]
     saved = load_network(method.map_path, AdapterMap, backbone("bart"))
     assert saved.metadata["steps"] == best
     assert saved.metadata["source_tasks"] == TASKS
@@ -258,7 +258,7 @@ def test_a_bank_of_codes_follows_the_separate_single_runs(tune, map_file):
         given = {"learning_rate": run.learning_rate, "init_seed": run.init_seed}
         alone = tune(map_file, run_dir=f"alone{i}", trainer=trainer, **given)
         torch.testing.assert_close(bank.code[i], alone.code[0], rtol=0, atol=1e-5)
-        assert bank.best_step[i] == alone.best_step[0]
+        assert bank.keeper.step[i] == alone.keeper.step[0]
 
 
 def test_results_name_the_dimension_and_files_hold_code_and_adapters(tune, map_file, backbone):

@@ -232,7 +232,7 @@ def test_the_files_answer_as_the_fit_did(fit, backbone, tmp_path):
         fitted.run_dir / "attention.safetensors", PromptAttention, backbone("gpt2")
     )
     assert saved.metadata["source_tasks"] == SOURCES
-    assert saved.metadata["steps"] == int(fitted.best_step)
+    assert saved.metadata["steps"] == int(fitted.keeper.step)
 
 
 def test_target_prompts_are_refused_where_a_prompt_answers_alone(fit, tmp_path, capsys):
@@ -327,7 +327,7 @@ def test_the_best_mean_dev_score_is_kept(fit):
     means = {step: sum(values) / 2 for step, values in by_step.items()}
     best = min(step for step, mean in means.items() if mean == max(means.values()))
     assert list(means) == [2, 4, 6, 8, 10, 12]
-    assert int(method.best_step) == best
+    assert int(method.keeper.step) == best
     assert method.keeper.dev.tolist() == pytest.approx(by_step[best])
 
 

@@ -131,7 +131,7 @@ def test_maps_trained_side_by_side_are_those_trained_alone(fit):
             both.subspaces[at].parameters(), alone.subspaces[0].parameters(), strict=True
         ):
             torch.testing.assert_close(own, other, rtol=0, atol=1e-6)
-        assert both.best_score[at] == alone.best_score[0]
+        assert both.keeper.score[at] == alone.keeper.score[0]
 
 
 def test_training_brings_reconstructions_nearer(fit):

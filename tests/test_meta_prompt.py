@@ -353,7 +353,7 @@ def test_adaptation_is_prompt_tuning_from_the_learned_prompt(fit, fewshot_root, 
     assert [run.task for run in tuned.runs] == [run.task for run in method.runs]
     adapted, _ = method.adapt(method.best)
     torch.testing.assert_close(adapted, tuned.prompt.detach(), rtol=0, atol=1e-5)
-    assert method.keeper.dev.tolist() == pytest.approx(tuned.best_score.tolist())
+    assert method.keeper.dev.tolist() == pytest.approx(tuned.keeper.score.tolist())
     assert (tuned.prompt - tuned.init).norm() > 0.1
 
 
@@ -366,8 +366,8 @@ def test_the_prompt_of_the_best_mean_is_kept_and_of_equal_ones_the_first(fit, mo
     )
     watch = Watch()
     method = fit(**validated({"steps": 5, "every": 1, "callbacks": [watch]}))
-    assert method.best_step.item() == 3
-    assert method.best_score.item() == pytest.approx(0.35)
+    assert method.keeper.step.item() == 3
+    assert method.keeper.score.item() == pytest.approx(0.35)
     assert method.keeper.dev.tolist() == table[2]
     assert [row["best_step"] for row in curves(method)[::2]] == ["1", "1", "3", "3", "3"]
     saved = load_prompt(method.prompt_path)
@@ -404,7 +404,7 @@ def test_testing_after_the_fit_equals_testing_from_the_file(fit, tmp_path):
     assert [(row["task"], row["variant"]) for row in rows] == [(t, "adapted") for t in HELD_OUT]
     assert all(row["dev"] and row["test"] for row in rows)
     assert {(row["start"], row["start_of"]) for row in rows} == {("meta", "2 tasks")}
-    assert {row["best_step"] for row in rows} == {str(method.best_step.item())}
+    assert {row["best_step"] for row in rows} == {str(method.keeper.step.item())}
     for row in rows:
         stored = load_prompt(method.run_dir / row["prompt_file"], method.backbone)
         assert stored.init.equal(method.best[0])

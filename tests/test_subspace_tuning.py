@@ -84,7 +84,7 @@ def test_a_bank_of_codes_follows_the_separate_single_runs(fit):
             f"alone{i}", learning_rate=run.learning_rate, init_seed=run.init_seed, trainer=trainer
         )
         torch.testing.assert_close(bank.code[i], alone.code[0], rtol=0, atol=1e-5)
-        assert bank.best_step[i] == alone.best_step[0]
+        assert bank.keeper.step[i] == alone.keeper.step[0]
 
 
 def test_codes_start_by_the_runs_seed_alone(fit):

@@ -36,7 +36,6 @@ from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.sampling import Draw, mixture_draw
 from prompt_lab.files.results import Start
 from prompt_lab.files.tensors import load_network, save_network
-from prompt_lab.methods.method import PromptMethod
 from prompt_lab.methods.prompt_tuning import PromptTuning
 from prompt_lab.methods.starts import InitConfig, initial_codes
 
@@ -93,7 +92,7 @@ class AdapterTuning(_AdapterMethod):
         adapters: file that AdapterSubspace wrote.
         std: standard deviation of the initial codes, 0.02 in the authors' code.
         learning_rate: peak learning rate or rates.
-        kwargs: optim, init_seed, batch_size, label_smoothing, patience and test_baselines, as
+        kwargs: optim, init_seed, batch_size, patience and test_baselines, as
             :class:`PromptTuning`, and the arguments of :class:`PromptMethod`.
     """
 
@@ -153,8 +152,7 @@ class AdapterSubspace(_AdapterMethod):
         clip: largest gradient norm over map and codes, or null for none.
         batch_size: rows of a step.
         seed: of the initial map and codes and of the order of rows.
-        kwargs: label_smoothing, as :class:`PromptTuning`, and the arguments of
-            :class:`PromptMethod`.
+        kwargs: the arguments of :class:`PromptMethod`.
     """
 
     frozen = ("backbone.",)
@@ -199,9 +197,6 @@ class AdapterSubspace(_AdapterMethod):
 
     def described(self, data: PromptDataModule) -> list[str]:
         return [self.summary()]
-
-    def held(self) -> dict[str, int]:
-        return PromptMethod.held(self)
 
     def load_backbone(self) -> Backbone:
         if isinstance(self.backbone, AdaptedBackbone):

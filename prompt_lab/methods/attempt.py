@@ -66,7 +66,6 @@ class Attempt(PromptMethod):
         source_sample: few-shot sample of the source prompts; null for that of the data.
         init: how target prompts are initialised; the authors take the first source prompt, which is
             ``file`` with the path of its prompt file.
-        num_virtual_tokens: N, of source and target prompts.
         inner_size: r, width within G.
         temperature: T of the softmax; null for D * e.
         init_seed: seed of G, and of target prompts that are drawn.
@@ -77,7 +76,6 @@ class Attempt(PromptMethod):
         clip: largest gradient norm over G and target prompts, or null for none.
         mixing: target tasks count alike (``tasks``), or by their rows (``examples``).
         batch_size: rows of a step, of all tasks together.
-        label_smoothing: share of each target's probability spread over the vocabulary.
         test_baselines: ``test`` also scores no prompt, the initial mixture, chance and majority.
         kwargs: the arguments of :class:`PromptMethod`.
     """
@@ -94,7 +92,6 @@ class Attempt(PromptMethod):
         source_tasks: list[str],
         source_sample: int | None = None,
         init: InitConfig = InitConfig(),  # noqa: B008
-        num_virtual_tokens: int = 100,
         inner_size: int = 100,
         temperature: float | None = None,
         init_seed: int = 0,
@@ -104,7 +101,6 @@ class Attempt(PromptMethod):
         clip: float | None = None,
         mixing: Mixing = "tasks",
         batch_size: int = 32,
-        label_smoothing: float = 0.0,
         test_baselines: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -115,12 +111,11 @@ class Attempt(PromptMethod):
         self.source_tasks = list(dict.fromkeys(expand_sets(source_tasks)))
         self.source_sample = source_sample
         self.init_config: InitConfig = as_config(InitConfig, init)
-        self.num_virtual_tokens, self.inner_size = num_virtual_tokens, inner_size
-        self.temperature, self.init_seed = temperature, init_seed
+        self.inner_size, self.temperature, self.init_seed = inner_size, temperature, init_seed
         self.learning_rate, self.attention_learning_rate = learning_rate, attention_learning_rate
         self.warmup, self.clip, self.batch_size = warmup, clip, batch_size
         self.mixing: Mixing = mixing
-        self.label_smoothing, self.test_baselines = label_smoothing, test_baselines
+        self.test_baselines = test_baselines
 
     # ---- what is trained ------------------------------------------------------------------------
 
@@ -191,15 +186,9 @@ class Attempt(PromptMethod):
     # ---- the mixture ----------------------------------------------------------------------------
 
     def weights(self, batch: Batch, attention: PromptAttention, targets: Tensor) -> Tensor:
-        """How much each source prompt, and the target prompt, counts for each row.
+        """How much each source prompt, and the target prompt, counts for each row: (B, J + 1).
 
-        Args:
-            batch: rows whose ``prompt_index`` names their target prompt.
-            attention: G.
-            targets: (T, N, D) target prompts; gradients flow into them, and into G.
-
-        Returns:
-            (B, J + 1), the last column for the target prompt.
+        ``targets`` are (T, N, D), named by the rows; gradients flow into them and into G.
         """
         backbone = self.backbone
         with torch.autocast(targets.device.type, enabled=False):

@@ -103,13 +103,10 @@ def check_trainer(method: PromptMethod) -> None:
 
 
 def refuse_strategy(name: str) -> NoReturn:
-    """Refuse a strategy that splits the backbone over devices (FSDP, DeepSpeed, tensor parallel).
+    """Refuse (``ValueError``) a strategy that splits the backbone (FSDP, DeepSpeed and the like).
 
     Each of its layers would wait for all processes, but those run different rows in different
     numbers of forward passes; some have none.
-
-    Raises:
-        ValueError: what to use instead.
     """
     raise ValueError(
         f"trainer.strategy {name} splits the backbone over devices, whose layers then wait for "

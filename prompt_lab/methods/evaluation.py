@@ -83,15 +83,9 @@ def answers(backbone: Backbone, prefix_of: PrefixOf, step: EvaluationBatch, way:
 
 
 class Evaluation:
-    """Answers and scores of the runs of a bank on one split.
+    """Answers and scores of the runs of a bank on one split; metrics' states are on ``device``.
 
-    Args:
-        data: has the rows.
-        runs: the runs of the bank.
-        split: ``dev`` or ``test``.
-        metric_variant: ``crossfit`` or ``corrected``.
-        device: where the states of the metrics are.
-        shared_rows: whether several processes answer rows of the same runs.
+    With ``shared_rows`` several processes answer rows of the same runs.
     """
 
     def __init__(

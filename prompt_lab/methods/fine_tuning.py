@@ -60,19 +60,13 @@ class FineTuning(PromptMethod):
             starts from the backbone's weights (``data.order_seed`` is what makes runs differ).
         learning_rate: peak learning rate; one value.
         batch_size: rows per step; one value.
-        label_smoothing: share of each target's probability spread over the vocabulary.
         patience: stop after so many evaluations without a better dev score; null for never.
         save_weights: write the best weights to ``best.safetensors`` at the end of a fit.
         kwargs: the arguments of :class:`PromptMethod`; the backbone has float32 weights.
-
-    Attributes:
-        weights: the backbone's weights by name, tied ones once.
-        trained: what the optimizer changes: the weights, or v alone.
-        best_weights: copy of ``trained`` on the host, of the step with the best dev score.
     """
 
-    num_virtual_tokens = 0
     stores_prompts = False
+    fixed = ("num_virtual_tokens",)
 
     def __init__(
         self,
@@ -82,23 +76,22 @@ class FineTuning(PromptMethod):
         init_seed: int | list[int] = 0,
         learning_rate: float | list[float] = 2e-5,
         batch_size: int | list[int] = 8,
-        label_smoothing: float = 0.0,
         patience: int | None = None,
         save_weights: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(num_virtual_tokens=0, **kwargs)
         self.optim_config: OptimConfig = as_config(OptimConfig, optim)
         if self.optim_config.name == "sgd":
             raise ValueError("FineTuning has no sgd: set model.optim.name to adamw or adafactor")
         self.intrinsic_dim, self.save_weights = intrinsic_dim, save_weights
         self.init_seeds, self.learning_rates = as_list(init_seed), as_list(learning_rate)
         self.batch_sizes = as_list(batch_size)
-        self.label_smoothing, self.patience = label_smoothing, patience
+        self.patience = patience
         self.frozen = () if intrinsic_dim is None else ("backbone.",)
-        self.weights: dict[str, nn.Parameter] = {}
-        self.trained: dict[str, nn.Parameter] = {}
-        self.best_weights: dict[str, Tensor] = {}
+        self.weights: dict[str, nn.Parameter] = {}  # the backbone's, tied ones once
+        self.trained: dict[str, nn.Parameter] = {}  # what the optimizer changes
+        self.best_weights: dict[str, Tensor] = {}  # a copy of that on the host, at the best step
 
     # ---- what is trained ------------------------------------------------------------------------
 
@@ -341,15 +334,8 @@ def weights_gradient(
 ) -> tuple[Tensor, list[Tensor]]:
     """Weighted loss of rows without a prompt and its gradient with respect to weights.
 
-    Args:
-        backbone: the model, unfrozen.
-        weights: its weights, each once.
-        batch: rows with targets, sorted by length, longest first.
-        tokens_per_forward: most padded tokens of one forward pass.
-        label_smoothing: passed to :meth:`Backbone.loss`.
-
-    Returns:
-        Loss (), and a gradient of the shape of each weight; detached.
+    ``batch`` has the longest rows first. Returns the loss () and a gradient of the shape of each of
+    the weights, detached.
     """
     none = torch.zeros(1, 0, backbone.hidden_size, device=backbone.device)
     total, loss = [torch.zeros_like(weight) for weight in weights], none.new_zeros(())
@@ -363,11 +349,7 @@ def weights_gradient(
 
 
 class _GivenGradients(torch.autograd.Function):
-    """A loss whose gradients were computed before, so that Lightning's automatic loop stays.
-
-    As :func:`bank.with_gradient`, for many tensors and without copies of them; it can be
-    differentiated once.
-    """
+    """As :func:`bank.with_gradient`, for many tensors and without copies of them."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *trained: Tensor) -> Tensor:

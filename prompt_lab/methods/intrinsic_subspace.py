@@ -59,12 +59,10 @@ class IntrinsicSubspace(PromptMethod):
             (the authors' code).
         reconstruction_reduction: ``sum`` over the numbers of a prompt (paper), or ``mean`` (code).
         mixing: tasks count alike (``tasks``, paper), or by their rows (``examples``, code).
-        num_virtual_tokens: N of the prompts.
         learning_rate: peak learning rate of AdamW.
         warmup: share of the steps in which the learning rate rises; it then falls linearly to zero.
         clip: largest gradient norm of each map, or null for none.
         batch_size: rows of a step.
-        label_smoothing: share of each target's probability spread over the vocabulary.
         seed: of the initial maps and of the order of rows.
         kwargs: the arguments of :class:`PromptMethod`.
     """
@@ -84,12 +82,10 @@ class IntrinsicSubspace(PromptMethod):
         lm_reduction: Literal["mean", "sum"] = "mean",
         reconstruction_reduction: Literal["sum", "mean"] = "sum",
         mixing: Mixing = "tasks",
-        num_virtual_tokens: int = 100,
         learning_rate: float = 1e-3,
         warmup: float = 0.06,
         clip: float | None = 0.1,
         batch_size: int = 64,
-        label_smoothing: float = 0.0,
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
@@ -103,9 +99,8 @@ class IntrinsicSubspace(PromptMethod):
         self.mixing: Mixing = mixing
         self.lm_reduction = lm_reduction
         self.reconstruction_reduction: Literal["sum", "mean"] = reconstruction_reduction
-        self.num_virtual_tokens, self.learning_rate = num_virtual_tokens, learning_rate
-        self.warmup, self.clip, self.batch_size = warmup, clip, batch_size
-        self.label_smoothing, self.seed = label_smoothing, seed
+        self.learning_rate, self.warmup, self.clip = learning_rate, warmup, clip
+        self.batch_size, self.seed = batch_size, seed
         self.keys: list[Key] = []
         self.unseen: list[Key] = []
 

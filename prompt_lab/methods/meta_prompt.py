@@ -114,13 +114,11 @@ class MetaPrompt(PromptMethod):
         episodes: episodes of a meta-step over all processes, M.
         support_size: rows of an inner step.
         query_size: rows that judge the adapted prompt; without effect in Reptile.
-        num_virtual_tokens: N.
         init_seed: seed of the initial prompt.
         learning_rate: peak outer learning rate.
         rate_factor: times ``learning_rate``, it is the outer learning rate of the logarithm of the
             inner one, where that is learned; logged, and kept by the checkpoint alone.
         seed: of the episodes.
-        label_smoothing: share of each target's probability spread over the vocabulary.
         kwargs: the arguments of :class:`PromptMethod`.
     """
 
@@ -148,12 +146,10 @@ class MetaPrompt(PromptMethod):
         episodes: int = 4,
         support_size: int = 4,
         query_size: int = 4,
-        num_virtual_tokens: int = 100,
         init_seed: int = 0,
         learning_rate: float = 0.3,
         rate_factor: float = 0.1,
         seed: int = 0,
-        label_smoothing: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -166,9 +162,8 @@ class MetaPrompt(PromptMethod):
         self.target_tasks = expand_sets(target_tasks) if target_tasks else []
         self.source_name, self.depth = source_name, depth
         self.episodes, self.support_size, self.query_size = episodes, support_size, query_size
-        self.num_virtual_tokens, self.init_seed = num_virtual_tokens, init_seed
         self.learning_rate, self.rate_factor = learning_rate, rate_factor
-        self.seed, self.label_smoothing = seed, label_smoothing
+        self.init_seed, self.seed = init_seed, seed
         self.keys: list[Key] = []
         if algorithm not in get_args(Algorithm):
             raise ValueError(
@@ -184,25 +179,21 @@ class MetaPrompt(PromptMethod):
                 f"model.inner.learned is {self.inner.learned}, but {algorithm} has no query loss "
                 "to learn an inner learning rate from: use maml or fomaml, or fixed"
             )
-        config = self.backbone_config
-        for is_wrong, why in (
-            (
-                config.attention == "flash_attention_2",
-                "flash_attention_2 cannot: use model.backbone.attention sdpa",
-            ),
-            (config.compile, "torch.compile cannot: use model.backbone.compile false"),
-            (
-                config.dtype != "float32",
+        config, why = self.backbone_config, ""
+        if config.attention == "flash_attention_2":
+            why = "flash_attention_2 cannot: use model.backbone.attention sdpa"
+        elif config.compile:
+            why = "torch.compile cannot: use model.backbone.compile false"
+        elif config.dtype != "float32":
+            why = (
                 f"model.backbone.dtype {config.dtype} cannot: the adapted prompt is rounded to the "
                 "weights' 8 bits, and Hessian products are off by more than what they add; use "
-                "float32",
-            ),
-        ):
-            if self.second_order and is_wrong:
-                raise ValueError(
-                    f"maml differentiates the backbone twice, which {why}, or model.algorithm "
-                    "fomaml"
-                )
+                "float32"
+            )
+        if self.second_order and why:
+            raise ValueError(
+                f"maml differentiates the backbone twice, which {why}, or model.algorithm fomaml"
+            )
 
     @property
     def second_order(self) -> bool:
@@ -344,7 +335,7 @@ class MetaPrompt(PromptMethod):
             finite = (found.finite() & (found.moved <= MOST_MOVED)).all(0, keepdim=True)
             if found.rate_gradient is not None:
                 finite = finite & found.rate_gradient.isfinite().all()
-        finite = self.over_ranks((~finite).float()) == 0
+        finite = self.finite_everywhere(finite)
         place = batch_idx % self.trainer.accumulate_grad_batches
         self.moves.copy_(self.moves & finite if place else finite)
         self._count(found, finite, is_last=place + 1 == self.trainer.accumulate_grad_batches)
@@ -362,12 +353,7 @@ class MetaPrompt(PromptMethod):
         return loss
 
     def meta_gradient(self, episodes: Episodes, rate: Tensor) -> MetaGradient:
-        """The meta-gradients of this process's episodes; smaller micro-batches when memory ends.
-
-        Args:
-            episodes: at least one episode.
-            rate: inner learning rate, () or (N, 1).
-        """
+        """Meta-gradients of this process's episodes, at an inner rate of () or (N, 1)."""
         backbone, parts = self.backbone, [*episodes.support, episodes.query]
         start = self.prompt.detach().expand(len(episodes.keys), -1, -1).contiguous()
         if self.algorithm == "multitask":  # the mean of the parts' losses is that over all rows
@@ -430,13 +416,9 @@ class MetaPrompt(PromptMethod):
     # ---- validation -----------------------------------------------------------------------------
 
     def adapt(self, prompt: Tensor) -> tuple[Tensor, Tensor]:
-        """The prompt, tuned on the train rows of every validation run, all side by side.
+        """The prompt (1, N, D), tuned on the train rows of every validation run, side by side.
 
-        Args:
-            prompt: (1, N, D).
-
-        Returns:
-            The prompts (R, N, D), and how far each moved relative to its start (R,).
+        Returns the prompts (R, N, D), and how far each moved relative to its start (R,).
         """
         runs, config, trainer = self.runs, self.adaptation, self.trainer
         if not runs:

@@ -26,6 +26,7 @@ from torch import Tensor
 from prompt_lab.core.backbone import Backbone, Prefix
 from prompt_lab.core.bank import Prefixes, bank_gradient, is_out_of_memory, renumber
 from prompt_lab.core.batch import Batch, default_tokens_per_forward
+from prompt_lab.core.optim import OptimConfig
 from prompt_lab.core.pretrained import tensor_digest
 from prompt_lab.core.run import Run
 from prompt_lab.data.datamodule import PromptDataModule
@@ -75,6 +76,8 @@ class PromptMethod(LightningModule):
         num_beams: beams of generated answers; 1 is greedy.
         max_new_tokens: longest generated answer; null for the longest answer in train and dev.
         metric_variant: ``crossfit`` computes metrics as CrossFit does, ``corrected`` without traps.
+        num_virtual_tokens: N, the rows of a prompt.
+        label_smoothing: share of each target's probability spread over the vocabulary.
         dev_loss: also log the mean loss on dev at each evaluation, as ``dev/loss``.
 
     Attributes:
@@ -105,7 +108,6 @@ class PromptMethod(LightningModule):
     loss_steps: Tensor
     keeper: Keeper
     anchor: torch.nn.Parameter
-    num_virtual_tokens: int
     joint: bool = False
     shares_runs: bool = False
     test_baselines: bool = False
@@ -118,9 +120,9 @@ class PromptMethod(LightningModule):
     frozen: tuple[str, ...] = ("backbone.", "subspace.")
     fixed: tuple[str, ...] = ()
     patience: int | None = None
-    label_smoothing: float = 0.0
     prompts_at_once: int | None = None
     init_config: InitConfig | None = None
+    optim_config: OptimConfig | None = None
     folders: Sequence[str] = ()
     source_digest: str | None = None
 
@@ -132,6 +134,8 @@ class PromptMethod(LightningModule):
         num_beams: int = 1,
         max_new_tokens: int | None = None,
         metric_variant: Literal["crossfit", "corrected"] = "crossfit",
+        num_virtual_tokens: int = 100,
+        label_smoothing: float = 0.0,
         dev_loss: bool = False,
     ) -> None:
         super().__init__()
@@ -146,6 +150,7 @@ class PromptMethod(LightningModule):
         self._tokens_per_forward = tokens_per_forward
         self.decoding, self.num_beams = decoding, num_beams
         self.max_new_tokens, self.metric_variant = max_new_tokens, metric_variant
+        self.num_virtual_tokens, self.label_smoothing = num_virtual_tokens, label_smoothing
         self.dev_loss = dev_loss
         self.backbone: Backbone = None  # pyright: ignore - set up before anything needs it
         self.runs: list[Run] = []
@@ -164,16 +169,6 @@ class PromptMethod(LightningModule):
         self._seen_splits: set[SplitName] = set()
         self._start_scores: list[float] = []
         self._evaluated_at = -1
-
-    @property
-    def best_score(self) -> Tensor:
-        """The best dev score of each unit, (U,)."""
-        return self.keeper.score
-
-    @property
-    def best_step(self) -> Tensor:
-        """Its step, (U,)."""
-        return self.keeper.step
 
     @property
     def best(self) -> Tensor:
@@ -288,7 +283,12 @@ class PromptMethod(LightningModule):
         """Bytes that a fit holds beside activations, by what they are of."""
         weights = sum(weight.nbytes for weight in self.backbone.parameters())
         trained = sum(p.nbytes for p in self.parameters() if p.requires_grad)
-        return {"weights": weights, "trained with gradient, moments and best copy": 5 * trained}
+        moments = 2 if self.optim_config is None or self.optim_config.name == "adamw" else 0
+        return {
+            "weights": weights,
+            "trained with gradient and best copy": 3 * trained,
+            "optimizer": moments * trained,
+        }
 
     def describe_fit(self, data: PromptDataModule, trainer: Trainer) -> str:
         """The text of ``fit --dry_run``; what is trained is made, and nothing is trained."""

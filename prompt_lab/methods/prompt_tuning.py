@@ -60,11 +60,9 @@ class PromptTuning(PromptMethod):
         optim: optimizer, schedule and clip of every run.
         init: how prompts are initialised; without effect in a subspace.
         subspace: tune inside this subspace, I numbers per run; null tunes the prompts themselves.
-        num_virtual_tokens: N, the rows of a prompt.
         init_seed: seed or seeds of the initial prompt.
         learning_rate: peak learning rate or rates.
         batch_size: rows per step and run, one value or several.
-        label_smoothing: share of each target's probability spread over the vocabulary.
         patience: stop a run after so many evaluations without a better dev score; null for never.
         save_steps: evaluations, by their steps, whose prompts are kept as prompt stores
             ``steps/<step>`` of the run's folder, for task embeddings over the course of training.
@@ -82,11 +80,9 @@ class PromptTuning(PromptMethod):
         optim: OptimConfig = OptimConfig(),  # noqa: B008
         init: InitConfig = InitConfig(),  # noqa: B008
         subspace: SubspaceConfig | None = None,
-        num_virtual_tokens: int = 100,
         init_seed: int | list[int] = 0,
         learning_rate: float | list[float] = 0.3,
         batch_size: int | list[int] = 8,
-        label_smoothing: float = 0.0,
         patience: int | None = None,
         save_steps: list[int] = [],  # noqa: B006 - read only; a list so that the CLI shows it
         test_baselines: bool = False,
@@ -99,7 +95,6 @@ class PromptTuning(PromptMethod):
         self.subspace: Subspace | None = None
         if self.subspace_config is not None:
             self.subspace_config.check()
-        self.num_virtual_tokens, self.label_smoothing = num_virtual_tokens, label_smoothing
         self.init_seeds, self.learning_rates = as_list(init_seed), as_list(learning_rate)
         self.batch_sizes, self.save_steps = as_list(batch_size), list(save_steps)
         self.patience, self.test_baselines = patience, test_baselines
@@ -264,11 +259,6 @@ class PromptTuning(PromptMethod):
             f"prompt: {self.num_virtual_tokens} x {self.init.shape[2]}, "
             f"starting from {', '.join(starts)}",
         ]
-
-    def held(self) -> dict[str, int]:
-        moments = 2 if self.optim_config.name == "adamw" else 0
-        bank, optimizer = 3 * self.init.nbytes, moments * self.trained.nbytes
-        return {"weights": super().held()["weights"], "bank": bank, "optimizer": optimizer}
 
     def result_facts(self, run: int) -> dict[str, Any]:
         has_code = "code" in self.keeper.names

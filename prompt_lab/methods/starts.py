@@ -133,13 +133,9 @@ def initial_prompts(
 def vocabulary_prompt(
     backbone: Backbone, num_virtual_tokens: int, seed: int = 0, vocab_size: int | None = 5000
 ) -> Tensor:
-    """The default start: embeddings of N frequent tokens, drawn without replacement, seeded.
+    """Embeddings of N of the first ``vocab_size`` tokens (None for all), drawn by seed; (N, D).
 
-    Lester et al. 2021 (arXiv 2104.08691), section 3.2; (N, D) float32, on the CPU. ``vocab_size``
-    is how many low ids to draw from, special ones left out; None for all.
-
-    Raises:
-        ValueError: fewer such tokens than N.
+    Lester et al. 2021 (arXiv 2104.08691), section 3.2; float32, on the CPU.
     """
     size = min(len(backbone.model.get_input_embeddings().weight), len(backbone.tokenizer))
     ids = prompts.frequent_ids(size, backbone.tokenizer.all_special_ids, vocab_size)
@@ -181,11 +177,7 @@ def _make(
 
 
 def starts_of(path: Path, runs: Sequence[Run]) -> list[FoundPrompt]:
-    """The prompt that each run starts from.
-
-    A prompt file or a PEFT folder serves all. Of a store, a fit or a checkpoint it is that of the
-    run's task, or of its source where it has one: of its sample and seed, if there are those, and
-    of several the one with the best dev score.
+    """The prompt that each run starts from: one for all, or by its task or source, sample and seed.
 
     Raises:
         FileNotFoundError: no such place, or one without prompts.
@@ -258,11 +250,7 @@ class SubspaceConfig:
     std: float = 0.02
 
     def check(self) -> None:
-        """Check that a random subspace has a dimension, and a file none beside its own.
-
-        Raises:
-            ValueError: naming the setting and what is allowed.
-        """
+        """Refuse (``ValueError``) a random subspace without a dimension, or a file with one."""
         if (self.path == RANDOM) != (self.intrinsic_dim is not None):
             raise ValueError(
                 f"model.subspace.path is {self.path!r} and model.subspace.intrinsic_dim is "

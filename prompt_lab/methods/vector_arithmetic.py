@@ -62,32 +62,18 @@ SCALES = "scales.csv"
 
 @dataclass(frozen=True, eq=False)
 class VectorSum:
-    """A sum of task prompt vectors on an initial prompt; it has one scale for all its tasks.
+    """A sum of task prompt vectors on an initial prompt; it has one scale for all its tasks."""
 
-    Attributes:
-        variant: ``vectors``; ``single``, a tuned prompt itself; ``initial_prompt``; or
-            ``vector_alone``, without an initial prompt.
-        expression: the sum, as it was asked for; empty for an initial prompt.
-        coefficients: factor of each task's vector.
-        vectors: the prompt files that give the vectors, by task.
-        base: the prompt file that gives the initial prompt; None for zeros.
-        sample: few-shot sample.
-        seed: seed of the initial prompt that the vectors started from.
-        tasks: what it is evaluated on.
-        scales: values of lambda, rising.
-        crosses: whether the initial prompt is one of many.
-    """
-
-    variant: str
-    expression: str
-    coefficients: Mapping[str, float]
-    vectors: Mapping[str, FoundPrompt]
-    base: FoundPrompt | None
+    variant: str  # vectors; single, a tuned prompt; initial_prompt; vector_alone, on zeros
+    expression: str  # as it was asked for; empty for an initial prompt
+    coefficients: Mapping[str, float]  # of each task's vector
+    vectors: Mapping[str, FoundPrompt]  # the prompts that give them
+    base: FoundPrompt | None  # the prompt that gives the initial prompt; None for zeros
     sample: int
-    seed: int
-    tasks: tuple[str, ...]
-    scales: tuple[float, ...]
-    crosses: bool = False
+    seed: int  # of the initial prompt that the vectors started from
+    tasks: tuple[str, ...]  # what it is evaluated on
+    scales: tuple[float, ...]  # values of lambda, rising
+    crosses: bool = False  # whether the initial prompt is one of many
 
     def prompt(self, scale: float) -> Tensor:
         """The prompt init + scale * sum (N, D), float32."""
@@ -143,15 +129,9 @@ class Trial(Run):
 
 
 class MadePrefixes(Prefixes):
-    """The prefixes of a bank whose prompts are made some at a time.
+    """Prefixes of a bank whose prompts ``make`` makes, ``size`` at a time, in the order of places.
 
     Rows must come by block: none of a block that was left comes later, or it is made again.
-
-    Args:
-        backbone: the frozen model.
-        places: places in the bank, in the order of the blocks.
-        size: prompts of a block.
-        make: returns the prompts of some places, (at most size, N, D).
     """
 
     def __init__(
@@ -166,7 +146,6 @@ class MadePrefixes(Prefixes):
         self.places, self.size, self.make, self.block = places, size, make, -1
 
     def of(self, used: list[int]) -> tuple[Tensor, ...]:
-        """The prefix of some prompts of one block, in the order of ``used``."""
         block = self.at[used[0]] // self.size
         first = block * self.size
         if block != self.block:
@@ -207,6 +186,7 @@ class VectorArithmetic(PromptMethod):
 
     prompts_at_once: int = 128
     trains = False
+    fixed = ("num_virtual_tokens", "label_smoothing")
     prompt_baselines = ("no_prompt",)
     guess_baselines = False
 
@@ -219,7 +199,7 @@ class VectorArithmetic(PromptMethod):
         scales: list[float] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(num_virtual_tokens=0, label_smoothing=0.0, **kwargs)
         self.folders = as_list(prompts)
         self.study, self.evaluate_on = study, evaluate_on
         self.test_baselines = evaluate_on == "all"
@@ -588,15 +568,10 @@ class VectorArithmetic(PromptMethod):
 
 
 def best_scale(means: Mapping[float, float]) -> float:
-    """The scale of the best mean dev score.
+    """The scale of the best mean dev score; of equal ones, up to rounding, the smallest.
 
-    Going up from the smallest scale, a score must be better by more than ``ROUNDING`` to take the
-    place of the best so far, so of equal ones the smallest scale stays; NaN is the worst. That is
-    the rule of the authors' code (``ArithmeticsEvaluator``), which goes up and keeps strictly
-    better ones.
-
-    Args:
-        means: mean dev score by scale; at least one.
+    NaN is the worst. That is the rule of the authors' code (``ArithmeticsEvaluator``), which goes
+    up from the smallest and keeps strictly better ones.
     """
     best, top = min(means), -torch.inf
     for scale in sorted(means):
