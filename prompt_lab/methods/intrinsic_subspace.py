@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from prompt_lab.core.backbone import Backbone
-from prompt_lab.core.bank import Prefixes, renumber, with_gradient
+from prompt_lab.core.bank import renumber, with_gradient
 from prompt_lab.core.batch import IGNORE, Batch, index_tensor
 from prompt_lab.core.optim import adamw_with_warmup
 from prompt_lab.core.run import Run
@@ -213,9 +213,6 @@ class IntrinsicSubspace(PromptMethod):
 
     def bank(self) -> Tensor:
         return self.reconstructed(self.subspaces)
-
-    def prefixes(self, current: bool) -> Prefixes:
-        return Prefixes(self.backbone, self.bank() if current else self.best)
 
     @property
     def each(self) -> int:

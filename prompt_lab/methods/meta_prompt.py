@@ -250,14 +250,11 @@ class MetaPrompt(PromptMethod):
         self.prompt = nn.Parameter(torch.zeros(1, *size))
         width = {"fixed": 0, "shared": 1, "per_token": self.num_virtual_tokens}[self.inner.learned]
         self.log_rate = nn.Parameter(torch.zeros(1, width)) if width else None
-        for name, value in {
-            "init": torch.zeros(1, *size),
-            "moves": torch.ones(1, dtype=torch.bool),
-            "sums": torch.zeros(len(SUMS), dtype=torch.float64),
-            "skipped": torch.tensor(0),
-            "skipped_in_row": torch.tensor(0),
-        }.items():
-            self.register_buffer(name, value)
+        self.register_buffer("init", torch.zeros(1, *size))
+        self.register_buffer("moves", torch.ones(1, dtype=torch.bool))
+        self.register_buffer("sums", torch.zeros(len(SUMS), dtype=torch.float64))
+        self.register_buffer("skipped", torch.tensor(0))
+        self.register_buffer("skipped_in_row", torch.tensor(0))
         self.register_buffer("adapted", torch.zeros(len(runs), *size), persistent=False)
         self.starts = [Start("")]
 
@@ -293,13 +290,9 @@ class MetaPrompt(PromptMethod):
 
     def configure_optimizers(self) -> Any:
         learned = [] if self.log_rate is None else [self.log_rate]
-        return self.optim_config.build(
-            [self.prompt, *learned],
-            [self.learning_rate],
-            self.moves,
-            self.total_steps,
-            [1.0, *[self.rate_factor] * len(learned)],
-        )
+        factors = [1.0, *[self.rate_factor] * len(learned)]
+        given = ([self.learning_rate], self.moves, self.total_steps, factors)
+        return self.optim_config.build([self.prompt, *learned], *given)
 
     def draw(self, data: PromptDataModule) -> Draw:
         """Episodes of the source tasks."""
@@ -484,8 +477,7 @@ class MetaPrompt(PromptMethod):
                 "(model.inner.learning_rate)",
             )
         return {
-            "meta/second_order": means["second_order"],
-            "meta/inner_moved": means["inner_moved"],
+            **{f"meta/{name}": means[name] for name in ("second_order", "inner_moved")},
             "meta/skipped": float(self.skipped),
             "meta/inner_learning_rate": self.rate.mean().item(),
             "meta/moved": self.moved()[0],

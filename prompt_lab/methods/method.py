@@ -84,43 +84,30 @@ class PromptMethod(LightningModule):
         runs: what each prompt of the bank is for; empty before data or a checkpoint bring them.
             Where processes share whole runs, those of this process; ``all_runs`` are everyone's.
         evaluated: places of the runs that an evaluation answers for.
-        init: (R, N, D) the prompts that the runs start from, and ``starts`` where these are from.
-        sources: (J, N, D) the tuned prompts that a fit builds on, of ``source_keys``.
         keeper: the best of each run, or of all together where ``joint``.
-        status: (R,) how each run stands, an index of `STATUS`.
-        active: (R,) runs that may move; the optimizer reads it.
-        joint: whether runs train something together, so that one score chooses for all.
-        shares_runs: whether processes may divide whole runs among them.
-        test_baselines: whether ``test`` also scores no prompt and other baselines.
-        trains_a_bank: whether several runs train side by side, each with its own clip.
-        stores_prompts: whether there are prompts to keep as files.
-        trains: whether there is a fit.
-        frozen: beginnings of the names of weights that do not change, and no checkpoint holds.
-        prompts_at_once: most prompts that an evaluation holds side by side; None for all.
-        fixed: arguments of its parents that a class sets itself.
     """
 
-    init: Tensor
-    sources: Tensor
-    status: Tensor
-    active: Tensor
+    init: Tensor  # (R, N, D) the prompts that the runs start from; `starts` says what these are
+    sources: Tensor  # (J, N, D) the tuned prompts that a fit builds on, of `source_keys`
+    status: Tensor  # (R,) how each run stands, an index of STATUS
+    active: Tensor  # (R,) runs that may move; the optimizer reads it
     loss_sum: Tensor
     loss_steps: Tensor
     keeper: Keeper
     anchor: torch.nn.Parameter
-    joint: bool = False
-    shares_runs: bool = False
-    test_baselines: bool = False
+    joint: bool = False  # whether runs train something together: one score chooses for all
+    shares_runs: bool = False  # whether processes may divide whole runs among them
+    test_baselines: bool = False  # whether test also scores no prompt and other baselines
     prompt_baselines: tuple[str, ...] = ("no_prompt", "initial_prompt")
     guess_baselines: bool = True
-    trains_a_bank: bool = True
-    stores_prompts: bool = True
+    trains_a_bank: bool = True  # whether several runs train side by side, each with its own clip
+    stores_prompts: bool = True  # whether there are prompts to keep as files, and in which folder
     prompt_folder: str = "prompts"
-    trains: bool = True
-    frozen: tuple[str, ...] = ("backbone.", "subspace.")
-    fixed: tuple[str, ...] = ()
+    trains: bool = True  # whether there is a fit
+    frozen: tuple[str, ...] = ("backbone.", "subspace.")  # weights that no checkpoint holds
+    fixed: tuple[str, ...] = ()  # arguments of its parents that a class sets itself
+    prompts_at_once: int | None = None  # most that an evaluation holds side by side; None for all
     patience: int | None = None
-    prompts_at_once: int | None = None
     init_config: InitConfig | None = None
     optim_config: OptimConfig | None = None
     folders: Sequence[str] = ()
@@ -360,12 +347,7 @@ class PromptMethod(LightningModule):
         self.evaluated = [i for i, r in enumerate(self.runs) if (r.task, r.sample) in own]
 
     def read_sources(self) -> None:
-        """Read the tuned prompts that a fit builds on.
-
-        Raises:
-            FileNotFoundError: prompts that are not there, all named.
-            ValueError: prompts of another backbone or length.
-        """
+        """Read the tuned prompts that a fit builds on; errors as :func:`source_prompts`."""
         if keys := self.source_keys():
             found = source_prompts(self.folders, keys, self.backbone, self.num_virtual_tokens)
             self.source_names = [prompt.name for prompt in found]
@@ -431,11 +413,7 @@ class PromptMethod(LightningModule):
 
     @property
     def datamodule(self) -> PromptDataModule:
-        """The trainer's data.
-
-        Raises:
-            ValueError: the trainer was not given one of this package's kinds.
-        """
+        """The trainer's data."""
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, PromptDataModule):
             raise ValueError(
@@ -506,11 +484,7 @@ class PromptMethod(LightningModule):
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the fit, at which schedules end.
-
-        Raises:
-            ValueError: a fit without an end.
-        """
+        """Optimizer steps of the fit, at which schedules end."""
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):
             raise ValueError("the fit has no end: give trainer.max_steps or trainer.max_epochs")
@@ -618,11 +592,7 @@ class PromptMethod(LightningModule):
         )
 
     def within_memory(self, batch: Batch, step: Callable[[int], Made]) -> Made:
-        """What ``step`` makes, given the tokens of a forward pass; fewer when memory runs out.
-
-        Raises:
-            ValueError: it runs out with one row in a forward pass.
-        """
+        """What ``step`` makes, given the tokens of a forward pass; fewer when memory runs out."""
         while True:
             try:
                 return step(self.tokens_per_forward)
@@ -701,14 +671,12 @@ class PromptMethod(LightningModule):
 
     def new_evaluation(self, split: SplitName) -> Evaluation:
         """An evaluation of the runs."""
-        shared = self.row_share[1] > 1
-        variant = self.metric_variant
-        return Evaluation(self.datamodule, self.runs, split, variant, self.device, shared)
+        known = (self.datamodule, self.runs, split, self.metric_variant, self.device)
+        return Evaluation(*known, shared_rows=self.row_share[1] > 1)
 
     def prefixes(self, current: bool) -> Prefixes:
         """What answers: the current prompts, or the best."""
-        bank = self.bank().detach() if current else self.keeper["bank"]
-        return Prefixes(self.backbone, bank)
+        return Prefixes(self.backbone, self.bank().detach() if current else self.best)
 
     def _begin(self, split: SplitName) -> None:
         if not self._fitting:
@@ -719,11 +687,7 @@ class PromptMethod(LightningModule):
         self._prefixes = self.prefixes(self._fitting)
 
     def restore_best(self) -> None:
-        """Read the best from files, unless a fit or checkpoint has filled it.
-
-        Raises:
-            ValueError: there is no folder to read from.
-        """
+        """Read the best from files, unless a fit or checkpoint has filled it."""
         if self.keeper.is_filled or bool((self.status != TRAINING).any()):
             return
         if self.run_dir is None:
@@ -981,9 +945,6 @@ class PromptMethod(LightningModule):
         """Take this process's runs; refuse other data, seeds or weights, which may look like these.
 
         Without a trainer, as in ``load_from_checkpoint``, the runs are those of the checkpoint.
-
-        Raises:
-            ValueError: naming both sides.
         """
         if any(name not in checkpoint for name in ("runs", "starts", "identity", "seconds")):
             raise ValueError("the checkpoint is not of a method of prompt_lab")
@@ -1001,11 +962,7 @@ class PromptMethod(LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """The method of a checkpoint, of the class that was saved, with what it has trained.
-
-        Raises:
-            ValueError: a checkpoint of another class.
-        """
+        """The method of a checkpoint, of the class that was saved, with what it has trained."""
         kwargs.setdefault("weights_only", True)
         if cls is PromptMethod:
             return kind_of(checkpoint_path).load_from_checkpoint(checkpoint_path, *args, **kwargs)
@@ -1019,11 +976,7 @@ class PromptMethod(LightningModule):
         return state
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Load everything but the backbone, which must not be there.
-
-        Raises:
-            ValueError: anything else is missing or left over, or has another shape.
-        """
+        """Load everything but the backbone, which must not be there; anything else must fit."""
         for name, own in self.state_dict().items():
             given = state_dict.get(name, own)
             if given.shape != own.shape:

@@ -403,23 +403,19 @@ class VectorArithmetic(PromptMethod):
 
     def _warn(self, data: PromptDataModule) -> None:
         for name in ("task_prefix", "max_input_length"):
-            own, seen = getattr(data, name), [one.prompt for one in self._sources]
-            other = [prompt for prompt in seen if getattr(prompt, name) not in (own, None)]
+            own, prompts = getattr(data, name), [found.prompt for found in self._sources]
+            other = {one.name: getattr(one, name) for one in prompts}
+            other = {key: value for key, value in other.items() if value not in (own, None)}
             if other:
-                self.warn_once(
-                    name,
-                    f"data.{name} is {own}, but it was {getattr(other[0], name)} when "
-                    f"{some([prompt.name for prompt in other])} were tuned",
-                )
+                was = next(iter(other.values()))
+                told = f"data.{name} is {own}, but it was {was} when {some([*other])} were tuned"
+                self.warn_once(name, told)
         for task, sample in dict.fromkeys((trial.task, trial.sample) for trial in self.trials):
             given = {answers[0] for answers in data.splits[task, sample]["dev"].references}
             missing = [label for label in data.tasks[task].labels or () if label not in given]
             if missing:
-                self.warn_once(
-                    f"classes {task} {sample}",
-                    f"dev of {task}, sample {sample}, has no row of {some(missing)}: lambda is "
-                    "chosen without",
-                )
+                told = f"dev of {task}, sample {sample}, has no row of {some(missing)}"
+                self.warn_once(told, f"{told}: lambda is chosen without")
 
     # ---- evaluation -----------------------------------------------------------------------------
 
