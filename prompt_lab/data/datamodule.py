@@ -118,8 +118,6 @@ class PromptDataModule(LightningDataModule):
         """Every (task, sample)."""
         return [(task, sample) for task in self.tasks for sample in self.samples]
 
-    # ---- tokens ---------------------------------------------------------------------------------
-
     def connect(self, backbone: Backbone) -> None:
         """Take the backbone whose rules make the tokens, when they are first asked for."""
         if backbone is not self._backbone:
@@ -164,8 +162,6 @@ class PromptDataModule(LightningDataModule):
     def longest_answer(self, task: str, sample: int) -> int:
         """Tokens of the longest answer in train and dev, which caps what is generated."""
         return max(self.tokens(task, sample, split).longest_target for split in ("train", "dev"))
-
-    # ---- loaders --------------------------------------------------------------------------------
 
     def feed(
         self,

@@ -103,9 +103,6 @@ class TrainSteps:
             yield self.draw.batch(self.progress.batches, self.progress.live)
 
 
-# ---- streams of rows -----------------------------------------------------------------------------
-
-
 @lru_cache(maxsize=4096)
 def epoch_order(
     order_seed: int, task: str, sample: int, epoch: int, size: int
@@ -144,9 +141,6 @@ def _batch(
     return make_batch(inputs, targets, prompts, **vars(layout), weight=weights, rows=numbers)
 
 
-# ---- a bank of runs ------------------------------------------------------------------------------
-
-
 def bank_draw(
     runs: Sequence[Run],
     rows: Mapping[Key, Rows],
@@ -166,9 +160,6 @@ def bank_draw(
 
     passes = [-(-len(rows[run.task, run.sample]) // run.batch_size) for run in runs]
     return Draw(batch, max(passes, default=1))
-
-
-# ---- mixtures ------------------------------------------------------------------------------------
 
 
 def task_weights(sizes: Sequence[int], mixing: Mixing, temperature: float = 2.0) -> list[float]:
@@ -259,9 +250,6 @@ def _epoch_draws(
     numbers = np.empty_like(within)
     numbers[np.argsort(drawn, kind="stable")] = before[tasks] + within
     return drawn, numbers
-
-
-# ---- episodes ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -360,9 +348,6 @@ def episode_rows(
 def _visit_rows(seed: int, task: str, sample: int, visit: int, count: int, size: int) -> Drawn:
     start = visit * -(-count // size) * size
     return [row_of_draw(seed, task, sample, start + at, size) for at in range(count)]
-
-
-# ---- evaluation ----------------------------------------------------------------------------------
 
 
 @dataclass

@@ -193,8 +193,6 @@ class AdapterSubspace(_AdapterMethod):
         self.intrinsic_dim, self.inner_size, self.bottleneck = intrinsic_dim, inner_size, bottleneck
         self.warmup, self.clip, self.seed = warmup, clip, seed
 
-    # ---- what is trained ------------------------------------------------------------------------
-
     def described(self, data: PromptDataModule) -> list[str]:
         return [self.summary()]
 
@@ -251,8 +249,6 @@ class AdapterSubspace(_AdapterMethod):
     def mean_losses(self) -> Tensor:
         """A task has 1 / R of the rows, which its loss is scaled to."""
         return super().mean_losses() * len(self.runs)
-
-    # ---- files ----------------------------------------------------------------------------------
 
     def write(self) -> None:
         if self.trainer.is_global_zero:

@@ -117,8 +117,6 @@ class Attempt(PromptMethod):
         self.mixing: Mixing = mixing
         self.test_baselines = test_baselines
 
-    # ---- what is trained ------------------------------------------------------------------------
-
     def make_runs(self, data: PromptDataModule) -> list[Run]:
         if len(data.samples) > 1:
             raise ValueError(
@@ -183,8 +181,6 @@ class Attempt(PromptMethod):
         given = (self.mixing, self.batch_size, data.order_seed)
         return mixture_draw(self.train_rows(data), *given, data.layout, self.row_share)
 
-    # ---- the mixture ----------------------------------------------------------------------------
-
     def weights(self, batch: Batch, attention: PromptAttention, targets: Tensor) -> Tensor:
         """How much each source prompt, and the target prompt, counts for each row: (B, J + 1).
 
@@ -230,8 +226,6 @@ class Attempt(PromptMethod):
         beside = super().tokens_beside_input(task, longest)
         return beside + (0 if self.backbone.is_encoder_decoder else self.num_virtual_tokens)
 
-    # ---- training -------------------------------------------------------------------------------
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         made = self.mixed(batch, self.attention, self.prompt)
         losses, gradient = self.bank_gradient(made, _one_each(batch), self.label_smoothing)
@@ -239,8 +233,6 @@ class Attempt(PromptMethod):
         self.weight_sum.index_add_(0, batch.prompt_index, batch.weight)
         world = self.trainer.world_size
         return with_gradient(losses.sum() * world, made, gradient * world)
-
-    # ---- evaluation -----------------------------------------------------------------------------
 
     def mean_losses(self) -> Tensor:
         return self.over_ranks(self.loss_sum) / self.over_ranks(self.weight_sum)
@@ -254,8 +246,6 @@ class Attempt(PromptMethod):
             )
         self.weight_sum.zero_()
 
-    # ---- files ----------------------------------------------------------------------------------
-
     def write(self) -> None:
         if self.trainer.is_global_zero:
             metadata = {
@@ -267,8 +257,6 @@ class Attempt(PromptMethod):
             }
             save_network(self.file(ATTENTION_FILE), self.best_attention, metadata)
         super().write()
-
-    # ---- test -----------------------------------------------------------------------------------
 
     def report_test(self, scores: Tensor) -> None:
         """Write results, predictions, target prompts and the attention's weights."""

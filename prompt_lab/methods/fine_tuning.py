@@ -93,8 +93,6 @@ class FineTuning(PromptMethod):
         self.trained: dict[str, nn.Parameter] = {}  # what the optimizer changes
         self.best_weights: dict[str, Tensor] = {}  # a copy of that on the host, at the best step
 
-    # ---- what is trained ------------------------------------------------------------------------
-
     def make_runs(self, data: PromptDataModule) -> list[Run]:
         """The run of the settings."""
         axes = {
@@ -164,8 +162,6 @@ class FineTuning(PromptMethod):
         ]
         return [group for group in groups if group["params"]]
 
-    # ---- training -------------------------------------------------------------------------------
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of the rows; from a loss or gradient that is not finite on, no gradient."""
         increments = {} if self.intrinsic_dim is None else self.move_weights()
@@ -205,8 +201,6 @@ class FineTuning(PromptMethod):
         if config.clip is not None:
             nn.utils.clip_grad_norm_(self.trained.values(), config.clip)
 
-    # ---- evaluation -----------------------------------------------------------------------------
-
     def prefixes(self, current: bool) -> Prefixes:
         if current and self.intrinsic_dim is not None:
             self.move_weights()
@@ -219,8 +213,6 @@ class FineTuning(PromptMethod):
             value.copy_(self.best_weights[name])
         if self.intrinsic_dim is not None:
             self.move_weights()
-
-    # ---- files ----------------------------------------------------------------------------------
 
     def write(self) -> None:
         if self.trainer.is_global_zero and self.save_weights:
@@ -273,8 +265,6 @@ class FineTuning(PromptMethod):
         """No prompt; the record of the run is kept as one of no tokens, and not stored."""
         return self.init
 
-    # ---- checkpoints ----------------------------------------------------------------------------
-
     def identity(self) -> dict[str, Any]:
         own = {k: v for k, v in self._belongs_to().items() if k not in ("task", "sample")}
         return {**own, "optimizer": self.optim_config.name}
@@ -291,8 +281,6 @@ class FineTuning(PromptMethod):
         for state in checkpoint.get("optimizer_states", []):
             for saved, own in zip(state["param_groups"], self._groups(), strict=True):
                 saved.update({key: value for key, value in own.items() if key != "params"})
-
-    # ---- identity -------------------------------------------------------------------------------
 
     def result_facts(self, run: int) -> dict[str, Any]:
         return {

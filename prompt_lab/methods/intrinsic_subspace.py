@@ -104,8 +104,6 @@ class IntrinsicSubspace(PromptMethod):
         self.keys: list[Key] = []
         self.unseen: list[Key] = []
 
-    # ---- what is trained ------------------------------------------------------------------------
-
     def make_runs(self, data: PromptDataModule) -> list[Run]:
         """A run for each map and task, first those to train on; it is only scored."""
         seen = hold_out(data.tasks, "unseen_tasks", self.unseen_tasks)
@@ -179,8 +177,6 @@ class IntrinsicSubspace(PromptMethod):
         share = self.row_share
         return mixture_draw(rows, self.mixing, self.batch_size, self.seed, data.layout, share)
 
-    # ---- training -------------------------------------------------------------------------------
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Sum over the maps of the joint loss, on the same rows."""
         used = sorted(set(batch.prompts))
@@ -203,8 +199,6 @@ class IntrinsicSubspace(PromptMethod):
             self.reconstruction_sum[at] += reconstruction.detach()
         self.loss_steps += 1
         return total
-
-    # ---- evaluation -----------------------------------------------------------------------------
 
     @torch.no_grad()
     def reconstructed(self, subspaces: nn.ModuleList) -> Tensor:
@@ -267,8 +261,6 @@ class IntrinsicSubspace(PromptMethod):
     def after_evaluation(self, scores: Tensor, lines: list[int]) -> None:
         self.reconstruction_sum.zero_()
 
-    # ---- files ----------------------------------------------------------------------------------
-
     def write(self) -> None:
         for at, dim in enumerate(self.dims if self.trainer.is_global_zero else ()):
             metadata = {
@@ -315,8 +307,6 @@ class IntrinsicSubspace(PromptMethod):
             name = f"{run.task}_{run.sample}_dim{self.dims[i // self.each]}"
             facts[i] |= {"name": name, "code": codes[i], "order_seed": None}
         return facts
-
-    # ---- identity -------------------------------------------------------------------------------
 
     def result_facts(self, run: int) -> dict[str, Any]:
         is_unseen = run % self.each >= len(self.keys)

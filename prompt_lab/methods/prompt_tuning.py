@@ -99,8 +99,6 @@ class PromptTuning(PromptMethod):
         self.batch_sizes, self.save_steps = as_list(batch_size), list(save_steps)
         self.patience, self.test_baselines = patience, test_baselines
 
-    # ---- what is trained ------------------------------------------------------------------------
-
     def setup(self, stage: str) -> None:
         """As every method's; refuse to keep the prompts of steps that are not evaluated."""
         super().setup(stage)
@@ -175,8 +173,6 @@ class PromptTuning(PromptMethod):
         own = self.own_parameters()
         return self.optim_config.build(own, rates, self.active, self.total_steps)
 
-    # ---- training -------------------------------------------------------------------------------
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of all live runs; a run whose loss or gradient is not finite rests from here on."""
         bank = self.bank()
@@ -213,8 +209,6 @@ class PromptTuning(PromptMethod):
             codes = self.keeper["code"].detach().cpu()
             return [known | {"code": code} for known, code in zip(facts, codes, strict=True)]
         return facts
-
-    # ---- identity, warnings ---------------------------------------------------------------------
 
     def identity(self) -> dict[str, Any]:
         return {"subspace": self.subspace_digest()}
