@@ -237,7 +237,7 @@ class AdapterSubspace(_AdapterMethod):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of the rows; from a loss or gradient that is not finite on, no gradient."""
         bank = self.bank()
-        losses, gradient = self.bank_gradient(bank, batch, self.label_smoothing)
+        losses, gradient = self.bank_gradient(bank, batch)
         finite = (losses.isfinite().all() & gradient.isfinite().all()).reshape(1)
         self.active &= self.finite_everywhere(finite)
         losses, gradient = (torch.where(self.active, x, 0) for x in (losses, gradient))

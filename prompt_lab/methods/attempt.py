@@ -228,7 +228,7 @@ class Attempt(PromptMethod):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         made = self.mixed(batch, self.attention, self.prompt)
-        losses, gradient = self.bank_gradient(made, _one_each(batch), self.label_smoothing)
+        losses, gradient = self.bank_gradient(made, _one_each(batch))
         self.loss_sum.index_add_(0, batch.prompt_index, losses)
         self.weight_sum.index_add_(0, batch.prompt_index, batch.weight)
         world = self.trainer.world_size

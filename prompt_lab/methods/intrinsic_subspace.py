@@ -190,7 +190,7 @@ class IntrinsicSubspace(PromptMethod):
         total = source.new_zeros(())
         for at, subspace in enumerate(self.subspaces):
             made = subspace(source)
-            losses, gradient = self.bank_gradient(made, batch, self.label_smoothing)
+            losses, gradient = self.bank_gradient(made, batch)
             distance = reconstruction_loss(made, source, self.reconstruction_reduction)
             reconstruction = (share * distance).sum()
             total = total + with_gradient(losses.sum() * world, made, gradient * world)

@@ -425,7 +425,7 @@ class MetaPrompt(PromptMethod):
             for step in range(config.steps):
                 batch = drawn.batch(step, everyone).to(bank.device)
                 with trainer.precision_plugin.forward_context():
-                    _, gradient = self.bank_gradient(bank, batch, self.label_smoothing)
+                    _, gradient = self.bank_gradient(bank, batch)
                 gradient = self.over_ranks(gradient)
                 active &= gradient.flatten(1).isfinite().all(1)
                 bank.grad = torch.where(active[:, None, None], gradient, 0)

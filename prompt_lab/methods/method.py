@@ -284,7 +284,6 @@ class PromptMethod(LightningModule):
     # ---- the Trainer's set-up -------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Check the trainer, load the backbone, and let the data be tokenised by its rules."""
         self.check_trainer()
         self._run_dir = self._find_run_dir()
         self.backbone = self.load_backbone()
@@ -479,7 +478,6 @@ class PromptMethod(LightningModule):
         return folder
 
     def check_trainer(self) -> None:
-        """Refuse trainer settings that would quietly change the result; see `checks`."""
         check_trainer(self)
 
     @property
@@ -544,7 +542,6 @@ class PromptMethod(LightningModule):
         return prefixes.of(used), renumber(batch, used)
 
     def answer(self, prefixes: Prefixes, step: EvaluationBatch) -> list[str]:
-        """One answer per row of an evaluation batch."""
         way = self.way(self.datamodule.tasks[step.task])
         return answers(self.backbone, lambda batch: self.prefix_of(prefixes, batch), step, way)
 
@@ -569,7 +566,6 @@ class PromptMethod(LightningModule):
     # ---- a look at the rows ---------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        """Look at all rows that the fit and its test will run, and tell loggers the settings."""
         self._is_written = False
         self._tell_of_rows("train", "dev", "test")
         log_settings(self)
@@ -582,14 +578,10 @@ class PromptMethod(LightningModule):
 
     # ---- training -------------------------------------------------------------------------------
 
-    def bank_gradient(
-        self, bank: Tensor, batch: Batch, label_smoothing: float
-    ) -> tuple[Tensor, Tensor]:
+    def bank_gradient(self, bank: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Losses (R,) and gradient (R, N, D); micro-batches are halved when memory runs out."""
-        return self.within_memory(
-            batch,
-            lambda tokens: bank_gradient(self.backbone, bank, batch, tokens, label_smoothing),
-        )
+        known = (self.backbone, bank, batch)
+        return self.within_memory(batch, lambda n: bank_gradient(*known, n, self.label_smoothing))
 
     def within_memory(self, batch: Batch, step: Callable[[int], Made]) -> Made:
         """What ``step`` makes, given the tokens of a forward pass; fewer when memory runs out."""
@@ -646,7 +638,6 @@ class PromptMethod(LightningModule):
         trainer.training = True
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Count the batch, and log its loss."""
         self.progress.batches += 1
         runs = 1 if self.joint else max(1, len(self.progress.live))
         batches = self.trainer.accumulate_grad_batches
@@ -670,7 +661,6 @@ class PromptMethod(LightningModule):
         return self.trainer.state.fn == "fit"
 
     def new_evaluation(self, split: SplitName) -> Evaluation:
-        """An evaluation of the runs."""
         known = (self.datamodule, self.runs, split, self.metric_variant, self.device)
         return Evaluation(*known, shared_rows=self.row_share[1] > 1)
 
@@ -699,11 +689,9 @@ class PromptMethod(LightningModule):
         self.status.masked_fill_(self.status == TRAINING, FINISHED)
 
     def on_validation_start(self) -> None:
-        """Begin an evaluation: of what is trained in a fit, else of the best."""
         self._begin("dev")
 
     def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
-        """Answer a batch of dev rows."""
         self.evaluation.add(batch, self.answer(self._prefixes, batch))
 
     def on_validation_epoch_end(self) -> None:
@@ -716,9 +704,8 @@ class PromptMethod(LightningModule):
             whole = self.trainer.num_sanity_val_steps == float("inf")
             self._start_scores = scores.tolist() if whole and not self.joint else []
             return
-        self._evaluated_at = self.trainer.global_step
+        self._evaluated_at = step = self.trainer.global_step
         units, live = self.unit_scores(scores), self.active & (self.status == TRAINING)
-        step = self.trainer.global_step
         self.keep(self.keeper.update(units, scores, step, live, always=not self.runs))
         lines = list(self.progress.live)
         self._stop_runs()
@@ -821,15 +808,12 @@ class PromptMethod(LightningModule):
     # ---- test and predict -----------------------------------------------------------------------
 
     def on_test_start(self) -> None:
-        """Begin the evaluation of the best of this fit, of the checkpoint, or of the files."""
         self._begin("test")
 
     def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
-        """Answer a batch of test rows."""
         self.evaluation.add(batch, self.answer(self._prefixes, batch))
 
     def on_test_epoch_end(self) -> None:
-        """Score test, and write what it leaves."""
         scores = self.evaluation.scores()
         self.log("test/mean", scores[self.evaluated].nanmean().float(), rank_zero_only=False)
         self.report_test(scores)
@@ -839,7 +823,6 @@ class PromptMethod(LightningModule):
         Report(self, self.evaluation, "test").write(scores)
 
     def on_predict_start(self) -> None:
-        """Take the best of this fit, of the checkpoint, or of the files."""
         self.restore_best()
         self._prefixes = self.prefixes(current=False)
 
@@ -879,7 +862,6 @@ class PromptMethod(LightningModule):
         return self._fit_record
 
     def on_fit_end(self) -> None:
-        """Record the trainer's settings, and what the fit read, for tests to come."""
         if not self._is_written:  # a fit that was killed after its last step had none left
             self._write_all()
         self._fit_record = {"trainer": trainer_settings(self.trainer), "digests": self.digests()}
@@ -937,7 +919,6 @@ class PromptMethod(LightningModule):
     # ---- checkpoints ----------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note what the runs are, and what must agree."""
         fill_checkpoint(self, checkpoint)
         checkpoint["seconds"], checkpoint["evaluated_at"] = self.seconds, self._evaluated_at
 
@@ -969,7 +950,6 @@ class PromptMethod(LightningModule):
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The state without the frozen backbone."""
         state = super().state_dict(*args, **kwargs)
         for name in [name for name in state if name.startswith(self.frozen)]:
             del state[name]

@@ -176,7 +176,7 @@ class PromptTuning(PromptMethod):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of all live runs; a run whose loss or gradient is not finite rests from here on."""
         bank = self.bank()
-        losses, gradient = self.bank_gradient(bank, batch, self.label_smoothing)
+        losses, gradient = self.bank_gradient(bank, batch)
         finite = losses.isfinite() & gradient.flatten(1).isfinite().all(1)
         self.active &= self.finite_everywhere(finite)
         losses = torch.where(self.active, losses, 0)
