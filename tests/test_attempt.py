@@ -184,31 +184,6 @@ def test_only_target_prompts_and_attention_change(fit, backbone):
     assert (targets["initial_lr"], attention["initial_lr"]) == (0.03, 0.01)
 
 
-def test_a_checkpoint_holds_what_is_trained_and_nothing_else(fit, tmp_path):
-    path = tmp_path / "four.ckpt"
-    method = fit(trainer={"callbacks": [SaveAtStepFour(path)]})
-    saved = torch.load(path, weights_only=True)["state_dict"]
-    assert not [name for name in saved if name.startswith(("backbone", "initial"))]
-    trained = method.prompt.numel() + sum(
-        weight.numel() for weight in method.attention.parameters()
-    )
-    assert sum(tensor.numel() for tensor in saved.values()) < 4 * trained
-
-
-@pytest.mark.parametrize("kind", ["t5", "gpt2"])
-def test_a_resumed_fit_equals_the_uninterrupted_one(fit, tmp_path, kind):
-    """Reference: every tensor of the fit that went on, to the bit."""
-    path = tmp_path / "four.ckpt"
-    whole = fit(kind, "whole", trainer={"callbacks": [SaveAtStepFour(path)]})
-    resumed = fit(kind, "resumed", ckpt=path)
-    for name, tensor in whole.state_dict().items():
-        if name != "seconds":
-            assert torch.equal(
-                tensor,
-                resumed.state_dict()[name],
-            ), name
-
-
 def test_the_files_answer_as_the_fit_did(fit, backbone, tmp_path):
     """Reference: the same test right after the fit."""
     fitted = fit(test_baselines=True)

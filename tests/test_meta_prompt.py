@@ -25,7 +25,6 @@ from prompt_lab.core.bank import BankObjective, renumber
 from prompt_lab.core.batch import Batch
 from prompt_lab.core.meta_gradient import InnerConfig
 from prompt_lab.core.optim import OptimConfig
-from prompt_lab.core.pretrained import weights_digest
 from prompt_lab.core.training_forward import twice_differentiable
 from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.data.sampling import Episodes
@@ -261,12 +260,9 @@ class SaveAt(Callback):
             trainer.save_checkpoint(self.path)
 
 
-@pytest.mark.parametrize("batches", [1, 2])
-def test_a_resumed_fit_equals_the_uninterrupted_one(fit, tmp_path, batches):
-    """Reference: every tensor and every line of the curves, bit for bit.
-
-    Kills, on two threads, are in ``test_resume.py``.
-    """
+def test_a_resumed_fit_of_accumulated_batches_equals_the_uninterrupted_one(fit, tmp_path):
+    """Reference: every tensor and every line of the curves, bit for bit; the inner rate learned."""
+    batches = 2
     path = tmp_path / "two.ckpt"
     inner = InnerConfig(2, learning_rate=0.1, learned="per_token")
     settings = validated(inner=inner, optim=OptimConfig("adamw", schedule="linear"))
@@ -476,24 +472,6 @@ def test_a_prompt_names_its_source_tasks_as_they_were_named(
     method.keys = [(task, 100) for task in method._sources(data)]
     assert method.source_set == name
     assert method.source_tasks == [t for t in data.tasks if t not in method.validation_tasks]
-
-
-@pytest.mark.parametrize("kind", ["t5", "gpt2"])
-@pytest.mark.parametrize("learned", ["fixed", "shared"])
-def test_a_fit_leaves_every_byte_of_the_backbone_and_optimizes_the_prompt_alone(fit, kind, learned):
-    """Reference: SHA-256 over all weights before and after."""
-    model = make_backbone(kind)
-    before = weights_digest(model)
-    settings = validated(inner=InnerConfig(2, learning_rate=1e-3, learned=learned))
-    method = fit(kind, model=model, **settings)
-    assert weights_digest(model) == before
-    groups = method.trainer.optimizers[0].param_groups
-    held = [id(parameter) for group in groups for parameter in group["params"]]
-    wanted = [method.prompt] if method.log_rate is None else [method.prompt, method.log_rate]
-    assert held == [id(parameter) for parameter in wanted]
-    trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
-    assert {id(parameter) for parameter in trained} == set(held)
-    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 # ---- divergence ----------------------------------------------------------------------------------

@@ -110,15 +110,8 @@ def test_prompt_files_hold_the_code_and_results_the_dimension(fit, files):
     torch.testing.assert_close(tested.keeper["code"][0], saved.code)
 
 
-def test_a_resumed_fit_equals_the_uninterrupted_one_and_needs_its_subspace(fit, files, tmp_path):
-    checkpoints = {"enable_checkpointing": True, "val_check_interval": 3}
-    whole = fit("whole", trainer={"max_steps": 6, **checkpoints})
-    fit("half", trainer={"max_steps": 3, **checkpoints}).trainer.save_checkpoint(
-        tmp_path / "a.ckpt"
-    )
-    resumed = fit("rest", ckpt=str(tmp_path / "a.ckpt"), trainer={"max_steps": 6, **checkpoints})
-    assert torch.equal(resumed.code, whole.code)
-    assert torch.equal(resumed.keeper["code"], whole.keeper["code"])
+def test_a_checkpoint_holds_prompts_and_needs_its_subspace(fit, files, tmp_path):
+    fit("half").trainer.save_checkpoint(tmp_path / "a.ckpt")
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert not any(name.startswith("subspace.") for name in saved["state_dict"])
     (prompt,) = load_checkpoint(tmp_path / "a.ckpt")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import HIDDEN, make_backbone
+from conftest import HIDDEN
 from sklearn.metrics import f1_score, matthews_corrcoef
 from test_prompt_tuning import make_data, make_trainer
 
@@ -608,10 +608,3 @@ def test_the_configs_of_the_paper_are_read(name, backbone, tmp_path):
     method = VectorArithmetic(**settings)
     assert method.study == name
     assert len(method.folders) == 6
-
-
-def test_the_backbone_is_not_changed(run):
-    method = run(scales=[1.0])
-    fresh = make_backbone("gpt2").model.state_dict()
-    for name, weight in method.backbone.model.state_dict().items():
-        assert weight.equal(fresh[name])
