@@ -155,7 +155,7 @@ def test_a_random_subspace_is_a_function_of_its_seed(fit):
     [
         ({"path": "random"}, "give a dimension for a random subspace, and none for a file"),
         ({"path": "x", "intrinsic_dim": 3}, "path is 'x' and model.subspace.intrinsic_dim is 3"),
-        ({"path": "random", "intrinsic_dim": 0}, "intrinsic_dim is 0: give 1 or more"),
+        ({"path": "random", "intrinsic_dim": 0}, "intrinsic_dim is 0: give at least 1"),
         ({"path": "x", "std": -1.0}, "std is -1.0: give 0 or more"),
     ],
 )

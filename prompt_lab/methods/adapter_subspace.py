@@ -6,13 +6,10 @@ numbers per task on the language model loss of mixed batches; with A_i the adapt
 
     A_i = W_2 tanh(W_1 V_i + b_1) + b_2,    L = mean over tasks of L_LM(A_i),
 
-so nothing is projected or reconstructed, and no adapters need to be trained before. Tuning keeps
-the map and trains a code per run, from a random start. Both are :class:`PromptTuning` on an
-:class:`AdaptedBackbone`, whose bank holds adapters.
-
-The authors' code has one code for all tasks and a linear map without bias (``inner_size`` null is
-that but for the bias); here every task has its own code, as in the paper. Left out: adapters
-trained without a map, random maps, several I at once.
+so no adapters need to be trained before. Tuning keeps the map and trains a code per run, from a
+random start. Both are :class:`PromptTuning` on an :class:`AdaptedBackbone`, whose bank holds
+adapters. The authors' code has one code for all tasks and a linear map without bias (``inner_size``
+null is that but for the bias); here every task has its own code, as in the paper.
 """
 
 from __future__ import annotations
@@ -135,12 +132,8 @@ class AdapterSubspace(_AdapterMethod):
     Every step takes rows of all tasks, each counting alike, each row under the adapters of its own
     task. The map with the best mean dev score over the tasks goes to ``adapters_<I>.safetensors``
     in the run folder, and ``test`` scores that step's adapters; unseen tasks have no code here, so
-    their results come from :class:`AdapterTuning`. ``trainer.max_steps`` is the budget and
-    ``trainer.val_check_interval`` the number of steps between evaluations.
-
-    Memory: the map has P * (H + 1) + H * (I + 1) numbers, and training keeps five of each (weight,
-    gradient, two moments, best). For bart-base with r = 16, P is 589,824, and H = 768 makes 9 GB of
-    that; H = 64 makes 0.8 GB. A checkpoint holds four of the five; the file of the map one.
+    their results come from :class:`AdapterTuning`. The map has P * (H + 1) + H * (I + 1) numbers,
+    and training keeps five of each: for bart-base with r = 16, H = 768 takes 9 GB, H = 64 0.8 GB.
 
     Args:
         intrinsic_dim: I.

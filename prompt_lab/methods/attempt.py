@@ -2,18 +2,10 @@
 
 ATTEMPT (Asai et al. 2022, arXiv 2205.11961): the tuned prompts of source tasks stay as they are; a
 target prompt for each task and a small attention G are trained, and the prompt of a row is
-P_target + sum_j a_j(row) P_j (``attention_mixture.py`` has the formulas).
-
-The authors' code is corrected in these places: the maximum over the input leaves padding out; G's
-LayerNorm is trained; G has its own learning rate (there its parameter group is empty, since names
-are compared without their ending ".weight", so that G learns at the prompts' rate); in an
-evaluation each row has the target prompt of its task (there rows without a task's number take the
-first); and each task has its own metric. Left out: G trained on the source tasks beforehand, other
-scores than G's, and a learned temperature.
-
-No two rows share a prompt, so in decoder-only models each row runs its own N virtual tokens, in
-training and in evaluation. A fit is of one few-shot sample, since samples that share G would not be
-independent.
+P_target + sum_j a_j(row) P_j (``attention_mixture.py`` has the formulas). Corrected of the authors'
+code: the maximum over the input leaves padding out, G's LayerNorm is trained, G has its own
+learning rate, each row is evaluated under the target prompt of its own task, by its own metric. A
+fit is of one few-shot sample, since samples that share G would not be independent.
 """
 
 from __future__ import annotations
@@ -50,14 +42,11 @@ TARGET = "target prompt"
 class Attempt(PromptMethod):
     """Trains target prompts and one attention over them and frozen source prompts.
 
-    The target tasks are those of ``data.tasks``. ``trainer.max_steps`` is the budget and
-    ``trainer.val_check_interval`` the number of steps between evaluations on dev; the step with the
-    best mean dev score over the tasks is kept.
-
-    The fit leaves ``attention.safetensors`` and ``target_prompts/``, which answer together and with
-    the source prompts only, so ``test`` needs these too. ``test`` also writes ``attention.csv``:
-    the weight of each source prompt, as mean and standard deviation over the test rows of a task.
-    With ``test_baselines`` the variant ``initial_prompt`` is the mixture before training.
+    The target tasks are those of ``data.tasks``; the step with the best mean dev score over them is
+    kept. The fit leaves ``attention.safetensors`` and ``target_prompts/``, which answer together
+    and with the source prompts only, so ``test`` needs these too. It also writes
+    ``attention.csv``: the weight of each source prompt, as mean and standard deviation over the
+    test rows of a task. ``initial_prompt`` of the baselines is the mixture before training.
 
     Args:
         prompts: prompt stores, folders of fits, prompt files or checkpoints, with the tuned prompts

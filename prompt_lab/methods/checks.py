@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from lightning.pytorch import callbacks
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 
+from prompt_lab.methods.configs import flag_names
+
 if TYPE_CHECKING:
     from prompt_lab.methods.method import PromptMethod
 
@@ -49,9 +51,9 @@ def check_settings(given: Mapping[str, Any]) -> None:
     Raises:
         ValueError: the setting, and what is allowed.
     """
-    for name, (is_allowed, allowed) in LIMITS.items():
-        value = given.get(name)
-        if isinstance(value, (int, float)) and not is_allowed(value):
+    for name, value in flag_names(dict(given)).items():
+        is_allowed, allowed = LIMITS.get(name.rpartition(".")[2], (None, ""))
+        if is_allowed and isinstance(value, (int, float)) and not is_allowed(value):
             raise ValueError(f"model.{name} is {value}: give {allowed}")
 
 

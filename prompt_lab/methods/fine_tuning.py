@@ -10,8 +10,7 @@ With ``intrinsic_dim`` the weights move in a random subspace only: theta = theta
 trained numbers v that start at zero, and a fixed random P made by the Fastfood transform
 (Aghajanyan et al. 2021, arXiv 2012.13255, equations 1 and 2).
 
-Left out: dropout, which the papers' fine-tuning has on and which stays off here, as for prompts;
-weights in half precision; baselines without training, which a fit of PromptTuning reports.
+Dropout stays off, as for prompts, where the papers' fine-tuning has it on.
 """
 
 from __future__ import annotations
@@ -39,18 +38,11 @@ from prompt_lab.methods.method import PromptMethod
 class FineTuning(PromptMethod):
     """Trains all weights of the backbone on one task and keeps the best by the dev score.
 
-    ``trainer.max_steps`` is the budget and ``trainer.val_check_interval`` the number of steps
-    between evaluations on dev. The loss of a step is the mean of its rows' losses. Weight decay
-    spares biases and norms. Dropout stays off.
-
-    Memory: the weights, twice their size for the gradient (while micro-batches are summed), twice
-    for AdamW's moments, and the best weights on the host. A subspace needs, beside weights and
-    gradient, the initial weights and 8 to 16 bytes per weight for P.
-
-    A checkpoint, which resumes a fit bit for bit, holds weights, best weights and the optimizer's
-    moments: 16 bytes per weight with AdamW, 2.2 GB for bart-base. ``best.safetensors`` in the run
-    folder, from which ``test`` reads in another process, holds the best weights: 4 bytes per
-    weight. In a subspace both hold v instead, 16 and 4 bytes per dimension.
+    Weight decay spares biases and norms. Memory: the weights, twice their size for the gradient
+    (while micro-batches are summed), twice for AdamW's moments, and the best weights on the host; a
+    checkpoint holds all but the gradient, ``best.safetensors``, from which ``test`` reads, the best
+    weights. In a subspace these hold v instead, and memory, beside weights and gradient, the
+    initial weights and 8 to 16 bytes per weight for P.
 
     Args:
         optim: optimizer, schedule and clip; the clip is of the norm over all that is trained.

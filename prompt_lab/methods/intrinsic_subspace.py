@@ -7,14 +7,11 @@ their tasks and stay near the tuned prompts P:
     L = mean over tasks of ( L_LM(P*) + alpha * |P* - P|^2 )
 
 with backbone and tuned prompts fixed. Several I are trained side by side on the same batches, each
-as if it were alone. A batch mixes rows of many tasks, each row under its own task's prompt; every
-distinct prompt is reconstructed once per step, and its gradient comes from the bank. The best map
-by the mean dev score of the training tasks goes to a subspace file; ``test`` scores reconstructed
-prompts of the training tasks, and of tasks that the map has never seen.
-
-The authors' code sums L_LM over tokens and rows, takes the mean over the numbers of a prompt in the
-second term, and counts tasks by their rows; ``lm_reduction``, ``reconstruction_reduction`` and
-``mixing`` say so. Tuning in the subspace is :class:`PromptTuning` with ``subspace``.
+as if it were alone. The best map by the mean dev score of the training tasks goes to a subspace
+file, in which :class:`PromptTuning` tunes; ``test`` scores reconstructed prompts of the training
+tasks, and of tasks that the map has never seen. The authors' code sums L_LM over tokens and rows,
+takes the mean over the numbers of a prompt in the second term, and counts tasks by their rows;
+``lm_reduction``, ``reconstruction_reduction`` and ``mixing`` say so.
 """
 
 from __future__ import annotations

@@ -3,9 +3,7 @@
 Meta prompt tuning (Qin et al. 2023, arXiv 2302.08143): in each step a few episodes, (task, sample)
 each, adapt the prompt on support rows and judge it on query rows; MAML, FoMAML, Reptile or
 multi-task learning says how to move the prompt (``meta_gradient.py``). The loss of a step has the
-meta-gradient as its gradient, so Lightning's automatic optimisation is all that is needed:
-clipping, accumulation, DDP over episodes. Left out: other parameters than the prompt, and the inner
-learning rate, that could be learned.
+meta-gradient as its gradient, so Lightning clips, accumulates and shares episodes as ever.
 """
 
 from __future__ import annotations
@@ -67,11 +65,6 @@ class AdaptationConfig:
         self.optim = as_config(OptimConfig, self.optim)
         if self.steps < 0:
             raise ValueError(f"model.adaptation.steps is {self.steps}: give 0 or more")
-        if self.batch_size < 1 or not self.learning_rate > 0:
-            raise ValueError(
-                f"model.adaptation has batch_size {self.batch_size} and learning_rate "
-                f"{self.learning_rate}: give at least 1, and a positive number"
-            )
 
 
 class MetaPrompt(PromptMethod):
@@ -83,19 +76,12 @@ class MetaPrompt(PromptMethod):
     ``prompt.safetensors``: the prompt of the best evaluation, or the last one where there are no
     validation tasks.
 
-    An episode has K = ``inner.steps`` support batches of ``support_size`` train rows, and
-    ``query_size`` dev rows. Of these each algorithm reads:
-
-    - ``maml`` and ``fomaml``: the K support batches, one in each inner step, and the query; K *
-      ``support_size`` + ``query_size`` rows. The loss of an episode is the mean over query rows at
-      the adapted prompt.
-    - ``multitask``: the same rows. The loss of an episode is the mean over all of them, support and
-      query alike, at the prompt as it is.
-    - ``reptile``: the K support batches, one in each inner step; K * ``support_size`` rows. It is
-      the algorithm of the paper, which has no query; K + ``query_size`` / ``support_size`` inner
-      steps make it read as many rows as the others.
-
-    The loss of a step is the mean over its episodes.
+    An episode has K = ``inner.steps`` support batches of ``support_size`` train rows, and a query
+    of ``query_size`` dev rows. ``maml`` and ``fomaml`` read both: the loss of an episode is that of
+    the query at the adapted prompt. ``multitask`` takes the mean over the same rows at the prompt
+    as it is. ``reptile``, which has no query, reads the support alone: K + ``query_size`` /
+    ``support_size`` inner steps make it read as many rows. The loss of a step is the mean over its
+    episodes.
 
     Args:
         algorithm: ``maml``, ``fomaml``, ``reptile``, or ``multitask`` learning.

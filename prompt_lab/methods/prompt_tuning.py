@@ -1,17 +1,10 @@
 """``PromptTuning``: train a bank of soft prompts, each as if it were alone.
 
 Prompt tuning (Lester et al. 2021, arXiv 2104.08691) trains an (N, D) prompt in front of a frozen
-model. One fit trains a grid of runs, tasks x samples x seeds x learning rates x batch sizes (x
-source tasks, where prompts are transferred), in one (R, N, D) parameter: the loss of a step is the
-sum of the runs' own mean losses, and optimizer, schedule, best prompt, early stop and failure
-belong to the run. Which rows a run sees at step t is a function of (order seed, task, sample, t),
-so a bank follows its single runs, and a resumed fit the uninterrupted one.
-
-With a subspace, each run trains I numbers instead, its code, which the subspace's frozen map turns
-into the prompt (intrinsic subspace tuning, Qin et al. 2021).
-
-On several processes, whole runs are shared where there are at least as many runs as processes, and
-the rows of each step where there are fewer.
+model. One fit trains a grid of runs in one (R, N, D) parameter: the loss of a step is the sum of
+the runs' own mean losses, and optimizer, schedule, best prompt, early stop and failure belong to
+the run. With a subspace, each run trains I numbers instead, its code, which the subspace's frozen
+map turns into the prompt (intrinsic subspace tuning, Qin et al. 2021).
 """
 
 from __future__ import annotations
@@ -51,10 +44,8 @@ class PromptTuning(PromptMethod):
 
     The grid of runs is data.tasks x data.samples x init_seed x learning_rate x batch_size; with one
     value each it is ordinary prompt tuning. With ``init.source_tasks`` each of them is made once
-    for every source task, from whose prompt it starts (SPoT, Vu et al. 2022).
-    ``trainer.max_steps`` is the budget of every run and ``trainer.val_check_interval`` the number
-    of steps between evaluations on dev; with ``trainer.num_sanity_val_steps`` -1 the initial
-    prompts are scored too, as step 0 of the curves.
+    for every source task, from whose prompt it starts (SPoT, Vu et al. 2022). With
+    ``trainer.num_sanity_val_steps`` -1 the initial prompts are scored too, as step 0.
 
     Args:
         optim: optimizer, schedule and clip of every run.

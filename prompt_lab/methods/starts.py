@@ -257,12 +257,6 @@ class SubspaceConfig:
                 f"{self.intrinsic_dim}: give a dimension for a {RANDOM} subspace, and none for a "
                 "file"
             )
-        if self.intrinsic_dim is not None and self.intrinsic_dim < 1:
-            raise ValueError(
-                f"model.subspace.intrinsic_dim is {self.intrinsic_dim}: give 1 or more"
-            )
-        if self.std < 0:
-            raise ValueError(f"model.subspace.std is {self.std}: give 0 or more")
 
     def load(self, backbone: Backbone, num_virtual_tokens: int) -> Subspace:
         """The map, frozen; errors as :func:`load_subspace`."""
