@@ -441,7 +441,7 @@ def test_settings_out_of_range_are_refused(settings, sentence):
     [
         ({"tasks": ["glue-sst2"]}, "study pairs needs at least two data.tasks"),
         ({"tasks": ["glue-sst2", "e2e_nlg_cleaned"]}, "no prompt of task 'e2e_nlg_cleaned'"),
-        ({"samples": [13, 42]}, "no tuned prompt of sample 42"),
+        ({"samples": [13, 42]}, "no seed of sample 42 has prompts"),
         (
             {"study": "expressions", "expressions": ["- emotion"]},
             "names no task to be evaluated on: set model.evaluate_on to all",

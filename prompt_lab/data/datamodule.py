@@ -53,9 +53,6 @@ class PromptDataModule(LightningDataModule):
         truncation_side: the side on which the text of longer inputs is cut, ``right`` (its end) or
             ``left`` (its beginning, a task_prefix included); special tokens are never cut.
 
-    Attributes:
-        splits: the rows of every (task, sample), after :meth:`setup`.
-
     Raises:
         ValueError: a setting out of its range.
     """
@@ -87,7 +84,7 @@ class PromptDataModule(LightningDataModule):
         self.samples, self.order_seed = list(samples), order_seed
         self.truncation_side: Side = truncation_side
         self.max_input_length, self.task_prefix = max_input_length, task_prefix
-        self.splits: dict[Key, dict[SplitName, Split]] = {}
+        self.splits: dict[Key, dict[SplitName, Split]] = {}  # filled by `setup`
         self._backbone: Backbone | None = None
         self._tokens: dict[tuple[str, str, str], Rows] = {}
 
@@ -96,11 +93,7 @@ class PromptDataModule(LightningDataModule):
         raise NotImplementedError(f"{type(self).__name__} says no rows: give it a method rows")
 
     def setup(self, stage: str | None = None) -> None:
-        """Take and check the rows of every task and sample, once.
-
-        Raises:
-            DataError: a split without rows, or answers outside a task's labels.
-        """
+        """Take and check the rows of every task and sample, once; a ``DataError`` names them."""
         for task, sample in self.keys:
             if (task, sample) in self.splits:
                 continue
@@ -126,11 +119,7 @@ class PromptDataModule(LightningDataModule):
         self.layout = Layout(backbone.pad_id, not backbone.is_encoder_decoder)
 
     def tokens(self, task: str, sample: int, split: SplitName, keep: bool = True) -> Rows:
-        """Tokenised rows of one split, to keep for the next time; equal test sets are made once.
-
-        Raises:
-            ValueError: an input without tokens, naming the file.
-        """
+        """Tokenised rows of one split, to keep for the next time; equal test sets are made once."""
         data, kind = self.splits[task, sample][split], self.tasks[task]
         key = (task, data.digest, split)
         if key in self._tokens:
@@ -207,9 +196,7 @@ class PromptDataModule(LightningDataModule):
         """The batches of the evaluation on test."""
         return self.evaluation_steps("test", self.evaluated)
 
-    def predict_dataloader(self) -> EvaluationSteps:
-        """As :meth:`test_dataloader`."""
-        return self.test_dataloader()
+    predict_dataloader = test_dataloader
 
 
 class RowsDataModule(PromptDataModule):
@@ -221,10 +208,6 @@ class RowsDataModule(PromptDataModule):
         labels: the closed label sets of tasks that have one; answers of others are generated.
         metrics: by task; ACC where there are labels, else EM.
         settings: the other arguments of :class:`PromptDataModule`.
-
-    Raises:
-        ValueError: labels or metrics of a task that is not there, a split that is missing, or an
-            unknown metric.
     """
 
     def __init__(
@@ -240,17 +223,15 @@ class RowsDataModule(PromptDataModule):
         for name, own in labels.items():
             if isinstance(own, str) or len(own) < 2:
                 raise ValueError(f"labels of {name} are {own!r}: give a list of two or more")
+        made = []
         for name, of_task in tasks.items():
             if lacking := [split for split in SPLITS if split not in of_task]:
                 raise ValueError(f"task {name} has no {', '.join(lacking)}: give train, dev, test")
-        made = []
-        for name in tasks:
             own = tuple(labels[name]) if name in labels else None
-            made.append(Task(name, "custom", metrics.get(name, "ACC" if own else "EM"), None, own))
-        if wrong := [task for task in made if task.metric not in METRICS]:
-            raise ValueError(
-                f"metric {wrong[0].metric} of {wrong[0].name}: choose among {', '.join(METRICS)}"
-            )
+            metric = metrics.get(name, "ACC" if own else "EM")
+            if metric not in METRICS:
+                raise ValueError(f"metric {metric} of {name}: choose among {', '.join(METRICS)}")
+            made.append(Task(name, "custom", metric, None, own))
         super().__init__(made, **settings)
         self._pairs = tasks
 
@@ -274,9 +255,6 @@ class CrossFitDataModule(PromptDataModule):
         shots: K of the file names, a number or ``all``; null takes that of the task table. Of the
             sandbox it is the number of training rows, out of 512.
         settings: the other arguments of :class:`PromptDataModule`.
-
-    Raises:
-        ValueError: a setting out of its range, or an unknown task.
     """
 
     def __init__(
@@ -309,7 +287,6 @@ class CrossFitDataModule(PromptDataModule):
 
         Raises:
             DataError: naming file, line and reason.
-            ValueError: a task is not one of the sandbox's.
         """
         if self.root == SANDBOX:
             super().setup(stage)
@@ -322,12 +299,7 @@ class CrossFitDataModule(PromptDataModule):
                 self.splits |= {(task.name, sample): splits for sample, splits in read.items()}
 
     def rows(self, task: str, sample: int, split: SplitName) -> Pairs:
-        """The generated rows of a sandbox task; K training rows keep labels' shares.
-
-        Raises:
-            DataError: a K that cannot hold all labels.
-            ValueError: a task that is not one of the sandbox's.
-        """
+        """The generated rows of a sandbox task; K training rows keep labels' shares."""
         if task not in TASKS:
             raise ValueError(
                 f"task {task!r} is not in the sandbox: set data.root to the folder that holds "
@@ -345,11 +317,7 @@ class CrossFitDataModule(PromptDataModule):
 
 
 def as_split(pairs: Pairs, where: Path) -> Split:
-    """Pairs of texts as the rows of a split; spaces around them are dropped, as in files.
-
-    Raises:
-        DataError: a row that is no text with an answer or several, or has an empty one.
-    """
+    """Pairs of texts as the rows of a split; spaces around them are dropped, as in files."""
     inputs, references = [], []
     for number, pair in enumerate(pairs, 1):
         text, answers = pair if isinstance(pair, (tuple, list)) and len(pair) == 2 else (None, ())

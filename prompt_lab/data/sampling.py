@@ -33,25 +33,15 @@ Mixing = Literal["examples", "tasks", "temperature"]
 
 @dataclass(frozen=True)
 class Rows:
-    """The tokenised rows of one split.
-
-    Attributes:
-        task: the task.
-        inputs: token ids of each input.
-        targets: token ids of each of a row's references; empty where they are not trained on.
-        references: the accepted answers as text.
-        longest_target: tokens of the longest reference.
-        shortest_targets: tokens of each row's shortest reference.
-        cut: how many inputs were longer than ``data.max_input_length`` and cut.
-    """
+    """The tokenised rows of one split."""
 
     task: Task
-    inputs: list[list[int]]
-    targets: list[list[list[int]]]
-    references: list[list[str]]
-    longest_target: int
-    shortest_targets: list[int] = field(default_factory=list)
-    cut: int = 0
+    inputs: list[list[int]]  # token ids
+    targets: list[list[list[int]]]  # of each of a row's references; empty for test
+    references: list[list[str]]  # the accepted answers as text
+    longest_target: int  # tokens of the longest reference
+    shortest_targets: list[int] = field(default_factory=list)  # of each row's shortest reference
+    cut: int = 0  # how many inputs were longer than data.max_input_length
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -67,24 +57,18 @@ class Layout:
 
 @dataclass
 class Progress:
-    """Training batches since a fit began, and places of the runs that still train.
+    """Where a fit is; its loaders read it when they are asked for a batch."""
 
-    Loaders read it when they are asked for a batch.
-    """
-
-    batches: int = 0
-    live: list[int] = field(default_factory=list)
+    batches: int = 0  # of training, since the fit began
+    live: list[int] = field(default_factory=list)  # places of the runs that still train
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What a batch of training holds, by its number, counted from 0, and the live runs' places.
+    """What a batch of training holds."""
 
-    One pass is the batches until every row was seen once, on the longest way.
-    """
-
-    batch: Callable[[int, Sequence[int]], Any]
-    one_pass: int
+    batch: Callable[[int, Sequence[int]], Any]  # by its number, from 0, and the live runs' places
+    one_pass: int  # batches until every row was seen once, on the longest way
 
 
 @dataclass(eq=False)
@@ -367,27 +351,18 @@ class EvaluationBatch:
 class EvaluationSteps:
     """All rows of a split under every live run of their task and sample, one after another.
 
-    Attributes:
-        runs: all runs of the bank.
-        rows: rows by (task, sample).
-        layout: padding.
-        tokens_per_forward: most padded tokens of a batch.
-        longest_answer: most tokens to generate, by (task, sample).
-        extra_per_row: tokens of a task's row besides its input, given the longest answer.
-        live: the places of the runs to evaluate, read when an evaluation begins.
-        share: this process, and how many share the rows.
-        block: most runs whose rows come before those of others; None for all.
+    Where runs stop in a fit, later evaluations are of those that ``live`` gives when they begin.
     """
 
     runs: Sequence[Run]
     rows: Mapping[Key, Rows]
     layout: Layout
-    tokens_per_forward: int
-    longest_answer: Mapping[Key, int]
-    extra_per_row: Callable[[Task, int], int]
-    live: Callable[[], Sequence[int]]
-    share: tuple[int, int] = (0, 1)
-    block: int | None = None
+    tokens_per_forward: int  # most padded tokens of a batch
+    longest_answer: Mapping[Key, int]  # most tokens to generate
+    extra_per_row: Callable[[Task, int], int]  # tokens besides the input, by the longest answer
+    live: Callable[[], Sequence[int]]  # places of the runs to evaluate
+    share: tuple[int, int] = (0, 1)  # this process, and how many share the rows
+    block: int | None = None  # most runs whose rows come before those of others; None for all
     _made: tuple[list[int], list[tuple[Key, Drawn]]] = field(default=([], []), init=False)
 
     def __len__(self) -> int:

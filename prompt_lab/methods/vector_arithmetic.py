@@ -253,12 +253,6 @@ class VectorArithmetic(PromptMethod):
             for group, files in find_vectors(self.folders).items()
             if group[0] in data.samples and group[1] is not None
         }
-        absent = [str(n) for n in data.samples if n not in {sample for sample, _ in found}]
-        if absent:
-            raise ValueError(
-                f"no tuned prompt of sample {', '.join(absent)} in {', '.join(self.folders)}: tune "
-                "them first, or leave the sample out of data.samples"
-            )
         asked = list(self._sums(data, found))
         sums = list(self._baselines(asked, found))
         for made in asked:
