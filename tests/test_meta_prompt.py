@@ -587,8 +587,8 @@ def test_a_fit_that_diverges_later_keeps_its_best_prompt(fit, monkeypatch):
         ({"backbone": {"compile": True}}, r"torch\.compile cannot"),
         ({"backbone": {"dtype": "bfloat16"}}, "dtype bfloat16.*use float32.*or model.algorithm"),
         ({"adaptation": {"steps": -1}}, r"model\.adaptation\.steps is -1: give 0 or more"),
-        ({"adaptation": {"batch_size": 0}}, "batch_size 0"),
-        ({"adaptation": {"learning_rate": 0.0}}, "learning_rate 0.0"),
+        ({"adaptation": {"batch_size": 0}}, "adaptation.batch_size is 0"),
+        ({"adaptation": {"learning_rate": 0.0}}, "adaptation.learning_rate is 0.0"),
         ({"validation_tasks": ["sandbox/none"]}, "sandbox/none"),
     ],
 )

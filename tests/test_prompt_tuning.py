@@ -36,10 +36,8 @@ MIXED = ["glue-cola", "e2e_nlg_cleaned"]  # scored and generated
 # takes over a kink of T5's ReLU has a gradient that differs by 1e-2.
 GRIDS = {
     "t5": ([0.003, 0.001], 5),
-    "bart": ([0.03, 0.01], 0),
     "gpt2": ([0.03, 0.01], 0),
     "bloom": ([0.03, 0.01], 0),
-    "llama": ([0.03, 0.01], 0),
 }
 
 
