@@ -547,11 +547,7 @@ class MetaPrompt(PromptMethod):
 
     def restore(self) -> None:
         saved = load_prompt(self.prompt_path, self.backbone)
-        if saved.prompt.shape != self.best[0].shape:
-            raise ValueError(
-                f"{self.prompt_path} has shape {tuple(saved.prompt.shape)}, the config asks for "
-                f"{tuple(self.best[0].shape)}: use the config of the fit"
-            )
+        self.check_shape(saved, self.prompt_path)
         self.best[0], self.init[0] = saved.prompt, saved.init
         self.keeper.restore(0, saved.steps or 0, saved.dev_score)
         self.seconds = saved.seconds or 0.0
@@ -602,9 +598,8 @@ class MetaPrompt(PromptMethod):
         )
 
     def described(self, data: PromptDataModule) -> list[str]:
-        rows = f"{self.inner.steps} x {self.support_size} support rows"
-        if self.algorithm != "reptile":
-            rows += f" and {self.query_size} query rows"
+        query = "" if self.algorithm == "reptile" else f" and {self.query_size} query rows"
+        rows = f"{self.inner.steps} x {self.support_size} support rows{query}"
         inner = f"{self.inner.name}, learning rate {self.inner.learning_rate:g}"
         return [
             self.summary(),

@@ -216,11 +216,7 @@ class PromptMethod(LightningModule):
         """Read the best from ``run_dir``, where neither a fit nor a checkpoint has filled it."""
         keeper, store = self.keeper, self.store
         for i, saved in enumerate(store.load([run.name for run in self.runs], self.backbone)):
-            if saved.prompt.shape != self.init[i].shape:
-                raise ValueError(
-                    f"{store.path(saved.name)} has shape {tuple(saved.prompt.shape)}, the config "
-                    f"asks for {tuple(self.init[i].shape)}: use the config of the fit"
-                )
+            self.check_shape(saved, store.path(saved.name))
             keeper["bank"][i], self.init[i] = saved.prompt, saved.init
             self.starts[i] = saved.start_fields
             if saved.code is not None:
@@ -232,6 +228,14 @@ class PromptMethod(LightningModule):
             if saved.status in STATUS:
                 self.status[unit] = STATUS.index(saved.status)
             self.seconds = saved.seconds or 0.0
+
+    def check_shape(self, saved: Prompt, file: Path) -> None:
+        """Refuse a prompt of another shape than the settings'."""
+        here, there = tuple(self.init.shape[1:]), tuple(saved.prompt.shape)
+        if here != there:
+            raise ValueError(
+                f"{file} has shape {there}, the config asks for {here}: use the config of the fit"
+            )
 
     def best_prompts(self, test_scores: Tensor | None = None) -> Iterable[Prompt]:
         """The prompt of every run in ``evaluated`` that ``test`` scores, ready to be stored."""
@@ -368,13 +372,10 @@ class PromptMethod(LightningModule):
         self.starts = [Start("")] * len(self.runs)
         self.build(self.backbone, self.runs)
         units = len(self.kept_units())
-        for name, value in {
-            "status": torch.full((units,), TRAINING, dtype=torch.long),
-            "active": torch.ones(units, dtype=torch.bool),
-            "loss_sum": torch.zeros(len(self.line_names())),
-            "loss_steps": torch.zeros((), dtype=torch.long),
-        }.items():
-            self.register_buffer(name, value)
+        self.register_buffer("status", torch.full((units,), TRAINING, dtype=torch.long))
+        self.register_buffer("active", torch.ones(units, dtype=torch.bool))
+        self.register_buffer("loss_sum", torch.zeros(len(self.line_names())))
+        self.register_buffer("loss_steps", torch.zeros((), dtype=torch.long))
         self.keeper = Keeper(units, len(self.runs), self.kept())
         self.is_built = True
         self.progress.live = self.evaluated_in_fit()
@@ -450,6 +451,10 @@ class PromptMethod(LightningModule):
             return None
         return self._run_dir or self._named_run_dir
 
+    @run_dir.setter
+    def run_dir(self, folder: str | Path) -> None:
+        self._named_run_dir = Path(folder)
+
     @property
     def store(self) -> PromptStore:
         """The runs' prompts in the run's folder."""
@@ -460,10 +465,6 @@ class PromptMethod(LightningModule):
         assert self.run_dir is not None
         return self.run_dir / name
 
-    @run_dir.setter
-    def run_dir(self, folder: str | Path) -> None:
-        self._named_run_dir = Path(folder)
-
     def _find_run_dir(self) -> Path | None:
         trainer = self.trainer
         if getattr(trainer, "fast_dev_run", False) or self._named_run_dir is not None:
@@ -471,9 +472,8 @@ class PromptMethod(LightningModule):
         logs = [x for x in trainer.loggers if isinstance(x, (CSVLogger, TensorBoardLogger))]
         if logs:
             return Path(trainer.strategy.broadcast(str(logs[0].log_dir)))
-        name = time.strftime("%Y%m%d-%H%M%S")
-        folder = Path(trainer.default_root_dir) / "prompt_lab_runs" / name
-        folder = Path(trainer.strategy.broadcast(str(folder)))
+        name = f"{trainer.default_root_dir}/prompt_lab_runs/{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = Path(trainer.strategy.broadcast(name))
         rank_zero_info(f"outputs go to {folder}")
         return folder
 
@@ -844,9 +844,8 @@ class PromptMethod(LightningModule):
             for (task, sample), splits in self.datamodule.splits.items()
             for name, split in splits.items()
         }
-        backbone = self.backbone
-        found: dict[str, Any] = {"backbone": backbone.digest, "data": files}
-        found["tokenizer"] = backbone.tokenizer_digest
+        found: dict[str, Any] = {"backbone": self.backbone.digest, "data": files}
+        found["tokenizer"] = self.backbone.tokenizer_digest
         if self.source_keys():
             found["source_prompts"] = tensor_digest(self.sources)
         if self.init_config is not None and self.init_config.name == "file":
@@ -856,9 +855,8 @@ class PromptMethod(LightningModule):
 
     def fit_record(self) -> dict[str, Any]:
         """What the fit kept for tests to come; empty where there is none."""
-        file = self.run_dir and self.run_dir / FIT_RECORD
-        if not self._fit_record and file and file.is_file():
-            self._fit_record = json.loads(file.read_text())
+        if not self._fit_record and self.run_dir and self.file(FIT_RECORD).is_file():
+            self._fit_record = json.loads(self.file(FIT_RECORD).read_text())
         return self._fit_record
 
     def on_fit_end(self) -> None:
@@ -866,8 +864,7 @@ class PromptMethod(LightningModule):
             self._write_all()
         self._fit_record = {"trainer": trainer_settings(self.trainer), "digests": self.digests()}
         if self.trainer.is_global_zero and self.run_dir:
-            text = json.dumps(self._fit_record, indent=1)
-            write_atomically(self.run_dir / FIT_RECORD, text.encode())
+            write_atomically(self.file(FIT_RECORD), json.dumps(self._fit_record, indent=1).encode())
 
     def warn_once(self, key: str, message: str) -> None:
         """Warn about one thing once per fit."""
