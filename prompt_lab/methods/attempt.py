@@ -128,8 +128,8 @@ class Attempt(PromptMethod):
         self.register_buffer("weight_sum", torch.zeros(len(runs)))
 
     def source_keys(self) -> list[Key]:
-        own = self.source_sample
-        sample = self.all_runs[0].sample if own is None else own
+        given = self.source_sample
+        sample = self.all_runs[0].sample if given is None else given
         return [(task, sample) for task in self.source_tasks]
 
     @torch.no_grad()
@@ -250,9 +250,8 @@ class Attempt(PromptMethod):
     def report_test(self, scores: Tensor) -> None:
         """Write results, predictions, target prompts and the attention's weights."""
         super().report_test(scores)
-        sums = torch.zeros(
-            *(len(self.runs), 3, len(self.sources) + 1), dtype=torch.float64, device=self.device
-        )
+        size = (len(self.runs), 3, len(self.sources) + 1)
+        sums = torch.zeros(size, dtype=torch.float64, device=self.device)
         with torch.no_grad():
             for step in self.datamodule.test_dataloader():
                 batch = step.batch.to(self.device)
@@ -268,7 +267,7 @@ class Attempt(PromptMethod):
                 for run, own, stds in zip(self.runs, weight.tolist(), spread.tolist(), strict=True)
                 for name, mean, std in zip([*self.source_tasks, TARGET], own, stds, strict=True)
             ]
-            write_csv(self.run_dir / "attention.csv", ATTENTION_COLUMNS, lines)
+            write_csv(self.file("attention.csv"), ATTENTION_COLUMNS, lines)
 
     def restore(self) -> None:
         self.read_sources()

@@ -157,12 +157,9 @@ class FineTuning(PromptMethod):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of the rows; from a loss or gradient that is not finite on, no gradient."""
         increments = {} if self.intrinsic_dim is None else self.move_weights()
-        weights = list(self.weights.values())
+        known = (self.backbone, list(self.weights.values()), batch)
         loss, gradients = self.within_memory(
-            batch,
-            lambda tokens: weights_gradient(
-                self.backbone, weights, batch, tokens, self.label_smoothing
-            ),
+            batch, lambda tokens: weights_gradient(*known, tokens, self.label_smoothing)
         )
         if increments:
             flat = [gradient.flatten() for gradient in gradients]
@@ -209,7 +206,7 @@ class FineTuning(PromptMethod):
     def write(self) -> None:
         if self.trainer.is_global_zero and self.save_weights:
             facts = {**self.origin(0), **self._belongs_to(), "status": int(self.status)}
-            facts |= {"best_step": int(self.keeper.step), "seconds": self.seconds}
+            facts["best_step"] = facts.pop("steps")
             save_tensors(self.best_path, "weights", self.best_weights, facts)
 
     @property
@@ -290,10 +287,7 @@ class FineTuning(PromptMethod):
     def described(self, data: PromptDataModule) -> list[str]:
         trained = sum(value.nbytes for value in self.trained.values())
         size = 2 * trained + self.held()["optimizer"]
-        return [
-            f"{self.summary()}: {self.runs[0].name}",
-            f"checkpoint: {size / 1e6:,.1f} MB",
-        ]
+        return [f"{self.summary()}: {self.runs[0].name}", f"checkpoint: {size / 1e6:,.1f} MB"]
 
     def held(self) -> dict[str, int]:
         weights = sum(weight.nbytes for weight in self.weights.values())
