@@ -285,48 +285,17 @@ def test_the_stored_prompt_of_each_run_has_the_stored_dev_score(fitted, fewshot_
         assert prompt.steps == int(best["step"])
 
 
-def results_without_time(folder: Path) -> list[dict[str, str]]:
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_csv(folder)]
-
-
-def test_testing_after_the_fit_equals_testing_from_the_store(fitted, fewshot_root):
-    """Reference: another method object that reads the prompt files."""
-    folder = fitted.run_dir
-    data = make_data(fewshot_root, MIXED, [13])
-    fitted.trainer.test(fitted, datamodule=data, verbose=False)
-    names = ("results.csv", "predictions.jsonl", "digests.json")
-    first = {name: (folder / name).read_bytes() for name in names}
-    rows = results_without_time(folder / "results.csv")
-    again, with_ = fresh(fitted, fewshot_root)
-    with_["trainer"].test(again, datamodule=with_["data"], verbose=False)
-    assert results_without_time(folder / "results.csv") == rows
-    assert {name: (folder / name).read_bytes() for name in names[1:]} == {
-        name: first[name] for name in names[1:]
-    }
-    assert {row["variant"] for row in rows} == {
-        "tuned",
-        "no_prompt",
-        "initial_prompt",
-        "chance",
-        "majority",
-    }
-
-
-def test_missing_prompts_are_all_named(fitted, fewshot_root):
-    gone = [fitted.runs[i].name for i in (1, 6)]
-    for name in gone:
-        (fitted.run_dir / "prompts" / f"{name}.safetensors").unlink()
-    again, with_ = fresh(fitted, fewshot_root)
-    with pytest.raises(FileNotFoundError, match=rf"2 of 8 prompts .*{gone[0]}, {gone[1]}"):
-        with_["trainer"].test(again, datamodule=with_["data"], verbose=False)
-
-
-def test_a_prompt_of_another_length_is_refused(fitted, fewshot_root):
+def test_prompts_of_another_length_and_missing_ones_are_refused(fitted, fewshot_root):
     again, with_ = fresh(fitted, fewshot_root)
     longer = PromptTuning(**{**again.hparams, "num_virtual_tokens": 7})
     longer.backbone = fitted.backbone
     with pytest.raises(ValueError, match=r"shape \(5, 32\), the config asks for \(7, 32\)"):
         with_["trainer"].test(longer, datamodule=with_["data"], verbose=False)
+    gone = [fitted.runs[i].name for i in (1, 6)]
+    for name in gone:
+        (fitted.run_dir / "prompts" / f"{name}.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=rf"2 of 8 prompts .*{gone[0]}, {gone[1]}"):
+        with_["trainer"].test(again, datamodule=with_["data"], verbose=False)
 
 
 def test_test_rows_play_no_part_in_training_and_choosing(fit, fewshot_root, tmp_path):
