@@ -44,11 +44,7 @@ class _AdapterMethod(PromptTuning):
     intrinsic_dim: int
 
     def plain_backbone(self) -> Backbone:
-        """The backbone without adapters.
-
-        Raises:
-            ValueError: as :meth:`BackboneConfig.load`; or a way to run it that adapters do not fit.
-        """
+        """The backbone without adapters; a ``ValueError`` for a way to run it that does not fit."""
         config = self.backbone_config
         if config.gradient_checkpointing or config.compile:
             raise ValueError(

@@ -46,11 +46,7 @@ REFUSED_CALLBACKS = {
 
 
 def check_settings(given: Mapping[str, Any]) -> None:
-    """Refuse a number beyond what its setting may be; null and lists are checked elsewhere.
-
-    Raises:
-        ValueError: the setting, and what is allowed.
-    """
+    """Refuse (``ValueError``) a number out of its setting's range, also of nested settings."""
     for name, value in flag_names(dict(given)).items():
         is_allowed, allowed = LIMITS.get(name.rpartition(".")[2], (None, ""))
         if is_allowed and isinstance(value, (int, float)) and not is_allowed(value):
@@ -58,11 +54,7 @@ def check_settings(given: Mapping[str, Any]) -> None:
 
 
 def check_trainer(method: PromptMethod) -> None:
-    """Refuse trainer settings that would quietly change the result.
-
-    Raises:
-        ValueError: the setting, and what to use instead.
-    """
+    """Refuse (``ValueError``) trainer settings that would quietly change the result."""
     trainer = method.trainer
     strategy, whole = trainer.strategy, (SingleDeviceStrategy, DDPStrategy)
     if not isinstance(strategy, whole) or isinstance(strategy, DeepSpeedStrategy):
@@ -119,11 +111,7 @@ def refuse_strategy(name: str) -> NoReturn:
 
 
 def hold_out(tasks: Iterable[str], setting: str, held_out: Sequence[str]) -> list[str]:
-    """The tasks that are left to learn from.
-
-    Raises:
-        ValueError: tasks to be held out that are not there, or none left.
-    """
+    """The tasks left to learn from; a ``ValueError`` for none, or for held out ones not there."""
     if strange := [task for task in held_out if task not in tasks]:
         raise ValueError(
             f"model.{setting} has {', '.join(strange)}, which data.tasks has not: add them there, "

@@ -72,11 +72,7 @@ def look_at_rows(method: PromptMethod, data: PromptDataModule, *splits: SplitNam
 
 
 def check_lengths(method: PromptMethod, data: PromptDataModule, *splits: SplitName) -> None:
-    """Refuse rows of this process's runs that do not fit the backbone's positions.
-
-    Raises:
-        ValueError: naming the task, the lengths and what to lower.
-    """
+    """Refuse (``ValueError``) rows of this process's runs beyond the backbone's positions."""
     for key in _own_keys(method, data):
         for split in splits:
             _check_length(method, data.tokens(*key, split))

@@ -281,11 +281,7 @@ class SubspaceConfig:
 
 
 def load_subspace(path: str | Path, backbone: Backbone, num_virtual_tokens: int) -> Subspace:
-    """The map of a subspace file.
-
-    Raises:
-        FileNotFoundError, ValueError: as :func:`load_network`, or a map of another N.
-    """
+    """The map of a subspace file; errors as :func:`load_network`, and for another N."""
     found = load_network(path, Subspace, backbone)
     if found.num_virtual_tokens != num_virtual_tokens:
         raise ValueError(
