@@ -16,6 +16,7 @@ import subprocess
 import sys
 import termios
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -259,13 +260,19 @@ def test_the_shipped_sweeps_cover_methods_and_searches():
 
 @pytest.mark.parametrize("path", TUNING, ids=lambda path: path.stem)
 def test_every_prompt_tuning_config_runs_on_a_tiny_model(path, model_folder, fewshot_root):
-    """Reference: a model of the same architecture, with the config's other settings as they are."""
+    """Reference: a model of the same architecture, with the config's other settings as they are.
+
+    Its tokenizer has a chat template, which one of the configs asks for.
+    """
     name = yaml.safe_load(path.read_text())["model"]["init_args"]["backbone"]["name"].lower()
     architectures = {"t5": "t5", "bart": "bart", "gpt2": "gpt2", "bloom": "bloom"}
-    architectures["stories260k"] = "llama"
+    architectures |= {"stories260k": "llama", "smollm2": "llama"}
     kind = next(kind for word, kind in architectures.items() if word in name)
+    folder = shutil.copytree(model_folder(kind), "model")
+    chat = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+    Path(folder, "chat_template.jinja").write_text(chat)
     words = [
-        *("fit", f"--config={path}", f"--model.backbone.name={model_folder(kind)}"),
+        *("fit", f"--config={path}", f"--model.backbone.name={folder}"),
         *(
             "--model.num_virtual_tokens=5",
             "--trainer.max_steps=2",
@@ -338,6 +345,32 @@ def test_the_table_of_scores_fits_a_terminal_of_80_columns(tiny_file, tmp_path, 
     assert table[0].split()[:2] == ["task", "metric"]
     (rule,) = [at for at, line in enumerate(table) if set(line) == {"-", " "}]
     assert table[rule + 1].split()[:2] == ["glue-sst2", "ACC"]
+
+
+def test_the_bar_of_a_fit_has_no_epochs_and_nothing_is_printed_into_it(
+    tiny_file, tmp_path, monkeypatch
+):
+    """Lightning's own says epoch 0/-2, and its sentence of the end tears what stands above."""
+    monkeypatch.chdir(tmp_path)
+    words = ("fit", "-c", tiny_file, "--run_dir=r", "--trainer.logger=true")
+    text = "\n".join(in_a_terminal(*words, columns=80))
+    assert re.search(r"Training +━+ 2/2 .* loss: \d\.\d{3}", text)
+    assert "Epoch" not in text
+    assert "stopped" not in text
+    assert "v_num" not in text
+
+
+def test_a_fit_calls_nothing_that_is_deprecated(fit, tmp_path, monkeypatch):
+    """Lightning's own calls, which Python does not show, are not ours to change."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "all")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert fit("--run_dir=r", "--test_after_fit") == 0
+    kinds = (DeprecationWarning, FutureWarning, PendingDeprecationWarning)
+    told = [(x.filename, str(x.message)) for x in said if issubclass(x.category, kinds)]
+    assert [words for file, words in told if "prompt_lab" in file] == []
+    assert [words for _, words in told if "transformers" in words or "past_key" in words] == []
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import BankObjective, bank_product
 from prompt_lab.core.batch import Batch
+from prompt_lab.core.forward import twice_differentiable
 from prompt_lab.core.meta_gradient import (
     InnerConfig,
     MetaGradient,
@@ -31,7 +32,6 @@ from prompt_lab.core.meta_gradient import (
     pull_back,
     reptile,
 )
-from prompt_lab.core.training_forward import twice_differentiable
 
 M, N = 3, 4
 WHOLE, SMALL = 4096, 30

@@ -23,9 +23,9 @@ from prompt_lab.core import bank
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import BankObjective, renumber
 from prompt_lab.core.batch import Batch
+from prompt_lab.core.forward import twice_differentiable
 from prompt_lab.core.meta_gradient import InnerConfig
 from prompt_lab.core.optim import OptimConfig
-from prompt_lab.core.training_forward import twice_differentiable
 from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.data.sampling import Episodes
 from prompt_lab.files.prompts import load_prompt

@@ -347,8 +347,6 @@ def test_plain_loaders_are_refused_in_a_sentence(files, tmp_path):
 def test_loggers_get_settings_losses_and_scores(files, fewshot_root, tmp_path, kind, monkeypatch):
     """Under the names of the flags, and outputs lie beside those of CSV and TensorBoard."""
     monkeypatch.setenv("WANDB_MODE", "offline")
-    if kind == "tensorboard":
-        pytest.importorskip("tensorboard")
 
     class Bare(loggers.Logger):
         """One without a folder of its own."""
@@ -379,6 +377,9 @@ def test_loggers_get_settings_losses_and_scores(files, fewshot_root, tmp_path, k
     assert (method.run_dir / "curves.csv").is_file()
     if kind in ("csv", "tensorboard"):
         assert method.run_dir == Path(made.log_dir)
+    if kind == "tensorboard":
+        assert [*Path(made.log_dir).glob("events.out.*")]
+        assert "model.optim.name: adamw" in (Path(made.log_dir) / "hparams.yaml").read_text()
     if kind == "bare":
         assert made.seen["settings"]["model.optim.name"] == "adamw"
         assert made.seen["settings"]["model.backbone.name"] == "sandbox"

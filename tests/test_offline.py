@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,14 @@ def status(*words: str) -> int:
 def test_every_command_has_a_function():
     commands = OFFLINE_COMMANDS | TASKS_COMMANDS | VECTORS_COMMANDS | STUDY_COMMANDS
     assert list(offline.FUNCTIONS) == list(commands)
+
+
+@pytest.mark.parametrize("words", [("tasks", "list"), ("tasks", "show", "trec")])
+def test_nothing_that_is_deprecated_is_called(words, monkeypatch):
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "all")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert status(*words) == 0
 
 
 @pytest.mark.parametrize("command", offline.FUNCTIONS)

@@ -116,6 +116,16 @@ def test_dots_stand_at_their_values_with_their_bars(table):
     assert segment[:, 0].tolist() == pytest.approx([-0.2, 0.3])
 
 
+@pytest.mark.parametrize("columns", [1, 3])
+@pytest.mark.parametrize("label", ["a", "a line of a report, prompt of a task of a long name"])
+def test_cells_of_a_heat_map_hold_their_numbers(columns, label):
+    grid = pd.DataFrame(0.5, [f"{label} {at}" for at in range(4)], [*"abc"[:columns]])
+    figure = plots.heatmap(grid, "Mean score")
+    assert_readable(figure)
+    width = figure.axes[0].get_window_extent().width / figure.dpi
+    assert 0.35 < width / columns < 1.4
+
+
 def test_missing_values_leave_gaps_and_dollars_are_no_formulas(table, tmp_path):
     table.loc[0, ["y", "std"]] = np.nan
     figure = plots.dots(table, "y", plots.looks(table), "cost in $ and $", "std")

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -152,6 +153,36 @@ def test_the_best_is_marked_and_counts_stand_once(reports):
     assert section.shown["score"].str.startswith("**").sum() == 1
     assert "4 tasks in every row" in reports["gains"]["gains-plain"].legend
     assert "tasks" not in reports["gains"]["gains-plain"].shown
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_legends_are_sentences(reports, study):
+    for name, section in reports[study].items():
+        assert section.legend.endswith("."), name
+        assert not re.search(r"\bnan\b|\bNone\b|\(\'|\b1 \w+s\b", section.legend), name
+
+
+def test_lines_of_fewer_tasks_are_none_of_the_best_and_baselines_are_told_apart(tmp_path):
+    frame = write(tmp_path / "one", test="0.5")
+    write(tmp_path / "two", test="0.4")
+    write(tmp_path / "three", test="0.3")
+    few = frame[frame["task"] == frame["task"].iloc[0]].assign(test="0.9")
+    (tmp_path / "few").mkdir()
+    few.to_csv(tmp_path / "few" / "results.csv", index=False)
+    runs = read_lines({name: tmp_path / name for name in ("one", "two", "three", "few")})
+    for section in make_report(runs, ["two"]):
+        if section.name in ("scores", "gains-two"):
+            best = section.shown.set_index("line").iloc[:, 0].str.startswith("**")
+            assert best[best].index.tolist() == ["one"], section.name
+            assert section.shown.set_index("line").loc["few", "tasks"] == 1
+    chance = frame.drop_duplicates("task").iloc[:3].assign(variant="chance", dev="", run="")
+    for name in ("one", "two"):
+        both = pd.concat([frame, chance])
+        both.to_csv(tmp_path / name / "results.csv", index=False)
+    runs = read_lines({name: tmp_path / name for name in ("one", "two")})
+    section = {x.name: x for x in make_report(runs)}["scores"]
+    assert section.shown.set_index("line")["tasks"].to_dict() == {"one": 4, "two": 4, "chance": 3}
+    assert "12 runs in every row, baselines apart. " in section.legend
 
 
 def test_settings_in_which_lines_differ_stand_in_a_table(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from prompt_lab.files.results import (
     read_csv,
     start_curves,
     summary_table,
+    text_table,
     write_csv,
     write_predictions,
 )
@@ -223,3 +225,16 @@ def test_scores_that_are_unknown_are_left_out_of_the_mean():
     rows = [row(sample=1, test=math.nan), row(sample=2, test=None), row(sample=3, test=0.5)]
     assert cells(summary_table(rows))[1][2:] == ["0.500", "1 of 3"]
     assert cells(summary_table(rows[:2]))[1][2:] == ["-", "0 of 2"]
+
+
+def test_a_narrow_terminal_wraps_long_cells_and_cuts_none(monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((60, 24)))
+    names = ["sandbox-what-foreign", "sandbox-first-food-foreign", "boolq"]
+    header = ["task", "metric", "no prompt", "initial prompt", "tuned"]
+    rows = [[name, "EM", "0.023", "0.000", "0.921 ± 0.033"] for name in names]
+    lines = text_table(header, rows).splitlines()
+    assert max(map(len, lines)) <= 60
+    width = lines[2].index(" ")
+    assert set(lines[2]) == {"-", " "}
+    assert "".join(line[:width].strip() for line in lines[3:]) == "".join(names)

@@ -310,6 +310,16 @@ def test_runs_that_start_from_the_prompt_of_another_task_are_transfers(tmp_path)
     assert {*both["source"]} == {"a", "b", "c"}
 
 
+def test_the_files_that_transfers_started_from_are_not_read(tmp_path, monkeypatch):
+    """B15: their paths are as the fits named them, in folders that may be gone."""
+    lines = [{"of": of, "test": 0.5 + 0.1 * at} for at, of in enumerate(("vocab", "a", "b"))]
+    here, _ = read_transfer([results(tmp_path / "one", *({**line} for line in lines))])
+    gone = [{**line, "start_file": f"runs/gone/prompts/{line['of']}.st"} for line in lines]
+    results(tmp_path / "two", *gone)
+    monkeypatch.chdir(tmp_path / "two")
+    pd.testing.assert_frame_equal(read_transfer(["results.csv"])[0], here)
+
+
 def test_each_target_may_have_a_start_of_its_own_without_transfer(tmp_path):
     lines = [{"of": of, "test": 0.7} for of in ("a", "b", "text")]
     lines += [{"of": of, "test": 0.1, "task": "y"} for of in ("a", "b", "vocab")]

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import KINDS, make_backbone
+from conftest import ENCODER_DECODER, KINDS, make_backbone
 from lightning.pytorch import Callback
 from test_intrinsic_subspace import make_store
 from test_prompt_tuning import make_data, make_trainer
@@ -170,7 +170,7 @@ def test_gradients_of_adapters_and_weights_ask_for_nothing(backbone, kind, padde
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ENCODER_DECODER)
 def test_masks_made_beforehand_change_nothing(kind, attention, monkeypatch):
     """Reference: the same losses where transformers makes its masks of the tokens' mask."""
     model = make_backbone(kind)
@@ -183,7 +183,9 @@ def test_masks_made_beforehand_change_nothing(kind, attention, monkeypatch):
 
     found = losses()
     for name in ("tokens_mask", "causal_mask"):
-        monkeypatch.setattr(f"prompt_lab.core.backbone.{name}", lambda config, mask, dtype: mask)
+        monkeypatch.setattr(
+            f"prompt_lab.core.encoder_decoder.{name}", lambda config, mask, dtype: mask
+        )
     assert found.equal(losses())
 
 

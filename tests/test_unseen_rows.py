@@ -244,6 +244,17 @@ def test_references_longer_than_generated_answers_are_told(fit: Any, tmp_path: P
     assert told.endswith(": train 3 of 3, dev 3 of 3, test 2 of 2")
 
 
+def test_lost_references_are_counted_over_all_samples(fit: Any, tmp_path: Path) -> None:
+    write_task(tmp_path, None, test=[("the sea", "the small red house"), ("no sea", "no")])
+    for split in SPLITS:
+        file = tmp_path / "mine" / f"mine_16_13_{split}.tsv"
+        (tmp_path / "mine" / f"mine_16_42_{split}.tsv").write_bytes(file.read_bytes())
+    both = CrossFitDataModule(["mine"], str(tmp_path), [13, 42], str(tmp_path / "tasks.yaml"))
+    said, _ = fit(both, max_new_tokens=2)
+    (told,) = [text for text in said if "references" in text]
+    assert told.endswith("in full: train 4 of 6, dev 4 of 6, test 2 of 4")
+
+
 def test_scored_answers_have_no_longest(fit: Any, tmp_path: Path) -> None:
     long = [("the sea", "the small red house stands on the hill"), ("no sea", "no")]
     data = write_task(tmp_path, ["yes", "no", long[0][1]], test=long)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from prompt_lab.analysis import plots
-from prompt_lab.analysis.sections import Section, file_name, plus_minus
+from prompt_lab.analysis.sections import Section, counted, file_name, plus_minus
 from prompt_lab.analysis.statistics import principal_components
 from prompt_lab.analysis.tables import chosen_runs, is_method
 
@@ -41,9 +41,9 @@ def adaptation_section(runs: pd.DataFrame) -> Iterator[Section]:
     table = pd.concat(tables, ignore_index=True)
     if not len(table):
         return
-    tasks, samples = (len(shared.unique(level)) for level in ("task", "sample"))
+    tasks, samples = (counted(len(shared.unique(x)), x) for x in ("task", "sample"))
     legend = (
-        f"Mean dev score of the runs that count, over {tasks} tasks and {samples} samples that all "
+        f"Mean dev score of the runs that count, over {tasks} and {samples} that all "
         "lines have; bands: standard deviation (ddof 1) over samples of the mean over tasks."
     )
     if left := len(lines) - len(shared):

@@ -183,7 +183,9 @@ def heatmap(
     lines = 1 if texts is None else 1 + texts.map(lambda text: text.count("\n")).max(axis=None)
     inside = len(rows) * max(0.24, 0.08 + 0.12 * lines)
     height = 0.6 + inside + 0.065 * longest * upright + 0.15 * bool(xlabel)
-    with _figure(min(PAGE, 1.9 + 0.52 * len(columns)), height) as (figure, axes):
+    beside = max(len(line) for name in rows for line in name.split("\n"))
+    width = 1.1 + 0.06 * beside + 0.15 * bool(ylabel) + 0.52 * len(columns)
+    with _figure(min(PAGE, width), height) as (figure, axes):
         style = {"cmap": "cividis" if centre is None else "vlag", "center": centre}
         style |= {"annot": True if texts is None else texts.to_numpy(), "annot_kws": {"size": 7}}
         style |= {"fmt": ".2f" if texts is None else "", "linewidths": 0.5}

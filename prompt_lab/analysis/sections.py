@@ -39,6 +39,7 @@ RULE = (
     "reference is zero or negative, for which a ratio says nothing."
 )
 INTERVAL = "95 % interval: seeded bootstrap over tasks and runs."
+BOLD = "Bold: the best of the lines with the usual number of tasks, baselines apart."
 
 
 @dataclass
@@ -69,6 +70,11 @@ class Section:
 def number(value: float, sign: str = "", digits: int = 3) -> str:
     """A number, or a dash where there is none."""
     return "–" if pd.isna(value) else f"{value:{sign}.{digits}f}"
+
+
+def counted(count: float, what: str) -> str:
+    """A count with its noun, ``2 tasks``."""
+    return f"{count:g} {what}" + ("" if count == 1 else "s")
 
 
 def literal(text: str) -> str:
@@ -110,6 +116,14 @@ def bold_best(texts: Sequence[str], values: pd.Series) -> list[str]:
     return [f"**{x}**" if y == known.max() else x for x, y in zip(texts, values, strict=True)]
 
 
+def _bold_line(
+    texts: Sequence[str], table: pd.DataFrame, value: str, tasks: str = "tasks"
+) -> list[str]:
+    like = table["variant"].notna() & is_method(table)
+    usual = table.loc[like & (table[tasks] > 0), tasks].mode().max()
+    return bold_best(texts, table[value].where(like & (table[tasks] == usual)))
+
+
 def span(values: pd.Series) -> str:
     """The least and the most of some numbers."""
     low, high = values.min(), values.max()
@@ -139,11 +153,17 @@ def pages(
 
 
 def _counts(table: pd.DataFrame, **columns: str) -> tuple[str, dict[str, pd.Series]]:
-    """Counts that all rows share as words for the legend, the others as columns."""
-    same = {name: table[x].iloc[0] for name, x in columns.items() if table[x].nunique() == 1}
-    words = " and ".join(f"{count} {name}" for name, count in same.items())
+    """Counts that all rows share as words for the legend, the others as columns.
+
+    Baselines have fewer runs, which says nothing; but their tasks count.
+    """
+    own = table[is_method(table)]
+    seen = {name: (table if name == "tasks" else own)[x] for name, x in columns.items()}
+    same = {name: count.iloc[0] for name, count in seen.items() if count.nunique() == 1}
+    words = " and ".join(counted(count, name[:-1]) for name, count in same.items())
+    apart = any(table[columns[name]].nunique() > 1 for name in same)
     rest = {name: table[x] for name, x in columns.items() if name not in same}
-    return (f"{words} in every row. " if words else ""), rest
+    return (f"{words} in every row{', baselines apart' * apart}. " if words else ""), rest
 
 
 # ---- lines and scores ----------------------------------------------------------------------------
@@ -179,7 +199,7 @@ def lines_section(runs: pd.DataFrame) -> Section:
     shown = table[keep | (table.shape[1] == 1) & table.index.isin(["method", "backbone"])]
     twice, shared = runs.attrs.get("twice", 0), len(runs) - len(own)
     legend = (
-        f"{len(own)} runs of {own['task'].nunique()} tasks"
+        f"{counted(len(own), 'run')} of {counted(own['task'].nunique(), 'task')}"
         + (f", and {shared} of baselines that all lines share. " if shared else ". ")
         + (f"{twice} runs stand in several files and count once. " if twice else "")
         + "Settings in which no line differs are left out."
@@ -202,21 +222,18 @@ def scores_section(runs: pd.DataFrame, scores: pd.DataFrame) -> Section:
     }
     table[["low", "high"]] = [ends[label] for label in table["label"]]
     count_out(runs, table)
-    words, counts = _counts(table[is_method(table)], tasks="tasks", runs="scored")
-    usual = table.loc[is_method(table), "tasks"].mode().max()
-    alike = table["score"].where(is_method(table) & (table["tasks"] == usual))
+    words, counts = _counts(table, tasks="tasks", runs="scored")
     shown = pd.DataFrame({"line": table["label"]})
-    shown["score"] = bold_best(plus_minus(table["score"], table["std"]), alike)
+    shown["score"] = _bold_line(plus_minus(table["score"], table["std"]), table, "score")
     shown["95 % interval"] = intervals(table["low"], table["high"])
-    shown = shown.assign(**{name: table["scored" if name == "runs" else name] for name in counts})
+    shown = shown.assign(**counts)
     if table["failed"].any():
         shown["failed"] = table["failed"]
     legend = (
         "Mean test score ± standard deviation. Of the runs that differ in learning rate or batch "
         "size alone, the one of the best dev score counts (ties: the earlier). A task's score is "
         "the mean over seeds, then over samples, and its deviation (ddof 1) that of all its runs "
-        f"that count; both are means over tasks here. {words}{INTERVAL} Bold: the best of the "
-        f"lines with {usual:g} tasks, baselines apart."
+        f"that count; both are means over tasks here. {words}{INTERVAL} {BOLD}"
     )
     note = "test score; bars: standard deviation over samples and seeds"
     own = _few(scores[is_method(scores) & scores["score"].notna()])
@@ -248,9 +265,9 @@ def gains_section(runs: pd.DataFrame, ratios: pd.DataFrame) -> Section:
     own = table[is_other & (table["e_rel_tasks"] > 0)]
     columns = {"tasks": "e_rel_tasks", "runs": "e_rel_runs", "samples": "samples"}
     words, counts = _counts(own, **columns)
-    best = own["e_rel"].where(is_method(own))
     shown = own[["label"]].rename(columns={"label": "line"})
-    shown["E_rel"] = bold_best(plus_minus(own["e_rel"], own["e_rel_std"]), best)
+    texts = plus_minus(own["e_rel"], own["e_rel_std"])
+    shown["E_rel"] = _bold_line(texts, own, "e_rel", "e_rel_tasks")
     shown["95 % interval"] = intervals(own["low"], own["high"])
     shown["ARG (%)"] = plus_minus(100 * own["e_rel"] - 100, 100 * own["arg_std"], 1, "+")
     both = zip(own["shared_mean"], own["reference_mean"], strict=True)
@@ -267,8 +284,9 @@ def gains_section(runs: pd.DataFrame, ratios: pd.DataFrame) -> Section:
         "tasks' deviations / reference. ARG: average relative gain, E_rel less 1, ± standard "
         "deviation (ddof 1) over samples of a sample's own ARG. Score : reference are means over "
         f"the tasks that both have. {RULE} {words}{INTERVAL} p: two-sided paired t-test of the "
-        f"tasks' scores, corrected after Holm over the {own['p'].notna().sum()} tests of this "
-        f"table; *: at most {LEVEL:g}." + (f" Left out, {'; '.join(reasons)}." if reasons else "")
+        f"tasks' scores, corrected after Holm over the "
+        f"{counted(own['p'].notna().sum(), 'test')} of this table; *: at most {LEVEL:g}. {BOLD}"
+        + (f" Left out, {'; '.join(reasons)}." if reasons else "")
     )
     name = f"gains-{file_name(reference)}"
     drawn, note = plots.looks(runs), f"relative gain over {reference} (%)"
@@ -332,7 +350,7 @@ def sets_sections(
         if grid.notna().to_numpy().any():  # not where every reference is zero
             figures[stem] = plots.heatmap(grid, title, 1.0 if value == "ratio" else None)
         shown, words = _pivot(means, "label", "set", order)
-        legend = f"{title} over the tasks of each set. {words}"
+        legend = f"{title} over the tasks of each set. {words} {BOLD}"
         yield Section(stem, f"{title} by {kind}", legend, means, shown, figures)
 
 
@@ -347,11 +365,12 @@ def dimension_sections(scores: pd.DataFrame, ratios: Sequence[pd.DataFrame]) -> 
         shown, words = _pivot(means, "family", "intrinsic_dim", order)
         stem, figures = f"{name}-by-dimension", {}
         if len(order) > 1 and means["mean"].notna().any():
-            words = ("intrinsic dimension", title, "std", 1.0 if value == "ratio" else None)
-            figures[stem] = plots.lines(means, "intrinsic_dim", "mean", "family", drawn, *words)
+            style = ("intrinsic dimension", title, "std", 1.0 if value == "ratio" else None)
+            figures[stem] = plots.lines(means, "intrinsic_dim", "mean", "family", drawn, *style)
         whole = table[~has & is_method(table)].groupby("label", sort=False)[value].mean().dropna()
         beside = ", ".join(f"{label} {x:.3f}" for label, x in whole.items())
         legend = f"{title} in a subspace, ± standard deviation over runs, mean over tasks. {words}"
+        legend += f" {BOLD}"
         legend += f" Without a subspace: {beside}." if beside else ""
         yield Section(stem, f"{title} by intrinsic dimension", legend, means, shown, figures)
 
@@ -378,12 +397,10 @@ def _pivot(
     for place in order:
         own = means[means[columns] == place].set_index(index).reindex(shown["line"])
         name = f"{place:g}" if isinstance(place, float) else str(place)
-        like = is_method(own) & own["variant"].notna()
-        like &= own["tasks"] == own.loc[like & (own["tasks"] > 0), "tasks"].mode().max()
-        best = own["mean"].where(like)
-        shown[name] = bold_best(plus_minus(own["mean"], own["std"]), best)
-        words.append(f"{name}: {span(own.loc[own['tasks'] > 0, 'tasks'])}")
-    return shown, f"Tasks: {', '.join(words)}."
+        shown[name] = _bold_line(plus_minus(own["mean"], own["std"]), own, "mean")
+        counts = own.loc[own["tasks"] > 0, "tasks"]
+        words += [f"{name}: {span(counts)}"] * (len(counts) > 0)
+    return shown, f"Tasks: {', '.join(words) or 'none'}."
 
 
 # ---- tasks, starts and K -------------------------------------------------------------------------
@@ -473,9 +490,9 @@ def tests_section(runs: pd.DataFrame, references: Sequence[str]) -> Iterator[Sec
         f"{'' if 'K' in same else ' and K'}: two-sided t-tests of unrounded test scores of runs, "
         "paired where both sides have the same samples and seeds, else Welch's"
         f"{f' (here {shown.test.iloc[0]} in all)' if 'test' in same else ''}. n: runs of either "
-        f"side. p: corrected after Holm over the {len(known)} tests of this table; *: at most "
-        f"{LEVEL:g}. The intervals are not corrected. Runs count as independent, also those that "
-        "share a sample or a seed."
+        f"side. p: corrected after Holm over the {counted(len(known), 'test')} of this table; *: "
+        f"at most {LEVEL:g}. The intervals are not corrected. Runs count as independent, also "
+        "those that share a sample or a seed."
     )
     if few := len(table) - len(known):
         legend += f" {few} comparisons have too few runs, or no spread."

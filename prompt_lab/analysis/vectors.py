@@ -15,7 +15,15 @@ import pandas as pd
 
 from prompt_lab.analysis import plots
 from prompt_lab.analysis.curves import tensors
-from prompt_lab.analysis.sections import Section, number, p_values, pages, plus_minus, span
+from prompt_lab.analysis.sections import (
+    Section,
+    counted,
+    number,
+    p_values,
+    pages,
+    plus_minus,
+    span,
+)
 from prompt_lab.analysis.statistics import LEVEL, holm, t_test
 from prompt_lab.analysis.tables import count_out
 from prompt_lab.core.vectors import parse_expression
@@ -209,8 +217,8 @@ def _pair_section(table: pd.DataFrame) -> Section:
         f"{_LEGEND}share: mean score / mean of tuned over the samples and seeds that have both, ± "
         "standard deviation of the shares of each. initial share: what the bare initial prompt "
         f"has of it. kept: at least {KEPT:.0%} on both tasks, which says little where guessing is "
-        f"as good. Kept: {(known == 'yes').sum()} of {len(known)} pairs. Scores of a mean: "
-        f"{span(table['score_n'])}."
+        f"as good. Kept: {(known == 'yes').sum()} of {counted(len(known), 'pair')}. Scores of "
+        f"a mean: {span(table['score_n'])}."
     )
     long, drawn = [], {}
     for what, value, std in (

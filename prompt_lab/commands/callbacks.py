@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
@@ -22,6 +23,19 @@ from prompt_lab.files.tensors import write_atomically
 from prompt_lab.methods.configs import flag_names
 
 NOT_SAVED = ("ckpt_path", "dry_run", "overwrite", "resume", "run_dir", "weights_only")
+
+
+class Bar(RichProgressBar):
+    """Lightning's bar in one line of a terminal: steps without epochs, and two short numbers."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"{'Training':{len(self.validation_description)}}"
+
+    def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
+        """Loss, and the mean of the best dev scores."""
+        seen = super().get_metrics(trainer, pl_module)
+        names = {"loss": "train/loss", "dev": "best/val_score"}
+        return {short: f"{seen[name]:.3f}" for short, name in names.items() if name in seen}
 
 
 class EvaluationLines(Callback):
@@ -164,7 +178,7 @@ class SaveRunConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Called on the first process only."""
-        settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        settings = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
         for name in NOT_SAVED:
             settings.pop(name, None)
         # The command line put the run folder in these; a later call may have another.

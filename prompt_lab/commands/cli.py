@@ -24,6 +24,7 @@ import time
 import warnings
 from contextlib import suppress
 from datetime import timedelta
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,11 +36,12 @@ from jsonargparse.typing import register_type, timedelta_deserializer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from prompt_lab.commands.callbacks import (
+    Bar,
     EvaluationLines,
     FitReport,
     SaveRunConfig,
@@ -228,7 +230,7 @@ class PromptLabCLI(LightningCLI):
 
     def _dumped(self) -> dict[str, Any]:
         """The settings of the command as plain values."""
-        return yaml.safe_load(self.parser.dump(self.config, skip_none=False))[
+        return yaml.safe_load(self.parser.dump(self.config, skip_unset=False))[
             self.config.subcommand
         ]
 
@@ -296,8 +298,13 @@ class PromptLabCLI(LightningCLI):
                 logger.init_args.save_dir = str(run_dir)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The trainer, with one checkpoint that holds the last state."""
+        """The trainer, with a bar in a terminal and one checkpoint that holds the last state."""
         trainer = self._settings.trainer
+        given = self.config_init[self.config.subcommand].trainer.callbacks or []
+        callbacks = [*given] if isinstance(given, list) else [given]
+        has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if trainer.enable_progress_bar is not False and not has_bar and find_spec("rich"):
+            callbacks.append(Bar())
         if trainer.enable_checkpointing is not False and self.config.subcommand == "fit":
             checkpoint = ModelCheckpoint(
                 dirpath=Path(trainer.default_root_dir) / "checkpoints",
@@ -305,11 +312,8 @@ class PromptLabCLI(LightningCLI):
                 enable_version_counter=False,
                 save_on_train_epoch_end=False,
             )
-            kwargs["callbacks"] = [
-                *(self.config_init[self.config.subcommand].trainer.callbacks or []),
-                checkpoint,
-            ]
-        made = super().instantiate_trainer(**kwargs)
+            callbacks.append(checkpoint)
+        made = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         self.model.run_dir = trainer.default_root_dir
         if type(made.strategy.checkpoint_io) is TorchCheckpointIO:  # not one that the config names
             made.strategy.checkpoint_io = AtomicCheckpoints()
@@ -521,9 +525,10 @@ def _quieten() -> None:
 
     class Advert(logging.Filter):
         def filter(self, record: logging.LogRecord) -> bool:
-            """Let all but adverts and missing devices through."""
+            """Let all but adverts, missing devices and an end as planned through."""
             return not re.match(
-                r"💡|GPU available|TPU available|HPU available", record.getMessage()
+                r"💡|GPU available|TPU available|HPU available|`Trainer.fit` stopped: `max_",
+                record.getMessage(),
             )
 
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):

@@ -173,7 +173,6 @@ def make_parser(command: str) -> OfflineParser:
     parser = OfflineParser(
         prog=f"prompt-lab {command}",
         description="\n\n".join(filter(None, (text.short_description, text.long_description))),
-        default_meta=False,
         allow_abbrev=False,
     )
     parameters = inspect.signature(function, eval_str=True).parameters

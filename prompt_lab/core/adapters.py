@@ -18,9 +18,10 @@ passes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,13 @@ class AdapterLayout:
         """
         if bottleneck < 1:
             raise ValueError(f"bottleneck is {bottleneck}: give at least 1")
-        ends = tuple(f".{end}" for end in _OUTPUTS[backbone.model.config.model_type])
+        kind = backbone.model.config.model_type
+        if kind not in _OUTPUTS:
+            raise ValueError(
+                f"backbone {backbone.name!r} is of type {kind!r}, where adapters have no known "
+                f"place; they have in {', '.join(_OUTPUTS)}: take one of these, or train prompts"
+            )
+        ends = tuple(f".{end}" for end in _OUTPUTS[kind])
         names = [name for name, _ in backbone.model.named_modules() if name.endswith(ends)]
         width: int = backbone.model.get_input_embeddings().weight.shape[1]
         return cls(tuple(names), width, bottleneck)
@@ -199,6 +206,7 @@ class AdaptedBackbone(Backbone):
 
     def __init__(self, backbone: Backbone, bottleneck: int = 16) -> None:
         super().__init__(backbone.model, backbone.tokenizer, backbone.name)
+        self.runner.packs = False  # each row has adapters of its own
         self.digest = backbone.digest
         self.layout = AdapterLayout.of(backbone, bottleneck)
         self.hidden_size = self.layout.size
@@ -217,43 +225,29 @@ class AdaptedBackbone(Backbone):
             )
         return (prompts.to(self.model.dtype),)
 
-    def row_losses(self, prefix: Prefix, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
-        """As :meth:`Backbone.loss`, given what :meth:`prefix` returned: (B,)."""
-        with self._adapted(prefix, batch) as none:
-            return super().row_losses(none, batch, label_smoothing)
+    def _virtual_tokens(self, prefix: Prefix) -> int:
+        return 0
 
-    def _generate(
-        self, prefix: Prefix, batch: Batch, max_new_tokens: int, num_beams: int
-    ) -> list[str]:
-        """As the backbone's."""
+    def _row_losses(self, prefix: Prefix, batch: Batch, label_smoothing: float) -> Tensor:
         with self._adapted(prefix, batch) as none:
-            return super()._generate(none, batch, max_new_tokens, num_beams)
+            return super()._row_losses(none, batch, label_smoothing)
 
-    def _candidate_scores(
-        self,
-        prompts: Tensor | Prefix,
-        batch: Batch,
-        candidates: Sequence[str],
-        exhaustive: bool,
+    def _generate(self, prefix: Prefix, batch: Batch, settings: dict[str, Any]) -> list[list[int]]:
+        with self._adapted(prefix, batch) as none:
+            return super()._generate(none, batch, settings)
+
+    def _scores_of(
+        self, prefix: Prefix, batch: Batch, answers: Tensor, exhaustive: bool, mean: bool
     ) -> Tensor:
-        """Scores (B, C), or bounds whose largest is exact."""
-        with self._adapted(self._as_prefix(prompts), batch) as none:
-            return super()._candidate_scores(none, batch, candidates, exhaustive)
+        with self._adapted(prefix, batch) as none:
+            return super()._scores_of(none, batch, answers, exhaustive, mean)
 
-    def _start_answers(self, prefix: Prefix, batch: Batch, depth: int) -> tuple[Tensor, Follow]:
+    def _start(self, prefix: Prefix, batch: Batch) -> tuple[Tensor, Follow]:
         """As the backbone's; rows that are dropped on the way lose their adapters, too."""
-        return self._dropping(*super()._start_answers(prefix, batch, depth))
-
-    def _start_rows(self, prefix: Prefix, batch: Batch, depth: int) -> tuple[Tensor, Follow]:
-        """As the backbone's; rows that are dropped on the way lose their adapters, too."""
-        return self._dropping(*super()._start_rows(prefix, batch, depth))
-
-    def _dropping(self, first: Tensor, follow: Follow) -> tuple[Tensor, Follow]:
-        """A way to run answers that tells the running adapters which rows are kept."""
+        first, follow = super()._start(prefix, batch)
         running = self._running
 
         def follow_adapted(keep: Tensor | None, ids: Tensor) -> Tensor:
-            """Logits (b, t, V) behind tokens (b, t) of the rows to keep."""
             if keep is not None and running is not None:
                 running.keep(keep)
             return follow(keep, ids)

@@ -1,10 +1,9 @@
 """The one frozen language model: loss, label scores and generation under a bank of prompts.
 
 A prompt is prepended to the input embeddings: of the encoder for encoder-decoder models (T5, BART),
-of the decoder for decoder-only models (GPT-2, BLOOM, Llama, Qwen2). In a decoder-only model the
-rows of a prompt see only each other, so their keys and values are the same for every row of text
-that follows: they are computed once per prompt, with gradient, and shared by the rows that name it.
-Logits are made only where targets are. Both are exact.
+of the decoder for decoder-only models (Llama, Qwen, Gemma, GPT-2 and the like). How either kind
+runs is in ``encoder_decoder.py`` and ``decoder.py``; which way is exact for a model is found at
+loading (``self_check.py``).
 
 The backbone is frozen: evaluation mode, no gradients for its weights, no dropout. It does not
 train, choose prompts or read data; the fine-tuning baseline alone asks it to :meth:`unfreeze`.
@@ -16,6 +15,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -24,75 +24,65 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prompt_lab.core.batch import IGNORE, Batch, index_tensor, make_batch
-from prompt_lab.core.candidates import Follow, candidate_scores
+from prompt_lab.core.candidates import Follow, LabelScore, candidate_scores
+from prompt_lab.core.decoder import Decoder
+from prompt_lab.core.encoder_decoder import EncoderDecoder
+from prompt_lab.core.forward import compile_training, recompute_layers
 from prompt_lab.core.pretrained import (
     DTYPES,
-    ENCODER_DECODER,
-    find_specials,
     load_pretrained,
     refuse_not_finite,
     refuse_unsupported,
     weights_digest,
 )
-from prompt_lab.core.training_forward import (
-    attention_window,
-    causal_mask,
-    compile_training,
-    position_masks,
-    recompute_layers,
-    tokens_mask,
-)
+from prompt_lab.core.self_check import choose_way
+from prompt_lab.core.text import ChatFrame, Frame, Side, check_template, find_specials
 from prompt_lab.sandbox import SANDBOX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Side = Literal["right", "left"]
-"""Where the text of an input that is too long is cut."""
-
 Prefix = tuple[Tensor, ...]
 """What :meth:`Backbone.prefix` returns."""
-
-_POSITIONS = {"bart": "max_position_embeddings", "gpt2": "n_positions"}
-_POSITIONS |= dict.fromkeys(("llama", "qwen2"), "max_position_embeddings")
-
-_IDS_ALONE = {"return_attention_mask": False, "return_token_type_ids": False}
-"""What tokenizers need not make: masks follow from lengths here."""
 
 
 class Backbone(nn.Module):
     """A frozen Hugging Face model that runs rows of text under prompts of a bank.
 
     Args:
-        model: an encoder-decoder (T5, mT5, BART) or decoder-only (GPT-2, BLOOM, Llama, Qwen2)
-            language model; it is frozen and put in evaluation mode.
+        model: an encoder-decoder or decoder-only language model of transformers; it is frozen and
+            put in evaluation mode.
         tokenizer: its tokenizer.
         name: hub id or folder, for messages and prompt files.
 
     Raises:
-        ValueError: an architecture that is not supported, T5 in float16, or special tokens that the
-            model's files do not agree on (``pretrained.find_specials``).
+        ValueError: a kind of model that cannot work, T5 in float16, special tokens that the model's
+            files do not agree on (``text.find_specials``), or results that differ from those of
+            plain prepending (``self_check.py``).
     """
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "model"
     ) -> None:
         super().__init__()
-        kind = model.config.model_type
-        refuse_unsupported(kind, model.dtype, name)
+        refuse_unsupported(model.config, model.dtype, name)
         self.model: Any = model.requires_grad_(False).eval()
         self.tokenizer: Any = tokenizer
         self.specials = find_specials(model, tokenizer, name)
         self.name = name
-        self.is_encoder_decoder = kind in ENCODER_DECODER
+        self.is_encoder_decoder: bool = model.config.is_encoder_decoder
         self.model.generation_config = self._plain_generation()
-        self.hidden_size: int = self.model.get_input_embeddings().weight.shape[1]
-        field = _POSITIONS.get(kind)
-        self.max_positions: int | None = getattr(model.config, field) if field else None
+        self.vocabulary, self.hidden_size = self.model.get_input_embeddings().weight.shape
+        config = model.config.get_text_config()
+        self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         self.pad_id = self.specials.pad
-        self.window = attention_window(model.config)
-        self._candidates: dict[tuple[str, ...], Tensor] = {}
-        self._adds_space = "".join(self.tokenizer.tokenize("a")).startswith("▁")
+        self._candidates: dict[tuple[Any, ...], Tensor] = {}
+        plain = Frame(tokenizer, self.specials, self.is_encoder_decoder, name)
+        self._frames: dict[tuple[str, str | None], Frame] = {("plain", None): plain}
+        self.runner: Decoder | EncoderDecoder = Decoder(self.model)
+        if self.is_encoder_decoder:
+            self.runner = EncoderDecoder(self.model, self.specials.start, self.pad_id)
+        choose_way(self)
 
     @classmethod
     def load(
@@ -104,7 +94,8 @@ class Backbone(nn.Module):
         """Load a model and its tokenizer from the hub, its cache, or a local folder.
 
         Args:
-            name: hub id, folder, or ``sandbox`` for the tiny model that ships with the package.
+            name: hub id, folder, ``.gguf`` file, or ``sandbox`` for the tiny model that ships with
+                the package.
             dtype: dtype of the frozen weights; prompts and losses stay float32.
             attention: attention implementation of transformers. BLOOM has its own and ignores it.
 
@@ -146,6 +137,11 @@ class Backbone(nn.Module):
         digest.update(repr(sorted(self.tokenizer.all_special_tokens)).encode())
         return digest.hexdigest()
 
+    @property
+    def packs(self) -> bool:
+        """Whether rows of one prompt share a sequence, so that none is padded to another."""
+        return self.runner.packs and self.runner.way not in ("rows", "lengths")
+
     def train(self, mode: bool = True) -> Backbone:
         """Stay in evaluation mode, whatever a trainer asks: frozen means no dropout."""
         return super().train(False)
@@ -180,77 +176,38 @@ class Backbone(nn.Module):
 
     # ---- text to tokens -------------------------------------------------------------------------
 
-    def encode_inputs(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of inputs, whole, with the special tokens that the tokenizer itself adds.
-
-        Encoder-decoder models get them on both sides (T5 ``text </s>``, BART ``<s> text </s>``);
-        decoder-only models in front alone (Llama ``<s> text``; GPT-2, BLOOM and SmolLM2 add none).
-
-        Raises:
-            ValueError: a text without tokens where there is no special token either.
-        """
-        if not texts:
-            return []
-        made = self._tokens(texts)
-        front, back = self.specials.front, self.specials.back if self.is_encoder_decoder else []
-        empty = next((text for text, ids in zip(texts, made, strict=True) if not ids), None)
-        if empty is not None and not front + back:
-            raise ValueError(
-                f"an input has no tokens for backbone {self.name!r}, {empty[:40]!r}: give it some "
-                "text that its tokenizer knows"
-            )
-        return [front + ids + back for ids in made]
-
-    def cut_input(self, ids: list[int], max_length: int, side: Side = "right") -> list[int]:
-        """An input of at most ``max_length`` tokens; of a longer one the text is cut at a side.
+    def frame(self, template: str = "plain", system: str | None = None) -> Frame:
+        """What stands around inputs and answers, made once; plain where a method is given none.
 
         Args:
-            ids: as :meth:`encode_inputs` makes them.
-            max_length: most tokens, specials included.
-            side: ``right`` leaves the text's beginning, ``left`` its end.
+            template: ``plain``, or ``chat`` for the tokenizer's chat template.
+            system: system text of a chat; None for what the template does without.
 
         Raises:
-            ValueError: another side, or no room beside the special tokens.
+            ValueError: another template, a system text of plain rows, or as :class:`ChatFrame`.
         """
-        if side not in get_args(Side):
-            raise ValueError(f"truncation_side is {side!r}; allowed: {', '.join(get_args(Side))}")
-        if len(ids) <= max_length:
-            return ids
-        front = len(self.specials.front)
-        back = len(self.specials.back) if self.is_encoder_decoder else 0
-        text, room = ids[front : len(ids) - back], max_length - front - back
-        if room < 1:
-            raise ValueError(
-                f"max_input_length is {max_length}, but {front + back} special tokens stand around "
-                f"every input of backbone {self.name!r}: give at least {front + back + 1}"
-            )
-        kept = text[:room] if side == "right" else text[len(text) - room :]
-        return ids[:front] + kept + ids[len(ids) - back :]
+        if (template, system) not in self._frames:
+            check_template(template, system)
+            self._frames[template, system] = ChatFrame(self.frame(), system)
+        return self._frames[template, system]
 
-    def encode_targets(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of answers, never cut, with the end token.
+    def encode_inputs(self, texts: Sequence[str], frame: Frame | None = None) -> list[list[int]]:
+        """As :meth:`Frame.encode_inputs`."""
+        return (frame or self.frame()).encode_inputs(texts)
 
-        Decoder-only answers follow their input after one space (which SentencePiece adds itself).
-        """
-        if not texts:
-            return []
-        space = "" if self.is_encoder_decoder or self._adds_space else " "
-        made = self._tokens([space + text for text in texts], self.is_encoder_decoder)
-        end = self.specials.end
-        return [ids if ids[-1:] == [end] else [*ids, end] for ids in made]
+    def cut_input(
+        self, ids: list[int], max_length: int, side: Side = "right", frame: Frame | None = None
+    ) -> list[int]:
+        """As :meth:`Frame.cut_input`."""
+        return (frame or self.frame()).cut_input(ids, max_length, side)
 
-    def _tokens(self, texts: Sequence[str], specials: bool = False) -> list[list[int]]:
-        """Token ids of texts, whatever length the tokenizer thinks right."""
-        return self.tokenizer(
-            list(texts), add_special_tokens=specials, verbose=False, **_IDS_ALONE
-        )["input_ids"]
+    def encode_targets(self, texts: Sequence[str], frame: Frame | None = None) -> list[list[int]]:
+        """As :meth:`Frame.encode_targets`."""
+        return (frame or self.frame()).encode_targets(texts)
 
-    def look_alikes(self, answers: Sequence[str]) -> list[list[str]]:
-        """Groups of answers whose tokens are the same, which the model cannot tell apart."""
-        groups: dict[tuple[int, ...], list[str]] = {}
-        for answer, ids in zip(answers, self.encode_targets(answers), strict=True):
-            groups.setdefault(tuple(ids), []).append(answer)
-        return [group for group in groups.values() if len(group) > 1]
+    def look_alikes(self, answers: Sequence[str], frame: Frame | None = None) -> list[list[str]]:
+        """As :meth:`Frame.look_alikes`."""
+        return (frame or self.frame()).look_alikes(answers)
 
     def batch(
         self,
@@ -258,21 +215,22 @@ class Backbone(nn.Module):
         targets: Sequence[str] | None = None,
         prompt_index: Sequence[int] | None = None,
         max_input_length: int = 512,
+        frame: Frame | None = None,
     ) -> Batch:
         """Tokenise and pad texts into a :class:`Batch` on the backbone's device.
 
         Rows are sorted by length; ``batch.rows`` tells the place of each in ``inputs``. Every row
         runs under prompt 0 unless ``prompt_index`` says otherwise. Warns of inputs that are cut.
         """
-        whole = self.encode_inputs(inputs)
+        whole = self.encode_inputs(inputs, frame)
         if any(len(ids) > max_input_length for ids in whole):
             warnings.warn(
                 f"inputs of over {max_input_length} tokens lose their end (max_input_length)",
                 stacklevel=2,
             )
         made = make_batch(
-            [self.cut_input(ids, max_input_length) for ids in whole],
-            None if targets is None else self.encode_targets(targets),
+            [self.cut_input(ids, max_input_length, frame=frame) for ids in whole],
+            None if targets is None else self.encode_targets(targets, frame),
             [0] * len(inputs) if prompt_index is None else prompt_index,
             pad_id=self.pad_id,
             left_padded=not self.is_encoder_decoder,
@@ -322,32 +280,24 @@ class Backbone(nn.Module):
             ValueError: a bank of another width, or prompts longer than the model's positions.
         """
         self._check_prompts(prompts)
-        cast = prompts.to(self.model.dtype)
-        if self.is_encoder_decoder or prompts.shape[1] == 0:
-            return (cast,)
-        from prompt_lab.core.prompt_cache import prompt_cache
-
-        count = prompts.shape[1]
-        self._check_positions(count)
-        masks = None
-        self._beyond_window(count)
-        if self.window is not None and not self._is_flash:
-            places = torch.arange(count, device=cast.device)[None]
-            known = torch.ones_like(places)
-            masks = position_masks(self.model.config, places, known, places, cast.dtype)
-        cache = prompt_cache(self.model.config.num_hidden_layers)
-        self.model.base_model(inputs_embeds=cast, attention_mask=masks, cache=cache, use_cache=True)
-        return tuple(part for layer in cache.layers for part in (layer.keys, layer.values))
+        self._check_positions(prompts.shape[1])
+        return self.runner.prefix(prompts.to(self.model.dtype))
 
     def row_losses(self, prefix: Prefix, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
         """As :meth:`loss`, given what :meth:`prefix` returned: (B,)."""
-        if self.is_encoder_decoder:
-            logits = self._decode(*self._encode(prefix, batch), self._shift(batch.target_ids))
-            at, targets = None, batch.target_ids.flatten()
-        else:
+        self._check_positions(self._longest(prefix, batch, batch.target_lengths))
+        groups = self.runner.groups(batch)
+        if groups is None:
+            return self._row_losses(prefix, batch, label_smoothing)
+        parts = [self._row_losses(prefix, batch.take(rows), label_smoothing) for rows in groups]
+        return torch.cat(parts).index_select(0, _back_in_order(groups, self.device))
+
+    def _row_losses(self, prefix: Prefix, batch: Batch, label_smoothing: float) -> Tensor:
+        logits = self.runner.target_logits(prefix, batch)
+        at, targets = None, batch.target_ids.flatten()
+        if not self.is_encoder_decoder:  # logits of targets alone
             at = index_tensor(_target_places(batch), batch.target_ids.device)
-            logits = self._target_logits(prefix, batch)
-            targets = batch.target_ids.flatten().index_select(0, at)
+            targets = targets.index_select(0, at)
         losses = F.cross_entropy(
             _at_least_float32(logits).flatten(0, -2),
             targets,
@@ -360,23 +310,39 @@ class Backbone(nn.Module):
         return losses.view_as(batch.target_ids).sum(1) / (batch.target_ids != IGNORE).sum(1)
 
     @torch.no_grad()
-    def score(self, prompts: Tensor | Prefix, batch: Batch, candidates: Sequence[str]) -> Tensor:
+    def score(
+        self,
+        prompts: Tensor | Prefix,
+        batch: Batch,
+        candidates: Sequence[str],
+        label_score: LabelScore = "sum",
+        frame: Frame | None = None,
+    ) -> Tensor:
         """Log-likelihood of every candidate answer, end token included: float32 (B, C), in nats.
 
         Args:
             prompts: (R, N, D) bank, or what :meth:`prefix` made of it.
             batch: rows; their targets are not looked at.
             candidates: C answers, the same for all rows.
+            label_score: ``sum`` over an answer's tokens, or their ``mean``.
+            frame: what the rows were made with, plain by default.
 
         Raises:
             ValueError: no candidates, a bank of another width, or rows longer than the model's
                 positions.
         """
-        return self._candidate_scores(prompts, batch, candidates, exhaustive=True)
+        answers = self._encode_candidates(tuple(candidates), frame)
+        mean = _is_mean(label_score)
+        return self.scores_of(self._as_prefix(prompts), batch, answers, mean=mean)
 
     @torch.no_grad()
     def choose(
-        self, prompts: Tensor | Prefix, batch: Batch, candidates: Sequence[str]
+        self,
+        prompts: Tensor | Prefix,
+        batch: Batch,
+        candidates: Sequence[str],
+        label_score: LabelScore = "sum",
+        frame: Frame | None = None,
     ) -> list[int]:
         """The place of each row's likeliest candidate: ``score(...).argmax(1)``, but faster.
 
@@ -386,12 +352,54 @@ class Backbone(nn.Module):
             prompts: (R, N, D) bank, or what :meth:`prefix` made of it.
             batch: rows; their targets are not looked at.
             candidates: C answers, the same for all rows.
+            label_score: as :meth:`score`.
+            frame: as :meth:`score`.
 
         Raises:
             ValueError: as :meth:`score`.
         """
-        scores = self._candidate_scores(prompts, batch, candidates, exhaustive=False)
+        answers, mean = self._encode_candidates(tuple(candidates), frame), _is_mean(label_score)
+        scores = self.scores_of(self._as_prefix(prompts), batch, answers, False, mean)
         return scores.argmax(1).tolist()
+
+    def scores_of(
+        self,
+        prefix: Prefix,
+        batch: Batch,
+        answers: Tensor,
+        exhaustive: bool = True,
+        mean: bool = False,
+    ) -> Tensor:
+        """As :meth:`score`, of C answers as token ids (C, T), padded behind with ``IGNORE``.
+
+        Args:
+            prefix: what :meth:`prefix` returned.
+            batch: rows; their targets are not looked at.
+            answers: the candidates.
+            exhaustive: false for upper bounds whose largest is exact.
+            mean: divide by the answers' tokens.
+        """
+        answers = answers.to(batch.input_ids.device)
+        depth = answers.shape[1]
+        self._check_positions(self._longest(prefix, batch, [depth] * len(batch)), depth)
+        batch = replace(batch, target_ids=batch.target_ids[:, :0], target_lengths=[0] * len(batch))
+        groups = self.runner.groups(batch)
+        if groups is None:
+            return self._scores_of(prefix, batch, answers, exhaustive, mean)
+        parts = [
+            self._scores_of(prefix, batch.take(at), answers, exhaustive, mean) for at in groups
+        ]
+        return torch.cat(parts).index_select(0, _back_in_order(groups, self.device))
+
+    def _scores_of(
+        self, prefix: Prefix, batch: Batch, answers: Tensor, exhaustive: bool, mean: bool
+    ) -> Tensor:
+        first, follow = self._start(prefix, batch)
+        how = {"exhaustive": exhaustive, "mean": mean}
+        return candidate_scores(first, answers, follow, self.pad_id, **how)
+
+    def _start(self, prefix: Prefix, batch: Batch) -> tuple[Tensor, Follow]:
+        return self.runner.start(prefix, batch)
 
     @torch.no_grad()
     def generate(
@@ -400,6 +408,7 @@ class Backbone(nn.Module):
         batch: Batch,
         max_new_tokens: int = 64,
         num_beams: int = 1,
+        frame: Frame | None = None,
     ) -> list[str]:
         """Greedy (or beam) answers, one per row in the batch's order, stripped of white space.
 
@@ -408,308 +417,59 @@ class Backbone(nn.Module):
             batch: rows; their targets are not looked at.
             max_new_tokens: longest answer, end token included.
             num_beams: beams of each row; 1 is greedy.
+            frame: what the rows were made with, plain by default.
 
         Raises:
             ValueError: a bank of another width, or rows longer than the model's positions.
         """
-        if len(batch) == 0:
-            return []
-        prefix = self._as_prefix(prompts)
-        if self._pads_windows(prefix, batch, max_new_tokens):
-            texts = [""] * len(batch)
-            for length in dict.fromkeys(batch.input_lengths):
-                rows = [row for row, own in enumerate(batch.input_lengths) if own == length]
-                made = self._generate(prefix, batch.take(rows), max_new_tokens, num_beams)
-                for row, text in zip(rows, made, strict=True):
-                    texts[row] = text
-            return texts
-        return self._generate(prefix, batch, max_new_tokens, num_beams)
-
-    def _pads_windows(self, prefix: Prefix, batch: Batch, max_new_tokens: int) -> bool:
-        """Whether padding would count in windows; rows of one length at a time have none.
-
-        While it generates, transformers makes the masks, by counting keys.
-        """
-        width = batch.input_ids.shape[1]
-        if self.window is None or min(batch.input_lengths, default=0) == width:
-            return False
-        count = 0 if len(prefix) == 1 else prefix[0].shape[2]
-        return self._beyond_window(count + width + max_new_tokens)
-
-    def _generate(
-        self, prefix: Prefix, batch: Batch, max_new_tokens: int, num_beams: int
-    ) -> list[str]:
-        """As :meth:`generate`, given what :meth:`prefix` returned."""
-        settings = {
-            "max_new_tokens": max_new_tokens,
-            "num_beams": num_beams,
-            "do_sample": False,
-        }
-        if self.is_encoder_decoder:
-            from transformers.modeling_outputs import BaseModelOutput
-
-            self._check_positions(max_new_tokens)
-            states, _ = self._encode(prefix, batch)
-            mask = F.pad(batch.input_mask, (prefix[0].shape[1], 0), value=1)
-            output = BaseModelOutput(last_hidden_state=states)
-            made = self.model.generate(encoder_outputs=output, attention_mask=mask, **settings)
-            made = made[:, 1:]  # without the start token, which may be an end, too
-        else:
-            batch = batch.padded_left()
-            cache, mask, _, _ = self._growing_cache(prefix, batch)
-            self._check_positions(mask.shape[1] + max_new_tokens)
-            if cache.get_seq_length():
-                cache.batch_repeat_interleave(num_beams)
-            made = self.model.generate(
-                batch.input_ids,
-                attention_mask=mask,
-                cache=cache,
-                use_cache=True,
-                **settings,
-            )[:, batch.input_ids.shape[1] :]
-        answers = [_before(self.specials.ends, ids) for ids in made.tolist()]
+        prefix, ends = self._as_prefix(prompts), (frame or self.frame()).ends
+        answers = self.generate_ids(prefix, batch, max_new_tokens, num_beams, ends)
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
-    def _candidate_scores(
+    def generate_ids(
         self,
-        prompts: Tensor | Prefix,
+        prefix: Prefix,
         batch: Batch,
-        candidates: Sequence[str],
-        exhaustive: bool,
-    ) -> Tensor:
-        """Scores (B, C), or bounds whose largest is exact."""
-        answers = self._encode_candidates(tuple(candidates)).to(batch.input_ids.device)
-        prefix = self._as_prefix(prompts)
-        start = self._start_answers if self.is_encoder_decoder else self._start_rows
-        first, follow = start(prefix, batch, answers.shape[1])
-        return candidate_scores(first, answers, follow, self.pad_id, exhaustive=exhaustive)
+        max_new_tokens: int,
+        num_beams: int,
+        ends: Sequence[int] | None = None,
+    ) -> list[list[int]]:
+        """As :meth:`generate`: the ids of each answer before one of its ends."""
+        if len(batch) == 0:
+            return []
+        ends = list(self.specials.ends if ends is None else ends)
+        batch = batch.slice(0, len(batch))  # padding that none needs would count in windows
+        longest = self._longest(prefix, batch, [max_new_tokens] * len(batch))
+        self._check_positions(longest, max_new_tokens)
+        groups = self.runner.groups(batch, longest)
+        settings = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": False}
+        settings["eos_token_id"] = ends
+        made: list[list[int]] = [[]] * len(batch)
+        for rows in groups or [list(range(len(batch)))]:
+            part = batch if groups is None else batch.take(rows)
+            for row, ids in zip(rows, self._generate(prefix, part, settings), strict=True):
+                last = (at for at, token in enumerate(ids) if token in ends)
+                made[row] = ids[: next(last, len(ids))]
+        return made
 
-    def _encode_candidates(self, candidates: tuple[str, ...]) -> Tensor:
+    def _generate(self, prefix: Prefix, batch: Batch, settings: dict[str, Any]) -> list[list[int]]:
+        return self.runner.generate(prefix, batch, settings).tolist()
+
+    def _encode_candidates(self, candidates: tuple[str, ...], frame: Frame | None = None) -> Tensor:
         """Token ids (C, T) of answers, padded on the right with ``IGNORE``; kept for next time."""
         if not candidates:
             raise ValueError("score needs at least one candidate answer")
-        if candidates not in self._candidates:
-            encoded = self.encode_targets(candidates)
+        if (candidates, frame) not in self._candidates:
+            encoded = self.encode_targets(candidates, frame)
             depth = max(map(len, encoded))
             rows = [[*ids, *[IGNORE] * (depth - len(ids))] for ids in encoded]
-            self._candidates[candidates] = torch.tensor(rows)
-        return self._candidates[candidates]
+            self._candidates[candidates, frame] = torch.tensor(rows)
+        return self._candidates[candidates, frame]
 
     def _as_prefix(self, prompts: Tensor | Prefix) -> Prefix:
         """The prefix of a bank, or the prefix that was given."""
         return self.prefix(prompts) if isinstance(prompts, Tensor) else prompts
-
-    # ---- encoder-decoder ------------------------------------------------------------------------
-
-    def _encode(self, prefix: Prefix, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Encoder states (B, N + S, D) of rows behind their prompts, and the mask of attention.
-
-        There is no mask where no row is padded, else it is as :func:`tokens_mask` makes it.
-        """
-        (prompts,) = prefix
-        count = prompts.shape[1]
-        self._check_positions(count + batch.input_ids.shape[1])
-        chosen = prompts.index_select(0, batch.prompt_index)  # (B, N, D)
-        embeddings = torch.cat([chosen, self.embed(batch.input_ids)], dim=1)
-        mask = None
-        if min(batch.input_lengths, default=0) < batch.input_ids.shape[1]:
-            tokens = F.pad(batch.input_mask, (count, 0), value=1)
-            mask = tokens_mask(self.model.config, tokens, embeddings.dtype)
-        encoder = self.model.get_encoder()
-        states = encoder(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state
-        return states, mask
-
-    def _decode(self, states: Tensor, mask: Tensor | None, decoder_ids: Tensor) -> Tensor:
-        """Logits (B, T, V) of the decoder over given encoder states."""
-        self._check_positions(decoder_ids.shape[1])
-        config, own = self.model.config, None
-        if config.model_type == "bart":  # without a mask it makes one, and looks at its values
-            own = causal_mask(config, torch.ones_like(decoder_ids), states.dtype)
-        made = self.model(
-            encoder_outputs=(states,),
-            attention_mask=mask,
-            decoder_input_ids=decoder_ids,
-            decoder_attention_mask=own,
-            use_cache=False,
-        )
-        return made.logits
-
-    def _shift(self, target_ids: Tensor) -> Tensor:
-        """Decoder inputs (B, T): the start token, then the targets without their last."""
-        start = torch.full_like(target_ids[:, :1], self.specials.start)
-        shifted = torch.cat([start, target_ids[:, :-1]], dim=1)
-        return shifted.masked_fill(shifted == IGNORE, self.pad_id)
-
-    def _start_answers(self, prefix: Prefix, batch: Batch, depth: int) -> tuple[Tensor, Follow]:
-        """Logits (B, V) of the first answer token, and a way to run answers behind the start.
-
-        The encoder and the cross-attention's keys and values are computed once for all answers.
-        """
-        from transformers import DynamicCache, EncoderDecoderCache
-
-        self._check_positions(depth)
-        states, mask = self._encode(prefix, batch)
-        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-
-        def run(ids: Tensor) -> Tensor:
-            """Logits (b, t, V) behind decoder inputs (b, t)."""
-            made = self.model(
-                encoder_outputs=(states,),
-                attention_mask=mask,
-                decoder_input_ids=ids,
-                cache=cache,
-                use_cache=True,
-            )
-            return made.logits
-
-        def follow(keep: Tensor | None, ids: Tensor) -> Tensor:
-            """Logits (b, t, V) behind tokens (b, t) of the rows to keep; the cache forgets them."""
-            nonlocal states, mask
-            if keep is not None:
-                states, mask = states[keep], None if mask is None else mask[keep]
-                cache.batch_select_indices(keep)
-            logits = run(ids)
-            cache.crop(-ids.shape[1])
-            return logits
-
-        start = torch.full_like(batch.input_ids[:, :1], self.specials.start)
-        return run(start)[:, -1], follow
-
-    # ---- decoder-only ---------------------------------------------------------------------------
-
-    def _growing_cache(self, prefix: Prefix, batch: Batch) -> tuple[Any, Tensor, Tensor, Tensor]:
-        """Cache of each row's prompt that takes up what follows, mask, and positions.
-
-        As :meth:`_rows` gives them.
-        """
-        from prompt_lab.core.prompt_cache import growing_cache
-
-        parts, mask, positions, places = self._rows(prefix, batch)
-        return growing_cache(parts), mask, positions, places
-
-    def _rows(self, prefix: Prefix, batch: Batch) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-        """Keys and values of each row's prompt, and mask and positions of its tokens.
-
-        The list is empty for prompts of no tokens, which leave no keys. Mask (B, N + S) and the
-        last, positions of keys (B, N + S), are of prompt and text; positions (B, S) of the text.
-        """
-        empty = len(prefix) == 1
-        count = 0 if empty else prefix[0].shape[2]
-        parts = [] if empty else [part.index_select(0, batch.prompt_index) for part in prefix]
-        mask = F.pad(batch.input_mask, (count, 0), value=1)
-        places = (mask.cumsum(1) - 1).clamp(min=0)
-        return parts, mask, places[:, count:], places
-
-    def _beyond_window(self, length: int) -> bool:
-        """Whether rows of so many keys, padding included, reach beyond a layer's window.
-
-        Raises:
-            ValueError: they do, and the attention is one that would count padding.
-        """
-        if self.window is None or length <= self.window:
-            return False
-        if self._is_flash:
-            raise ValueError(
-                f"rows of {length} tokens reach beyond the window of {self.window} in layers of "
-                f"backbone {self.name!r}, where flash_attention_2 would count padding: use "
-                "model.backbone.attention sdpa"
-            )
-        return True
-
-    @property
-    def _is_flash(self) -> bool:
-        """Whether attention is a package of fused kernels, which take no made masks."""
-        return self.model.config._attn_implementation.startswith("flash")
-
-    def _causal_mask(self, batch: Batch, mask: Tensor) -> Tensor | None:
-        """Mask of attention of rows without a prompt, of whose mask (B, L) models see the values.
-
-        BLOOM does not, and counts positions by it. Models with windows make a mask for each kind
-        of layer.
-        """
-        config, lengths = self.model.config, batch.target_lengths
-        if config.model_type == "bloom" or self.window is not None:
-            return mask
-        whole = min(batch.input_lengths, default=0) == batch.input_ids.shape[1]
-        if whole and min(lengths, default=0) == max(lengths, default=0):
-            return None
-        return causal_mask(config, mask, self.model.dtype)
-
-    def _follow(
-        self, ids: Tensor, cache: Any, mask: Tensor | None, positions: Tensor, places: Tensor
-    ) -> Tensor:
-        """Hidden states (B, L, D) of ids (B, L) behind a cache, which grows by them.
-
-        The mask (B, K) says which of the keys are tokens, and ``places`` (B, K) their positions.
-        """
-        config, masks = self.model.config, mask
-        self._beyond_window(places.shape[1])
-        if mask is not None and self.window is not None and not self._is_flash:
-            masks = position_masks(config, places, mask, positions, self.model.dtype)
-        made = self.model.base_model(
-            inputs_embeds=self.embed(ids),
-            attention_mask=masks,
-            cache=cache,
-            use_cache=True,
-            **({} if config.model_type == "bloom" else {"position_ids": positions}),
-        )
-        return made.last_hidden_state
-
-    def _target_logits(self, prefix: Prefix, batch: Batch) -> Tensor:
-        """Logits (M, V) at the M targets of rows ``[prompt] input target``, row by row."""
-        from prompt_lab.core.prompt_cache import prompt_cache, row_cache
-
-        batch = batch.padded_left()
-        parts, mask, positions, places = self._rows(prefix, batch)
-        # Without a prompt too the cache must stay as it is when a layer is recomputed.
-        layers = self.model.config.num_hidden_layers
-        cache = row_cache(parts) if parts else prompt_cache(layers)
-        width = batch.input_ids.shape[1]
-        rows = zip(batch.input_lengths, batch.target_lengths, strict=True)
-        self._check_positions(mask.shape[1] - width + max(map(sum, rows)))  # padding takes none
-        known = batch.target_ids[:, :-1]  # the last target is only predicted
-        present = (known != IGNORE).long()
-        ids = torch.cat([batch.input_ids, known.masked_fill(known == IGNORE, self.pad_id)], dim=1)
-        mask = torch.cat([mask, present], dim=1)
-        behind = positions[:, -1:] + present.cumsum(1)
-        positions, places = (torch.cat([before, behind], dim=1) for before in (positions, places))
-        ready = mask if parts else self._causal_mask(batch, mask)
-        states = self._follow(ids, cache, ready, positions, places)  # (B, S + T - 1, D)
-        length = states.shape[1]
-        before = [
-            row * length + width - 1 + at
-            for row, count in enumerate(batch.target_lengths)
-            for at in range(count)
-        ]
-        chosen = states.flatten(0, 1).index_select(0, index_tensor(before, states.device))
-        return self.model.get_output_embeddings()(chosen)
-
-    def _start_rows(self, prefix: Prefix, batch: Batch, depth: int) -> tuple[Tensor, Follow]:
-        """Logits (B, V) of the first answer token, and a way to run answers behind the text.
-
-        The text runs once behind its prompt's keys and values, for all answers.
-        """
-        batch = batch.padded_left()
-        cache, mask, positions, places = self._growing_cache(prefix, batch)
-        self._check_positions(mask.shape[1] + depth)
-        head = self.model.get_output_embeddings()
-        states = self._follow(batch.input_ids, cache, mask, positions, places)
-
-        def follow(keep: Tensor | None, ids: Tensor) -> Tensor:
-            """Logits (b, t, V) behind tokens (b, t) of the rows to keep; the cache forgets them."""
-            nonlocal mask, places
-            if keep is not None:
-                mask, places = mask[keep], places[keep]
-                cache.batch_select_indices(keep)
-            ones = torch.ones_like(ids)
-            following = places[:, -1:] + ones.cumsum(1)
-            keys = torch.cat([mask, ones], 1), torch.cat([places, following], 1)
-            behind = self._follow(ids, cache, keys[0], following, keys[1])
-            cache.crop(-ids.shape[1])
-            return head(behind)
-
-        return head(states[:, -1]), follow
 
     def _check_prompts(self, prompts: Tensor) -> None:
         """Refuse what is not a bank of this model's width."""
@@ -719,19 +479,33 @@ class Backbone(nn.Module):
                 f"(R, N, {self.hidden_size})"
             )
 
-    def _check_positions(self, length: int) -> None:
+    def _longest(self, prefix: Prefix, batch: Batch, answers: Sequence[int]) -> int:
+        """Positions of the longest row, its prompt included; in the encoder, without the answer."""
+        if self.is_encoder_decoder:
+            answers = [0] * len(batch)
+        pairs = zip(batch.input_lengths, answers, strict=True)
+        return self._virtual_tokens(prefix) + max((sum(pair) for pair in pairs), default=0)
+
+    def _virtual_tokens(self, prefix: Prefix) -> int:
+        """N of what :meth:`prefix` returned."""
+        if self.is_encoder_decoder:
+            return prefix[0].shape[1]
+        return 0 if len(prefix) == 1 else prefix[0].shape[2]
+
+    def _check_positions(self, *lengths: int) -> None:
         """Refuse rows that are longer than the model's positions."""
-        if self.max_positions is not None and length > self.max_positions:
+        if self.max_positions is not None and max(lengths) > self.max_positions:
             raise ValueError(
-                f"rows of {length} positions (prompt, input and answer) do not fit backbone "
+                f"rows of {max(lengths)} positions (prompt, input and answer) do not fit backbone "
                 f"{self.name!r}, which has {self.max_positions}: lower max_input_length, "
                 "num_virtual_tokens or max_new_tokens"
             )
 
 
-def _before(ends: Sequence[int], ids: list[int]) -> list[int]:
-    """The tokens of an answer before the first that ends it."""
-    return ids[: next((at for at, token in enumerate(ids) if token in ends), len(ids))]
+def _back_in_order(groups: list[list[int]], device: torch.device) -> Tensor:
+    """Where each row (B,) of a batch stands among the rows of groups, one behind the other."""
+    place = {row: at for at, row in enumerate(row for rows in groups for row in rows)}
+    return index_tensor([place[row] for row in range(len(place))], device)
 
 
 def _target_places(batch: Batch) -> list[int]:
@@ -745,3 +519,10 @@ def _target_places(batch: Batch) -> list[int]:
 def _at_least_float32(logits: Tensor) -> Tensor:
     """Logits in float32, or as they are where they are wider."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _is_mean(label_score: str) -> bool:
+    if label_score not in get_args(LabelScore):
+        allowed = ", ".join(get_args(LabelScore))
+        raise ValueError(f"label_score is {label_score!r}; allowed: {allowed}")
+    return label_score == "mean"

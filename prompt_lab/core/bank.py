@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prompt_lab.core.backbone import Backbone, Prefix
 from prompt_lab.core.batch import Batch, index_tensor, micro_batches
-from prompt_lab.core.training_forward import twice_differentiable
+from prompt_lab.core.forward import twice_differentiable
 
 
 def bank_gradient(
@@ -79,7 +79,7 @@ def bank_product(
     product = torch.zeros_like(prompts)
     extra = prompts.shape[1] if backbone.is_encoder_decoder else 0
     with torch.enable_grad(), twice_differentiable():
-        for part in micro_batches(batch, tokens_per_forward, extra):
+        for part in micro_batches(batch, tokens_per_forward, extra, backbone.packs):
             used = sorted(set(part.prompts))
             at = index_tensor(used, prompts.device)
             leaf = prompts.detach().index_select(0, at).requires_grad_()
@@ -209,7 +209,7 @@ def _group_gradient(
     losses = leaf.new_zeros(len(leaf))
     scale = FLOAT16_SCALE if backbone.model.dtype == torch.float16 else 1.0
     extra = leaf.shape[1] if backbone.is_encoder_decoder else 0
-    for part in micro_batches(batch, tokens_per_forward, extra):
+    for part in micro_batches(batch, tokens_per_forward, extra, backbone.packs):
         weighted = backbone.row_losses(tuple(cut), part, smoothing) * part.weight
         for sum_, new in zip(total, torch.autograd.grad(weighted.sum() * scale, cut), strict=True):
             sum_ += new

@@ -17,8 +17,9 @@ from typing import Any, get_args
 
 from lightning.pytorch import LightningDataModule
 
-from prompt_lab.core.backbone import Backbone, Side
+from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.metric_names import METRICS
+from prompt_lab.core.text import Side, Template, check_template
 from prompt_lab.data.few_shot import draw_stratified
 from prompt_lab.data.files import (
     SPLITS,
@@ -52,6 +53,10 @@ class PromptDataModule(LightningDataModule):
         order_seed: seed of the order in which each run sees its training rows.
         truncation_side: the side on which the text of longer inputs is cut, ``right`` (its end) or
             ``left`` (its beginning, a task_prefix included); special tokens are never cut.
+        template: ``plain`` for the bare input and answer, or ``chat`` for the chat template of an
+            instruct model's tokenizer: the input as the user's turn, the answer as the
+            assistant's. The soft prompt stands in front of all; only the input's text is cut.
+        system: system text of the chat; null for what the template does without.
 
     Raises:
         ValueError: a setting out of its range.
@@ -65,6 +70,8 @@ class PromptDataModule(LightningDataModule):
         task_prefix: bool = False,
         order_seed: int = 0,
         truncation_side: Side = "right",
+        template: Template = "plain",
+        system: str | None = None,
     ) -> None:
         super().__init__()
         if not tasks:
@@ -82,7 +89,10 @@ class PromptDataModule(LightningDataModule):
             raise ValueError(f"data.tasks names a task twice: {[task.name for task in tasks]}")
         self.given_tasks = list(self.tasks)
         self.samples, self.order_seed = list(samples), order_seed
+        check_template(template, system, "data.")
         self.truncation_side: Side = truncation_side
+        self.template: Template = template
+        self.system = system
         self.max_input_length, self.task_prefix = max_input_length, task_prefix
         self.splits: dict[Key, dict[SplitName, Split]] = {}  # filled by `setup`
         self._backbone: Backbone | None = None
@@ -112,10 +122,15 @@ class PromptDataModule(LightningDataModule):
         return [(task, sample) for task in self.tasks for sample in self.samples]
 
     def connect(self, backbone: Backbone) -> None:
-        """Take the backbone whose rules make the tokens, when they are first asked for."""
+        """Take the backbone whose rules make the tokens, when they are first asked for.
+
+        Raises:
+            ValueError: a chat template that its tokenizer does not have, or that cannot be used.
+        """
         if backbone is not self._backbone:
             self._tokens.clear()
         self._backbone = backbone
+        self.frame = backbone.frame(self.template, self.system)
         self.layout = Layout(backbone.pad_id, not backbone.is_encoder_decoder)
 
     def tokens(self, task: str, sample: int, split: SplitName, keep: bool = True) -> Rows:
@@ -128,16 +143,16 @@ class PromptDataModule(LightningDataModule):
         assert backbone is not None, "tokens are asked for before connect"
         prefix = f" [{task}] " if self.task_prefix else ""
         try:
-            whole = backbone.encode_inputs([prefix + text for text in data.inputs])
+            whole = backbone.encode_inputs([prefix + text for text in data.inputs], self.frame)
         except ValueError as error:
             raise ValueError(f"{data.path}: {error}") from None
         most, side = self.max_input_length, self.truncation_side
         answers = list(dict.fromkeys(chain.from_iterable(data.references)))  # each once
-        ids = dict(zip(answers, backbone.encode_targets(answers), strict=True))
+        ids = dict(zip(answers, backbone.encode_targets(answers, self.frame), strict=True))
         targets = [[ids[answer] for answer in row] for row in data.references]
         found = Rows(
             kind,
-            [backbone.cut_input(tokens, most, side) for tokens in whole],
+            [backbone.cut_input(tokens, most, side, self.frame) for tokens in whole],
             targets if split != "test" else [],
             data.references,
             longest_target=max(map(len, ids.values())),

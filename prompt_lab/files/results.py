@@ -13,8 +13,10 @@ import math
 import shutil
 import statistics
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +90,9 @@ COLUMNS = {
     "optimizer": "adamw, adafactor or sgd",
     "learning_rate": "peak learning rate",
     "batch_size": "rows of a step",
+    "template": "plain or chat: what stood around inputs and answers",
     "decoding": "score, or generate with beams and longest answer",
+    "label_score": "sum or mean of tokens' log-likelihoods, where labels were scored",
     "metric": "metric of the task",
     "metric_variant": "crossfit or corrected",
     "dev": "dev score that chose the prompt",
@@ -220,7 +224,7 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of aligned text that fits a terminal: names of columns wrap, long cells are cut."""
+    """A table of aligned text that fits a terminal: names of columns and long cells wrap."""
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000
     whole = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     is_wide = sum(whole) + 2 * (len(whole) - 1) > width
@@ -230,14 +234,10 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*heads, *rows, strict=True)]
     while sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > 9:
         widths[widths.index(max(widths))] -= 1
-    lines = [*heads, ["-" * w for w in widths], *rows]
+    lines: list[Sequence[str]] = [*heads, ["-" * w for w in widths]]
+    for row in rows:
+        cells = [textwrap.wrap(c, w) or [""] for c, w in zip(row, widths, strict=True)]
+        lines += zip_longest(*cells, fillvalue="")
     return "\n".join(
-        "  ".join(_cut(c, w).ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines
+        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines
     )
-
-
-def _cut(text: str, width: int) -> str:
-    """A text of at most so many characters; a longer one lacks its middle."""
-    if len(text) <= width:
-        return text
-    return text[: (width - 1) // 2] + "…" + text[len(text) - (width - 1 - (width - 1) // 2) :]

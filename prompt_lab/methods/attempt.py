@@ -135,7 +135,12 @@ class Attempt(PromptMethod):
     @torch.no_grad()
     def start(self, data: PromptDataModule) -> None:
         init, self.starts = initial_prompts(
-            self.init_config, self.backbone, self.runs, data.tasks, self.num_virtual_tokens
+            self.init_config,
+            self.backbone,
+            self.runs,
+            data.tasks,
+            self.num_virtual_tokens,
+            data.frame,
         )
         self.prompt.copy_(init)
         self.init.copy_(init)

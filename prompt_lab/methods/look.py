@@ -36,7 +36,7 @@ def look_at_rows(method: PromptMethod, data: PromptDataModule, *splits: SplitNam
     tasks = {task: data.tasks[task] for task, _ in keys}
     told = [said for task in tasks.values() for said in _look_alikes(method, task)]
     cut, rows_of = defaultdict[str, int](int), defaultdict[str, int](int)
-    too_long = defaultdict[tuple[str, int], list[str]](list)
+    too_long = defaultdict[tuple[str, int], dict[str, list[int]]](dict)
     for task, sample in keys:
         longest = None
         if not method.scored(tasks[task]):
@@ -51,15 +51,17 @@ def look_at_rows(method: PromptMethod, data: PromptDataModule, *splits: SplitNam
                 if split != "test":
                     raise
                 told.append(f"test rows will be refused: {error}")
-            lost = sum(length > longest for length in rows.shortest_targets) if longest else 0
-            if longest and lost:
-                too_long[task, longest].append(f"{split} {lost} of {len(rows)}")
+            if longest:
+                counts = too_long[task, longest].setdefault(split, [0, 0])
+                counts[0] += sum(length > longest for length in rows.shortest_targets)
+                counts[1] += len(rows)
     why = "" if method.max_new_tokens else ", the longest answer of train and dev"
     told += [
         f"task {task}: rows all of whose references are longer than the {longest} tokens that "
         f"are generated (model.max_new_tokens{why}), so that no answer can match in full: "
-        f"{', '.join(lost)}"
-        for (task, longest), lost in too_long.items()
+        + ", ".join(f"{split} {lost} of {rows}" for split, (lost, rows) in counts.items() if lost)
+        for (task, longest), counts in too_long.items()
+        if any(lost for lost, _ in counts.values())
     ]
     found = [f"{name} {count} of {rows_of[name]}" for name, count in cut.items() if count]
     if found:
@@ -88,7 +90,7 @@ def _look_alikes(method: PromptMethod, task: Task) -> list[str]:
     told, labels = [], task.labels or ()
     if len({label.lower() for label in labels}) < len(labels):
         told = [f"task {task.name}: some labels differ by case alone: {', '.join(labels)}"]
-    alike = method.backbone.look_alikes(labels)
+    alike = method.backbone.look_alikes(labels, method.datamodule.frame)
     if not alike:
         return told
     groups = "; ".join(", ".join(map(repr, group)) for group in alike)

@@ -248,7 +248,12 @@ class MetaPrompt(PromptMethod):
     def start(self, data: PromptDataModule) -> None:
         alone = Run("", 0, self.init_seed, self.learning_rate, 1)
         made, self.starts = initial_prompts(
-            self.init_config, self.backbone, [alone], data.tasks, self.num_virtual_tokens
+            self.init_config,
+            self.backbone,
+            [alone],
+            data.tasks,
+            self.num_virtual_tokens,
+            data.frame,
         )
         self.prompt.copy_(made)
         self.init.copy_(made)
@@ -539,6 +544,8 @@ class MetaPrompt(PromptMethod):
             status="stopped: diverged" if diverged else "finished",
             max_input_length=self.datamodule.max_input_length,
             task_prefix=self.datamodule.task_prefix,
+            template=self.datamodule.template,
+            system=self.datamodule.system,
             version=__version__,
             role=self.role,
             source_tasks=self.source_tasks,

@@ -396,10 +396,11 @@ class VectorArithmetic(PromptMethod):
                 yield VectorSum("single", _written(task), *parts, (1.0,))
 
     def _warn(self, data: PromptDataModule) -> None:
-        for name in ("task_prefix", "max_input_length"):
+        for name in ("task_prefix", "max_input_length", "template", "system"):
             own, prompts = getattr(data, name), [found.prompt for found in self._sources]
             other = {one.name: getattr(one, name) for one in prompts}
-            other = {key: value for key, value in other.items() if value not in (own, None)}
+            missing = own if name == "system" else None
+            other = {key: value for key, value in other.items() if value not in (own, missing)}
             if other:
                 was = next(iter(other.values()))
                 told = f"data.{name} is {own}, but it was {was} when {some([*other])} were tuned"

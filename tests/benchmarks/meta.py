@@ -46,8 +46,8 @@ from prompt_lab.analysis.plots import lines, looks, save_figure
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import BankObjective
 from prompt_lab.core.batch import Batch
+from prompt_lab.core.forward import twice_differentiable
 from prompt_lab.core.meta_gradient import InnerConfig, MetaGradient, maml
-from prompt_lab.core.training_forward import twice_differentiable
 
 MODELS = {"T5-like": ("t5", T5, 1.0), "GPT-2-like": ("gpt2", DECODER, 0.01)}
 """Kind, sizes, and inner learning rate."""

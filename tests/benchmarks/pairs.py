@@ -38,6 +38,7 @@ class Settings:
     threads: int = 2
     pairs: int = 15
     quick: bool = False
+    model: str | None = None
 
     @property
     def size(self) -> str:

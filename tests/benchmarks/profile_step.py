@@ -2,10 +2,12 @@
 
     python tests/benchmarks/profile_step.py [--device cpu] [--threads 2] [--quick]
                                             [--models T5-like] [--methods Attempt]
+    python tests/benchmarks/profile_step.py --model FOLDER [--threads 1]
 
 First one table with a line for every method (``method_steps.py``), with the three operators that
 take most time by themselves, and a floor. Then, for prompt tuning of the GPT-2-like model of G1 and
-the T5-like model of G3, forward and backward alone, a dozen operators.
+the T5-like model of G3, forward and backward alone, a dozen operators. With ``--model`` that alone,
+for a real language model on the rows of G23.
 
 The floor is the larger of two times: the operations (counted by PyTorch, attention written out) at
 the rate of a large matrix product, and the bytes that must move at the rate of a large copy. Both
@@ -30,13 +32,15 @@ from typing import Any
 
 import torch
 from method_steps import METHODS, Bench, with_step
-from models import DECODER, T5, make_backbone, make_model, make_prompts, our_batch
+from models import DECODER, T5, Row, make_backbone, make_model, make_prompts, our_batch
 from pairs import WARM_UP, Settings, machine, seconds
+from real_model import load, read
 from steps import make_groups, our_side, virtual_tokens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from prompt_lab.core.backbone import Backbone
 from prompt_lab.methods.look import saved_bytes
 from prompt_lab.methods.method import PromptMethod
 
@@ -61,7 +65,7 @@ class Rates:
 def main() -> None:
     """Print the table of all methods, then the operators of prompt tuning."""
     options = parse()
-    settings = Settings(options.device, options.threads, 3, options.quick)
+    settings = Settings(options.device, options.threads, 3, options.quick, options.model)
     torch.set_num_threads(settings.threads)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
@@ -69,14 +73,25 @@ def main() -> None:
     print(
         f"{machine(settings)}, {settings.threads} threads: matrix products "
         f"{rates.peak / 1e9:.0f} GFLOP/s in {settings.dtype}, copies "
-        f"{rates.bandwidth / 1e9:.1f} GB/s\n\n{HEAD}\n{'|---' * HEAD.count(' | ')}|---|",
+        f"{rates.bandwidth / 1e9:.1f} GB/s\n",
         flush=True,
     )
+    if options.model:
+        backbone = load(settings, "float32")
+        groups = [read(backbone, "glue-sst2", ROWS, settings)]
+        describe(f"{backbone.name}, B {ROWS}, glue-sst2", backbone, groups, 20, rates, settings)
+        return
+    print(f"{HEAD}\n{'|---' * HEAD.count(' | ')}|---|", flush=True)
     for name in options.models:
         for method in options.methods:
             print(line_of(name, method, rates, settings), flush=True)
     for name in options.models:
-        describe(name, rates, settings)
+        kind, sizes = MODELS[name]
+        model = make_model(kind, sizes[settings.size], settings.device, settings.dtype)
+        backbone = make_backbone(model)
+        groups = make_groups(backbone, 1, ROWS, LENGTHS)
+        what = f"{name}, B {ROWS}, S {LENGTHS[1]}"
+        describe(what, backbone, groups, virtual_tokens(settings), rates, settings)
 
 
 def parse() -> argparse.Namespace:
@@ -86,6 +101,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--model", help="folder of a language model")
     parser.add_argument("--quick", action="store_true", help="tiny models, to check the script")
     return parser.parse_args()
 
@@ -162,13 +178,16 @@ def moved_bytes(method: PromptMethod, step: Callable[[], Any]) -> tuple[int, int
 # ---- prompt tuning in detail ---------------------------------------------------------------------
 
 
-def describe(name: str, rates: Rates, settings: Settings) -> None:
-    """Print time, floor and operators of one step."""
-    kind, sizes = MODELS[name]
-    model = make_model(kind, sizes[settings.size], settings.device, settings.dtype)
-    backbone = make_backbone(model)
-    prompts = make_prompts(backbone, 1, virtual_tokens(settings))
-    groups = make_groups(backbone, 1, ROWS, LENGTHS)
+def describe(
+    what: str,
+    backbone: Backbone,
+    groups: list[list[Row]],
+    count: int,
+    rates: Rates,
+    settings: Settings,
+) -> None:
+    """Print time, floor and operators of one step with N virtual tokens."""
+    prompts = make_prompts(backbone, 1, count)
     step = our_side(backbone, prompts, groups)
     time = typical(step, settings)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -180,7 +199,7 @@ def describe(name: str, rates: Rates, settings: Settings) -> None:
     moved = 2 * weights + 2 * saved
     floor = rates.floor(operations, moved)
     print(
-        f"\n## {name}, B {ROWS}, S {LENGTHS[1]}\n\n"
+        f"\n## {what}\n\n"
         f"step {time * 1e3:.1f} ms, floor {floor * 1e3:.1f} ms, ratio {time / floor:.2f}\n"
         f"- {operations / 1e9:.1f} GFLOP: {operations / rates.peak * 1e3:.1f} ms\n"
         f"- {moved / 1e6:.0f} MB (weights {weights / 1e6:.0f} MB and kept {saved / 1e6:.0f} MB, "

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/run.py [--goals G1 G2] [--pairs 15] [--device cpu] [--threads 2]
                                    [--out FILE.jsonl] [--quick]
+                                   [--model FOLDER]
     python tests/benchmarks/run.py --table FILE.jsonl
 
 Each goal runs in a process of its own and gives one JSON line per result. A ratio is the time of
@@ -48,6 +49,11 @@ GOALS = {
     "G20": ("interpretation", "nearest"),
     "G21": ("many_prompts", "evaluation"),
     "G22": ("ranks", "shared_banks"),
+    "G23": ("real_model", "short_rows"),
+    "G24": ("real_model", "long_rows"),
+    "G25": ("real_model", "bank"),
+    "G26": ("real_model", "answers"),
+    "G27": ("real_model", "first_step"),
 }
 
 
@@ -58,7 +64,7 @@ def main() -> int:
         print(table(map(json.loads, options.table.read_text().splitlines())))
         return 0
     pairs = options.pairs or (3 if options.quick else 15)
-    settings = Settings(options.device, options.threads, pairs, options.quick)
+    settings = Settings(options.device, options.threads, pairs, options.quick, options.model)
     lines, failed = [], []
     for goal in options.goals:
         print(f"{goal} ...", file=sys.stderr, flush=True)
@@ -81,6 +87,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch on the CPU")
     parser.add_argument("--out", type=Path, help="file to which the JSON lines are added")
+    parser.add_argument("--model", help="folder of a language model, for G23 to G27")
     parser.add_argument("--quick", action="store_true", help="tiny models, to check the scripts")
     parser.add_argument("--table", type=Path, help="print the table of an earlier file")
     options = parser.parse_args()

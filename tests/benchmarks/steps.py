@@ -71,10 +71,10 @@ def causal_bank(settings: Settings) -> Iterator[Result]:
     )
     prompts = make_prompts(backbone, runs, virtual_tokens(settings))
     groups = make_groups(backbone, runs, rows, (15, 40))
-    singles = [_peft_side(backbone, prompts[r : r + 1], [group]) for r, group in enumerate(groups)]
+    singles = [peft_side(backbone, prompts[r : r + 1], [group]) for r, group in enumerate(groups)]
     what = f"{runs} PEFT steps / 1 step of a bank of {runs}, GPT-2-like, B {rows}"
     goal = settings.goal(2.9, 12.0)
-    yield _compare(
+    yield compare(
         what, in_turn(singles), our_side(backbone, prompts, groups), goal, settings, backbone
     )
 
@@ -96,7 +96,7 @@ def t5_banks(settings: Settings) -> Iterator[Result]:
         what = f"{runs} single steps / 1 step of a bank of {runs}, {name}, N {count}, "
         what += f"B {rows}, S {lengths[1]}"
         bank, goal = our_side(backbone, prompts, groups), settings.goal(*goals)
-        yield _compare(what, in_turn(singles), bank, goal, settings, backbone, KINK_LIMITS)
+        yield compare(what, in_turn(singles), bank, goal, settings, backbone, KINK_LIMITS)
 
 
 def bf16_step(settings: Settings) -> Iterator[Result]:
@@ -109,9 +109,9 @@ def bf16_step(settings: Settings) -> Iterator[Result]:
     rounded = make_backbone(copy.deepcopy(backbone.model).to(torch.bfloat16))
     prompts = make_prompts(backbone, 1, virtual_tokens(settings))
     groups = make_groups(backbone, 1, 8, (15, 40))
-    yield _compare(
+    yield compare(
         "PEFT step in float32 / ours with bfloat16 weights, T5-like, B 8",
-        _peft_side(backbone, prompts, groups),
+        peft_side(backbone, prompts, groups),
         our_side(rounded, prompts, groups),
         settings.goal(2.0, None),
         settings,
@@ -141,11 +141,11 @@ def _peft_step(
     groups = make_groups(backbone, 1, rows, lengths)
     name = {"gpt2": "GPT-2", "bloom": "BLOOM", "llama": "Llama", "qwen2": "Qwen2", "t5": "T5"}[kind]
     what = f"PEFT step / ours, {name}-like, B {rows}, S {lengths[1]}"
-    theirs, ours = _peft_side(backbone, prompts, groups), our_side(backbone, prompts, groups)
-    yield _compare(what, theirs, ours, goal, settings, backbone)
+    theirs, ours = peft_side(backbone, prompts, groups), our_side(backbone, prompts, groups)
+    yield compare(what, theirs, ours, goal, settings, backbone)
 
 
-def _compare(
+def compare(
     what: str,
     first: Step,
     second: Step,
@@ -171,7 +171,7 @@ def make_groups(
     ]
 
 
-def _peft_side(backbone: Backbone, prompts: Tensor, groups: list[list[Row]]) -> Step:
+def peft_side(backbone: Backbone, prompts: Tensor, groups: list[list[Row]]) -> Step:
     """One PEFT step of one prompt: losses (1,) and gradient (1, N, D)."""
     model, weight = peft_model(backbone, prompts[0])
     inputs, count = peft_inputs(backbone, groups[0]), prompts.shape[1]

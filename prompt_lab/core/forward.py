@@ -1,21 +1,20 @@
-"""Ways to run a frozen model in training: layers recomputed, compiled, or differentiated twice.
+"""How a frozen model is run: caches of prompts, masks, layers recomputed or compiled.
 
-And masks that are made before the model runs. All leave the model as it is where no gradient is
-asked for, and all are exact. Gradient checkpointing keeps one layer's activations at a time and
-runs each layer's forward pass twice; transformers' own switch does not fit here, since it acts on
-models in training mode only and drops the prompt's keys and values. Compiling serves all lengths by
-a few graphs with dynamic shapes. Fused attention kernels have no second derivative on any device,
-so Hessian products choose the one that is made of plain operations, and only they do.
+All leave the model as it is where no gradient is asked for, and all are exact. Gradient
+checkpointing keeps one layer's activations at a time and runs each layer's forward pass twice;
+transformers' own switch does not fit here, since it acts on models in training mode only and drops
+the prompt's keys and values. Compiling serves all lengths by a few graphs with dynamic shapes.
+Fused attention kernels have no second derivative on any device, so Hessian products choose the one
+that is made of plain operations, and only they do.
 
 Given which tokens are padding, transformers looks at the values to see whether a mask is needed,
-and the host waits for the device. It does not look at a mask that is made already, as here. Where
-attention is a package of kernels of its own (``flash_attention_2``), it looks all the same.
+and the host waits for the device. It does not look at a mask that is made already, as here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial, wraps
 from typing import Any
 
@@ -34,7 +33,6 @@ def recompute_layers(model: nn.Module) -> None:
 
 
 def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A layer's output, whose backward pass runs the layer again."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
@@ -61,8 +59,27 @@ def compile_training(modules: Iterable[nn.Module]) -> None:
 def _compiled(
     eager: Callable[..., Any], compiled: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """The compiled pass where a gradient is asked for."""
     return (compiled if torch.is_grad_enabled() else eager)(*args, **kwargs)
+
+
+@contextmanager
+def head_at(model: Any, places: Tensor | None) -> Iterator[None]:
+    """Within it the model makes logits (1, M, V) of M of its (P, L) tokens, of all for None.
+
+    So each model scales, caps or shifts its logits itself, and none is made in vain.
+    """
+    if places is None:
+        yield
+        return
+
+    def pick(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0].flatten(0, 1).index_select(0, places)[None], *args[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(pick)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def tokens_mask(config: Any, mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -96,40 +113,19 @@ def causal_mask(config: Any, mask: Tensor, dtype: torch.dtype) -> Tensor:
     return mask if made is None else made
 
 
-def attention_window(config: Any) -> int | None:
-    """How many keys the windowed layers of a model see; None for a model without such layers."""
-    windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    return config.sliding_window if windowed else None
-
-
-def position_masks(
-    config: Any, places: Tensor, known: Tensor, positions: Tensor, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Additive masks for each kind of layer of a model with windows, which count positions.
-
-    transformers' own count keys, and so the padding between a prompt and its text.
-
-    Args:
-        config: of the transformers model.
-        places: (B, K) the position of each key.
-        known: (B, K) 1 for keys that are tokens and 0 for padding.
-        positions: (B, Q) the position of each query.
-        dtype: of the model's weights.
-
-    Returns:
-        (B, 1, Q, K) for ``full_attention`` and ``sliding_attention``.
-    """
-    back = positions[:, :, None] - places[:, None]  # (B, Q, K)
-    seen = (back >= 0) & (known[:, None] > 0)
-    kinds = {"full_attention": seen, "sliding_attention": seen & (back < config.sliding_window)}
-    return {
-        kind: torch.zeros_like(back, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[
-            :, None
-        ]
-        for kind, seen in kinds.items()
-    }
-
-
 def _like(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Embeddings (B, S, 0), which tell transformers shape, dtype and device."""
     return mask.new_empty(*mask.shape, 0, dtype=dtype)
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """What attention adds: 0 where a query sees a key, else the least number: (P, 1, Q, K).
+
+    Eager attention adds its mask, so one of truth values would be silently wrong.
+
+    Args:
+        seen: (P, Q, K) truth values.
+        dtype: of the model's weights.
+    """
+    mask = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+    return mask[:, None]
