@@ -84,6 +84,13 @@ def tokens_of(batch: Batch, targets: Sequence[int]) -> list[int]:
     return [own + max(0, more - 1) for own, more in pairs]
 
 
+def padded_tokens(batch: Batch) -> int:
+    """Tokens of the packs of a batch, padding counted."""
+    tokens = tokens_of(batch, batch.target_lengths)
+    packs = pack(tokens, batch.prompts, PACK_TOKENS)
+    return len(packs) * max((sum(tokens[row] for row in rows) for rows in packs), default=0)
+
+
 def cut(batch: Batch, tokens_per_forward: int) -> list[Batch]:
     """Cut a batch into slices whose packs hold at most so many tokens, padding counted.
 
@@ -94,11 +101,9 @@ def cut(batch: Batch, tokens_per_forward: int) -> list[Batch]:
     """
     if tokens_per_forward < 1:
         raise ValueError(f"tokens_per_forward is {tokens_per_forward}: give at least 1")
-    tokens = tokens_of(batch, batch.target_lengths)
-    packs = pack(tokens, batch.prompts, PACK_TOKENS)
-    widest = max((sum(tokens[row] for row in rows) for rows in packs), default=0)
-    if len(batch) < 2 or len(packs) * widest <= tokens_per_forward:
+    if len(batch) < 2 or padded_tokens(batch) <= tokens_per_forward:
         return [batch] if len(batch) else []
+    tokens = tokens_of(batch, batch.target_lengths)
     half = bisect_left(list(accumulate(tokens)), sum(tokens) / 2) + 1
     half = min(half, len(batch) - 1)
     parts = batch.slice(0, half), batch.slice(half, len(batch))

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import Prefixes
-from prompt_lab.core.batch import Batch, micro_batches
+from prompt_lab.core.batch import Batch
 from prompt_lab.core.fastfood import FastfoodMap
 from prompt_lab.core.optim import OptimConfig, schedule_factor
 from prompt_lab.core.run import Run, grid
@@ -313,7 +313,7 @@ def weights_gradient(
     """
     none = torch.zeros(1, 0, backbone.hidden_size, device=backbone.device)
     total, loss = [torch.zeros_like(weight) for weight in weights], none.new_zeros(())
-    for part in micro_batches(batch, tokens_per_forward):
+    for part in backbone.micro_batches(batch, tokens_per_forward, 0):
         value = (backbone.loss(none, part, label_smoothing) * part.weight).sum()
         found = torch.autograd.grad(value, weights, allow_unused=True, materialize_grads=True)
         for sum_, new in zip(total, found, strict=True):

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from prompt_lab.core.bank import renumber
-from prompt_lab.core.batch import Batch, micro_batches
+from prompt_lab.core.batch import Batch
 from prompt_lab.core.optim import BankOptimizer
 from prompt_lab.core.run import Run
 from prompt_lab.data.sampling import bank_draw
@@ -105,7 +105,8 @@ def dev_loss(method: PromptMethod, lines: list[int]) -> float:
         batch = drawn.batch(0, [0]).to(method.device)
         batch = Batch(**{**vars(batch), "prompts": [i] * len(batch)})
         batch = renumber(batch, list(range(len(method.runs))))
-        for part in micro_batches(batch, method.tokens_per_forward, method.num_virtual_tokens):
+        count = method.num_virtual_tokens
+        for part in method.backbone.micro_batches(batch, method.tokens_per_forward, count):
             prefix, part = method.prefix_of(method._prefixes, part)
             total += (method.backbone.row_losses(prefix, part) * part.weight).sum().item()
     summed = method.over_ranks(torch.tensor([total], device=method.device)).item()

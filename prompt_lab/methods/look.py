@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from lightning.pytorch import Trainer
 
-from prompt_lab.core.batch import Batch, micro_batches
+from prompt_lab.core.batch import Batch
+from prompt_lab.core.packing import padded_tokens
 from prompt_lab.data.files import SplitName
 from prompt_lab.data.sampling import Key, Rows
 from prompt_lab.data.tasks import Task
@@ -139,12 +140,13 @@ def describe(method: PromptMethod, data: PromptDataModule, trainer: Trainer) -> 
     if not isinstance(batch, Batch):
         return "\n".join(lines)
     bank = method.bank().detach()
-    extra = method.num_virtual_tokens if method.backbone.is_encoder_decoder else 0
-    parts = micro_batches(batch, method.tokens_per_forward, extra)
+    backbone, count = method.backbone, method.num_virtual_tokens
+    parts = backbone.micro_batches(batch, method.tokens_per_forward, count)
+    extra = count if backbone.is_encoder_decoder else 0
     padded = 0 if extra else len(bank) * bank.shape[1]
-    padded += sum(
-        len(part) * (part.input_ids.shape[1] + part.target_ids.shape[1] + extra) for part in parts
-    )
+    for part in parts:
+        width = part.input_ids.shape[1] + part.target_ids.shape[1] + extra
+        padded += padded_tokens(part) if backbone.packs else len(part) * width
     prompts, smoothing = bank.requires_grad_(), method.label_smoothing
     kept = [saved_bytes(method.backbone, prompts, part, smoothing) for part in parts]
     held = method.held() | {"activations of the largest micro-batch": max(kept, default=0)}
