@@ -293,7 +293,8 @@ def greedy(model: Backbone, prompt: Tensor, text: str, length: int, end: int) ->
     while len(made) < length and made[-1:] != [end]:
         logits = naive_logits(model, prompt, ids, [*made, 0])  # the last target is not read
         made.append(int(logits[-1].argmax()))
-    return model.tokenizer.decode(made, skip_special_tokens=True).strip()
+    kept = made[:-1] if made[-1:] == [end] else made
+    return model.tokenizer.decode(kept, skip_special_tokens=True).strip()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -303,7 +304,7 @@ def test_generated_answers_equal_a_greedy_loop(kind: str) -> None:
     batch = model.batch(TEXTS, None, INDEX)
     free = greedy(model, prompts[INDEX[0]], TEXTS[0], 8, EOS_ID)
     end = model.tokenizer.encode(free, add_special_tokens=False)[2]
-    model.model.generation_config.eos_token_id = end
+    model.frame().ends = [end]
     found = model.generate(prompts, batch, 8)
     expected = [greedy(model, prompts[INDEX[i]], TEXTS[i], 8, end) for i in batch.rows]
     alone = [

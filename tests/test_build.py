@@ -254,13 +254,14 @@ def test_files_of_other_settings_are_kept_unless_overwritten(tmp_path, colors, o
     assert build_task(colors, out, str(own), overwrite=True).is_new
 
 
-def test_rows_with_empty_fields_are_left_out_and_line_breaks_are_spaces(tmp_path, task_file, own):
-    rows = [{"thing": thing, "color": 0} for thing in ("a\nb", " ", "c", "d", "e", "f", "g", "h")]
+def test_rows_with_empty_fields_are_left_out_and_line_breaks_are_marked(tmp_path, task_file, own):
+    texts = ("a\nb", " ", "c\td", "d", "e", "f", "g\r\nh\n", "h")
+    rows = [{"thing": text, "color": 0} for text in texts]
     write_json_lines(own / "things" / "train.jsonl", rows)
     things = find_tasks(["things"], task_file)[0]
     built = build_task(things, tmp_path / "out", str(own), samples=[100])
     text = b"".join(contents(tmp_path / "out").values()).decode()
-    assert "0\ta b\n" in text
+    assert {"0\ta␤b", "0\tc d", "0\tg␤h"} <= {*text.split("\n")}
     assert "\t \n" not in text
     assert [note.split(": ")[1] for note in built.notes] == [
         "tabs or line breaks in 1 rows became spaces",

@@ -35,12 +35,13 @@ class Bigrams:
         self.ran += len(ids)
         return self.table[ids]
 
-    def scores(self) -> np.ndarray:
-        """Log-likelihood of each label by the formula: (B, C)."""
+    def scores(self, mean: bool = False) -> np.ndarray:
+        """Log-likelihood of each label by the formula, or its mean over tokens: (B, C)."""
         first = self.first.double().log_softmax(1).numpy()
         table = self.table.double().log_softmax(1).numpy()
         later = [sum(table[a, b] for a, b in pairwise(x)) for x in LABELS]
-        return np.stack([first[:, x[0]] + more for x, more in zip(LABELS, later, strict=True)], 1)
+        sums = np.stack([first[:, x[0]] + more for x, more in zip(LABELS, later, strict=True)], 1)
+        return sums / [len(label) for label in LABELS] if mean else sums
 
 
 def answers() -> Tensor:
@@ -48,21 +49,28 @@ def answers() -> Tensor:
     return torch.tensor([[*label, *[IGNORE] * (depth - len(label))] for label in LABELS])
 
 
+@pytest.mark.parametrize("mean", [False, True], ids=["sum", "mean"])
 @pytest.mark.parametrize("sure", [0.0, 10.0])
-def test_exhaustive_scores_equal_the_formula(sure: float) -> None:
+def test_exhaustive_scores_equal_the_formula(sure: float, mean: bool) -> None:
     model = Bigrams(50, sure)
-    found = candidate_scores(model.first, answers(), model.follow, PAD, exhaustive=True)
-    np.testing.assert_allclose(found.numpy(), model.scores(), atol=1e-5)
+    found = candidate_scores(model.first, answers(), model.follow, PAD, exhaustive=True, mean=mean)
+    np.testing.assert_allclose(found.numpy(), model.scores(mean), atol=1e-5)
 
 
+@pytest.mark.parametrize("mean", [False, True], ids=["sum", "mean"])
 @pytest.mark.parametrize("sure", [0.0, 10.0])
-def test_bounds_are_above_the_scores_and_the_largest_is_the_largest_score(sure: float) -> None:
-    model = Bigrams(50, sure)
-    found = candidate_scores(model.first, answers(), model.follow, PAD, exhaustive=False).numpy()
-    assert (found >= model.scores() - 1e-5).all()
-    assert found.argmax(1).tolist() == model.scores().argmax(1).tolist()
-    np.testing.assert_allclose(found.max(1), model.scores().max(1), atol=1e-5)
+def test_bounds_are_above_the_scores_and_the_largest_is_the_largest_score(
+    sure: float, mean: bool
+) -> None:
+    model = Bigrams(200, sure)
+    found = candidate_scores(model.first, answers(), model.follow, PAD, exhaustive=False, mean=mean)
+    found, expected = found.numpy(), model.scores(mean)
+    assert (found >= expected - 1e-5).all()
+    assert found.argmax(1).tolist() == expected.argmax(1).tolist()
+    np.testing.assert_allclose(found.max(1), expected.max(1), atol=1e-5)
     assert len(set(found.argmax(1))) > 3
+    assert (expected.argmax(1) != model.scores(not mean).argmax(1)).any()
+    assert model.ran < len(LABELS) * 200  # it stops early
 
 
 def test_what_first_tokens_decide_takes_one_more_pass_at_most() -> None:

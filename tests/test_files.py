@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from prompt_lab.data.files import (
+    BREAK,
     SPLITS,
     DataError,
     Split,
@@ -75,6 +76,21 @@ def test_line_ends_marks_and_outer_spaces_change_nothing(tmp_path: Path, data: b
     write(tmp_path, data)
     split = read_split(tmp_path, OPEN, 13, "train")
     assert (split.inputs, split.references) == (["a", "b"], [["good"], ["bad"]])
+
+
+def test_a_line_break_within_a_field_is_a_mark(tmp_path: Path) -> None:
+    write(tmp_path, "two␤lines\tgood␤news\nb␤\tbad\n".encode())
+    split = read_split(tmp_path, OPEN, 13, "train")
+    assert (split.inputs, split.references) == (["two\nlines", "b"], [["good\nnews"], ["bad"]])
+    write(tmp_path, "␤\tgood\n".encode())
+    with pytest.raises(DataError, match=r"the input \(column 1\) is empty"):
+        read_split(tmp_path, OPEN, 13, "train")
+
+
+def test_no_file_of_crossfit_holds_the_mark(test_data: Path) -> None:
+    files = [*(test_data / "crossfit").rglob("*.tsv")]
+    assert len(files) > 1000
+    assert not [file for file in files if BREAK.encode() in file.read_bytes()]
 
 
 @pytest.mark.parametrize("mark", ["\u2028", "\x0b", "\x0c", "\x85", "\x1c"])

@@ -59,6 +59,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "label_smoothing": {"label_smoothing": 0.1},
     "vocab_size": {"init": {"name": "vocab", "vocab_size": 50}},
     "decoding": {"decoding": "generate"},
+    "label_score": {"label_score": "mean"},
     "max_input_length": {"data": {"max_input_length": 9}},
     "truncation_side": {"data": {"truncation_side": "left"}},
     "task_prefix": {"data": {"task_prefix": True}},

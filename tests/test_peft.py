@@ -17,6 +17,7 @@ from peft import (
     AutoPeftModelForCausalLM,
     AutoPeftModelForSeq2SeqLM,
     MultitaskPromptTuningConfig,
+    PromptEncoderConfig,
     PromptTuningConfig,
     get_peft_model,
 )
@@ -228,6 +229,30 @@ def test_prompts_trained_by_peft_load_and_give_its_logits(
     assert (prompt - make_prompt()).abs().max() > 0.05
     found = our_log_probabilities(model, prompt, inputs[0], targets[0])
     expected = peft_log_probabilities(peft, model, inputs[0], targets[0])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("encoder", ["MLP", "LSTM"])
+@pytest.mark.parametrize("kind", ["t5", "gpt2", "llama"])
+def test_prompts_of_p_tuning_load_and_give_its_logits(
+    backbone: Factory, tmp_path: Path, kind: str, encoder: str
+) -> None:
+    """What P-tuning saves is what its encoder made; T5 has two submodules, of which it uses one."""
+    config = PromptEncoderConfig(
+        task_type=task_type(kind),
+        num_virtual_tokens=N,
+        encoder_hidden_size=16,
+        encoder_reparameterization_type=encoder,
+        encoder_num_layers=2,
+    )
+    peft = get_peft_model(make_model(kind), config).eval()
+    peft.save_pretrained(tmp_path / "peft")
+    prompt = load_peft(tmp_path / "peft").prompt
+    assert prompt.shape == (N, HIDDEN)
+    model = backbone(kind)
+    (x, *_), (y, *_) = tokens(model)
+    expected = peft_log_probabilities(peft, model, x, y)
+    found = our_log_probabilities(model, prompt, x, y)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 

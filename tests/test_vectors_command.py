@@ -259,6 +259,26 @@ def test_a_written_prompt_answers_as_its_tasks_where_they_agree():
         assert answers(name) == expected
 
 
+def test_sums_answer_by_the_template_of_their_tasks_and_other_templates_are_told(
+    capsys: pytest.CaptureFixture[str],
+):
+    chat = {"template": "chat", "system": "Be brief."}
+    save(
+        "store",
+        *(tuned(task, None, None, **chat) for task in ("a", "b")),
+        tuned("c", None, None, template="chat"),
+    )
+    for expression, task, expected, told in (
+        ("a + b", None, ("chat", "Be brief."), False),
+        ("a + c", None, ("plain", None), True),
+        ("a - c", "c", ("chat", None), True),
+    ):
+        (path,) = apply_vectors(expression, prompts=["store"], out="out", task=task)
+        found = load_prompt(path)
+        assert (found.template, found.system) == expected
+        assert ("with different templates or system texts" in capsys.readouterr().err) == told
+
+
 def test_prompt_tuning_starts_from_what_is_written(backbone: Callable[..., Backbone]):
     model = backbone("t5")
     digests = {"backbone_digest": model.digest, "tokenizer_digest": model.tokenizer_digest}

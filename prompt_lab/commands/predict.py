@@ -15,7 +15,15 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from prompt_lab.core.prediction import check_at_least_one, label_scores, predict, tidy_labels
+from prompt_lab.core.prediction import (
+    check_at_least_one,
+    check_label_score,
+    label_scores,
+    predict,
+    tidy_labels,
+)
+from prompt_lab.core.text import check_template
+from prompt_lab.data.files import BREAK
 from prompt_lab.files.tensors import write_atomically
 
 if TYPE_CHECKING:
@@ -32,7 +40,7 @@ OUTPUT_FIELDS = ("prompt", "prediction", "scores")
 
 DEFAULTS = {
     **{"max_new_tokens": 64, "num_beams": 1},
-    **{"max_input_length": 512, "truncation_side": "right"},
+    **{"max_input_length": 512, "truncation_side": "right", "template": "plain"},
 }
 """Of prompts whose files do not say, such as imported ones."""
 
@@ -63,14 +71,18 @@ def predict_command(
     num_beams: int | None = None,
     max_input_length: int | None = None,
     truncation_side: Literal["right", "left"] | None = None,
+    template: Literal["plain", "chat"] | None = None,
+    system: str | None = None,
+    label_score: Literal["sum", "mean"] | None = None,
     tokens_per_forward: int | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> None:
     """Answer new inputs under one or many prompts, in the order of the input.
 
-    Each prompt answers as in the test of its fit, unless a setting here says otherwise. Spaces
-    around an input are dropped, as in few-shot files; a line without text gets an empty answer
-    (null in jsonl), so that lines stay aligned. Text output has one line per input, one column per
+    Each prompt answers as in the test of its fit, unless a setting here says otherwise. As in
+    few-shot files, spaces around an input are dropped, and the mark ␤ in a line of text is a line
+    break. A line without text gets an empty answer (null in jsonl), so that lines stay aligned.
+    Text output has one line per input, one column per
     prompt with tabs between them; white space within an answer becomes one space. jsonl output has
     one line per input and prompt: input, prompt, prediction, for labels their log-likelihoods as
     scores, and the other fields of a jsonl input.
@@ -92,6 +104,11 @@ def predict_command(
         max_input_length: longer inputs are cut to so many tokens, and to what the backbone's
             positions leave; by default as the prompt was trained, or else 512.
         truncation_side: where they are cut, right (the end) or left; by default as trained.
+        template: chat puts inputs into the chat template of the backbone's tokenizer, plain does
+            not; by default as the prompt was trained, or else plain.
+        system: system text of the chat; by default as trained.
+        label_score: score of a label, the sum of its tokens' log-likelihoods or their mean; by
+            default as tested, or else sum.
         tokens_per_forward: most padded tokens of one forward pass; bounds memory, not results; by
             default 2048 on a CPU and 16384 on a GPU.
         device: auto takes a GPU where there is one.
@@ -103,12 +120,16 @@ def predict_command(
     given["max_input_length"] = max_input_length
     numbers = {"tokens_per_forward": tokens_per_forward, **given}
     check_at_least_one(**{name: number for name, number in numbers.items() if number is not None})
-    given["truncation_side"] = truncation_side
+    given |= {"truncation_side": truncation_side, "template": template, "system": system}
+    given["label_score"] = label_score
     given = {name: value for name, value in given.items() if value is not None}
     if labels is not None:
         labels = tidy_labels(labels)
         if decoding == "generate":
             raise ValueError("labels are scored and decoding is generate: leave one of them out")
+    check_label_score(label_score or "sum", decoding == "generate")
+    if template == "plain":
+        check_template(template, system)
     source = _check_input(input)
     if out is not None and Path(out).is_dir():
         raise ValueError(f"out is the folder {out}: give a file")
@@ -158,7 +179,7 @@ def _parse_text(text: str) -> Line:
             "the line holds a tab, so it may be a row with answers: give inputs only (cut -f1), or "
             "a .jsonl file"
         )
-    return Line(text.strip(), {"input": text})
+    return Line(text.replace(BREAK, "\n").strip(), {"input": text})
 
 
 def _parse_json(text: str) -> Line:
@@ -215,11 +236,23 @@ def _ways(
         known = tasks.get(task)
         own = {name: row.get(name) or default for name, default in DEFAULTS.items()} | given
         own["input_prefix"] = f" [{task}] " if row.get("task_prefix") else ""
+        kept = row.get("system") if own["template"] == "chat" else None
+        own["system"] = given.get("system", kept)
         scored = (decoding or row.get("decoding") or "score") == "score"
         choice = labels or ((row.get("labels") or (known and known.labels)) if scored else None)
+        score = given.get("label_score") or row.get("label_score") or "sum"
+        check_label_score(score, not choice and "label_score" in given)
+        own["label_score"] = score if choice else "sum"
         ways.append((list(choice) if choice else None, own))
         if task and known is None and not row.get("decoding"):
             unknown.add(task)
+    frames = {(own["template"], own["system"]) for _, own in ways}
+    if len(frames) > 1:
+        print(
+            "the prompts were trained with different templates or system texts, and each answers "
+            "with its own: give --template, and --system for a chat, to answer with one",
+            file=sys.stderr,
+        )
     if unknown and labels is None and decoding is None:
         print(
             f"task {', '.join(sorted(unknown))} is not in the package's table, so answers are "

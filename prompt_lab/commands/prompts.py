@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from prompt_lab.core.text import check_template
 from prompt_lab.core.vectors import expression_name, parse_expression, shortened
 from prompt_lab.data.partitions import expand_sets
 from prompt_lab.files.prompts import (
@@ -36,7 +37,10 @@ LONGEST_NAME = 200
 """Characters in a file's name; what is longer is cut there and gets a digest."""
 
 OF_TASK = ("labels", "metric")
-ANSWERS = ("decoding", "max_new_tokens", "num_beams", "max_input_length", "truncation_side")
+ANSWERS = (
+    *("decoding", "max_new_tokens", "num_beams", "max_input_length", "truncation_side"),
+    *("label_score", "template", "system"),
+)
 """Fields that say how a prompt answers; the first two belong to its task."""
 
 
@@ -105,6 +109,8 @@ def import_prompts(
     task: str = "",
     task_index: int | None = None,
     name: str | None = None,
+    template: Literal["plain", "chat"] | None = None,
+    system: str | None = None,
 ) -> Path:
     """Write a prompt from elsewhere as a prompt file.
 
@@ -121,6 +127,9 @@ def import_prompts(
         task: task of the prompt; by default what the source says.
         task_index: which task of a multitask PEFT folder, counted from 0.
         name: name of the prompt; by default that of the file or folder.
+        template: chat for a prompt that was trained on chats by the tokenizer's template; by
+            default what the source says, or else plain.
+        system: system text of those chats.
 
     Raises:
         FileNotFoundError: no such source.
@@ -143,6 +152,9 @@ def import_prompts(
     is_file = target.suffix == ".safetensors"
     name = name or (target.stem if is_file else prompt.name)
     prompt = replace(prompt, name=name, task=task or prompt.task)
+    if template is not None or system is not None:
+        check_template(template or prompt.template, system)
+        prompt = replace(prompt, template=template or prompt.template, system=system)
     path = target if is_file else PromptStore(target).path(name)
     if path.exists():
         raise ValueError(f"{path} is there and is not overwritten: choose another name")
@@ -152,6 +164,7 @@ def import_prompts(
             raise ValueError(f"{source} does not name its model: give it with backbone")
         model = Backbone.load(backbone or prompt.backbone)
         check_prompt(prompt, model, source)
+        model.frame(prompt.template, prompt.system)  # refuses a template that is not there
         digests = {"backbone_digest": model.digest, "tokenizer_digest": model.tokenizer_digest}
         prompt = replace(prompt, backbone=model.name, **digests)
     if store is None:
@@ -319,6 +332,12 @@ def apply_vectors(
         given.setdefault(one.start.numpy().tobytes(), one)
     vectors = [one for own in groups.values() for one in own.values()]
     check_compatible(*vectors, *given.values())
+    if len({(one.prompt.template, one.prompt.system) for one in vectors}) > 1:
+        print(
+            "prompt-lab: the prompts were tuned with different templates or system texts; a sum "
+            "answers by that of its own task's prompt, or by plain rows",
+            file=sys.stderr,
+        )
     for one in vectors:
         if one.prompt.prompt.equal(one.prompt.init):
             print(f"prompt-lab: {one.where} adds nothing: it is its own init", file=sys.stderr)
@@ -344,6 +363,8 @@ def _answers(task: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
     names = ANSWERS if own is prompts and task else (*ANSWERS, *OF_TASK)
     values = {name: [getattr(prompt, name) for prompt in own] for name in names}
     agreed = {name: found[0] for name, found in values.items() if found.count(found[0]) == len(own)}
+    if not {"template", "system"} <= {*agreed}:  # half a frame is none
+        agreed = {k: v for k, v in agreed.items() if k not in ("template", "system")}
     return {**agreed, "task_prefix": bool(task) and all(prompt.task_prefix for prompt in own)}
 
 

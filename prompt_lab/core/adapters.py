@@ -236,9 +236,11 @@ class AdaptedBackbone(Backbone):
         with self._adapted(prefix, batch) as none:
             return super()._generate(none, batch, settings)
 
-    def _scores_of(self, prefix: Prefix, batch: Batch, answers: Tensor, exhaustive: bool) -> Tensor:
+    def _scores_of(
+        self, prefix: Prefix, batch: Batch, answers: Tensor, exhaustive: bool, mean: bool
+    ) -> Tensor:
         with self._adapted(prefix, batch) as none:
-            return super()._scores_of(none, batch, answers, exhaustive)
+            return super()._scores_of(none, batch, answers, exhaustive, mean)
 
     def _start(self, prefix: Prefix, batch: Batch) -> tuple[Tensor, Follow]:
         """As the backbone's; rows that are dropped on the way lose their adapters, too."""

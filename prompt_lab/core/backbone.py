@@ -24,32 +24,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prompt_lab.core.batch import IGNORE, Batch, index_tensor, make_batch
-from prompt_lab.core.candidates import Follow, candidate_scores
+from prompt_lab.core.candidates import Follow, LabelScore, candidate_scores
 from prompt_lab.core.decoder import Decoder
 from prompt_lab.core.encoder_decoder import EncoderDecoder
 from prompt_lab.core.forward import compile_training, recompute_layers
 from prompt_lab.core.pretrained import (
     DTYPES,
-    find_specials,
     load_pretrained,
     refuse_not_finite,
     refuse_unsupported,
     weights_digest,
 )
 from prompt_lab.core.self_check import choose_way
+from prompt_lab.core.text import ChatFrame, Frame, Side, check_template, find_specials
 from prompt_lab.sandbox import SANDBOX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Side = Literal["right", "left"]
-"""Where the text of an input that is too long is cut."""
-
 Prefix = tuple[Tensor, ...]
 """What :meth:`Backbone.prefix` returns."""
-
-_IDS_ALONE = {"return_attention_mask": False, "return_token_type_ids": False}
-"""What tokenizers need not make: masks follow from lengths here."""
 
 
 class Backbone(nn.Module):
@@ -63,8 +57,8 @@ class Backbone(nn.Module):
 
     Raises:
         ValueError: a kind of model that cannot work, T5 in float16, special tokens that the model's
-            files do not agree on (``pretrained.find_specials``), or results that differ from those
-            of plain prepending (``self_check.py``).
+            files do not agree on (``text.find_specials``), or results that differ from those of
+            plain prepending (``self_check.py``).
     """
 
     def __init__(
@@ -82,8 +76,9 @@ class Backbone(nn.Module):
         config = model.config.get_text_config()
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         self.pad_id = self.specials.pad
-        self._candidates: dict[tuple[str, ...], Tensor] = {}
-        self._adds_space = "".join(self.tokenizer.tokenize("a")).startswith("▁")
+        self._candidates: dict[tuple[Any, ...], Tensor] = {}
+        plain = Frame(tokenizer, self.specials, self.is_encoder_decoder, name)
+        self._frames: dict[tuple[str, str | None], Frame] = {("plain", None): plain}
         self.runner: Decoder | EncoderDecoder = Decoder(self.model)
         if self.is_encoder_decoder:
             self.runner = EncoderDecoder(self.model, self.specials.start, self.pad_id)
@@ -99,7 +94,8 @@ class Backbone(nn.Module):
         """Load a model and its tokenizer from the hub, its cache, or a local folder.
 
         Args:
-            name: hub id, folder, or ``sandbox`` for the tiny model that ships with the package.
+            name: hub id, folder, ``.gguf`` file, or ``sandbox`` for the tiny model that ships with
+                the package.
             dtype: dtype of the frozen weights; prompts and losses stay float32.
             attention: attention implementation of transformers. BLOOM has its own and ignores it.
 
@@ -180,77 +176,38 @@ class Backbone(nn.Module):
 
     # ---- text to tokens -------------------------------------------------------------------------
 
-    def encode_inputs(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of inputs, whole, with the special tokens that the tokenizer itself adds.
-
-        Encoder-decoder models get them on both sides (T5 ``text </s>``, BART ``<s> text </s>``);
-        decoder-only models in front alone (Llama ``<s> text``; GPT-2, BLOOM and SmolLM2 add none).
-
-        Raises:
-            ValueError: a text without tokens where there is no special token either.
-        """
-        if not texts:
-            return []
-        made = self._tokens(texts)
-        front, back = self.specials.front, self.specials.back if self.is_encoder_decoder else []
-        empty = next((text for text, ids in zip(texts, made, strict=True) if not ids), None)
-        if empty is not None and not front + back:
-            raise ValueError(
-                f"an input has no tokens for backbone {self.name!r}, {empty[:40]!r}: give it some "
-                "text that its tokenizer knows"
-            )
-        return [front + ids + back for ids in made]
-
-    def cut_input(self, ids: list[int], max_length: int, side: Side = "right") -> list[int]:
-        """An input of at most ``max_length`` tokens; of a longer one the text is cut at a side.
+    def frame(self, template: str = "plain", system: str | None = None) -> Frame:
+        """What stands around inputs and answers, made once; plain where a method is given none.
 
         Args:
-            ids: as :meth:`encode_inputs` makes them.
-            max_length: most tokens, specials included.
-            side: ``right`` leaves the text's beginning, ``left`` its end.
+            template: ``plain``, or ``chat`` for the tokenizer's chat template.
+            system: system text of a chat; None for what the template does without.
 
         Raises:
-            ValueError: another side, or no room beside the special tokens.
+            ValueError: another template, a system text of plain rows, or as :class:`ChatFrame`.
         """
-        if side not in get_args(Side):
-            raise ValueError(f"truncation_side is {side!r}; allowed: {', '.join(get_args(Side))}")
-        if len(ids) <= max_length:
-            return ids
-        front = len(self.specials.front)
-        back = len(self.specials.back) if self.is_encoder_decoder else 0
-        text, room = ids[front : len(ids) - back], max_length - front - back
-        if room < 1:
-            raise ValueError(
-                f"max_input_length is {max_length}, but {front + back} special tokens stand around "
-                f"every input of backbone {self.name!r}: give at least {front + back + 1}"
-            )
-        kept = text[:room] if side == "right" else text[len(text) - room :]
-        return ids[:front] + kept + ids[len(ids) - back :]
+        if (template, system) not in self._frames:
+            check_template(template, system)
+            self._frames[template, system] = ChatFrame(self.frame(), system)
+        return self._frames[template, system]
 
-    def encode_targets(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of answers, never cut, with the end token.
+    def encode_inputs(self, texts: Sequence[str], frame: Frame | None = None) -> list[list[int]]:
+        """As :meth:`Frame.encode_inputs`."""
+        return (frame or self.frame()).encode_inputs(texts)
 
-        Decoder-only answers follow their input after one space (which SentencePiece adds itself).
-        """
-        if not texts:
-            return []
-        space = "" if self.is_encoder_decoder or self._adds_space else " "
-        made = self._tokens([space + text for text in texts], self.is_encoder_decoder)
-        end = self.specials.end
-        return [ids if ids[-1:] == [end] else [*ids, end] for ids in made]
+    def cut_input(
+        self, ids: list[int], max_length: int, side: Side = "right", frame: Frame | None = None
+    ) -> list[int]:
+        """As :meth:`Frame.cut_input`."""
+        return (frame or self.frame()).cut_input(ids, max_length, side)
 
-    def _tokens(self, texts: Sequence[str], specials: bool = False) -> list[list[int]]:
-        """Token ids of texts, whatever length the tokenizer thinks right."""
-        return self.tokenizer(
-            list(texts), add_special_tokens=specials, verbose=False, **_IDS_ALONE
-        )["input_ids"]
+    def encode_targets(self, texts: Sequence[str], frame: Frame | None = None) -> list[list[int]]:
+        """As :meth:`Frame.encode_targets`."""
+        return (frame or self.frame()).encode_targets(texts)
 
-    def look_alikes(self, answers: Sequence[str]) -> list[list[str]]:
-        """Groups of answers whose tokens are the same, which the model cannot tell apart."""
-        groups: dict[tuple[int, ...], list[str]] = {}
-        for answer, ids in zip(answers, self.encode_targets(answers), strict=True):
-            groups.setdefault(tuple(ids), []).append(answer)
-        return [group for group in groups.values() if len(group) > 1]
+    def look_alikes(self, answers: Sequence[str], frame: Frame | None = None) -> list[list[str]]:
+        """As :meth:`Frame.look_alikes`."""
+        return (frame or self.frame()).look_alikes(answers)
 
     def batch(
         self,
@@ -258,21 +215,22 @@ class Backbone(nn.Module):
         targets: Sequence[str] | None = None,
         prompt_index: Sequence[int] | None = None,
         max_input_length: int = 512,
+        frame: Frame | None = None,
     ) -> Batch:
         """Tokenise and pad texts into a :class:`Batch` on the backbone's device.
 
         Rows are sorted by length; ``batch.rows`` tells the place of each in ``inputs``. Every row
         runs under prompt 0 unless ``prompt_index`` says otherwise. Warns of inputs that are cut.
         """
-        whole = self.encode_inputs(inputs)
+        whole = self.encode_inputs(inputs, frame)
         if any(len(ids) > max_input_length for ids in whole):
             warnings.warn(
                 f"inputs of over {max_input_length} tokens lose their end (max_input_length)",
                 stacklevel=2,
             )
         made = make_batch(
-            [self.cut_input(ids, max_input_length) for ids in whole],
-            None if targets is None else self.encode_targets(targets),
+            [self.cut_input(ids, max_input_length, frame=frame) for ids in whole],
+            None if targets is None else self.encode_targets(targets, frame),
             [0] * len(inputs) if prompt_index is None else prompt_index,
             pad_id=self.pad_id,
             left_padded=not self.is_encoder_decoder,
@@ -352,24 +310,39 @@ class Backbone(nn.Module):
         return losses.view_as(batch.target_ids).sum(1) / (batch.target_ids != IGNORE).sum(1)
 
     @torch.no_grad()
-    def score(self, prompts: Tensor | Prefix, batch: Batch, candidates: Sequence[str]) -> Tensor:
+    def score(
+        self,
+        prompts: Tensor | Prefix,
+        batch: Batch,
+        candidates: Sequence[str],
+        label_score: LabelScore = "sum",
+        frame: Frame | None = None,
+    ) -> Tensor:
         """Log-likelihood of every candidate answer, end token included: float32 (B, C), in nats.
 
         Args:
             prompts: (R, N, D) bank, or what :meth:`prefix` made of it.
             batch: rows; their targets are not looked at.
             candidates: C answers, the same for all rows.
+            label_score: ``sum`` over an answer's tokens, or their ``mean``.
+            frame: what the rows were made with, plain by default.
 
         Raises:
             ValueError: no candidates, a bank of another width, or rows longer than the model's
                 positions.
         """
-        answers = self._encode_candidates(tuple(candidates))
-        return self.scores_of(self._as_prefix(prompts), batch, answers)
+        answers = self._encode_candidates(tuple(candidates), frame)
+        mean = _is_mean(label_score)
+        return self.scores_of(self._as_prefix(prompts), batch, answers, mean=mean)
 
     @torch.no_grad()
     def choose(
-        self, prompts: Tensor | Prefix, batch: Batch, candidates: Sequence[str]
+        self,
+        prompts: Tensor | Prefix,
+        batch: Batch,
+        candidates: Sequence[str],
+        label_score: LabelScore = "sum",
+        frame: Frame | None = None,
     ) -> list[int]:
         """The place of each row's likeliest candidate: ``score(...).argmax(1)``, but faster.
 
@@ -379,16 +352,23 @@ class Backbone(nn.Module):
             prompts: (R, N, D) bank, or what :meth:`prefix` made of it.
             batch: rows; their targets are not looked at.
             candidates: C answers, the same for all rows.
+            label_score: as :meth:`score`.
+            frame: as :meth:`score`.
 
         Raises:
             ValueError: as :meth:`score`.
         """
-        answers = self._encode_candidates(tuple(candidates))
-        scores = self.scores_of(self._as_prefix(prompts), batch, answers, exhaustive=False)
+        answers, mean = self._encode_candidates(tuple(candidates), frame), _is_mean(label_score)
+        scores = self.scores_of(self._as_prefix(prompts), batch, answers, False, mean)
         return scores.argmax(1).tolist()
 
     def scores_of(
-        self, prefix: Prefix, batch: Batch, answers: Tensor, exhaustive: bool = True
+        self,
+        prefix: Prefix,
+        batch: Batch,
+        answers: Tensor,
+        exhaustive: bool = True,
+        mean: bool = False,
     ) -> Tensor:
         """As :meth:`score`, of C answers as token ids (C, T), padded behind with ``IGNORE``.
 
@@ -397,6 +377,7 @@ class Backbone(nn.Module):
             batch: rows; their targets are not looked at.
             answers: the candidates.
             exhaustive: false for upper bounds whose largest is exact.
+            mean: divide by the answers' tokens.
         """
         answers = answers.to(batch.input_ids.device)
         depth = answers.shape[1]
@@ -404,13 +385,18 @@ class Backbone(nn.Module):
         batch = replace(batch, target_ids=batch.target_ids[:, :0], target_lengths=[0] * len(batch))
         groups = self.runner.groups(batch)
         if groups is None:
-            return self._scores_of(prefix, batch, answers, exhaustive)
-        parts = [self._scores_of(prefix, batch.take(at), answers, exhaustive) for at in groups]
+            return self._scores_of(prefix, batch, answers, exhaustive, mean)
+        parts = [
+            self._scores_of(prefix, batch.take(at), answers, exhaustive, mean) for at in groups
+        ]
         return torch.cat(parts).index_select(0, _back_in_order(groups, self.device))
 
-    def _scores_of(self, prefix: Prefix, batch: Batch, answers: Tensor, exhaustive: bool) -> Tensor:
+    def _scores_of(
+        self, prefix: Prefix, batch: Batch, answers: Tensor, exhaustive: bool, mean: bool
+    ) -> Tensor:
         first, follow = self._start(prefix, batch)
-        return candidate_scores(first, answers, follow, self.pad_id, exhaustive=exhaustive)
+        how = {"exhaustive": exhaustive, "mean": mean}
+        return candidate_scores(first, answers, follow, self.pad_id, **how)
 
     def _start(self, prefix: Prefix, batch: Batch) -> tuple[Tensor, Follow]:
         return self.runner.start(prefix, batch)
@@ -422,6 +408,7 @@ class Backbone(nn.Module):
         batch: Batch,
         max_new_tokens: int = 64,
         num_beams: int = 1,
+        frame: Frame | None = None,
     ) -> list[str]:
         """Greedy (or beam) answers, one per row in the batch's order, stripped of white space.
 
@@ -430,46 +417,55 @@ class Backbone(nn.Module):
             batch: rows; their targets are not looked at.
             max_new_tokens: longest answer, end token included.
             num_beams: beams of each row; 1 is greedy.
+            frame: what the rows were made with, plain by default.
 
         Raises:
             ValueError: a bank of another width, or rows longer than the model's positions.
         """
-        answers = self.generate_ids(self._as_prefix(prompts), batch, max_new_tokens, num_beams)
+        prefix, ends = self._as_prefix(prompts), (frame or self.frame()).ends
+        answers = self.generate_ids(prefix, batch, max_new_tokens, num_beams, ends)
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
     def generate_ids(
-        self, prefix: Prefix, batch: Batch, max_new_tokens: int, num_beams: int
+        self,
+        prefix: Prefix,
+        batch: Batch,
+        max_new_tokens: int,
+        num_beams: int,
+        ends: Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """As :meth:`generate`: the ids of each answer before its end."""
+        """As :meth:`generate`: the ids of each answer before one of its ends."""
         if len(batch) == 0:
             return []
+        ends = list(self.specials.ends if ends is None else ends)
         batch = batch.slice(0, len(batch))  # padding that none needs would count in windows
         longest = self._longest(prefix, batch, [max_new_tokens] * len(batch))
         self._check_positions(longest, max_new_tokens)
         groups = self.runner.groups(batch, longest)
         settings = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": False}
+        settings["eos_token_id"] = ends
         made: list[list[int]] = [[]] * len(batch)
         for rows in groups or [list(range(len(batch)))]:
             part = batch if groups is None else batch.take(rows)
             for row, ids in zip(rows, self._generate(prefix, part, settings), strict=True):
-                ends = (at for at, token in enumerate(ids) if token in self.specials.ends)
-                made[row] = ids[: next(ends, len(ids))]
+                last = (at for at, token in enumerate(ids) if token in ends)
+                made[row] = ids[: next(last, len(ids))]
         return made
 
     def _generate(self, prefix: Prefix, batch: Batch, settings: dict[str, Any]) -> list[list[int]]:
         return self.runner.generate(prefix, batch, settings).tolist()
 
-    def _encode_candidates(self, candidates: tuple[str, ...]) -> Tensor:
+    def _encode_candidates(self, candidates: tuple[str, ...], frame: Frame | None = None) -> Tensor:
         """Token ids (C, T) of answers, padded on the right with ``IGNORE``; kept for next time."""
         if not candidates:
             raise ValueError("score needs at least one candidate answer")
-        if candidates not in self._candidates:
-            encoded = self.encode_targets(candidates)
+        if (candidates, frame) not in self._candidates:
+            encoded = self.encode_targets(candidates, frame)
             depth = max(map(len, encoded))
             rows = [[*ids, *[IGNORE] * (depth - len(ids))] for ids in encoded]
-            self._candidates[candidates] = torch.tensor(rows)
-        return self._candidates[candidates]
+            self._candidates[candidates, frame] = torch.tensor(rows)
+        return self._candidates[candidates, frame]
 
     def _as_prefix(self, prompts: Tensor | Prefix) -> Prefix:
         """The prefix of a bank, or the prefix that was given."""
@@ -523,3 +519,10 @@ def _target_places(batch: Batch) -> list[int]:
 def _at_least_float32(logits: Tensor) -> Tensor:
     """Logits in float32, or as they are where they are wider."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _is_mean(label_score: str) -> bool:
+    if label_score not in get_args(LabelScore):
+        allowed = ", ".join(get_args(LabelScore))
+        raise ValueError(f"label_score is {label_score!r}; allowed: {allowed}")
+    return label_score == "mean"

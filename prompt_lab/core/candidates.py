@@ -1,22 +1,26 @@
 """Which of C candidate answers is likeliest, with as few decoder passes as that takes.
 
-The score of an answer is the summed log-likelihood of its tokens, end token included. The first
-pass gives every candidate's first token. From then on each row follows one candidate at a time:
-its remaining tokens run at once, which makes its score exact and, along the tokens that others
-share with it (candidates form a trie), tells more of theirs. What is known of a candidate bounds
-its score from above, since log-likelihoods only fall; a row whose largest bound is exact is done.
-So where first tokens tell the labels apart most rows take one more pass, and the choice is that of
-exhaustive scoring. How a model runs tokens behind a row is the caller's business.
+The score of an answer is the summed log-likelihood of its tokens, end token included, or their
+mean. The first pass gives every candidate's first token. From then on each row follows one
+candidate at a time: its remaining tokens run at once, which makes its score exact and, along the
+tokens that others share with it (candidates form a trie), tells more of theirs. What is known of a
+candidate bounds its score from above, since log-likelihoods only fall; a row whose largest bound is
+exact is done. So where first tokens tell the labels apart most rows take one more pass, and the
+choice is that of exhaustive scoring. How a model runs tokens behind a row is the caller's business.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from prompt_lab.core.batch import IGNORE
+
+LabelScore = Literal["sum", "mean"]
+"""What the score of an answer is of the log-likelihoods of its tokens."""
 
 Follow = Callable[[Tensor | None, Tensor], Tensor]
 """Takes the rows to keep (b,), places among those kept so far or None for all, and up to T - 1
@@ -24,7 +28,13 @@ tokens of each (b, t); returns the logits (b, t, V) behind them."""
 
 
 def candidate_scores(
-    first: Tensor, answers: Tensor, follow: Follow, pad_id: int, *, exhaustive: bool
+    first: Tensor,
+    answers: Tensor,
+    follow: Follow,
+    pad_id: int,
+    *,
+    exhaustive: bool,
+    mean: bool = False,
 ) -> Tensor:
     """Scores of C answers for B rows, or upper bounds whose largest is exact: float32 (B, C).
 
@@ -34,6 +44,7 @@ def candidate_scores(
         follow: runs the tokens of one answer per row.
         pad_id: id that stands for padding.
         exhaustive: follow every candidate, so that every score is exact.
+        mean: divide sums by the answers' tokens.
     """
     lengths = (answers != IGNORE).sum(1)  # (C,)
     shared = (answers[:, None] == answers[None]).long().cumprod(2).sum(2)  # (C, C) leading tokens
@@ -42,13 +53,14 @@ def candidate_scores(
     tokens = answers.masked_fill(answers == IGNORE, pad_id)
     scores = _picked(first, tokens[:, 0])  # (B, C), what is known so far
     starts = scores.clone()
+    sizes = lengths if mean else torch.ones_like(lengths)  # (C,)
     exact = (lengths == 1).expand_as(scores).clone()
     rows = torch.arange(len(first), device=first.device)
     while True:
-        choice = _next_choice(scores[rows], exact[rows], exhaustive)  # (b,), -1 for none
+        choice = _next_choice(scores[rows] / sizes, exact[rows], exhaustive)  # (b,), -1 for none
         keep = (choice >= 0).nonzero().squeeze(1)
         if len(keep) == 0:
-            return scores
+            return scores / sizes
         all_stay = len(keep) == len(rows)
         rows, choice = rows[keep], through[choice[keep]]
         depths = int(lengths[choice].max())

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prompt_lab.core.backbone import Backbone, Side
+    from prompt_lab.core.backbone import Backbone
     from prompt_lab.core.batch import Batch
+    from prompt_lab.core.candidates import LabelScore
+    from prompt_lab.core.text import Frame, Side, Template
 
 
 def predict(
@@ -30,6 +32,9 @@ def predict(
     max_input_length: int = 512,
     truncation_side: Side = "right",
     input_prefix: str = "",
+    template: Template = "plain",
+    system: str | None = None,
+    label_score: LabelScore = "sum",
 ) -> list[list[str]]:
     """Answer B inputs under R prompts: B lists of R texts.
 
@@ -48,16 +53,22 @@ def predict(
         truncation_side: the side on which longer inputs are cut, ``right`` (the end) or ``left``.
         input_prefix: text in front of every input, kept as it is: ``" [TASK] "`` for a prompt that
             was trained with ``data.task_prefix``, TASK being the task's name.
+        template: ``chat`` for prompts that were trained with ``data.template chat``.
+        system: system text of the chat.
+        label_score: what a label's score is of its tokens' log-likelihoods, ``sum`` or ``mean``.
 
     Raises:
         ValueError: prompts of another shape or width, one text instead of several, an input that is
-            empty, labels that occur twice, a number below 1, or no positions left for the input.
+            empty, labels that occur twice, a number below 1, no positions left for the input, a
+            chat template that cannot be used, or a mean score of generated answers.
     """
     check_at_least_one(max_new_tokens=max_new_tokens, num_beams=num_beams)
-    labels = None if labels is None else tidy_labels(labels, backbone)
-    longest = max_new_tokens if labels is None else _longest(backbone, labels)
+    check_label_score(label_score, labels is None)
+    frame = backbone.frame(template, system)
+    labels = None if labels is None else tidy_labels(labels, frame)
+    longest = max_new_tokens if labels is None else _longest(frame, labels)
     pairs = _batches(
-        *(backbone, prompts, _tidy(inputs, input_prefix), longest),
+        *(backbone, frame, prompts, _tidy(inputs, input_prefix), longest),
         beams=num_beams if labels is None else 1,
         tokens_per_forward=tokens_per_forward,
         max_input_length=max_input_length,
@@ -66,9 +77,10 @@ def predict(
     answers = [[""] * len(prompts) for _ in inputs]
     for prefix, batch, places in pairs:
         if labels is None:
-            texts = backbone.generate(prefix, batch, max_new_tokens, num_beams)
+            texts = backbone.generate(prefix, batch, max_new_tokens, num_beams, frame)
         else:
-            texts = [labels[choice] for choice in backbone.choose(prefix, batch, labels)]
+            chosen = backbone.choose(prefix, batch, labels, label_score, frame)
+            texts = [labels[choice] for choice in chosen]
         for row, at, text in zip(batch.rows, batch.prompts, texts, strict=True):
             answers[row][places[at]] = text
     return answers
@@ -84,6 +96,9 @@ def label_scores(
     max_input_length: int = 512,
     truncation_side: Side = "right",
     input_prefix: str = "",
+    template: Template = "plain",
+    system: str | None = None,
+    label_score: LabelScore = "sum",
 ) -> Tensor:
     """Log-likelihoods of C labels for B inputs under R prompts: (B, R, C) float32, on the CPU.
 
@@ -91,21 +106,25 @@ def label_scores(
     """
     import torch
 
-    labels = tidy_labels(labels, backbone)
+    check_label_score(label_score)
+    frame = backbone.frame(template, system)
+    labels = tidy_labels(labels, frame)
     scores = torch.empty(len(inputs), len(prompts), len(labels))
     for prefix, batch, places in _batches(
-        *(backbone, prompts, _tidy(inputs, input_prefix), _longest(backbone, labels)),
+        *(backbone, frame, prompts, _tidy(inputs, input_prefix), _longest(frame, labels)),
         tokens_per_forward=tokens_per_forward,
         max_input_length=max_input_length,
         truncation_side=truncation_side,
     ):
         columns = [places[at] for at in batch.prompts]
-        scores[batch.rows, columns] = backbone.score(prefix, batch, labels).cpu()
+        found = backbone.score(prefix, batch, labels, label_score, frame)
+        scores[batch.rows, columns] = found.cpu()
     return scores
 
 
 def _batches(
     backbone: Backbone,
+    frame: Frame,
     prompts: Tensor | Sequence[Tensor],
     inputs: Sequence[str],
     longest: int,
@@ -127,13 +146,13 @@ def _batches(
         tokens_per_forward = default_tokens_per_forward(backbone.device)
     check_at_least_one(tokens_per_forward=tokens_per_forward, max_input_length=max_input_length)
     groups = _groups(prompts, tokens_per_forward)
-    whole = backbone.encode_inputs(inputs)
+    whole = frame.encode_inputs(inputs)
     for places in groups:
         bank = torch.stack([prompts[place] for place in places]).to(backbone.device)
         with torch.no_grad():
             prefix = backbone.prefix(bank)
         room = _input_room(backbone, bank.shape[1], longest, max_input_length)
-        ids = [backbone.cut_input(one, room, truncation_side) for one in whole]
+        ids = [frame.cut_input(one, room, truncation_side) for one in whole]
         if any(len(one) > room for one in whole):
             end = "end" if truncation_side == "right" else "beginning"
             warnings.warn(
@@ -191,13 +210,13 @@ def _input_room(backbone: Backbone, virtual_tokens: int, longest: int, wanted: i
     return min(wanted, room)
 
 
-def _longest(backbone: Backbone, labels: Sequence[str]) -> int:
+def _longest(frame: Frame, labels: Sequence[str]) -> int:
     """Tokens of the longest label."""
-    return max(map(len, backbone.encode_targets(labels)))
+    return max(map(len, frame.encode_targets(labels)))
 
 
-def tidy_labels(labels: Sequence[str], backbone: Backbone | None = None) -> list[str]:
-    """Labels without spaces around them; warns of those that are the same tokens to a backbone.
+def tidy_labels(labels: Sequence[str], frame: Frame | None = None) -> list[str]:
+    """Labels without spaces around them; warns of those that are the same tokens in a frame.
 
     Raises:
         ValueError: a single text, fewer than two labels, empty ones, some that occur twice, or
@@ -210,7 +229,7 @@ def tidy_labels(labels: Sequence[str], backbone: Backbone | None = None) -> list
         raise ValueError(
             f"a label occurs twice in {tidy} (spaces around them dropped): give it once"
         )
-    for alike in [] if backbone is None else backbone.look_alikes(tidy):
+    for alike in [] if frame is None else frame.look_alikes(tidy):
         told = f"labels {', '.join(map(repr, alike))} are the same tokens to the backbone"
         if len(alike) == len(tidy):
             raise ValueError(f"{told}: give others, or take a backbone that knows them")
@@ -230,6 +249,17 @@ def _tidy(inputs: Sequence[str], prefix: str) -> list[str]:
             f"inputs[{tidy.index('')}] is empty, or spaces alone: give it text, or leave it out"
         )
     return [prefix + text for text in tidy]
+
+
+def check_label_score(label_score: str, is_generated: bool = False) -> None:
+    """Refuse another score, and a mean where no label is scored."""
+    if label_score not in ("sum", "mean"):
+        raise ValueError(f"label_score is {label_score!r}; allowed: sum, mean")
+    if label_score == "mean" and is_generated:
+        raise ValueError(
+            "label_score mean is of labels that are scored, but answers are generated: give labels "
+            "to choose among, or leave it out"
+        )
 
 
 def check_at_least_one(**numbers: int) -> None:

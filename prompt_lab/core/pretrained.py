@@ -1,9 +1,9 @@
 """Finding and loading a model and its tokenizer, with a sentence for what can go wrong.
 
 Tokenizer, config, generation config and weights are four files that people edit, and they may
-disagree. What is run follows them as far as they can be brought together (:class:`Specials`); what
-cannot is refused here, at loading. Code that comes with a model is never run, and pickled weights
-are read as tensors alone. What is run with the model is in ``backbone.py``.
+disagree. What is run follows them as far as they can be brought together (``text.Specials``); what
+cannot is refused at loading. Code that comes with a model is never run, and pickled weights are
+read as tensors alone. What is run with the model is in ``backbone.py``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from prompt_lab.core.text import some
 from prompt_lab.sandbox import ASSETS, SANDBOX
 
 if TYPE_CHECKING:
@@ -32,14 +33,15 @@ def load_pretrained(name: str, dtype: str, attention: str) -> tuple[Any, Any]:
     """A model of transformers, in its published dtype, and its tokenizer.
 
     Args:
-        name: hub id, folder, or ``sandbox``.
+        name: hub id, folder, ``.gguf`` file (whose weights are unpacked), or ``sandbox``.
         dtype: one of ``DTYPES``, which the model is meant to be cast to.
         attention: attention implementation of transformers.
 
     Raises:
-        ValueError: another dtype, no such model, damaged files, weights that are missing, of
-            another shape or not finite, a folder without tokenizer, an unsupported architecture,
-            one that needs code of its own, or T5 in float16.
+        ValueError: another dtype, no such model, a GGUF file that transformers cannot read, damaged
+            files, weights that are missing, of another shape or not finite, a folder without
+            tokenizer, an unsupported architecture, one that needs code of its own, or T5 in
+            float16.
     """
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
@@ -48,12 +50,21 @@ def load_pretrained(name: str, dtype: str, attention: str) -> tuple[Any, Any]:
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
     path = ASSETS if name == SANDBOX else name
-    config = _read(name, AutoConfig.from_pretrained, path)
+    file: dict[str, str] = {}
+    if name.endswith(".gguf"):
+        _refuse_without_reader(name)
+        path, file = str(Path(name).parent), {"gguf_file": Path(name).name}
+    config = _read(name, AutoConfig.from_pretrained, path, **file)
     refuse_unsupported(config, DTYPES[dtype], name)
-    _refuse_without_tokenizer(path)
-    _refuse_damaged_generation_config(Path(path))
-    model = _load_model(name, path, config, attention)
-    return model, _read(name, AutoTokenizer.from_pretrained, path)
+    if not file:
+        _refuse_without_tokenizer(path)
+        _refuse_damaged_generation_config(Path(path))
+    model = _load_model(name, path, config, attention, file)
+    tokenizer = _read(name, AutoTokenizer.from_pretrained, path, **file)
+    if file:
+        embeddings: Any = model.get_input_embeddings()
+        tokenizer = _as_in_file(tokenizer, len(embeddings.weight))
+    return model, tokenizer
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
@@ -96,6 +107,32 @@ def refuse_unsupported(config: Any, dtype: torch.dtype, name: str) -> None:
             f"backbone {name!r} is a T5, whose activations overflow in float16: use "
             "dtype bfloat16 or float32"
         )
+
+
+def _refuse_without_reader(name: str) -> None:
+    """Refuse a GGUF file that is not there, or that no installed package can read."""
+    if not all(find_spec(package) for package in ("gguf", "accelerate")):
+        raise ValueError(
+            f"backbone {name!r} is a GGUF file, which the packages gguf and accelerate read: "
+            "install them with pip install 'prompt-lab[gguf]'"
+        )
+    if Path(name).parent.is_dir() and not Path(name).is_file():
+        raise ValueError(f"no backbone {name!r}: there is no such file in its folder")
+
+
+def _as_in_file(tokenizer: Any, size: int) -> Any:
+    """A GGUF file's tokenizer without the tokens that its class adds beyond the model's tables."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules["added_tokens"] = [one for one in rules["added_tokens"] if one["id"] < size]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(rules)),
+        chat_template=tokenizer.chat_template,
+        clean_up_tokenization_spaces=False,
+        **tokenizer.special_tokens_map,
+    )
 
 
 def _class_of(config: Any) -> Any:
@@ -144,6 +181,11 @@ def _read(name: str, read: Callable[..., Any], path: str | Path, **settings: Any
                 "a model of a type that transformers has itself"
             ) from error
         reason = " ".join(str(error).split())[:300]
+        if name.endswith(".gguf") and "not supported" in reason:
+            raise ValueError(
+                f"backbone {name!r} is a GGUF file that transformers cannot read ({reason}): take "
+                "the model in the Hugging Face layout"
+            ) from error
         if isinstance(error, UnpicklingError):  # whose words advise to run the code
             reason = "pickled weights that hold more than tensors"
         raise ValueError(
@@ -152,13 +194,18 @@ def _read(name: str, read: Callable[..., Any], path: str | Path, **settings: Any
         ) from error
 
 
-def _load_model(name: str, path: str | Path, config: Any, attention: str) -> PreTrainedModel:
+def _load_model(
+    name: str, path: str | Path, config: Any, attention: str, file: dict[str, str]
+) -> PreTrainedModel:
     """The model in its published dtype, its weights all there; eager where it has no sdpa."""
+    from transformers import GgufConfig
     from transformers.utils import logging
 
     kind = _class_of(config)
     settings: dict[str, Any] = {"config": config, "dtype": "auto", "output_loading_info": True}
     settings["ignore_mismatched_sizes"] = True  # they are refused below, by name
+    if file:
+        settings |= {**file, "quantization_config": GgufConfig(dequantize=True)}
     if attention == "sdpa" and not kind._supports_sdpa:
         attention = "eager"
         warnings.warn(
@@ -180,14 +227,14 @@ def _load_model(name: str, path: str | Path, config: Any, attention: str) -> Pre
     ):
         if names:
             raise ValueError(
-                f"backbone {name!r} {what}: {_some(names)}. Trained behind such a model, a prompt "
+                f"backbone {name!r} {what}: {some(names)}. Trained behind such a model, a prompt "
                 "is worth nothing: get the files again, or mend config.json (model_type, sizes, "
                 "tie_word_embeddings)"
             )
     if found["unexpected_keys"]:
         warnings.warn(
             f"backbone {name!r} has weights that a {config.model_type} of its config does not use: "
-            f"{_some(sorted(found['unexpected_keys']))}; is config.json right?",
+            f"{some(sorted(found['unexpected_keys']))}; is config.json right?",
             stacklevel=2,
         )
     return model
@@ -202,130 +249,9 @@ def refuse_not_finite(model: nn.Module, name: str) -> None:
     names = [own for own, weight in model.named_parameters() if not weight.isfinite().all()]
     if names:
         raise ValueError(
-            f"backbone {name!r} has weights that are not finite: {_some(names)}; get the files "
+            f"backbone {name!r} has weights that are not finite: {some(names)}; get the files "
             "again, or use another dtype if they are too large for this one"
         )
-
-
-def _some(names: list[str]) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-# ---- special tokens ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Specials:
-    """The special tokens with which rows are made and answers end.
-
-    Attributes:
-        front: what the tokenizer itself puts in front of a text.
-        back: what it puts behind one.
-        end: the token that answers are trained to end with.
-        ends: the tokens at which an answer ends: the union of what tokenizer, config and generation
-            config name.
-        pad: what fills padding, which is never looked at.
-        start: what the decoder of an encoder-decoder model starts from; -1 where there is none.
-    """
-
-    front: list[int]
-    back: list[int]
-    end: int
-    ends: list[int]
-    pad: int
-    start: int
-
-
-def find_specials(model: Any, tokenizer: Any, name: str) -> Specials:
-    """Bring together what tokenizer, config and generation config say.
-
-    Raises:
-        ValueError: tokens that the model has no row for, a tokenizer that makes no tokens, or no
-            token to end with or for a decoder to start from.
-    """
-    sources = (model.config, model.generation_config)
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    size = min(layer.weight.shape[0] for layer in (embeddings, head))
-    pad = tokenizer.pad_token_id
-    beyond = sorted(i for i in tokenizer.get_vocab().values() if i >= size and i != pad)
-    if beyond:
-        words = [repr(tokenizer.convert_ids_to_tokens(i)) for i in beyond]
-        raise ValueError(
-            f"the tokenizer of backbone {name!r} has tokens that the model's tables of {size} rows "
-            f"have no place for: {_some(words)}; use the tokenizer that the model was trained with"
-        )
-    if 2 * len(tokenizer) < size:
-        warnings.warn(
-            f"the tokenizer of backbone {name!r} has {len(tokenizer)} tokens, the model's tables "
-            f"{size} rows: is it the tokenizer that the model was trained with?",
-            stacklevel=2,
-        )
-    named = [getattr(source, "eos_token_id", None) for source in (tokenizer, *sources)]
-    ends = list(dict.fromkeys(i for ids in map(_ids, named) for i in ids if 0 <= i < size))
-    if not ends:
-        raise ValueError(
-            f"backbone {name!r} has no end token: neither tokenizer nor config names one that the "
-            "model knows; set eos_token in tokenizer_config.json"
-        )
-    _tell_of_ordinary(tokenizer, ends, name)
-    pads = (pad, *(getattr(source, "pad_token_id", None) for source in sources), ends[0])
-    return Specials(
-        *_added(tokenizer, name),
-        end=ends[0],
-        ends=ends,
-        pad=next(i for i in pads if i is not None and 0 <= i < size),
-        start=_decoder_start(*sources, size, name) if model.config.is_encoder_decoder else -1,
-    )
-
-
-def _ids(value: int | list[int] | None) -> list[int]:
-    """None, one id or several, as a list."""
-    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _added(tokenizer: Any, name: str) -> tuple[list[int], list[int]]:
-    """The tokens that a tokenizer puts in front of a text and behind it."""
-    for text in ("a", "1", "the", "."):
-        bare = tokenizer(text, add_special_tokens=False)["input_ids"]
-        full = tokenizer(text)["input_ids"]
-        for at in range(len(full) - len(bare) + 1) if bare else ():
-            if full[at : at + len(bare)] == bare:
-                return full[:at], full[at + len(bare) :]
-    raise ValueError(
-        f"the tokenizer of backbone {name!r} makes no tokens of plain text such as 'a' or '1': its "
-        "files are damaged or not those of a language model"
-    )
-
-
-def _tell_of_ordinary(tokenizer: Any, ends: list[int], name: str) -> None:
-    """Tell of ends that are ordinary words to the tokenizer, at which answers would stop."""
-    known = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    words = [repr(tokenizer.convert_ids_to_tokens(i)) for i in ends if i not in known]
-    if words:
-        warnings.warn(
-            f"config or generation config of backbone {name!r} name {_some(words)} as an end, "
-            "which is no special token of its tokenizer: answers stop there",
-            stacklevel=2,
-        )
-
-
-def _decoder_start(config: Any, generation: Any, size: int, name: str) -> int:
-    """The token that a decoder starts from: the config's, as in training, in generation too."""
-    named = [getattr(source, "decoder_start_token_id", None) for source in (config, generation)]
-    known = [i for i in named if i is not None and 0 <= i < size]
-    if not known:
-        raise ValueError(
-            f"backbone {name!r} does not say what its decoder starts from: set "
-            "decoder_start_token_id in config.json (T5: the padding token, BART: </s>)"
-        )
-    if len(set(known)) > 1:
-        warnings.warn(
-            f"backbone {name!r}: its decoder starts from token {known[0]} by config.json and from "
-            f"{known[1]} by generation_config.json; {known[0]} is taken everywhere",
-            stacklevel=2,
-        )
-    return known[0]
 
 
 def _missing_model(name: str, error: OSError) -> str:

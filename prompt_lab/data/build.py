@@ -19,9 +19,16 @@ from typing import Literal
 
 from prompt_lab import __version__
 from prompt_lab.data import few_shot
-from prompt_lab.data.files import SPLITS, DataError, MissingDataError, parse_line, split_lines
+from prompt_lab.data.files import (
+    BREAK,
+    SPLITS,
+    DataError,
+    MissingDataError,
+    parse_line,
+    split_lines,
+)
 from prompt_lab.data.sources import HUB, read_rows
-from prompt_lab.data.tasks import Shots, Task
+from prompt_lab.data.tasks import Shots, Task, load_tasks
 from prompt_lab.data.templates import Line, make_lines
 from prompt_lab.files.tensors import write_atomically
 
@@ -34,7 +41,7 @@ STRATIFIED_DEV_ROWS = 250
 """Dev rows beside a stratified sample of any size (Belanec et al. 2024, section 4.3)."""
 
 _BREAKS = str.maketrans(dict.fromkeys("\t\n\r\0", " "))
-"""What would break the lines or columns of a file, and the space it becomes."""
+"""What would break the lines or columns of a file, and the space it becomes; see `_encode`."""
 
 _PUBLISHED = Path(__file__).with_name("crossfit_md5.tsv")
 
@@ -130,7 +137,8 @@ def build_task(
             return earlier
     built = Built(task.name, shots, sampling_law, apart)
     pool, test = _read_lines(task, source) if has_lines else _pool_and_test(task, source)
-    contents = dict(_contents(task, pool, test, built, samples, apart_from))
+    keeps_breaks = has_lines or task.name not in load_tasks()
+    contents = dict(_contents(task, pool, test, built, samples, apart_from, keeps_breaks))
     _write(folder, contents, built, earlier, overwrite)
     record_bytes = json.dumps(_as_record(built), indent=1, ensure_ascii=False).encode()
     write_atomically(record, record_bytes + b"\n")
@@ -156,6 +164,7 @@ def _contents(
     built: Built,
     samples: Sequence[int],
     apart_from: Sequence[int],
+    keeps_breaks: bool,
 ) -> Iterator[tuple[str, bytes]]:
     """Name and content of every file; what to know of them goes to the notes of ``built``."""
     _check_rows(task, pool, test)
@@ -164,7 +173,7 @@ def _contents(
         seen = {row for sample in apart_from for rows in draw(sample) for row in rows}
         pool = [line for row, line in enumerate(pool) if row not in seen]
         draw = _drawer([line[1:] for line in pool], task, built.shots, built.sampling)
-    test_bytes = _encode(test, "test", built.notes)
+    test_bytes = _encode(test, "test", built.notes, keeps_breaks)
     for sample in samples:
         for split, numbers in zip(("train", "dev"), draw(sample), strict=True):
             if not numbers:
@@ -173,7 +182,7 @@ def _contents(
             drawn = [pool[number] for number in numbers]
             if split == "train":
                 built.notes += _without_rows(task, drawn, where)
-            content = _encode(drawn, where, built.notes)
+            content = _encode(drawn, where, built.notes, keeps_breaks)
             yield _file_name(task, built.shots, sample, split), content
         yield _file_name(task, built.shots, sample, "test"), test_bytes
 
@@ -246,12 +255,18 @@ def _drawer(
     return lambda sample: few_shot.draw_few_shot(labels, task.kind, shots, sample)
 
 
-def _encode(lines: Sequence[Line], where: str, notes: list[str]) -> bytes:
-    """The bytes of a file. Line breaks inside a field become spaces, rows with an empty one go."""
+def _encode(lines: Sequence[Line], where: str, notes: list[str], keeps_breaks: bool) -> bytes:
+    """The bytes of a file; rows with an empty field go.
+
+    Line breaks inside a field become spaces, as CrossFit has them, or are kept as ``BREAK``.
+    """
     kept, broken, empty = [], 0, 0
     for line in lines:
-        tidy = [text.translate(_BREAKS) for text in line]
-        broken += tidy != list(line)
+        whole = list(line)
+        if keeps_breaks:
+            whole = [text.strip().replace("\r\n", "\n").replace("\n", BREAK) for text in line]
+        tidy = [text.translate(_BREAKS) for text in whole]
+        broken += tidy != whole
         if all(text.strip() for text in tidy):
             kept.append("\t".join(tidy) + "\n")
         else:

@@ -17,9 +17,10 @@ from typing import Any, get_args
 
 from lightning.pytorch import LightningDataModule
 
-from prompt_lab.core.backbone import Backbone, Side
+from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.metric_names import METRICS
 from prompt_lab.core.run import Run
+from prompt_lab.core.text import Frame, Side, Template, check_template
 from prompt_lab.data.few_shot import draw_stratified
 from prompt_lab.data.files import (
     SPLITS,
@@ -54,6 +55,10 @@ class PromptDataModule(LightningDataModule):
         order_seed: seed of the order in which each run sees its training rows.
         truncation_side: the side on which the text of longer inputs is cut, ``right`` (its end) or
             ``left`` (its beginning, a task_prefix included); special tokens are never cut.
+        template: ``plain`` for the bare input and answer, or ``chat`` for the chat template of an
+            instruct model's tokenizer: the input as the user's turn, the answer as the
+            assistant's. The soft prompt stands in front of all; only the input's text is cut.
+        system: system text of the chat; null for what the template does without.
 
     Attributes:
         splits: the rows of every (task, sample), after :meth:`setup`.
@@ -70,6 +75,8 @@ class PromptDataModule(LightningDataModule):
         task_prefix: bool = False,
         order_seed: int = 0,
         truncation_side: Side = "right",
+        template: Template = "plain",
+        system: str | None = None,
     ) -> None:
         super().__init__()
         if not tasks:
@@ -87,7 +94,10 @@ class PromptDataModule(LightningDataModule):
             raise ValueError(f"data.tasks names a task twice: {[task.name for task in tasks]}")
         self.given_tasks = list(self.tasks)
         self.samples, self.order_seed = list(samples), order_seed
+        check_template(template, system, "data.")
         self.truncation_side: Side = truncation_side
+        self.template: Template = template
+        self.system = system
         self.max_input_length, self.task_prefix = max_input_length, task_prefix
         self.splits: dict[Key, dict[SplitName, Split]] = {}
         self._backbone: Backbone | None = None
@@ -123,10 +133,15 @@ class PromptDataModule(LightningDataModule):
     # ---- tokens ---------------------------------------------------------------------------------
 
     def connect(self, backbone: Backbone) -> None:
-        """Take the backbone whose rules make the tokens, when they are first asked for."""
+        """Take the backbone whose rules make the tokens, when they are first asked for.
+
+        Raises:
+            ValueError: a chat template that its tokenizer does not have, or that cannot be used.
+        """
         if backbone is not self._backbone:
             self._tokens.clear()
         self._backbone = backbone
+        self.frame = backbone.frame(self.template, self.system)
         self.layout = Layout(backbone.pad_id, not backbone.is_encoder_decoder)
 
     def tokens(self, task: str, sample: int, split: SplitName, keep: bool = True) -> Rows:
@@ -142,6 +157,7 @@ class PromptDataModule(LightningDataModule):
                 *(self.tasks[task], data, self.max_input_length, prefix),
                 with_targets=split != "test",
                 truncation_side=self.truncation_side,
+                frame=self.frame,
             )
         if keep:
             self._tokens[key] = found
@@ -219,7 +235,7 @@ class RowsDataModule(PromptDataModule):
             ...], "dev": [...], "test": [...]}}``; instead of an answer several accepted ones.
         labels: the closed label sets of tasks that have one; answers of others are generated.
         metrics: by task; ACC where there are labels, else EM.
-        settings: max_input_length, task_prefix, order_seed, truncation_side, as
+        settings: max_input_length, task_prefix, order_seed, truncation_side, template, system, as
             :class:`PromptDataModule`.
 
     Raises:
@@ -279,6 +295,10 @@ class CrossFitDataModule(PromptDataModule):
             sandbox it is the number of training rows, out of 512.
         truncation_side: the side on which the text of longer inputs is cut, ``right`` (its end) or
             ``left`` (its beginning, a task_prefix included); special tokens are never cut.
+        template: ``plain`` for the bare input and answer, or ``chat`` for the chat template of an
+            instruct model's tokenizer: the input as the user's turn, the answer as the
+            assistant's. The soft prompt stands in front of all; only the input's text is cut.
+        system: system text of the chat; null for what the template does without.
 
     Raises:
         ValueError: a setting out of its range, or an unknown task.
@@ -296,6 +316,8 @@ class CrossFitDataModule(PromptDataModule):
         allow_overlap: bool = False,
         shots: Shots | None = None,
         truncation_side: Side = "right",
+        template: Template = "plain",
+        system: str | None = None,
     ) -> None:
         chosen = find_tasks(expand_sets(tasks), task_file)
         most = SPLIT_ROWS["train"]
@@ -309,7 +331,7 @@ class CrossFitDataModule(PromptDataModule):
                 )
             chosen = [replace(task, shots=shots) for task in chosen]
         given = (samples, max_input_length, task_prefix, order_seed, truncation_side)
-        super().__init__(chosen, *given)
+        super().__init__(chosen, *given, template, system)
         self.given_tasks = list(tasks)  # with sets of partitions as they were named
         self.root, self.allow_overlap = root, allow_overlap
 
@@ -367,22 +389,24 @@ def tokenise(
     prefix: str = "",
     with_targets: bool = True,
     truncation_side: Side = "right",
+    frame: Frame | None = None,
 ) -> Rows:
     """Apply the rules of a backbone to the rows of a split; equal answers are tokenised once.
 
     Inputs are cut to ``max_input_length`` tokens, specials included; ``prefix`` is text in front of
-    each; ``with_targets`` asks for the token ids of the answers, which training needs.
+    each; ``with_targets`` asks for the token ids of the answers, which training needs; ``frame`` is
+    what stands around both, plain by default.
 
     Raises:
         ValueError: an input without tokens, naming the file.
     """
     try:
-        whole = backbone.encode_inputs([prefix + text for text in data.inputs])
+        whole = backbone.encode_inputs([prefix + text for text in data.inputs], frame)
     except ValueError as error:
         raise ValueError(f"{data.path}: {error}") from None
-    inputs = [backbone.cut_input(ids, max_input_length, truncation_side) for ids in whole]
+    inputs = [backbone.cut_input(ids, max_input_length, truncation_side, frame) for ids in whole]
     answers = list(dict.fromkeys(chain.from_iterable(data.references)))
-    ids = dict(zip(answers, backbone.encode_targets(answers), strict=True))
+    ids = dict(zip(answers, backbone.encode_targets(answers, frame), strict=True))
     return Rows(
         task,
         inputs,

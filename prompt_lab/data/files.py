@@ -5,7 +5,8 @@ line, the input in the first column and one or more references in the others. K 
 ``all`` where train and dev hold a whole data set. Lines end in ``\n`` or ``\r\n``, and a
 byte-order mark at the start is dropped. Spaces around a field are dropped too, so that an answer
 can equal its reference. No field may be empty: the reader of the CrossFit gym strips the whole line
-before it splits it, which shifts the columns of such rows; here they are errors.
+before it splits it, which shifts the columns of such rows; here they are errors. A line break
+within a field is written as ``BREAK``, which no file of CrossFit's holds.
 
 Files are neither downloaded nor written here, and rows are not tokenised.
 """
@@ -26,6 +27,9 @@ from prompt_lab.data.tasks import Shots, Task
 
 SplitName = Literal["train", "dev", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "dev", "test")
+
+BREAK = "␤"
+"""What stands for a line break within a field: U+2424, the symbol for newline."""
 
 
 class DataError(ValueError):
@@ -215,7 +219,7 @@ def split_lines(path: Path, data: bytes) -> list[str]:
 def parse_line(path: Path, number: int, line: str) -> list[str]:
     """Cut a line into its fields: the input, then one or more references."""
     line = line.removesuffix("\r")
-    fields = [field.strip() for field in line.split("\t")]
+    fields = [field.replace(BREAK, "\n").strip() for field in line.split("\t")]
     reason = _fault(line, fields)
     if reason:
         raise DataError(f"{path}, line {number}: {reason}")

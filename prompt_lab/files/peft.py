@@ -1,11 +1,12 @@
 """Prompts in the files of others: PEFT folders (without PEFT), plain tensors, checkpoints.
 
 Written are PEFT prompts of type PROMPT_TUNING with one submodule, whose one tensor is the (N, D)
-prompt. Read are PROMPT_TUNING and MULTITASK_PROMPT_TUNING with S = 1 or 2 submodules: of their
-(N * S, D) rows the first N are the prompt. The other rows are never used by PROMPT_TUNING;
-MULTITASK_PROMPT_TUNING puts them in front of the decoder's input, which this package does not do
-and warns of. PEFT keeps neither the prompt's start nor digests of the model, so a prompt that is
-read has itself as ``init`` and empty digests.
+prompt. Read are PROMPT_TUNING, P_TUNING (whose saved tensor is what its encoder made: the finished
+prompt) and MULTITASK_PROMPT_TUNING with S = 1 or 2 submodules: of their (N * S, D) rows the first N
+are the prompt. The other rows are never used by the first two; MULTITASK_PROMPT_TUNING puts them in
+front of the decoder's input, which this package does not do and warns of. PEFT keeps neither the
+prompt's start nor digests of the model, so a prompt that is read has itself as ``init`` and empty
+digests. A chat template and its system text stand in the metadata of the tensor's file.
 
 A plain tensor is a file with one (N, D). A checkpoint of ``PromptTuning`` holds the bank of a fit,
 its runs, and the digests of backbone and tokenizer. Nothing is unpickled but tensors and plain
@@ -37,6 +38,7 @@ WEIGHTS = "adapter_model.safetensors"
 """The file of a PEFT folder that holds its tensors."""
 
 _CONFIG, _MULTITASK = "adapter_config.json", "MULTITASK_PROMPT_TUNING"
+_FINISHED = ("PROMPT_TUNING", "P_TUNING")
 _PICKLES = (".pt", ".pth", ".bin")
 _BANK = ("init", "keeper.kept_bank", "keeper.score", "keeper.step")
 _MISFIT = (ValueError, LookupError, TypeError, AttributeError)
@@ -74,7 +76,8 @@ def save_peft(
     }
     values = prompt.prompt.detach().to("cpu", torch.float32, copy=True).contiguous()
     folder = Path(folder)
-    write_atomically(folder / WEIGHTS, save({"prompt_embeddings": values}, {"format": "pt"}))
+    metadata = {"format": "pt", **_frame(prompt)}
+    write_atomically(folder / WEIGHTS, save({"prompt_embeddings": values}, metadata))
     write_atomically(folder / "README.md", _model_card(prompt, task_type).encode())
     text = json.dumps(config, indent=2, sort_keys=True)
     write_atomically(folder / _CONFIG, f"{text}\n".encode())
@@ -87,7 +90,7 @@ def load_peft(folder: str | Path, task: int | None = None) -> Prompt:
 
     Raises:
         FileNotFoundError: no such folder, or a file of it is missing.
-        ValueError: another type than the two prompt tunings, damaged or pickled files, tensors
+        ValueError: another type than the three prompt tunings, damaged or pickled files, tensors
             that are not as the config says, a task that is missing, not there or not needed.
     """
     folder = Path(folder)
@@ -98,7 +101,8 @@ def load_peft(folder: str | Path, task: int | None = None) -> Prompt:
             raise FileNotFoundError(f"no {name} in {folder}: not a PEFT prompt folder{more}")
     try:
         config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-        rows, count = _read_rows(config, read_safetensors(folder / WEIGHTS)[0], task)
+        tensors, metadata = read_safetensors(folder / WEIGHTS)
+        rows, count = _read_rows(config, tensors, task)
     except _MISFIT as error:
         reason = error if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
         raise ValueError(f"{folder}: not a PEFT prompt folder: {reason}") from error
@@ -110,14 +114,25 @@ def load_peft(folder: str | Path, task: int | None = None) -> Prompt:
         )
     name = folder.resolve().name + ("" if task is None else f"_{task}")
     backbone = str(config.get("base_model_name_or_path") or "")
-    return _foreign(rows[:count], name, backbone, folder)
+    return _foreign(rows[:count], name, backbone, folder, metadata)
 
 
-def _foreign(tensor: Tensor, name: str, backbone: str, file: Path, task: str = "") -> Prompt:
+def _foreign(
+    tensor: Tensor, name: str, backbone: str, file: Path, metadata: dict[str, str], task: str = ""
+) -> Prompt:
     """A prompt of which neither its start nor the digests of its model are known."""
     prompt = tensor.detach().float().clone()
-    start: dict[str, Any] = {"start": "prompt", "start_of": task, "start_file": str(file)}
-    return Prompt(prompt, prompt.clone(), name, backbone, "", "", task=task, **start)
+    known: dict[str, Any] = {"start": "prompt", "start_of": task, "start_file": str(file)}
+    known |= {name: metadata[name] for name in ("template", "system") if name in metadata}
+    return Prompt(prompt, prompt.clone(), name, backbone, "", "", task=task, **known)
+
+
+def _frame(prompt: Prompt) -> dict[str, str]:
+    """A chat template and its system text, as files of others keep them."""
+    if prompt.template == "plain":
+        return {}
+    system = {} if prompt.system is None else {"system": prompt.system}
+    return {"template": prompt.template, **system}
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -142,10 +157,11 @@ def _read_rows(
     config: dict[str, Any], tensors: dict[str, Tensor], task: int | None
 ) -> tuple[Tensor, int]:
     kind, task_type = config["peft_type"], config.get("task_type")
-    if kind not in ("PROMPT_TUNING", _MULTITASK) or task_type not in (None, *get_args(TaskType)):
+    if kind not in (*_FINISHED, _MULTITASK) or task_type not in (None, *get_args(TaskType)):
         raise ValueError(
             f"an adapter of type {kind} for {task_type}; only soft prompts in front of the input "
-            f"can be read: PROMPT_TUNING and {_MULTITASK} for {' and '.join(get_args(TaskType))}"
+            f"can be read: {', '.join(_FINISHED)} and {_MULTITASK} for "
+            f"{' and '.join(get_args(TaskType))}"
         )
     if trained := config.get("modules_to_save"):
         raise ValueError(
@@ -179,6 +195,27 @@ def _read_rows(
     return rows.float() * (left[task].float() @ right[task].float()), count
 
 
+_CHAT = """
+It was trained on chats by the template of the model's tokenizer; inputs are made alike, without a
+second start token:
+
+```python
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(model.peft_config["default"].base_model_name_or_path)
+chat = [{turns}{{"role": "user", "content": "the input"}}]
+inputs = tokenizer.apply_chat_template(
+    chat, add_generation_prompt=True, enable_thinking=False, return_tensors="pt", return_dict=True
+)
+```
+"""
+
+
+def _turns(prompt: Prompt) -> str:
+    if prompt.system is None:
+        return ""
+    return f'{{"role": "system", "content": {json.dumps(prompt.system)}}}, '
+
+
 def _model_card(prompt: Prompt, task_type: TaskType) -> str:
     auto = f"AutoPeftModelFor{'Seq2SeqLM' if task_type == 'SEQ_2_SEQ_LM' else 'CausalLM'}"
     count, width = prompt.prompt.shape
@@ -188,9 +225,9 @@ def _model_card(prompt: Prompt, task_type: TaskType) -> str:
     facts |= {f"dev {prompt.metric}".strip(): prompt.dev_score}
     facts |= {f"test {prompt.metric}".strip(): prompt.test_score}
     trained = "".join(f"- {label}: {x}\n" for label, x in facts.items() if x is not None)
-    caution = ""
+    caution = "" if prompt.template == "plain" else _CHAT.format(turns=_turns(prompt))
     if task_type == "CAUSAL_LM":
-        caution = (
+        caution += (
             "\nPEFT puts the prompt in front of the padding: inputs that are padded on\n"
             "the left get other answers than unpadded ones. With transformers 5.24, PEFT 0.21.2\n"
             "repeats the prompt at every token that it generates from a cache: give `generate`\n"
@@ -222,7 +259,7 @@ def save_plain(path: Path, prompt: Prompt) -> None:
     from safetensors.torch import save
 
     values = prompt.prompt.float().clone().contiguous()
-    metadata = {"format": "pt", "backbone": prompt.backbone, "task": prompt.task}
+    metadata = {"format": "pt", "backbone": prompt.backbone, "task": prompt.task, **_frame(prompt)}
     write_atomically(path, save({"prompt_embeds": values}, metadata))
 
 
@@ -260,7 +297,7 @@ def read_prompt(source: Path) -> Prompt:
             f"things: {', '.join(kinds)}"
         )
     made_for, task = metadata.get("backbone", ""), metadata.get("task", "")
-    return _foreign(whole[0], source.stem, made_for, source, task)
+    return _foreign(whole[0], source.stem, made_for, source, metadata, task)
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
@@ -283,6 +320,8 @@ def load_checkpoint(path: str | Path) -> list[Prompt]:
         backbone, starts = str(settings["backbone"]["name"]), saved["starts"]
         digest, tokenizer = str(saved["backbone_digest"]), str(saved["tokenizer_digest"])
         runs = [Run(**run) for run in saved["runs"]]
+        answers = {name: saved[name] for name in ("template", "system")}
+        answers["label_score"] = str(settings["label_score"])
         if not len(runs) == len(starts) == len(prompt) == len(best) == len(init):
             raise ValueError(f"{len(runs)} runs, {len(best)} prompts")
     except _MISFIT as error:
@@ -296,7 +335,7 @@ def load_checkpoint(path: str | Path) -> list[Prompt]:
         tensors = {"prompt": (best if scored else prompt)[i].float(), "init": init[i].float()}
         names = ("name", "task", "sample", "init_seed", "learning_rate", "batch_size")
         known = {"backbone": backbone, "backbone_digest": digest, "tokenizer_digest": tokenizer}
-        known |= {name: getattr(run, name) for name in names} | starts[i]
+        known |= {name: getattr(run, name) for name in names} | starts[i] | answers
         known["steps"] = int(step[i]) if scored else int(saved.get("global_step", 0))
         known["dev_score"] = float(score[i]) if score[i].isfinite() else None
         prompts.append(Prompt(**tensors, **known))

@@ -75,6 +75,9 @@ class Prompt:
     max_input_length: int | None = None  # inputs were cut to this many tokens
     truncation_side: str = "right"  # on this side
     task_prefix: bool = False  # whether the task's name stood in front of the inputs
+    label_score: str = "sum"  # of a label's tokens, or mean
+    template: str = "plain"  # or chat: what stood around inputs and answers
+    system: str | None = None  # system text of the chat
     version: str = ""  # of the package that wrote it
     code: Tensor | None = None  # (I,) float32, what a subspace made the prompt from
     role: str = "prompt"  # to others that start from it; or sum, mixture, meta, multitask

@@ -164,7 +164,12 @@ class Attempt(PromptMethod):
         assert self.backbone is not None
         self._read_sources()
         init, self.starts = initial_prompts(
-            self.init_config, self.backbone, self.runs, data.tasks, self.num_virtual_tokens
+            self.init_config,
+            self.backbone,
+            self.runs,
+            data.tasks,
+            self.num_virtual_tokens,
+            data.frame,
         )
         self.prompt.copy_(init)
         self.init.copy_(init)

@@ -29,6 +29,8 @@ def fill_checkpoint(method: PromptMethod, checkpoint: dict[str, Any]) -> None:
         "identity": whole_identity(method),
         "backbone_digest": method.backbone.digest,
         "tokenizer_digest": method.backbone.tokenizer_digest,
+        "template": method.datamodule.template,
+        "system": method.datamodule.system,
     }
 
 

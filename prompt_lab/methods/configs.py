@@ -14,7 +14,8 @@ class BackboneConfig:
     """Which frozen model, and how it runs.
 
     Args:
-        name: hub id, folder, or ``sandbox`` for the tiny model that ships with the package.
+        name: hub id, folder, ``.gguf`` file (extra ``gguf``), or ``sandbox`` for the tiny model
+            that ships with the package.
         dtype: dtype of the frozen weights; prompts, optimizer and losses stay float32. bfloat16 is
             the fast one. float16 is for GPUs without it: T5 and mT5 are refused, since they
             overflow, and a run of another model that overflows stops and says so.

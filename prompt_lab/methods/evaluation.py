@@ -19,8 +19,10 @@ from torch import Tensor
 from prompt_lab.core.backbone import Backbone, Prefix
 from prompt_lab.core.bank import Prefixes, is_out_of_memory
 from prompt_lab.core.batch import Batch
+from prompt_lab.core.candidates import LabelScore
 from prompt_lab.core.metrics import BankMetric, chance_score, majority_score
 from prompt_lab.core.run import Run
+from prompt_lab.core.text import Frame
 from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.files import SPLITS, SplitName
 from prompt_lab.data.sampling import EvaluationBatch, Key
@@ -45,11 +47,15 @@ class Way:
         labels: what scored answers are chosen from; None where answers are generated.
         max_new_tokens: longest generated answer; None for that of the batch.
         num_beams: beams of generated answers.
+        label_score: what a label's score is of its tokens' log-likelihoods.
+        frame: what stands around inputs and answers; None for plain rows.
     """
 
     labels: list[str] | None
     max_new_tokens: int | None
     num_beams: int
+    label_score: LabelScore = "sum"
+    frame: Frame | None = None
 
     @property
     def described(self) -> str:
@@ -64,9 +70,10 @@ def answers(backbone: Backbone, prefix_of: PrefixOf, step: EvaluationBatch, way:
 
     def of_rows(prefix: Prefix, batch: Batch) -> list[str]:
         if way.labels is not None:
-            return [way.labels[i] for i in backbone.choose(prefix, batch, way.labels)]
+            chosen = backbone.choose(prefix, batch, way.labels, way.label_score, way.frame)
+            return [way.labels[i] for i in chosen]
         length = way.max_new_tokens or step.max_new_tokens
-        return backbone.generate(prefix, batch, length, way.num_beams)
+        return backbone.generate(prefix, batch, length, way.num_beams, way.frame)
 
     try:
         return of_rows(*prefix_of(step.batch))
@@ -271,6 +278,7 @@ class Report:
 
         method, data = self.method, self.method.datamodule
         task = data.tasks[key[0]]
+        way = method.way(task)
         splits = SPLITS if self.testing else SPLITS[:2]
         return {
             "fit_id": self.fit_id,
@@ -281,7 +289,9 @@ class Report:
             "ontology": task.ontology,
             "sample": key[1],
             "shots": task.shots,
-            "decoding": method.way(task).described,
+            "template": data.template,
+            "decoding": way.described,
+            "label_score": way.label_score if way.labels is not None else None,
             "metric": task.metric,
             "metric_variant": method.metric_variant,
             "test_rows": len(self.evaluation.references(key)) if self.testing else None,

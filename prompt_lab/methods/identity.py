@@ -18,7 +18,10 @@ TRAINER_SETTINGS = (
     *("limit_train_batches", "limit_val_batches", "precision"),
     *("accumulate_grad_batches", "gradient_clip_val"),
 )
-DATA_SETTINGS = ("samples", "max_input_length", "truncation_side", "task_prefix", "order_seed")
+DATA_SETTINGS = (
+    *("samples", "max_input_length", "truncation_side", "task_prefix", "order_seed"),
+    *("template", "system"),
+)
 
 NO_NUMBER = (
     *("model.backbone.name", "model.init.path", "model.subspace.path"),

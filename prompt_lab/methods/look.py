@@ -96,7 +96,7 @@ def _look_alikes(method: PromptMethod, task: Task) -> list[str]:
     told, labels = [], task.labels or ()
     if len({label.lower() for label in labels}) < len(labels):
         told = [f"task {task.name}: some labels differ by case alone: {', '.join(labels)}"]
-    alike = method.backbone.look_alikes(labels)
+    alike = method.backbone.look_alikes(labels, method.datamodule.frame)
     if not alike:
         return told
     groups = "; ".join(", ".join(map(repr, group)) for group in alike)

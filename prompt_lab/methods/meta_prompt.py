@@ -281,7 +281,12 @@ class MetaPrompt(PromptMethod):
         assert self.backbone is not None
         alone = Run("", 0, self.init_seed, self.learning_rate, 1)
         made, (self.initial,) = initial_prompts(
-            self.init_config, self.backbone, [alone], data.tasks, self.num_virtual_tokens
+            self.init_config,
+            self.backbone,
+            [alone],
+            data.tasks,
+            self.num_virtual_tokens,
+            data.frame,
         )
         self.prompt.copy_(made)
         self.init.copy_(made)
@@ -624,6 +629,8 @@ class MetaPrompt(PromptMethod):
             seconds=round(self.seconds, 3),
             max_input_length=self.datamodule.max_input_length,
             task_prefix=self.datamodule.task_prefix,
+            template=self.datamodule.template,
+            system=self.datamodule.system,
             version=__version__,
             role=self.role,
             source_tasks=self.source_tasks,

@@ -25,6 +25,7 @@ from torch import Tensor
 from prompt_lab.core.backbone import Backbone, Prefix
 from prompt_lab.core.bank import Prefixes, bank_gradient, is_out_of_memory, renumber
 from prompt_lab.core.batch import Batch, default_tokens_per_forward
+from prompt_lab.core.candidates import LabelScore
 from prompt_lab.core.run import Run
 from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.files import SplitName
@@ -73,6 +74,8 @@ class PromptMethod(LightningModule):
         max_new_tokens: longest generated answer; null for the longest answer in train and dev.
         metric_variant: ``crossfit`` computes metrics as CrossFit does, ``corrected`` without traps.
         dev_loss: also log the mean loss on dev at each evaluation, as ``dev/loss``.
+        label_score: what the score of a label is: the ``sum`` of the log-likelihoods of its tokens,
+            end token included, or their ``mean``, which does not favour short labels.
 
     Attributes:
         runs: what each prompt of the bank is for; empty before data or a checkpoint bring them.
@@ -126,6 +129,7 @@ class PromptMethod(LightningModule):
         max_new_tokens: int | None = None,
         metric_variant: Literal["crossfit", "corrected"] = "crossfit",
         dev_loss: bool = False,
+        label_score: LabelScore = "sum",
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
@@ -135,11 +139,17 @@ class PromptMethod(LightningModule):
             else:  # plain values, which checkpoints can hold
                 self.hparams[name] = plain(self.hparams[name])
         check_settings(self.hparams)
+        if label_score == "mean" and decoding == "generate":
+            raise ValueError(
+                "model.label_score mean is of labels that are scored, but model.decoding generate "
+                "generates all answers: leave one of them out"
+            )
         self.backbone_config = as_config(BackboneConfig, backbone)
         self._tokens_per_forward = tokens_per_forward
         self.decoding, self.num_beams = decoding, num_beams
         self.max_new_tokens, self.metric_variant = max_new_tokens, metric_variant
         self.dev_loss = dev_loss
+        self.label_score: LabelScore = label_score
         self.backbone: Backbone = None  # pyright: ignore - set up before anything needs it
         self.runs: list[Run] = []
         self.all_runs: list[Run] = []
@@ -479,7 +489,8 @@ class PromptMethod(LightningModule):
     def way(self, task: Task) -> Way:
         """How answers to a task are made."""
         labels = list(task.labels or ()) if self.scored(task) else None
-        return Way(labels, self.max_new_tokens, self.num_beams)
+        frame = self.datamodule.frame
+        return Way(labels, self.max_new_tokens, self.num_beams, self.label_score, frame)
 
     def way_of_answering(self, task: str, sample: int) -> dict[str, Any]:
         """How answers to a task are made, as prompt files keep it for ``prompt-lab predict``."""
@@ -493,6 +504,9 @@ class PromptMethod(LightningModule):
             "num_beams": self.num_beams,
             "max_input_length": data.max_input_length,
             "task_prefix": data.task_prefix,
+            "label_score": self.label_score,
+            "template": data.template,
+            "system": data.system,
         }
 
     def prefix_of(self, prefixes: Prefixes, batch: Batch) -> tuple[Prefix, Batch]:
@@ -836,6 +850,7 @@ class PromptMethod(LightningModule):
             "backbone": self.backbone.digest,
             "tokenizer": self.backbone.tokenizer_digest,
             "data": files,
+            **({"template": template} if (template := self.datamodule.frame.digest) else {}),
         }
 
     def fit_record(self) -> dict[str, Any]:

@@ -157,7 +157,12 @@ class PromptTuning(PromptMethod):
             self.trained.copy_(initial_codes(self.runs, subspace.intrinsic_dim, config.std))
         else:
             init, self.starts = initial_prompts(
-                self.init_config, backbone, self.runs, data.tasks, self.num_virtual_tokens
+                self.init_config,
+                backbone,
+                self.runs,
+                data.tasks,
+                self.num_virtual_tokens,
+                data.frame,
             )
             self.begin(init)
             self._warn_of_starts(data, init)

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from prompt_lab.core import prompts
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.run import Run
 from prompt_lab.core.subspace import Subspace
+from prompt_lab.core.text import Frame
 from prompt_lab.data.partitions import expand_sets
 from prompt_lab.data.tasks import Task
 from prompt_lab.files.prompts import PLACES, FoundPrompt, best_found, find_prompts, is_single
@@ -89,8 +91,11 @@ def initial_prompts(
     runs: Sequence[Run],
     tasks: Mapping[str, Task],
     num_virtual_tokens: int,
+    frame: Frame | None = None,
 ) -> tuple[Tensor, list[Start]]:
     """The initial prompt of every run, (R, N, D) float32 on the CPU, and where it is from.
+
+    Prompts from files that were tuned in another frame than ``frame`` are told in a warning.
 
     Raises:
         FileNotFoundError: a prompt file, store, folder or checkpoint that is not there.
@@ -114,6 +119,8 @@ def initial_prompts(
                 for one in dict.fromkeys(starts)
             }
             found |= {run: read[start] for run, start in zip(own, starts, strict=True)}
+            if frame is not None:
+                _tell_of_other_frames(starts, frame)
         for run in runs:
             if len(found[run][0]) != num_virtual_tokens:
                 raise ValueError(
@@ -129,6 +136,17 @@ def initial_prompts(
     drawn = config.name != "text"
     starts = [Start(config.name, start_seed=run.init_seed if drawn else None) for run in runs]
     return torch.stack([unique[key] for key in keys]), starts
+
+
+def _tell_of_other_frames(found: Sequence[FoundPrompt], frame: Frame) -> None:
+    for one in found:
+        known = {"template": "plain", "system": None, **one.metadata}
+        if (known["template"], known["system"]) != (frame.template, frame.system):
+            rank_zero_warn(
+                f"data.template is {frame.template} and data.system {frame.system!r}, but "
+                f"{one.where} is of template {known['template']} and system {known['system']!r}"
+            )
+            return
 
 
 def vocabulary_prompt(

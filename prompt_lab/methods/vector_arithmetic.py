@@ -436,9 +436,10 @@ class VectorArithmetic(PromptMethod):
 
     def _warn(self, data: PromptDataModule) -> None:
         """Tell of prompts tuned on rows of another form, and of dev rows that lack classes."""
-        for name in ("task_prefix", "max_input_length"):
+        for name in ("task_prefix", "max_input_length", "template", "system"):
             own, seen = getattr(data, name), [one.prompt for one in self._sources]
-            other = [prompt for prompt in seen if getattr(prompt, name) not in (own, None)]
+            missing = own if name == "system" else None
+            other = [prompt for prompt in seen if getattr(prompt, name) not in (own, missing)]
             if other:
                 self.warn_once(
                     name,

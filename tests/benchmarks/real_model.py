@@ -1,4 +1,4 @@
-"""G23 to G26: a real language model on real rows, against PEFT.
+"""G23 to G27: a real language model on real rows, against PEFT; and how soon a fit starts.
 
 The model is a folder, ``--model`` (SmolLM2-135M-Instruct for the goals), the rows are those of
 CrossFit's files under ``PROMPT_LAB_TEST_DATA``. A quick run takes a tiny Llama and random rows.
@@ -7,13 +7,26 @@ CrossFit's files under ``PROMPT_LAB_TEST_DATA``. A quick run takes a tiny Llama 
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from answers import check_answers, check_tokens, our_answers, peft_answers, peft_tokens
-from models import DECODER, Row, make_backbone, make_model, make_prompts, make_rows, uniform_lengths
-from pairs import Settings
+from models import (
+    DECODER,
+    Row,
+    make_backbone,
+    make_model,
+    make_prompts,
+    make_rows,
+    make_tokenizer,
+    uniform_lengths,
+)
+from pairs import Settings, measure, ratios, seconds
 from steps import Result, compare, in_turn, our_side, peft_side
 
 from prompt_lab.core.backbone import Backbone
@@ -46,8 +59,6 @@ def bank(settings: Settings) -> Iterator[Result]:
 
 def answers(settings: Settings) -> Iterator[Result]:
     """G26: 64 rows of trec, six labels."""
-    from pairs import measure
-
     backbone = load(settings, "float32")
     prompts = make_prompts(backbone, 1, 20)
     inputs = [ids for ids, _ in read(backbone, "trec", 16 if settings.quick else 64, settings)]
@@ -57,6 +68,56 @@ def answers(settings: Settings) -> Iterator[Result]:
     found = measure(peft_answers(backbone, prompts, inputs), ours, settings)
     what = f"evaluation by generating with PEFT / ours, {backbone.name}, 64 rows of trec, 6 labels"
     yield what, {**found, "threshold": settings.goal(5.0, None), "agreement": agreement}
+
+
+def first_step(settings: Settings) -> Iterator[Result]:
+    """G27: from start to the first step of ``fit``, over imports and ``from_pretrained`` alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = settings.model
+        if settings.quick:
+            model = folder
+            load(settings, "float32").model.save_pretrained(folder)
+            make_tokenizer("llama").save_pretrained(folder)
+        elif model is None:
+            raise RuntimeError("give the folder of a language model by --model")
+        words = f"fit --model.backbone.name {model} --data.root sandbox --run_dir {folder}/run "
+        words += (
+            "--data.tasks [sandbox-sst] --model.num_virtual_tokens 20 --data.max_input_length 64"
+        )
+        fit = [sys.executable, "-c", FIRST_STEP, *words.split()]
+        bare = [sys.executable, "-c", BARE, model]
+        threads = {**os.environ, "OMP_NUM_THREADS": str(settings.threads)}
+
+        def run(command: list[str]) -> None:
+            subprocess.run(command, env=threads, check=True, capture_output=True)
+
+        def start() -> None:
+            shutil.rmtree(f"{folder}/run", ignore_errors=True)
+            run(fit)
+
+        found = ratios(
+            [
+                (seconds(start, "cpu"), seconds(lambda: run(bare), "cpu"))
+                for _ in range(settings.pairs + 1)
+            ][1:]
+        )
+    what = "start to the first step of fit / imports and from_pretrained"
+    yield what, {**found, "threshold": settings.goal(1.3, None), "sense": "<="}
+
+
+FIRST_STEP = """
+import os, sys
+from prompt_lab.methods.method import PromptMethod
+PromptMethod.on_train_batch_start = lambda *args: os._exit(0)
+from prompt_lab.commands import cli
+sys.argv = ["prompt-lab", *sys.argv[1:]]
+sys.exit(cli.run() or 1)
+"""
+BARE = """
+import sys, torch, lightning, transformers
+transformers.AutoTokenizer.from_pretrained(sys.argv[1])
+transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="float32")
+"""
 
 
 def _steps(task: str, goals: dict[int, float], settings: Settings) -> Iterator[Result]:

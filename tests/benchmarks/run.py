@@ -53,6 +53,7 @@ GOALS = {
     "G24": ("real_model", "long_rows"),
     "G25": ("real_model", "bank"),
     "G26": ("real_model", "answers"),
+    "G27": ("real_model", "first_step"),
 }
 
 
@@ -86,7 +87,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch on the CPU")
     parser.add_argument("--out", type=Path, help="file to which the JSON lines are added")
-    parser.add_argument("--model", help="folder of a language model, for G23 to G26")
+    parser.add_argument("--model", help="folder of a language model, for G23 to G27")
     parser.add_argument("--quick", action="store_true", help="tiny models, to check the scripts")
     parser.add_argument("--table", type=Path, help="print the table of an earlier file")
     options = parser.parse_args()
