@@ -397,3 +397,35 @@ def test_the_digest_of_a_tokenizer_follows_its_rules(folder: Folder, change_of: 
         content[change_of] = {"type": "Lowercase"} if change_of == "normalizer" else None
     file.write_text(json.dumps(content))
     assert load(path).tokenizer_digest != before
+
+
+@pytest.mark.parametrize("field", ["eos_token_id", "pad_token_id"])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_the_id_of_a_token_is_a_number(folder: Folder, name: str, field: str) -> None:
+    path = folder("gpt2")
+    change(path / name, **{field: "x"})
+    with pytest.raises(ValueError, match=f"{field}|cannot be loaded"):  # transformers' own check
+        load(path)
+
+
+def test_a_start_token_that_the_model_has_no_row_for_is_told(folder: Folder) -> None:
+    path = folder("bart")
+    start = json.loads((path / "config.json").read_text())["decoder_start_token_id"]
+    change(path / "config.json", decoder_start_token_id=5000)
+    change(path / "generation_config.json", decoder_start_token_id=start)
+    with pytest.warns(UserWarning, match="names token 5000, which the model has no row for"):
+        assert Backbone.load(str(path)).specials.start == start
+
+
+def test_answers_end_before_the_language_that_a_tokenizer_names_behind_the_end() -> None:
+    """As mBART's: text, end, language."""
+    from tokenizers import processors
+
+    tokenizer = make_tokenizer("bart")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {EOS} {BOS}", special_tokens=[(BOS, BOS_ID), (EOS, EOS_ID)]
+    )
+    model = Backbone(make_model("bart"), tokenizer, "tiny")
+    (answer,) = model.encode_targets(["yes"])
+    assert answer == [*tokenizer("yes", add_special_tokens=False)["input_ids"], EOS_ID]
+    assert model.encode_inputs(["yes"]) == [[*answer, BOS_ID]]

@@ -12,6 +12,7 @@ import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal, get_args
 
 Side = Literal["right", "left"]
@@ -129,7 +130,9 @@ class Frame:
         """
         space = "" if self.is_encoder_decoder or self._adds_space else " "
         made = self._tokens([space + text for text in texts], self.is_encoder_decoder)
-        end = self.specials.end
+        end, back = self.specials.end, self.specials.back if self.is_encoder_decoder else []
+        if end in back[:-1]:  # mBART names its language behind the end
+            made = [ids[: len(ids) - len(back) + back.index(end) + 1] for ids in made]
         return [ids if ids[-1:] == [end] else [*ids, end] for ids in made]
 
     def look_alikes(self, answers: Sequence[str]) -> list[list[str]]:
@@ -321,6 +324,15 @@ def find_specials(model: Any, tokenizer: Any, name: str) -> Specials:
             f"{size} rows: is it the tokenizer that the model was trained with?",
             stacklevel=2,
         )
+    for source, field in product(
+        sources, ("eos_token_id", "pad_token_id", "decoder_start_token_id")
+    ):
+        for given in _ids(getattr(source, field, None)):
+            if not isinstance(given, int):
+                raise ValueError(
+                    f"config or generation config of backbone {name!r} has {given!r} as {field}: "
+                    "give the number of a token"
+                )
     named = [getattr(source, "eos_token_id", None) for source in (tokenizer, *sources)]
     ends = list(dict.fromkeys(i for ids in map(_ids, named) for i in ids if 0 <= i < size))
     if not ends:
@@ -339,7 +351,7 @@ def find_specials(model: Any, tokenizer: Any, name: str) -> Specials:
     )
 
 
-def _ids(value: int | list[int] | None) -> list[int]:
+def _ids(value: Any | list[int] | None) -> list[int]:
     """None, one id or several, as a list."""
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
@@ -378,6 +390,12 @@ def _decoder_start(config: Any, generation: Any, size: int, name: str) -> int:
         raise ValueError(
             f"backbone {name!r} does not say what its decoder starts from: set "
             "decoder_start_token_id in config.json (T5: the padding token, BART: </s>)"
+        )
+    if named[0] not in (None, *known):
+        warnings.warn(
+            f"config.json of backbone {name!r} names token {named[0]}, which the model has no row "
+            f"for, as what its decoder starts from; {known[0]} of generation_config.json is taken",
+            stacklevel=2,
         )
     if len(set(known)) > 1:
         warnings.warn(
