@@ -49,13 +49,14 @@ def scripts(path: Path) -> list[str]:
 
 @cache
 def commands(*paths: Path) -> list[list[str]]:
-    """The commands of documents as a shell reads them: loops, quotes, variables; each once."""
+    """The commands of documents as a shell reads them; one of those unlike in numbers alone."""
     blocks = [block for path in paths for block in scripts(path)]
     with tempfile.TemporaryDirectory() as folder:
         script = [shutil.which("bash") or "bash", "-c", SHELL + "\n".join(blocks)]
         made = subprocess.run(script, cwd=folder, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
-    return [shlex.split(line) for line in dict.fromkeys(made.stdout.splitlines())]
+    unlike = {re.sub(r"\d+", "", line): line for line in reversed(made.stdout.splitlines())}
+    return [shlex.split(line) for line in reversed(unlike.values())]
 
 
 @pytest.fixture(scope="module")
