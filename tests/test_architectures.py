@@ -89,7 +89,7 @@ def test_greedy_answers_equal_a_greedy_loop(name):
 def test_packs_of_many_rows_equal_rows_alone(name, monkeypatch):
     """Packs cut at a bound, several prompts, twenty rows; and Hessian products."""
     model = model_of(name)
-    monkeypatch.setattr("prompt_lab.core.decoder.PACK_TOKENS", 30)
+    monkeypatch.setattr("prompt_lab.core.packing.PACK_TOKENS", 30)
     prompts = bank(model)
     index = [i % 2 for i in range(12)]
     texts = [TEXTS[i % 4] + " dog" * (i % 3) for i in range(12)]

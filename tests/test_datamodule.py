@@ -307,8 +307,8 @@ def fed(backbone: Factory, fewshot_root: Path, tmp_path: Path) -> Fed:
         rows = {key: data.tokens(*key, "train") for key in data.keys}
         progress = Progress(0, list(range(len(runs))))
         draw = bank_draw(runs, rows, data.order_seed, data.layout)
-        beside = (200, lambda task, longest: longest)
-        data.feed(runs, progress, draw, lambda: progress.live, *beside, share)
+        steps = {"tokens_per_forward": 200, "extra_per_row": lambda task, longest: longest}
+        data.feed(progress, draw, lambda: progress.live, runs=runs, share=share, **steps)
         data.trainer = make_trainer(tmp_path, **trainer)
         return data
 

@@ -13,7 +13,6 @@ from test_prompt_tuning import make_data, make_trainer
 
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import renumber
-from prompt_lab.core.pretrained import weights_digest
 from prompt_lab.core.subspace import Subspace
 from prompt_lab.files.prompts import Prompt, PromptStore, source_prompts
 from prompt_lab.files.results import read_csv
@@ -96,7 +95,7 @@ def test_the_joint_loss_and_its_gradient_are_those_of_a_loop_over_rows(
     total = torch.zeros(())
     for subspace in method.subspaces:
         for row, prompt in enumerate(batch.prompts):
-            source = method.source[prompt : prompt + 1]
+            source = method.sources[prompt : prompt + 1]
             made = subspace(source)
             alone = renumber(batch.slice(row, row + 1), [prompt])
             (nll,) = method.backbone.loss(made, alone)
@@ -111,18 +110,6 @@ def test_the_joint_loss_and_its_gradient_are_those_of_a_loop_over_rows(
         torch.testing.assert_close(own, other, rtol=1e-3, atol=float(scale) * 1e-4)
 
 
-def test_only_the_maps_change(fit, backbone, tmp_path):
-    model = backbone("gpt2")
-    before = weights_digest(model)
-    method = fit()
-    sources = source_prompts([str(tmp_path / "store-gpt2")], [("glue-sst2", 13)], model, TOKENS)
-    assert weights_digest(model) == before
-    assert torch.equal(method.source[0], sources[0].prompt)
-    optimizer = method.optimizers()
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    assert held == {id(p) for p in method.subspaces.parameters()}
-
-
 def test_maps_trained_side_by_side_are_those_trained_alone(fit):
     both = fit(run_dir="both")
     for at, dim in enumerate((2, 3)):
@@ -131,7 +118,7 @@ def test_maps_trained_side_by_side_are_those_trained_alone(fit):
             both.subspaces[at].parameters(), alone.subspaces[0].parameters(), strict=True
         ):
             torch.testing.assert_close(own, other, rtol=0, atol=1e-6)
-        assert both.best_score[at] == alone.best_score[0]
+        assert both.keeper.score[at] == alone.keeper.score[0]
 
 
 def test_training_brings_reconstructions_nearer(fit):
@@ -201,16 +188,9 @@ class SaveAtStepFour(Callback):
             trainer.save_checkpoint(self.path)
 
 
-def test_a_resumed_fit_equals_the_uninterrupted_one(fit, tmp_path):
+def test_a_checkpoint_of_other_tasks_is_refused(fit, tmp_path):
     path = tmp_path / "four.ckpt"
-    whole = fit(run_dir="whole", trainer={"callbacks": [SaveAtStepFour(path)]})
-    resumed = fit(run_dir="rest", ckpt=path)
-    assert whole.trainer.global_step == resumed.trainer.global_step == 6
-    for own, other in zip(resumed.parameters(), whole.parameters(), strict=True):
-        assert torch.equal(own, other)
-    assert torch.equal(resumed.keeper.dev.nan_to_num(-1), whole.keeper.dev.nan_to_num(-1))
-    saved = torch.load(path, weights_only=True)["state_dict"]
-    assert not any(name.startswith("backbone.") for name in saved)
+    fit(run_dir="whole", trainer={"callbacks": [SaveAtStepFour(path)]})
     with pytest.raises(ValueError, match=r"is of (runs|source prompts) \d"):
         fit(run_dir="other", ckpt=path, unseen_tasks=["emotion", "glue-cola"])
 
@@ -241,7 +221,7 @@ def test_missing_prompts_are_all_named(backbone, tmp_path):
         ({"clip": 0.0}, "clip is 0.0: give a positive norm"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0: give a positive number"),
         ({"unseen_tasks": ["imdb"]}, "unseen_tasks has imdb, which data.tasks has not"),
-        ({"unseen_tasks": TASKS}, "every task of data.tasks is unseen"),
+        ({"unseen_tasks": TASKS}, "unseen_tasks has every task of data.tasks"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(fit, settings, reason):
@@ -257,5 +237,5 @@ def test_more_dimensions_than_prompts_are_warned_of(fit):
 def test_a_fit_on_other_source_prompts_has_another_name(fit: Callable[..., Any]) -> None:
     method = fit()
     name = fit_id(method)[0]
-    method.source[0, 0, 0] += 1
+    method.sources[0, 0, 0] += 1
     assert fit_id(method)[0] != name

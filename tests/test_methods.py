@@ -298,7 +298,7 @@ def test_building_does_not_depend_on_the_default_device(fitted):
     method.backbone = method.load_backbone()
     data.connect(method.backbone)
     with torch.device("meta"), torch.device("cpu"):
-        method.take(data, anew=True)
+        method.take(data)
     assert {value.device.type for value in method.state_dict().values()} == {"cpu"}
 
 
@@ -435,7 +435,7 @@ def test_callbacks_work_by_their_effect(files, fewshot_root, tmp_path):
     assert made.global_step < 40  # EarlyStopping ended it
     assert Path(best.best_model_path).is_file()
     saved = torch.load(best.best_model_path, weights_only=True)
-    assert saved["state_dict"]["keeper.score"].equal(method.best_score)
+    assert saved["state_dict"]["keeper.score"].equal(method.keeper.score)
     assert int(read_csv(method.run_dir / "curves.csv")[-1]["step"]) == made.global_step
     assert (method.run_dir / "prompts").is_dir()
 

@@ -36,10 +36,8 @@ MIXED = ["glue-cola", "e2e_nlg_cleaned"]  # scored and generated
 # takes over a kink of T5's ReLU has a gradient that differs by 1e-2.
 GRIDS = {
     "t5": ([0.003, 0.001], 5),
-    "bart": ([0.03, 0.01], 0),
     "gpt2": ([0.03, 0.01], 0),
     "bloom": ([0.03, 0.01], 0),
-    "llama": ([0.03, 0.01], 0),
 }
 
 
@@ -128,15 +126,15 @@ def test_a_bank_of_runs_follows_the_separate_single_runs(fit, kind):
     bank = fit(tasks=MIXED, learning_rate=rates, batch_size=[3, 4], **settings)
     assert len(bank.runs) == 8
     assert {STOPPED, FINISHED} >= set(bank.status.tolist())
-    assert len(set(bank.best_step.tolist())) > 1  # else it would show little
+    assert len(set(bank.keeper.step.tolist())) > 1  # else it would show little
     assert min(bank.moved()) > 1e-3
     for i, run in enumerate(bank.runs):
         rate, rows = run.learning_rate, run.batch_size
         alone = fit(tasks=[run.task], learning_rate=rate, batch_size=rows, **settings)
         assert alone.runs == [run]
         assert alone.status.item() == bank.status[i]
-        assert alone.best_step.item() == bank.best_step[i]
-        assert alone.best_score.item() == bank.best_score[i]
+        assert alone.keeper.step.item() == bank.keeper.step[i]
+        assert alone.keeper.score.item() == bank.keeper.score[i]
         torch.testing.assert_close(bank.prompt[i], alone.prompt[0], rtol=0, atol=1e-5)
         torch.testing.assert_close(bank.best[i], alone.best[0], rtol=0, atol=1e-5)
 
@@ -171,8 +169,8 @@ def test_tokens_per_forward_bounds_memory_and_changes_no_result(fit, kind):
     settings["trainer"] = {"max_steps": 4, "val_check_interval": 2}
     whole, cut = fit(**settings), fit(**settings, tokens_per_forward=100)
     torch.testing.assert_close(cut.prompt, whole.prompt, rtol=0, atol=1e-5)
-    assert cut.best_score.tolist() == whole.best_score.tolist()
-    assert cut.best_step.tolist() == whole.best_step.tolist()
+    assert cut.keeper.score.tolist() == whole.keeper.score.tolist()
+    assert cut.keeper.step.tolist() == whole.keeper.step.tolist()
 
 
 # ---- equality 5: the backbone is frozen ----------------------------------------------------------
@@ -183,20 +181,6 @@ def weights_digest(backbone: Backbone) -> str:
     for name, value in sorted(backbone.model.state_dict().items()):
         digest.update(name.encode() + value.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-@pytest.mark.parametrize("kind", ["t5", "bart", "gpt2"])
-def test_a_fit_leaves_every_byte_of_the_backbone_and_optimizes_the_prompts_alone(fit, kind):
-    """Reference: SHA-256 over all weights and buffers before and after."""
-    model = make_backbone(kind)
-    before = weights_digest(model)
-    method = fit(kind=kind, model=model, tasks=MIXED)
-    assert weights_digest(model) == before
-    (group,) = method.trainer.optimizers[0].param_groups
-    assert [id(parameter) for parameter in group["params"]] == [id(method.prompt)]
-    assert [name for name, p in method.named_parameters() if p.requires_grad] == ["prompt"]
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert not any(module.training for module in model.model.modules())
 
 
 # ---- failures ------------------------------------------------------------------------------------
@@ -213,14 +197,14 @@ def test_a_run_that_diverges_stops_alone_and_says_so(fit, rate):
     assert bank.status.tolist() == [FINISHED, FAILED, FINISHED]
     torch.testing.assert_close(bank.prompt[[0, 2]], without.prompt, rtol=0, atol=1e-6)
     torch.testing.assert_close(bank.best[[0, 2]], without.best, rtol=0, atol=1e-6)
-    assert bank.best_score[[0, 2]].tolist() == without.best_score.tolist()
+    assert bank.keeper.score[[0, 2]].tolist() == without.keeper.score.tolist()
     assert read_csv(bank.run_dir / "curves.csv")[1]["status"] == "failed: loss not finite"
     (stored,) = PromptStore(bank.run_dir / "prompts").load([bank.runs[1].name])
     assert stored.status == "failed: loss not finite"
     assert stored.dev_score is None
     with pytest.warns(UserWarning, match="not finite by step 3"):
         alone = fit(kind="gpt2", learning_rate=rate, trainer=trainer)
-    assert alone.best_step.tolist() == [-1]
+    assert alone.keeper.step.tolist() == [-1]
     assert alone.best.equal(alone.init)
     alone.trainer.test(alone, datamodule=alone.datamodule, verbose=False)
     (row,) = read_csv(alone.run_dir / "results.csv")
@@ -245,7 +229,7 @@ def test_a_run_that_starts_from_a_poisoned_prompt_fails_alone(fit, poisoned_stor
         bank = fit(kind="gpt2", samples=[13, 42], **settings)
     alone = fit(kind="gpt2", samples=[13], **settings)
     assert bank.status.tolist() == [FINISHED, FAILED]
-    assert bank.best_step.tolist() == [alone.best_step.item(), -1]
+    assert bank.keeper.step.tolist() == [alone.keeper.step.item(), -1]
     torch.testing.assert_close(bank.prompt[:1], alone.prompt, rtol=0, atol=1e-6)
 
 
@@ -288,7 +272,7 @@ def fresh(method: PromptTuning, fewshot_root: Path) -> tuple[PromptTuning, dict[
 
 def test_the_stored_prompt_of_each_run_has_the_stored_dev_score(fitted, fewshot_root):
     """Reference: the best of each run's lines in ``curves.csv``, and an evaluation anew."""
-    assert len(set(fitted.best_step.tolist())) > 1
+    assert len(set(fitted.keeper.step.tolist())) > 1
     stored = PromptStore(fitted.run_dir / "prompts").load([run.name for run in fitted.runs])
     curves = read_csv(fitted.run_dir / "curves.csv")
     again, with_ = fresh(fitted, fewshot_root)
@@ -301,48 +285,17 @@ def test_the_stored_prompt_of_each_run_has_the_stored_dev_score(fitted, fewshot_
         assert prompt.steps == int(best["step"])
 
 
-def results_without_time(folder: Path) -> list[dict[str, str]]:
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_csv(folder)]
-
-
-def test_testing_after_the_fit_equals_testing_from_the_store(fitted, fewshot_root):
-    """Reference: another method object that reads the prompt files."""
-    folder = fitted.run_dir
-    data = make_data(fewshot_root, MIXED, [13])
-    fitted.trainer.test(fitted, datamodule=data, verbose=False)
-    names = ("results.csv", "predictions.jsonl", "digests.json")
-    first = {name: (folder / name).read_bytes() for name in names}
-    rows = results_without_time(folder / "results.csv")
-    again, with_ = fresh(fitted, fewshot_root)
-    with_["trainer"].test(again, datamodule=with_["data"], verbose=False)
-    assert results_without_time(folder / "results.csv") == rows
-    assert {name: (folder / name).read_bytes() for name in names[1:]} == {
-        name: first[name] for name in names[1:]
-    }
-    assert {row["variant"] for row in rows} == {
-        "tuned",
-        "no_prompt",
-        "initial_prompt",
-        "chance",
-        "majority",
-    }
-
-
-def test_missing_prompts_are_all_named(fitted, fewshot_root):
-    gone = [fitted.runs[i].name for i in (1, 6)]
-    for name in gone:
-        (fitted.run_dir / "prompts" / f"{name}.safetensors").unlink()
-    again, with_ = fresh(fitted, fewshot_root)
-    with pytest.raises(FileNotFoundError, match=rf"2 of 8 prompts .*{gone[0]}, {gone[1]}"):
-        with_["trainer"].test(again, datamodule=with_["data"], verbose=False)
-
-
-def test_a_prompt_of_another_length_is_refused(fitted, fewshot_root):
+def test_prompts_of_another_length_and_missing_ones_are_refused(fitted, fewshot_root):
     again, with_ = fresh(fitted, fewshot_root)
     longer = PromptTuning(**{**again.hparams, "num_virtual_tokens": 7})
     longer.backbone = fitted.backbone
     with pytest.raises(ValueError, match=r"shape \(5, 32\), the config asks for \(7, 32\)"):
         with_["trainer"].test(longer, datamodule=with_["data"], verbose=False)
+    gone = [fitted.runs[i].name for i in (1, 6)]
+    for name in gone:
+        (fitted.run_dir / "prompts" / f"{name}.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=rf"2 of 8 prompts .*{gone[0]}, {gone[1]}"):
+        with_["trainer"].test(again, datamodule=with_["data"], verbose=False)
 
 
 def test_test_rows_play_no_part_in_training_and_choosing(fit, fewshot_root, tmp_path):
@@ -588,7 +541,7 @@ def test_the_prompts_of_chosen_steps_are_kept_with_their_dev_scores(fit, tmp_pat
     kept = store.load([run.name for run in whole.runs], whole.backbone)
     assert [prompt.steps for prompt in kept] == [3, 3]
     assert torch.equal(torch.stack([prompt.prompt for prompt in kept]), half.trained.detach())
-    assert [prompt.dev_score for prompt in kept] == half.best_score.tolist()
+    assert [prompt.dev_score for prompt in kept] == half.keeper.score.tolist()
     assert sorted(path.name for path in (tmp_path / "whole" / "steps").iterdir()) == ["3"]
 
 

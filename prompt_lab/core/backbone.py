@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prompt_lab.core.batch import IGNORE, Batch, index_tensor, make_batch
+from prompt_lab.core import packing
+from prompt_lab.core.batch import IGNORE, Batch, index_tensor, make_batch, micro_batches
 from prompt_lab.core.candidates import Follow, LabelScore, candidate_scores
 from prompt_lab.core.decoder import Decoder
 from prompt_lab.core.encoder_decoder import EncoderDecoder
@@ -236,6 +237,21 @@ class Backbone(nn.Module):
             left_padded=not self.is_encoder_decoder,
         )
         return made.to(self.device)
+
+    def micro_batches(
+        self, batch: Batch, tokens_per_forward: int, num_virtual_tokens: int
+    ) -> list[Batch]:
+        """Cut a batch into slices of at most so many tokens in a forward pass, padding counted.
+
+        Encoder-decoder models run the N virtual tokens of each row with it.
+
+        Raises:
+            ValueError: ``tokens_per_forward`` is not positive.
+        """
+        if self.packs:
+            return packing.cut(batch, tokens_per_forward)
+        extra = num_virtual_tokens if self.is_encoder_decoder else 0
+        return micro_batches(batch, tokens_per_forward, extra)
 
     @property
     def device(self) -> torch.device:

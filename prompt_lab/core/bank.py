@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prompt_lab.core.backbone import Backbone, Prefix
-from prompt_lab.core.batch import Batch, index_tensor, micro_batches
+from prompt_lab.core.batch import Batch, index_tensor
 from prompt_lab.core.forward import twice_differentiable
 
 
@@ -77,9 +77,8 @@ def bank_product(
         The product (R, N, D), 0 for a prompt without rows, detached.
     """
     product = torch.zeros_like(prompts)
-    extra = prompts.shape[1] if backbone.is_encoder_decoder else 0
     with torch.enable_grad(), twice_differentiable():
-        for part in micro_batches(batch, tokens_per_forward, extra, backbone.packs):
+        for part in backbone.micro_batches(batch, tokens_per_forward, prompts.shape[1]):
             used = sorted(set(part.prompts))
             at = index_tensor(used, prompts.device)
             leaf = prompts.detach().index_select(0, at).requires_grad_()
@@ -208,8 +207,7 @@ def _group_gradient(
     total = [torch.zeros_like(part, dtype=dtype) for part, dtype in zip(prefix, wide, strict=True)]
     losses = leaf.new_zeros(len(leaf))
     scale = FLOAT16_SCALE if backbone.model.dtype == torch.float16 else 1.0
-    extra = leaf.shape[1] if backbone.is_encoder_decoder else 0
-    for part in micro_batches(batch, tokens_per_forward, extra, backbone.packs):
+    for part in backbone.micro_batches(batch, tokens_per_forward, leaf.shape[1]):
         weighted = backbone.row_losses(tuple(cut), part, smoothing) * part.weight
         for sum_, new in zip(total, torch.autograd.grad(weighted.sum() * scale, cut), strict=True):
             sum_ += new

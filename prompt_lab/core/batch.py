@@ -177,25 +177,18 @@ def default_tokens_per_forward(device: torch.device) -> int:
     return 2048 if device.type == "cpu" else 16384
 
 
-def micro_batches(
-    batch: Batch, tokens_per_forward: int, extra_per_row: int = 0, packed: bool = False
-) -> list[Batch]:
+def micro_batches(batch: Batch, tokens_per_forward: int, extra_per_row: int = 0) -> list[Batch]:
     """Cut a batch into the slices that :func:`spans` gives.
 
     Raises:
         ValueError: ``tokens_per_forward`` is not positive.
     """
-    lengths = batch.input_lengths, batch.target_lengths
-    cuts = spans(*lengths, tokens_per_forward, extra_per_row, packed)
+    cuts = spans(batch.input_lengths, batch.target_lengths, tokens_per_forward, extra_per_row)
     return [batch.slice(start, stop) for start, stop in cuts]
 
 
 def spans(
-    inputs: Sequence[int],
-    targets: Sequence[int],
-    tokens_per_forward: int,
-    extra_per_row: int = 0,
-    packed: bool = False,
+    inputs: Sequence[int], targets: Sequence[int], tokens_per_forward: int, extra_per_row: int = 0
 ) -> list[tuple[int, int]]:
     """Consecutive spans of rows of at most ``tokens_per_forward`` padded tokens.
 
@@ -209,7 +202,6 @@ def spans(
         targets: tokens of each row's target.
         tokens_per_forward: the bound.
         extra_per_row: tokens of a row beside input and target.
-        packed: rows are packed, so that none is padded to another.
 
     Raises:
         ValueError: ``tokens_per_forward`` is not positive.
@@ -217,14 +209,6 @@ def spans(
     if tokens_per_forward < 1:
         raise ValueError(f"tokens_per_forward is {tokens_per_forward}: give at least 1")
     found, start = [], 0
-    if packed:
-        tokens = 0
-        for at, pair in enumerate(zip(inputs, targets, strict=True)):
-            tokens += sum(pair) + extra_per_row
-            if at > start and tokens > tokens_per_forward:
-                found.append((start, at))
-                start, tokens = at, sum(pair) + extra_per_row
-        return [*found, (start, len(inputs))] if start < len(inputs) else found
     widest_input = widest_target = 0
     for at, (own_input, own_target) in enumerate(zip(inputs, targets, strict=True)):
         width = widest_input + widest_target + extra_per_row

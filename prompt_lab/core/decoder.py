@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from prompt_lab.core import packing
 from prompt_lab.core.batch import Batch, index_tensor, to_device
 from prompt_lab.core.candidates import Follow
 from prompt_lab.core.forward import additive, head_at
-from prompt_lab.core.packing import PACK_TOKENS, PADDING, Sequences, lay_out, pack
+from prompt_lab.core.packing import PADDING, Sequences, lay_out, pack, tokens_of
 
 Way = Literal["kinds", "window", "causal", "rows", "lengths"]
 """How rows are laid out, and what a model is told of it."""
@@ -187,8 +188,7 @@ class Decoder:
         """The rows of each sequence."""
         if not self.packs or self.way in ("rows", "lengths"):
             return [[row] for row in range(len(batch))]
-        pairs = zip(batch.input_lengths, targets, strict=True)
-        return pack([own + max(0, more - 1) for own, more in pairs], batch.prompts, PACK_TOKENS)
+        return pack(tokens_of(batch, targets), batch.prompts, packing.PACK_TOKENS)
 
     def _run(
         self,

@@ -9,8 +9,10 @@ have a bound. All here is NumPy on the host; lengths are known there, and the de
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import ceil
 
 import numpy as np
@@ -18,7 +20,7 @@ import numpy as np
 from prompt_lab.core.batch import Batch
 
 PACK_TOKENS = 512
-"""Most tokens of a pack of several rows; from ``tests/benchmarks/packing.py`` on a CPU."""
+"""Most tokens of a pack of several rows; from ``tests/benchmarks/pack_bound.py`` on a CPU."""
 
 PADDING = -1
 """The row that tokens of padding belong to."""
@@ -76,6 +78,33 @@ def pack(lengths: Sequence[int], prompts: Sequence[int], bound: int) -> list[lis
     return [rows for parts in packs.values() for rows in parts if rows]
 
 
+def tokens_of(batch: Batch, targets: Sequence[int]) -> list[int]:
+    """Tokens of each row that are run: its input, and its targets but for the last."""
+    pairs = zip(batch.input_lengths, targets, strict=True)
+    return [own + max(0, more - 1) for own, more in pairs]
+
+
+def cut(batch: Batch, tokens_per_forward: int) -> list[Batch]:
+    """Cut a batch into slices whose packs hold at most so many tokens, padding counted.
+
+    One row is always taken, however long.
+
+    Raises:
+        ValueError: ``tokens_per_forward`` is not positive.
+    """
+    if tokens_per_forward < 1:
+        raise ValueError(f"tokens_per_forward is {tokens_per_forward}: give at least 1")
+    tokens = tokens_of(batch, batch.target_lengths)
+    packs = pack(tokens, batch.prompts, PACK_TOKENS)
+    widest = max((sum(tokens[row] for row in rows) for rows in packs), default=0)
+    if len(batch) < 2 or len(packs) * widest <= tokens_per_forward:
+        return [batch] if len(batch) else []
+    half = bisect_left(list(accumulate(tokens)), sum(tokens) / 2) + 1
+    half = min(half, len(batch) - 1)
+    parts = batch.slice(0, half), batch.slice(half, len(batch))
+    return [piece for part in parts for piece in cut(part, tokens_per_forward)]
+
+
 def lay_out(batch: Batch, targets: Sequence[int], packs: Sequence[Sequence[int]]) -> Sequences:
     """Lay rows out as sequences: the input of a row, then its targets but for the last.
 
@@ -85,9 +114,7 @@ def lay_out(batch: Batch, targets: Sequence[int], packs: Sequence[Sequence[int]]
         packs: the rows of each sequence.
     """
     width, depth = batch.input_ids.shape[1], batch.target_ids.shape[1]
-    tokens = [
-        own + max(0, more - 1) for own, more in zip(batch.input_lengths, targets, strict=True)
-    ]
+    tokens = tokens_of(batch, targets)
     length = max((sum(tokens[row] for row in rows) for rows in packs), default=0)
     source = np.zeros((len(packs), length), dtype=np.int64)
     place = np.zeros_like(source)

@@ -19,8 +19,7 @@ from lightning.pytorch import LightningDataModule
 
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.metric_names import METRICS
-from prompt_lab.core.run import Run
-from prompt_lab.core.text import Frame, Side, Template, check_template
+from prompt_lab.core.text import Side, Template, check_template
 from prompt_lab.data.few_shot import draw_stratified
 from prompt_lab.data.files import (
     SPLITS,
@@ -28,7 +27,6 @@ from prompt_lab.data.files import (
     Split,
     SplitName,
     check_labels,
-    check_overlap,
     find_shots,
     read_samples,
 )
@@ -59,9 +57,6 @@ class PromptDataModule(LightningDataModule):
             instruct model's tokenizer: the input as the user's turn, the answer as the
             assistant's. The soft prompt stands in front of all; only the input's text is cut.
         system: system text of the chat; null for what the template does without.
-
-    Attributes:
-        splits: the rows of every (task, sample), after :meth:`setup`.
 
     Raises:
         ValueError: a setting out of its range.
@@ -99,7 +94,7 @@ class PromptDataModule(LightningDataModule):
         self.template: Template = template
         self.system = system
         self.max_input_length, self.task_prefix = max_input_length, task_prefix
-        self.splits: dict[Key, dict[SplitName, Split]] = {}
+        self.splits: dict[Key, dict[SplitName, Split]] = {}  # filled by `setup`
         self._backbone: Backbone | None = None
         self._tokens: dict[tuple[str, str, str], Rows] = {}
 
@@ -108,11 +103,7 @@ class PromptDataModule(LightningDataModule):
         raise NotImplementedError(f"{type(self).__name__} says no rows: give it a method rows")
 
     def setup(self, stage: str | None = None) -> None:
-        """Take and check the rows of every task and sample, once.
-
-        Raises:
-            DataError: a split without rows, or answers outside a task's labels.
-        """
+        """Take and check the rows of every task and sample, once; a ``DataError`` names them."""
         for task, sample in self.keys:
             if (task, sample) in self.splits:
                 continue
@@ -130,8 +121,6 @@ class PromptDataModule(LightningDataModule):
         """Every (task, sample)."""
         return [(task, sample) for task in self.tasks for sample in self.samples]
 
-    # ---- tokens ---------------------------------------------------------------------------------
-
     def connect(self, backbone: Backbone) -> None:
         """Take the backbone whose rules make the tokens, when they are first asked for.
 
@@ -146,19 +135,30 @@ class PromptDataModule(LightningDataModule):
 
     def tokens(self, task: str, sample: int, split: SplitName, keep: bool = True) -> Rows:
         """Tokenised rows of one split, to keep for the next time; equal test sets are made once."""
-        data = self.splits[task, sample][split]
+        data, kind = self.splits[task, sample][split], self.tasks[task]
         key = (task, data.digest, split)
-        found = self._tokens.get(key)
-        if found is None:
-            assert self._backbone is not None, "tokens are asked for before connect"
-            prefix = f" [{task}] " if self.task_prefix else ""
-            found = tokenise(
-                self._backbone,
-                *(self.tasks[task], data, self.max_input_length, prefix),
-                with_targets=split != "test",
-                truncation_side=self.truncation_side,
-                frame=self.frame,
-            )
+        if key in self._tokens:
+            return self._tokens[key]
+        backbone = self._backbone
+        assert backbone is not None, "tokens are asked for before connect"
+        prefix = f" [{task}] " if self.task_prefix else ""
+        try:
+            whole = backbone.encode_inputs([prefix + text for text in data.inputs], self.frame)
+        except ValueError as error:
+            raise ValueError(f"{data.path}: {error}") from None
+        most, side = self.max_input_length, self.truncation_side
+        answers = list(dict.fromkeys(chain.from_iterable(data.references)))  # each once
+        ids = dict(zip(answers, backbone.encode_targets(answers, self.frame), strict=True))
+        targets = [[ids[answer] for answer in row] for row in data.references]
+        found = Rows(
+            kind,
+            [backbone.cut_input(tokens, most, side, self.frame) for tokens in whole],
+            targets if split != "test" else [],
+            data.references,
+            longest_target=max(map(len, ids.values())),
+            shortest_targets=[min(map(len, row)) for row in targets],
+            cut=sum(len(tokens) > most for tokens in whole),
+        )
         if keep:
             self._tokens[key] = found
         return found
@@ -167,44 +167,33 @@ class PromptDataModule(LightningDataModule):
         """Tokens of the longest answer in train and dev, which caps what is generated."""
         return max(self.tokens(task, sample, split).longest_target for split in ("train", "dev"))
 
-    # ---- loaders --------------------------------------------------------------------------------
-
     def feed(
         self,
-        runs: Sequence[Run],
         progress: Progress,
         draw: Draw | None,
         evaluated: Callable[[], Sequence[int]],
-        tokens_per_forward: int,
-        beside: Callable[[Task, int], int],
-        share: tuple[int, int] = (0, 1),
-        block: int | None = None,
+        **steps: Any,
     ) -> None:
         """Take what loaders are made of.
 
-        Args:
-            runs: all runs of the bank.
-            progress: where the fit is.
-            draw: what a training batch holds; None where nothing is trained.
-            evaluated: places of the runs that an evaluation answers for.
-            tokens_per_forward: most padded tokens of an evaluation batch.
-            beside: tokens of an evaluated row beside its input, by task and longest answer.
-            share: this process, and how many share the rows of an evaluation.
-            block: most runs that are evaluated side by side; None for all.
+        ``draw`` is None where nothing is trained, ``evaluated`` gives the places of the runs that
+        an evaluation answers for, and ``steps`` are fields of :class:`EvaluationSteps`.
         """
-        self.progress, self.draw = progress, draw
+        self.progress, self.draw, self.evaluated, self._steps = progress, draw, evaluated, steps
 
-        def steps(split: SplitName, live: Callable[[], Sequence[int]]) -> EvaluationSteps:
-            rows = {
-                key: self.tokens(*key, split)
-                for key in dict.fromkeys((runs[i].task, runs[i].sample) for i in live())
-            }
-            longest = {key: self.longest_answer(*key) for key in rows}
-            known = (self.layout, tokens_per_forward, longest, beside)
-            return EvaluationSteps(runs, rows, *known, live, share, block)
-
-        self.evaluation_steps = steps
-        self.evaluated = evaluated
+    def evaluation_steps(
+        self, split: SplitName, live: Callable[[], Sequence[int]]
+    ) -> EvaluationSteps:
+        """The batches of an evaluation of some runs."""
+        runs = self._steps["runs"]
+        keys = list(dict.fromkeys((runs[i].task, runs[i].sample) for i in live()))
+        return EvaluationSteps(
+            rows={key: self.tokens(*key, split) for key in keys},
+            longest_answer={key: self.longest_answer(*key) for key in keys},
+            layout=self.layout,
+            live=live,
+            **self._steps,
+        )
 
     def train_dataloader(self) -> TrainSteps:
         """The batches of a fit: as many as ``trainer.max_steps`` takes, or one pass."""
@@ -222,9 +211,7 @@ class PromptDataModule(LightningDataModule):
         """The batches of the evaluation on test."""
         return self.evaluation_steps("test", self.evaluated)
 
-    def predict_dataloader(self) -> EvaluationSteps:
-        """As :meth:`test_dataloader`."""
-        return self.test_dataloader()
+    predict_dataloader = test_dataloader
 
 
 class RowsDataModule(PromptDataModule):
@@ -235,12 +222,7 @@ class RowsDataModule(PromptDataModule):
             ...], "dev": [...], "test": [...]}}``; instead of an answer several accepted ones.
         labels: the closed label sets of tasks that have one; answers of others are generated.
         metrics: by task; ACC where there are labels, else EM.
-        settings: max_input_length, task_prefix, order_seed, truncation_side, template, system, as
-            :class:`PromptDataModule`.
-
-    Raises:
-        ValueError: labels or metrics of a task that is not there, a split that is missing, or an
-            unknown metric.
+        settings: the other arguments of :class:`PromptDataModule`.
     """
 
     def __init__(
@@ -248,7 +230,7 @@ class RowsDataModule(PromptDataModule):
         tasks: Mapping[str, Mapping[SplitName, Pairs]],
         labels: Mapping[str, Sequence[str]] | None = None,
         metrics: Mapping[str, str] | None = None,
-        **settings: object,
+        **settings: Any,
     ) -> None:
         labels, metrics = labels or {}, metrics or {}
         if strange := [name for name in (*labels, *metrics) if name not in tasks]:
@@ -256,18 +238,16 @@ class RowsDataModule(PromptDataModule):
         for name, own in labels.items():
             if isinstance(own, str) or len(own) < 2:
                 raise ValueError(f"labels of {name} are {own!r}: give a list of two or more")
+        made = []
         for name, of_task in tasks.items():
             if lacking := [split for split in SPLITS if split not in of_task]:
                 raise ValueError(f"task {name} has no {', '.join(lacking)}: give train, dev, test")
-        made = []
-        for name in tasks:
             own = tuple(labels[name]) if name in labels else None
-            made.append(Task(name, "custom", metrics.get(name, "ACC" if own else "EM"), None, own))
-        if wrong := [task for task in made if task.metric not in METRICS]:
-            raise ValueError(
-                f"metric {wrong[0].metric} of {wrong[0].name}: choose among {', '.join(METRICS)}"
-            )
-        super().__init__(made, **settings)  # pyright: ignore[reportArgumentType]
+            metric = metrics.get(name, "ACC" if own else "EM")
+            if metric not in METRICS:
+                raise ValueError(f"metric {metric} of {name}: choose among {', '.join(METRICS)}")
+            made.append(Task(name, "custom", metric, None, own))
+        super().__init__(made, **settings)
         self._pairs = tasks
 
     def rows(self, task: str, sample: int, split: SplitName) -> Pairs:
@@ -285,23 +265,11 @@ class CrossFitDataModule(PromptDataModule):
             ``<task>_<K>_<sample>_{train,dev,test}.tsv``; or ``sandbox`` for the package's own.
         samples: few-shot samples of each task (CrossFit has 100, 13, 21, 42 and 87).
         task_file: YAML file with rows for your own tasks: ``name: {metric: ACC, labels: [a, b]}``.
-        max_input_length: longer inputs are cut to this many tokens, specials included; it does
-            not count the prompt, which is never cut.
-        task_prefix: put ``[name of the task]`` in front of every input, as CrossFit's loaders do.
-        order_seed: seed of the order in which each run sees its training rows.
         allow_overlap: accept files that share a row between splits, as some of CrossFit's own do
             (their sources repeat rows), instead of refusing them.
         shots: K of the file names, a number or ``all``; null takes that of the task table. Of the
             sandbox it is the number of training rows, out of 512.
-        truncation_side: the side on which the text of longer inputs is cut, ``right`` (its end) or
-            ``left`` (its beginning, a task_prefix included); special tokens are never cut.
-        template: ``plain`` for the bare input and answer, or ``chat`` for the chat template of an
-            instruct model's tokenizer: the input as the user's turn, the answer as the
-            assistant's. The soft prompt stands in front of all; only the input's text is cut.
-        system: system text of the chat; null for what the template does without.
-
-    Raises:
-        ValueError: a setting out of its range, or an unknown task.
+        settings: the other arguments of :class:`PromptDataModule`.
     """
 
     def __init__(
@@ -310,14 +278,9 @@ class CrossFitDataModule(PromptDataModule):
         root: str = SANDBOX,
         samples: list[int] = [100],  # noqa: B006 - read only; a list so that the CLI shows it
         task_file: str | None = None,
-        max_input_length: int = 512,
-        task_prefix: bool = False,
-        order_seed: int = 0,
         allow_overlap: bool = False,
         shots: Shots | None = None,
-        truncation_side: Side = "right",
-        template: Template = "plain",
-        system: str | None = None,
+        **settings: Any,
     ) -> None:
         chosen = find_tasks(expand_sets(tasks), task_file)
         most = SPLIT_ROWS["train"]
@@ -330,8 +293,7 @@ class CrossFitDataModule(PromptDataModule):
                     f"to {most}, or leave it out"
                 )
             chosen = [replace(task, shots=shots) for task in chosen]
-        given = (samples, max_input_length, task_prefix, order_seed, truncation_side)
-        super().__init__(chosen, *given, template, system)
+        super().__init__(chosen, samples, **settings)
         self.given_tasks = list(tasks)  # with sets of partitions as they were named
         self.root, self.allow_overlap = root, allow_overlap
 
@@ -340,27 +302,37 @@ class CrossFitDataModule(PromptDataModule):
 
         Raises:
             DataError: naming file, line and reason.
-            ValueError: a task is not one of the sandbox's.
         """
+        if self.root == SANDBOX:
+            super().setup(stage)
+            return
         for task in list(self.tasks.values()):
             samples = [sample for sample in self.samples if (task.name, sample) not in self.splits]
-            if not samples:
-                continue
-            if self.root == SANDBOX:
-                read = {sample: _sandbox_splits(task, sample) for sample in samples}
-            else:  # a K that its row left open is filled in
+            if samples:  # a K that its row left open is filled in
                 task = self.tasks[task.name] = replace(task, shots=find_shots(self.root, task))
                 read = read_samples(self.root, task, samples, self.allow_overlap)
-            for sample, splits in read.items():
-                self.splits[task.name, sample] = splits
+                self.splits |= {(task.name, sample): splits for sample, splits in read.items()}
+
+    def rows(self, task: str, sample: int, split: SplitName) -> Pairs:
+        """The generated rows of a sandbox task; K training rows keep labels' shares."""
+        if task not in TASKS:
+            raise ValueError(
+                f"task {task!r} is not in the sandbox: set data.root to the folder that holds "
+                f"its files, or choose among {', '.join(sorted(TASKS))}"
+            )
+        pairs, own = sandbox_rows(task, sample, split), self.tasks[task]
+        if split != "train" or not isinstance(own.shots, int) or own.shots == len(pairs):
+            return pairs
+        kinds = [answer if own.labels else "" for _, answer in pairs]
+        try:
+            chosen, _ = draw_stratified(kinds, own.shots, 0, sample)
+        except DataError as error:
+            raise DataError(f"{task}: {error}") from None
+        return [pairs[row] for row in chosen]
 
 
 def as_split(pairs: Pairs, where: Path) -> Split:
-    """Pairs of texts as the rows of a split; spaces around them are dropped, as in files.
-
-    Raises:
-        DataError: a row that is no text with an answer or several, or has an empty one.
-    """
+    """Pairs of texts as the rows of a split; spaces around them are dropped, as in files."""
     inputs, references = [], []
     for number, pair in enumerate(pairs, 1):
         text, answers = pair if isinstance(pair, (tuple, list)) and len(pair) == 2 else (None, ())
@@ -379,68 +351,3 @@ def as_split(pairs: Pairs, where: Path) -> Split:
         for text, row in zip(inputs, references, strict=True)
     )
     return Split(inputs, references, where, hashlib.sha256(told.encode()).hexdigest())
-
-
-def tokenise(
-    backbone: Backbone,
-    task: Task,
-    data: Split,
-    max_input_length: int,
-    prefix: str = "",
-    with_targets: bool = True,
-    truncation_side: Side = "right",
-    frame: Frame | None = None,
-) -> Rows:
-    """Apply the rules of a backbone to the rows of a split; equal answers are tokenised once.
-
-    Inputs are cut to ``max_input_length`` tokens, specials included; ``prefix`` is text in front of
-    each; ``with_targets`` asks for the token ids of the answers, which training needs; ``frame`` is
-    what stands around both, plain by default.
-
-    Raises:
-        ValueError: an input without tokens, naming the file.
-    """
-    try:
-        whole = backbone.encode_inputs([prefix + text for text in data.inputs], frame)
-    except ValueError as error:
-        raise ValueError(f"{data.path}: {error}") from None
-    inputs = [backbone.cut_input(ids, max_input_length, truncation_side, frame) for ids in whole]
-    answers = list(dict.fromkeys(chain.from_iterable(data.references)))
-    ids = dict(zip(answers, backbone.encode_targets(answers, frame), strict=True))
-    return Rows(
-        task,
-        inputs,
-        [[ids[answer] for answer in row] for row in data.references] if with_targets else [],
-        data.references,
-        longest_target=max(map(len, ids.values())),
-        shortest_targets=[min(len(ids[answer]) for answer in row) for row in data.references],
-        cut=sum(len(ids) > max_input_length for ids in whole),
-    )
-
-
-def _sandbox_splits(task: Task, sample: int) -> dict[SplitName, Split]:
-    """The generated splits of a sandbox task; K training rows keep labels' shares.
-
-    Raises:
-        ValueError: a task that is not one of the sandbox's, or a K that cannot hold all labels.
-    """
-    if task.name not in TASKS:
-        raise ValueError(
-            f"task {task.name!r} is not in the sandbox: set data.root to the folder that holds "
-            f"its files, or choose among {', '.join(sorted(TASKS))}"
-        )
-    made: dict[SplitName, Split] = {}
-    for name in ("train", "dev", "test"):
-        pairs = sandbox_rows(task.name, sample, name)
-        if name == "train" and task.shots != SPLIT_ROWS["train"]:
-            assert isinstance(task.shots, int)
-            kinds = [answer if task.labels else "" for _, answer in pairs]
-            try:
-                chosen, _ = draw_stratified(kinds, task.shots, 0, sample)
-            except DataError as error:
-                raise DataError(f"{task.name}: {error}") from None
-            pairs = [pairs[row] for row in chosen]
-        where = Path(f"sandbox/{task.name}/{task.name}_{task.shots}_{sample}_{name}.tsv")
-        made[name] = as_split(pairs, where)
-    check_overlap(made["train"], made["dev"], made["test"])
-    return made

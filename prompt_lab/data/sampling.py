@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -26,32 +26,22 @@ Key = tuple[str, int]
 """Task and few-shot sample."""
 
 Drawn = list[tuple[int, int]]
-"""Rows, each with a number that picks among its references."""
+"""Rows, each with a number that picks among its references; or runs, each with a row."""
 
 Mixing = Literal["examples", "tasks", "temperature"]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The tokenised rows of one split.
-
-    Attributes:
-        task: the task.
-        inputs: token ids of each input.
-        targets: token ids of each of a row's references; empty where they are not trained on.
-        references: the accepted answers as text.
-        longest_target: tokens of the longest reference.
-        shortest_targets: tokens of each row's shortest reference.
-        cut: how many inputs were longer than ``data.max_input_length`` and cut.
-    """
+    """The tokenised rows of one split."""
 
     task: Task
-    inputs: list[list[int]]
-    targets: list[list[list[int]]]
-    references: list[list[str]]
-    longest_target: int
-    shortest_targets: list[int] = field(default_factory=list)
-    cut: int = 0
+    inputs: list[list[int]]  # token ids
+    targets: list[list[list[int]]]  # of each of a row's references; empty for test
+    references: list[list[str]]  # the accepted answers as text
+    longest_target: int  # tokens of the longest reference
+    shortest_targets: list[int] = field(default_factory=list)  # of each row's shortest reference
+    cut: int = 0  # how many inputs were longer than data.max_input_length
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -67,35 +57,27 @@ class Layout:
 
 @dataclass
 class Progress:
-    """Where a fit is; its loaders read it when they are asked for a batch.
+    """Where a fit is; its loaders read it when they are asked for a batch."""
 
-    Attributes:
-        batches: training batches since the fit began.
-        live: places of the runs that still train.
-    """
-
-    batches: int = 0
-    live: list[int] = field(default_factory=list)
+    batches: int = 0  # of training, since the fit began
+    live: list[int] = field(default_factory=list)  # places of the runs that still train
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What a batch of training holds.
+    """What a batch of training holds."""
 
-    Attributes:
-        batch: makes it from its number, counted from 0, and the places of the live runs.
-        one_pass: batches until every row was seen once, on the longest way.
-    """
-
-    batch: Callable[[int, Sequence[int]], Any]
-    one_pass: int
+    batch: Callable[[int, Sequence[int]], Any]  # by its number, from 0, and the live runs' places
+    one_pass: int  # batches until every row was seen once, on the longest way
 
 
+@dataclass(eq=False)
 class TrainSteps:
     """The batches of a fit, ``length`` in an epoch, each made when it is asked for."""
 
-    def __init__(self, draw: Draw, progress: Progress, length: int) -> None:
-        self.draw, self.progress, self.length = draw, progress, length
+    draw: Draw
+    progress: Progress
+    length: int
 
     def __len__(self) -> int:
         return self.length
@@ -105,17 +87,11 @@ class TrainSteps:
             yield self.draw.batch(self.progress.batches, self.progress.live)
 
 
-# ---- streams of rows -----------------------------------------------------------------------------
-
-
 @lru_cache(maxsize=4096)
 def epoch_order(
     order_seed: int, task: str, sample: int, epoch: int, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Order of the rows in one epoch (size,), and a draw per row that picks among its references.
-
-    The draws (size,) are integers from 0 to 2^31 - 1.
-    """
+    """Order of the rows in one epoch (size,), and a number per row that picks a reference."""
     rng = np.random.default_rng([order_seed, zlib.crc32(task.encode()), sample, epoch])
     return rng.permutation(size), rng.integers(2**31, size=size)
 
@@ -139,23 +115,14 @@ def _batch(
     share: tuple[int, int] = (0, 1),
 ) -> Batch:
     """Rows with draw, prompt and weight as a batch; this process's are every n-th by length."""
-    inputs = [rows.inputs[row] for rows, row, *_ in picked]
-    answers = [(rows.targets[row], draw) for rows, row, draw, *_ in picked]
-    targets = [references[draw % len(references)] for references, draw in answers]
-    order = sorted(range(len(picked)), key=lambda i: -(len(inputs[i]) + len(targets[i])))
-    mine = order[share[0] :: share[1]]
-    return make_batch(
-        [inputs[i] for i in mine],
-        [targets[i] for i in mine],
-        [picked[i][3] for i in mine],
-        pad_id=layout.pad_id,
-        left_padded=layout.left_padded,
-        weight=[picked[i][4] for i in mine],
-        rows=[picked[i][1] for i in mine],
-    )
-
-
-# ---- a bank of runs ------------------------------------------------------------------------------
+    made = []
+    for rows, row, draw, prompt, weight in picked:
+        references = rows.targets[row]
+        made.append((rows.inputs[row], references[draw % len(references)], prompt, weight, row))
+    made.sort(key=lambda one: -(len(one[0]) + len(one[1])))
+    own = made[share[0] :: share[1]]
+    inputs, targets, prompts, weights, numbers = zip(*own, strict=True) if own else ((),) * 5
+    return make_batch(inputs, targets, prompts, **vars(layout), weight=weights, rows=numbers)
 
 
 def bank_draw(
@@ -179,23 +146,15 @@ def bank_draw(
     return Draw(batch, max(passes, default=1))
 
 
-# ---- mixtures ------------------------------------------------------------------------------------
-
-
 def task_weights(sizes: Sequence[int], mixing: Mixing, temperature: float = 2.0) -> list[float]:
     """Share of each task in a mixture (Raffel et al. 2020, section 3.5.2); they sum to 1.
 
-    Args:
-        sizes: rows of each task, n_t.
-        mixing: "examples" for n_t / sum n; "tasks" for the same share each; "temperature" for
-            n_t^(1/T) / sum n^(1/T).
-        temperature: T of "temperature", at least 1; 1 is "examples", infinity is "tasks".
+    Of a task of n_t rows it is n_t / sum n by "examples", the same for each by "tasks", and
+    n_t^(1/T) / sum n^(1/T) by "temperature" T.
 
     Raises:
-        ValueError: an unknown mixing, or a temperature below 1.
+        ValueError: an unknown mixing.
     """
-    if not temperature >= 1:
-        raise ValueError(f"temperature is {temperature}: give at least 1")
     powers = {"examples": 1.0, "tasks": 0.0, "temperature": 1 / temperature}
     if mixing not in powers:
         raise ValueError(f"mixing is {mixing!r}: choose among {', '.join(powers)}")
@@ -210,20 +169,16 @@ def mixture_draw(
     seed: int,
     layout: Layout,
     share: tuple[int, int] = (0, 1),
-    temperature: float = 2.0,
 ) -> Draw:
     """Rows of many tasks mixed, those of the t-th (task, sample) under prompt t.
 
-    A step has ``batch_size`` rows over all processes, of weight 1 / batch_size each; ``mixing`` and
-    ``temperature`` are those of :func:`task_weights`.
+    A step has ``batch_size`` rows over all processes, of weight 1 / batch_size each.
 
     Raises:
-        ValueError: as :func:`task_weights`; a batch size below 1.
+        ValueError: as :func:`task_weights`.
     """
-    if batch_size < 1:
-        raise ValueError(f"model.batch_size is {batch_size}: give at least 1")
     sizes = {key: len(own) for key, own in rows.items()}
-    weights = task_weights(list(sizes.values()), mixing, temperature)
+    weights = task_weights(list(sizes.values()), mixing)
     places = {key: place for place, key in enumerate(rows)}
 
     def batch(step: int, live: Sequence[int]) -> Batch:
@@ -237,22 +192,12 @@ def mixture_draw(
 def mixture_rows(
     seed: int, step: int, batch_size: int, sizes: Mapping[Key, int], weights: Sequence[float]
 ) -> list[tuple[Key, int, int]]:
-    """The draws of one step of a mixture, counted from 0.
+    """The B draws of one step of a mixture, counted from 0: key, row, and draw of a reference.
 
-    An epoch is as many draws as the tasks have rows in total. Each task has its share of them,
-    spread evenly, and its draws read the stream that a run of it alone reads. The draws of a task
-    up to the end of any epoch differ from its share by at most one; with weights by size each epoch
-    holds every row once.
-
-    Args:
-        seed: seed of the order.
-        step: number of the step.
-        batch_size: draws of a step, B.
-        sizes: rows of each task.
-        weights: positive weight of each task, in the order of ``sizes``; only ratios count.
-
-    Returns:
-        B times (task and sample, row, a number that picks among the row's references).
+    An epoch is as many draws as the tasks have rows in total. Each task has its share of them by
+    ``weights``, whose ratios count, spread evenly, and reads the stream that a run of it alone
+    reads. Its draws up to the end of any epoch differ from its share by at most one; with weights
+    by size each epoch holds every row once.
     """
     keys, length, shares = list(sizes), sum(sizes.values()), tuple(weights)
     drawn = []
@@ -291,18 +236,9 @@ def _epoch_draws(
     return drawn, numbers
 
 
-# ---- episodes ------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class EpisodeRows:
-    """Which rows an episode has.
-
-    Attributes:
-        key: task and sample.
-        support: the rows of each of K inner steps, from train.
-        query: rows from dev.
-    """
+    """Which rows an episode has: of train in each of K inner steps, and of dev to judge by."""
 
     key: Key
     support: list[Drawn]
@@ -311,16 +247,11 @@ class EpisodeRows:
 
 @dataclass
 class Episodes:
-    """This process's episodes of a meta-batch.
+    """This process's episodes of a meta-batch: K support batches, and the query.
 
     The rows of episode e run under prompt e of a bank with one prompt for each episode, and weigh
     1 / (rows of the episode in the batch), so the loss of a batch is the sum over episodes of their
     mean row losses. A process without episodes has batches without rows.
-
-    Attributes:
-        keys: task and sample of each episode.
-        support: K batches, one for each inner step.
-        query: the batch that judges the adapted prompts.
     """
 
     keys: list[Key]
@@ -344,11 +275,7 @@ def episode_draw(
     layout: Layout,
     share: tuple[int, int] = (0, 1),
 ) -> Draw:
-    """The episodes of a meta-batch; a process has every n-th of them.
-
-    ``support`` and ``query`` are the rows of train and dev, with targets, of the same keys; the
-    numbers are those of :func:`episode_rows`.
-    """
+    """The episodes of :func:`episode_rows`, of which a process has every n-th."""
     sizes = {key: (len(support[key]), len(query[key])) for key in support}
     counts = (episodes, inner_steps, support_size, query_size)
 
@@ -379,21 +306,13 @@ def episode_rows(
     support_size: int,
     query_size: int,
 ) -> list[EpisodeRows]:
-    """The M episodes of one meta-step, counted from 0.
+    """The M episodes of one meta-step, counted from 0, with K inner steps each.
 
     Passes over all (task, sample) follow each other, each in a seeded order, cut into meta-batches.
     Within an episode no row stands twice before all rows of its split have been drawn; then a new
     order begins, so a split that is smaller than a batch gives rows again, as evenly as can be,
-    where CrossFit draws with replacement. The next visit begins with a new order.
-
-    Args:
-        seed: seed of the order.
-        step: number of the meta-step.
-        sizes: rows in train and in dev of each (task, sample).
-        episodes: episodes of a meta-step, M.
-        inner_steps: inner steps, K.
-        support_size: train rows of an inner step.
-        query_size: dev rows of an episode.
+    where CrossFit draws with replacement. The next visit begins with a new order. ``sizes`` has the
+    rows in train and in dev of each (task, sample).
     """
     keys, found = list(sizes), []
     for position in range(step * episodes, (step + 1) * episodes):
@@ -411,23 +330,13 @@ def episode_rows(
 
 
 def _visit_rows(seed: int, task: str, sample: int, visit: int, count: int, size: int) -> Drawn:
-    """The first rows of as many new permutations of a split as they need."""
     start = visit * -(-count // size) * size
     return [row_of_draw(seed, task, sample, start + at, size) for at in range(count)]
 
 
-# ---- evaluation ----------------------------------------------------------------------------------
-
-
 @dataclass
 class EvaluationBatch:
-    """Rows of one task and sample (no targets), under prompts of its runs.
-
-    Attributes:
-        task: name of the task.
-        batch: the rows; ``batch.prompts`` are places of runs.
-        max_new_tokens: longest answer to generate.
-    """
+    """Rows of one task and sample (no targets), under prompts of its runs, named by place."""
 
     task: str
     batch: Batch
@@ -435,58 +344,38 @@ class EvaluationBatch:
 
     def to(self, device: torch.device | str) -> EvaluationBatch:
         """The same with its tensors on ``device``."""
-        return EvaluationBatch(self.task, self.batch.to(device), self.max_new_tokens)
+        return replace(self, batch=self.batch.to(device))
 
 
+@dataclass(eq=False)
 class EvaluationSteps:
     """All rows of a split under every live run of their task and sample, one after another.
 
-    Args:
-        runs: all runs of the bank.
-        rows: rows by (task, sample).
-        layout: padding.
-        tokens_per_forward: most padded tokens of a batch.
-        longest_answer: most tokens to generate, by (task, sample).
-        extra_per_row: tokens of a task's row besides its input, given the longest answer.
-        live: the places of the runs to evaluate, read when an evaluation begins.
-        share: this process, and how many share the rows.
-        block: most runs whose rows come before those of others; None for all.
+    Where runs stop in a fit, later evaluations are of those that ``live`` gives when they begin.
     """
 
-    def __init__(
-        self,
-        runs: Sequence[Run],
-        rows: Mapping[Key, Rows],
-        layout: Layout,
-        tokens_per_forward: int,
-        longest_answer: Mapping[Key, int],
-        extra_per_row: Callable[[Task, int], int],
-        live: Callable[[], Sequence[int]],
-        share: tuple[int, int] = (0, 1),
-        block: int | None = None,
-    ) -> None:
-        self.runs, self.rows, self.layout, self.live = runs, rows, layout, live
-        self.tokens_per_forward, self.extra_per_row = tokens_per_forward, extra_per_row
-        self.longest_answer, self.share, self.block = longest_answer, share, block
-        self._made: tuple[list[int], list[tuple[Key, list[tuple[int, int]]]]] = ([], [])
+    runs: Sequence[Run]
+    rows: Mapping[Key, Rows]
+    layout: Layout
+    tokens_per_forward: int  # most padded tokens of a batch
+    longest_answer: Mapping[Key, int]  # most tokens to generate
+    extra_per_row: Callable[[Task, int], int]  # tokens besides the input, by the longest answer
+    live: Callable[[], Sequence[int]]  # places of the runs to evaluate
+    share: tuple[int, int] = (0, 1)  # this process, and how many share the rows
+    block: int | None = None  # most runs whose rows come before those of others; None for all
+    _made: tuple[list[int], list[tuple[Key, Drawn]]] = field(default=([], []), init=False)
 
     def __len__(self) -> int:
         return max(1, len(self._parts()))  # Lightning skips what has none
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
         for key, part in self._parts():
-            rows = self.rows[key]
-            batch = make_batch(
-                [rows.inputs[row] for _, row in part],
-                None,
-                [place for place, _ in part],
-                pad_id=self.layout.pad_id,
-                left_padded=self.layout.left_padded,
-                rows=[row for _, row in part],
-            )
+            rows, (prompts, numbers) = self.rows[key], zip(*part, strict=True)
+            inputs = [rows.inputs[row] for row in numbers]
+            batch = make_batch(inputs, None, prompts, **vars(self.layout), rows=numbers)
             yield EvaluationBatch(rows.task.name, batch, self.longest_answer[key])
 
-    def _parts(self) -> list[tuple[Key, list[tuple[int, int]]]]:
+    def _parts(self) -> list[tuple[Key, Drawn]]:
         """Places of runs and rows of each batch: rows by length, in decoders by prompt first.
 
         Every second prompt has its shortest row first, so that a batch that holds rows of two
@@ -504,12 +393,12 @@ class EvaluationSteps:
             for key, places in members.items():
                 rows = self.rows[key]
                 order = sorted(range(len(rows)), key=lambda row: -len(rows.inputs[row]))
-                if self.layout.left_padded:
-                    turned = [order[::-1] if at % 2 else order for at in range(len(places))]
-                    both = zip(places, turned, strict=True)
-                    pairs = [(place, row) for place, own in both for row in own]
-                else:
-                    pairs = [(place, row) for place in places for row in range(len(rows))]
+                pairs = [
+                    (place, row)
+                    for at, place in enumerate(places)
+                    for row in (order[::-1] if self.layout.left_padded and at % 2 else order)
+                ]
+                if not self.layout.left_padded:
                     pairs.sort(key=lambda pair: -len(rows.inputs[pair[1]]))
                 pairs = pairs[self.share[0] :: self.share[1]]
                 lengths = [len(rows.inputs[row]) for _, row in pairs]

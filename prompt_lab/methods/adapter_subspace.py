@@ -6,13 +6,10 @@ numbers per task on the language model loss of mixed batches; with A_i the adapt
 
     A_i = W_2 tanh(W_1 V_i + b_1) + b_2,    L = mean over tasks of L_LM(A_i),
 
-so nothing is projected or reconstructed, and no adapters need to be trained before. Tuning keeps
-the map and trains a code per run, from a random start. Both are :class:`PromptTuning` on an
-:class:`AdaptedBackbone`, whose bank holds adapters.
-
-The authors' code has one code for all tasks and a linear map without bias (``inner_size`` null is
-that but for the bias); here every task has its own code, as in the paper. Left out: adapters
-trained without a map, random maps, several I at once.
+so no adapters need to be trained before. Tuning keeps the map and trains a code per run, from a
+random start. Both are :class:`PromptTuning` on an :class:`AdaptedBackbone`, whose bank holds
+adapters. The authors' code has one code for all tasks and a linear map without bias (``inner_size``
+null is that but for the bias); here every task has its own code, as in the paper.
 """
 
 from __future__ import annotations
@@ -36,7 +33,6 @@ from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.sampling import Draw, mixture_draw
 from prompt_lab.files.results import Start
 from prompt_lab.files.tensors import load_network, save_network
-from prompt_lab.methods.method import PromptMethod
 from prompt_lab.methods.prompt_tuning import PromptTuning
 from prompt_lab.methods.starts import InitConfig, initial_codes
 
@@ -48,11 +44,7 @@ class _AdapterMethod(PromptTuning):
     intrinsic_dim: int
 
     def plain_backbone(self) -> Backbone:
-        """The backbone without adapters.
-
-        Raises:
-            ValueError: as :meth:`BackboneConfig.load`; or a way to run it that adapters do not fit.
-        """
+        """The backbone without adapters; a ``ValueError`` for a way to run it that does not fit."""
         config = self.backbone_config
         if config.gradient_checkpointing or config.compile:
             raise ValueError(
@@ -68,18 +60,15 @@ class _AdapterMethod(PromptTuning):
         return self.subspace
 
     def build(self, backbone: Backbone, runs: Sequence[Run]) -> None:
-        """Make the codes."""
         self.prompt = None
         self.code = nn.Parameter(torch.zeros(len(runs), self.map.intrinsic_dim))
         self.register_buffer("init", torch.zeros(len(runs), 1, backbone.hidden_size))
 
     @property
     def variant(self) -> str:
-        """Name of what is trained, in the results."""
         return "adapter_subspace"
 
     def summary(self) -> str:
-        """What is trained, in a few words."""
         return (
             f"{len(self.all_runs)} codes of {self.map.intrinsic_dim} numbers for "
             f"{self.map.hidden_size:,} adapter weights"
@@ -96,7 +85,7 @@ class AdapterTuning(_AdapterMethod):
         adapters: file that AdapterSubspace wrote.
         std: standard deviation of the initial codes, 0.02 in the authors' code.
         learning_rate: peak learning rate or rates.
-        kwargs: optim, init_seed, batch_size, label_smoothing, patience and test_baselines, as
+        kwargs: optim, init_seed, batch_size, patience and test_baselines, as
             :class:`PromptTuning`, and the arguments of :class:`PromptMethod`.
     """
 
@@ -120,7 +109,6 @@ class AdapterTuning(_AdapterMethod):
         self.adapters, self.std, self.num_virtual_tokens = adapters, std, 0
 
     def load_backbone(self) -> Backbone:
-        """Load map and backbone, once."""
         if not isinstance(self.backbone, AdaptedBackbone):
             plain = self.plain_backbone()
             self.subspace = load_network(self.adapters, AdapterMap, plain)
@@ -129,7 +117,6 @@ class AdapterTuning(_AdapterMethod):
 
     @torch.no_grad()
     def start(self, data: PromptDataModule) -> None:
-        """Draw the codes; ``init`` are the adapters (R, 1, P) that they make."""
         self.starts = [Start("codes", start_seed=run.init_seed) for run in self.runs]
         self.trained.copy_(initial_codes(self.runs, self.map.intrinsic_dim, self.std))
         self.init.copy_(self.bank())
@@ -141,12 +128,8 @@ class AdapterSubspace(_AdapterMethod):
     Every step takes rows of all tasks, each counting alike, each row under the adapters of its own
     task. The map with the best mean dev score over the tasks goes to ``adapters_<I>.safetensors``
     in the run folder, and ``test`` scores that step's adapters; unseen tasks have no code here, so
-    their results come from :class:`AdapterTuning`. ``trainer.max_steps`` is the budget and
-    ``trainer.val_check_interval`` the number of steps between evaluations.
-
-    Memory: the map has P * (H + 1) + H * (I + 1) numbers, and training keeps five of each (weight,
-    gradient, two moments, best). For bart-base with r = 16, P is 589,824, and H = 768 makes 9 GB of
-    that; H = 64 makes 0.8 GB. A checkpoint holds four of the five; the file of the map one.
+    their results come from :class:`AdapterTuning`. The map has P * (H + 1) + H * (I + 1) numbers,
+    and training keeps five of each: for bart-base with r = 16, H = 768 takes 9 GB, H = 64 0.8 GB.
 
     Args:
         intrinsic_dim: I.
@@ -158,8 +141,7 @@ class AdapterSubspace(_AdapterMethod):
         clip: largest gradient norm over map and codes, or null for none.
         batch_size: rows of a step.
         seed: of the initial map and codes and of the order of rows.
-        kwargs: label_smoothing, as :class:`PromptTuning`, and the arguments of
-            :class:`PromptMethod`.
+        kwargs: the arguments of :class:`PromptMethod`.
     """
 
     frozen = ("backbone.",)
@@ -200,24 +182,15 @@ class AdapterSubspace(_AdapterMethod):
         self.intrinsic_dim, self.inner_size, self.bottleneck = intrinsic_dim, inner_size, bottleneck
         self.warmup, self.clip, self.seed = warmup, clip, seed
 
-    # ---- what is trained ------------------------------------------------------------------------
-
     def described(self, data: PromptDataModule) -> list[str]:
-        """Map and codes; there is no grid."""
         return [self.summary()]
 
-    def held(self) -> dict[str, int]:
-        """As every method's."""
-        return PromptMethod.held(self)
-
     def load_backbone(self) -> Backbone:
-        """Load the backbone, once, and let it take adapters."""
         if isinstance(self.backbone, AdaptedBackbone):
             return self.backbone
         return AdaptedBackbone(self.plain_backbone(), self.bottleneck)
 
     def build(self, backbone: Backbone, runs: Sequence[Run]) -> None:
-        """Make map and codes."""
         self.subspace = AdapterMap(
             backbone.hidden_size, self.intrinsic_dim, self.inner_size, self.seed
         )
@@ -226,7 +199,6 @@ class AdapterSubspace(_AdapterMethod):
 
     @torch.no_grad()
     def start(self, data: PromptDataModule) -> None:
-        """Draw the codes."""
         self.starts = [Start("codes", start_seed=self.seed)] * len(self.runs)
         generator = torch.Generator().manual_seed(self.seed)
         codes = torch.randn(len(self.runs), self.intrinsic_dim, generator=generator)
@@ -234,32 +206,27 @@ class AdapterSubspace(_AdapterMethod):
         self.init.copy_(self.bank())
 
     def keep(self, better: Tensor) -> None:
-        """Keep map, codes and adapters."""
         super().keep(better)
         if bool(better):
             self.best_map.load_state_dict(self.map.state_dict())
 
     def configure_optimizers(self) -> Any:
-        """AdamW over map and codes; the learning rate rises, then falls linearly to zero."""
         trained = [*self.map.parameters(), self.trained]
         groups = [{"params": trained, "lr": self.learning_rates[0]}]
         return adamw_with_warmup(groups, self.warmup, self.total_steps)
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
-        """Clip the gradient over map and codes."""
         if self.clip is not None:
             nn.utils.clip_grad_norm_([*self.map.parameters(), self.trained], self.clip)
 
     def draw(self, data: PromptDataModule) -> Draw:
-        """Rows of all tasks, mixed."""
-        rows = {(r.task, r.sample): data.tokens(r.task, r.sample, "train") for r in self.runs}
         given = ("tasks", self.batch_sizes[0], self.seed)
-        return mixture_draw(rows, *given, data.layout, self.row_share)
+        return mixture_draw(self.train_rows(data), *given, data.layout, self.row_share)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of the rows; from a loss or gradient that is not finite on, no gradient."""
         bank = self.bank()
-        losses, gradient = self.bank_gradient(bank, batch, self.label_smoothing)
+        losses, gradient = self.bank_gradient(bank, batch)
         finite = (losses.isfinite().all() & gradient.isfinite().all()).reshape(1)
         self.active &= self.finite_everywhere(finite)
         losses, gradient = (torch.where(self.active, x, 0) for x in (losses, gradient))
@@ -272,21 +239,14 @@ class AdapterSubspace(_AdapterMethod):
         """A task has 1 / R of the rows, which its loss is scaled to."""
         return super().mean_losses() * len(self.runs)
 
-    # ---- files ----------------------------------------------------------------------------------
-
     def write(self) -> None:
-        """Write the best map, and the adapters of every task."""
         if self.trainer.is_global_zero:
             metadata = {
-                "backbone": self.backbone.name,
-                "backbone_digest": self.backbone.digest,
-                "tokenizer_digest": self.backbone.tokenizer_digest,
+                **self.origin(0),
                 "bottleneck": self.bottleneck,
                 "source_tasks": list(self.datamodule.tasks),
                 "samples": self.datamodule.samples,
                 "seed": self.seed,
-                "steps": int(self.keeper.step),
-                "dev_score": float(self.keeper.score),
             }
             save_network(self.map_path, self.best_map, metadata)
         super().write()
@@ -294,8 +254,7 @@ class AdapterSubspace(_AdapterMethod):
     @property
     def map_path(self) -> Path:
         """The file of the map."""
-        assert self.run_dir is not None
-        return self.run_dir / f"adapters_{self.intrinsic_dim}.safetensors"
+        return self.file(f"adapters_{self.intrinsic_dim}.safetensors")
 
     def subspace_digest(self) -> None:
         """None: the map is what is trained."""

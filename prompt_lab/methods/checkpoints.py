@@ -61,10 +61,9 @@ def whole_identity(method: PromptMethod) -> dict[str, Any]:
 
 
 def check_identity(method: PromptMethod, saved: dict[str, Any]) -> None:
-    """Refuse a checkpoint of other data, seeds or weights, which may look like these.
+    """Refuse (``ValueError``) a checkpoint of other data, seeds or weights, naming both sides.
 
-    Raises:
-        ValueError: naming both sides; lists by their first members, digests by their beginning.
+    Lists by their first members, digests by their beginning.
     """
 
     def shown(value: Any) -> str:
@@ -81,12 +80,10 @@ def check_identity(method: PromptMethod, saved: dict[str, Any]) -> None:
 
 
 def kind_of(path: Any) -> type[PromptMethod]:
-    """The class of the method that a checkpoint is of; one of one's own is imported before.
+    """The class of the method that a checkpoint is of, a ``ValueError`` for none.
 
-    Only classes that are there are taken: a file does not say what to import.
-
-    Raises:
-        ValueError: it is of none.
+    Only classes that are there are taken, also those of one's own: a file does not say what to
+    import.
     """
     import prompt_lab
     from prompt_lab.methods.method import PromptMethod

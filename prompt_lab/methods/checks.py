@@ -5,11 +5,13 @@ What is refused would do nothing, or quietly change the result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lightning.pytorch import callbacks
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+
+from prompt_lab.methods.configs import flag_names
 
 if TYPE_CHECKING:
     from prompt_lab.methods.method import PromptMethod
@@ -44,23 +46,15 @@ REFUSED_CALLBACKS = {
 
 
 def check_settings(given: Mapping[str, Any]) -> None:
-    """Refuse a number beyond what its setting may be; null and lists are checked elsewhere.
-
-    Raises:
-        ValueError: the setting, and what is allowed.
-    """
-    for name, (is_allowed, allowed) in LIMITS.items():
-        value = given.get(name)
-        if isinstance(value, (int, float)) and not is_allowed(value):
+    """Refuse (``ValueError``) a number out of its setting's range, also of nested settings."""
+    for name, value in flag_names(dict(given)).items():
+        is_allowed, allowed = LIMITS.get(name.rpartition(".")[2], (None, ""))
+        if is_allowed and isinstance(value, (int, float)) and not is_allowed(value):
             raise ValueError(f"model.{name} is {value}: give {allowed}")
 
 
 def check_trainer(method: PromptMethod) -> None:
-    """Refuse trainer settings that would quietly change the result.
-
-    Raises:
-        ValueError: the setting, and what to use instead.
-    """
+    """Refuse (``ValueError``) trainer settings that would quietly change the result."""
     trainer = method.trainer
     strategy, whole = trainer.strategy, (SingleDeviceStrategy, DDPStrategy)
     if not isinstance(strategy, whole) or isinstance(strategy, DeepSpeedStrategy):
@@ -103,13 +97,10 @@ def check_trainer(method: PromptMethod) -> None:
 
 
 def refuse_strategy(name: str) -> NoReturn:
-    """Refuse a strategy that splits the backbone over devices (FSDP, DeepSpeed, tensor parallel).
+    """Refuse (``ValueError``) a strategy that splits the backbone (FSDP, DeepSpeed and the like).
 
     Each of its layers would wait for all processes, but those run different rows in different
     numbers of forward passes; some have none.
-
-    Raises:
-        ValueError: what to use instead.
     """
     raise ValueError(
         f"trainer.strategy {name} splits the backbone over devices, whose layers then wait for "
@@ -117,6 +108,19 @@ def refuse_strategy(name: str) -> NoReturn:
         "backbone that is too large for a device use model.backbone.dtype bfloat16, "
         "model.backbone.gradient_checkpointing true and a smaller model.tokens_per_forward"
     )
+
+
+def hold_out(tasks: Iterable[str], setting: str, held_out: Sequence[str]) -> list[str]:
+    """The tasks left to learn from; a ``ValueError`` for none, or for held out ones not there."""
+    if strange := [task for task in held_out if task not in tasks]:
+        raise ValueError(
+            f"model.{setting} has {', '.join(strange)}, which data.tasks has not: add them there, "
+            "since their rows are needed"
+        )
+    left = [task for task in tasks if task not in held_out]
+    if not left:
+        raise ValueError(f"model.{setting} has every task of data.tasks: leave some to learn from")
+    return left
 
 
 def some(names: list[str], most: int = 3) -> str:

@@ -33,11 +33,7 @@ class BackboneConfig:
     compile: bool = False
 
     def load(self) -> Backbone:
-        """The backbone, frozen.
-
-        Raises:
-            ValueError: as :meth:`Backbone.load`; or both checkpointing and compiling.
-        """
+        """The backbone, frozen; errors as :meth:`Backbone.load`."""
         if self.gradient_checkpointing and self.compile:
             raise ValueError(
                 "model.backbone.gradient_checkpointing and model.backbone.compile do not go "

@@ -26,7 +26,6 @@ from prompt_lab.core.text import Frame
 from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.files import SPLITS, SplitName
 from prompt_lab.data.sampling import EvaluationBatch, Key
-from prompt_lab.files.prompts import PromptStore
 from prompt_lab.files.results import RESULT_COLUMNS, STARTS, write_predictions
 from prompt_lab.files.tensors import write_atomically, write_csv
 from prompt_lab.methods.identity import fit_id, unusual
@@ -91,15 +90,9 @@ def answers(backbone: Backbone, prefix_of: PrefixOf, step: EvaluationBatch, way:
 
 
 class Evaluation:
-    """Answers and scores of the runs of a bank on one split.
+    """Answers and scores of the runs of a bank on one split; metrics' states are on ``device``.
 
-    Args:
-        data: has the rows.
-        runs: the runs of the bank.
-        split: ``dev`` or ``test``.
-        metric_variant: ``crossfit`` or ``corrected``.
-        device: where the states of the metrics are.
-        shared_rows: whether several processes answer rows of the same runs.
+    With ``shared_rows`` several processes answer rows of the same runs.
     """
 
     def __init__(
@@ -143,26 +136,23 @@ class Evaluation:
         for i, row, text in zip(step.batch.prompts, step.batch.rows, texts, strict=True):
             by_key[self.runs[i].task, self.runs[i].sample].append((i, row, text))
         for key, found in by_key.items():
-            runs, rows, texts = zip(*found, strict=True)
-            self.metrics[key].update([self.place[i] for i in runs], rows, texts)
+            runs, *answered = zip(*found, strict=True)
+            self.metrics[key].update([self.place[i] for i in runs], *answered)
             self.predictions += found if keep else []
 
     def scores(self) -> Tensor:
         """Score of every run (R,), float64, over the rows seen; NaN where there is none."""
-        shape = (len(self.runs),)
-        scores = torch.full(shape, torch.nan, dtype=torch.float64, device=self.device)
+        scores = torch.full((len(self.runs),), torch.nan, dtype=torch.float64, device=self.device)
         for key, members in self.members.items():
             scores[members] = self.metrics[key].compute()
         return scores
 
     def rows_seen(self) -> list[int]:
         """Rows that each run was scored on, of all processes."""
-        seen = [0] * len(self.runs)
+        seen = torch.zeros(len(self.runs), dtype=torch.long)
         for key, members in self.members.items():
-            counts = self.metrics[key].rows_seen.tolist()
-            for i, count in zip(members, counts, strict=True):
-                seen[i] = count
-        return seen
+            seen[members] = self.metrics[key].rows_seen.long().cpu()
+        return seen.tolist()
 
     def constant_runs(self) -> list[int]:
         """Runs that gave this rank one and the same answer to rows with different references."""
@@ -187,13 +177,7 @@ IN_COLUMNS = (
 
 
 class Report:
-    """The table of an evaluation, and on ``test`` the files that it leaves behind.
-
-    Args:
-        method: the method whose runs were evaluated.
-        evaluation: their answers.
-        stage: ``validate`` or ``test``.
-    """
+    """The table of a method's evaluation, and on ``test`` the files that it leaves behind."""
 
     def __init__(self, method: PromptMethod, evaluation: Evaluation, stage: str) -> None:
         self.method, self.evaluation, self.testing = method, evaluation, stage == "test"
@@ -212,11 +196,16 @@ class Report:
                 rows += self._baseline_rows()
             predictions = sorted(gather_values(self.predictions))
             if folder and method.stores_prompts:
-                method.save_prompts(PromptStore(folder / "prompts"), method.best_prompts(scores))
+                method.save_prompts(method.store, method.best_prompts(scores))
                 kept = "results, predictions and prompts"
             if folder and method.trainer.is_global_zero:
                 write_csv(folder / "results.csv", RESULT_COLUMNS, rows)
-                lines = (self._prediction(*found) for found in predictions)
+                lines = []
+                for variant, place, row, name, text in predictions:
+                    run = method.all_runs[place]
+                    references = self.evaluation.references((run.task, run.sample))[row]
+                    told = {"variant": variant, "run": name, "task": run.task, "row": row}
+                    lines.append(told | {"prediction": text, "references": references})
                 write_predictions(folder / "predictions.jsonl", lines)
                 digests = json.dumps(self.digests, indent=1).encode()
                 write_atomically(folder / "digests.json", digests)
@@ -227,17 +216,6 @@ class Report:
         say(f"\n{self.evaluation.split} scores\n{method.score_table(shown)}\n", flush=True)
         if self.testing and folder:
             say(f"{kept} are in {folder}", flush=True)
-
-    def _prediction(self, variant: str, place: int, row: int, name: str, text: str) -> Any:
-        run = self.method.all_runs[place]
-        return {
-            "variant": variant,
-            "run": name,
-            "task": run.task,
-            "row": row,
-            "prediction": text,
-            "references": self.evaluation.references((run.task, run.sample))[row],
-        }
 
     def _result_rows(self, scores: Tensor) -> list[dict[str, Any] | None]:
         """A line of results per own run; None for one that was not evaluated."""
@@ -264,16 +242,14 @@ class Report:
                 "status": prompt.status,
                 "run": place_of[i],
             }
-            line |= method.result_facts(i)
             if method.stores_prompts:
-                line["prompt_file"] = f"prompts/{prompt.name}.safetensors"
-            lines[i] = line
+                line["prompt_file"] = f"{method.prompt_folder}/{prompt.name}.safetensors"
+            lines[i] = line = line | method.result_facts(i)
             told = (line["variant"], place_of[i])
             self.predictions += [(*told, row, prompt.name, text) for row, text in found[i]]
         return lines
 
     def _common(self, key: Key) -> dict[str, Any]:
-        """What all lines of a task's sample share."""
         from prompt_lab import __version__
 
         method, data = self.method, self.method.datamodule
@@ -301,7 +277,6 @@ class Report:
         }
 
     def _baseline_rows(self) -> list[dict[str, Any]]:
-        """Lines for no prompt, the initial prompt, chance and the majority class."""
         method, data, lines = self.method, self.method.datamodule, []
         best = dict(zip(method.evaluated, method.best_prompts(), strict=True))
         for variant in method.prompt_baselines:
@@ -309,9 +284,10 @@ class Report:
             chosen = self._distinct(by_start)
             made = Prefixes(method.backbone, method.init if by_start else method.init[:, :0])
             other = method.answer_all(self.evaluation.split, chosen, made)
-            for i, row, text in other.predictions:
-                told = (variant, method.shares.own[i], row, method.runs[i].name, text)
-                self.predictions.append(told)
+            self.predictions += [
+                (variant, method.shares.own[i], row, method.runs[i].name, text)
+                for i, row, text in other.predictions
+            ]
             scores = other.scores()
             own: list[dict[str, Any] | None] = [None] * len(method.runs)
             for i in chosen:
@@ -327,9 +303,9 @@ class Report:
             if key in data.splits:
                 task, test = data.tasks[key[0]], self.evaluation.references(key)
                 train = [row[0] for row in data.splits[key]["train"].references]
-                metric, labels, way = task.metric, task.labels, method.metric_variant
-                chance = chance_score(metric, labels, test, way)
-                majority = majority_score(metric, train, test, labels, way)
+                given = (test, task.labels, method.metric_variant)
+                chance = chance_score(task.metric, task.labels, test, method.metric_variant)
+                majority = majority_score(task.metric, train, *given)
                 lines.append(self._common(key) | {"variant": "chance", "test": chance})
                 lines.append(self._common(key) | {"variant": "majority", "test": majority})
         return lines

@@ -10,8 +10,7 @@ With ``intrinsic_dim`` the weights move in a random subspace only: theta = theta
 trained numbers v that start at zero, and a fixed random P made by the Fastfood transform
 (Aghajanyan et al. 2021, arXiv 2012.13255, equations 1 and 2).
 
-Left out: dropout, which the papers' fine-tuning has on and which stays off here, as for prompts;
-weights in half precision; baselines without training, which a fit of PromptTuning reports.
+Dropout stays off, as for prompts, where the papers' fine-tuning has it on.
 """
 
 from __future__ import annotations
@@ -30,28 +29,20 @@ from prompt_lab.core.fastfood import FastfoodMap
 from prompt_lab.core.optim import OptimConfig, schedule_factor
 from prompt_lab.core.run import Run, grid
 from prompt_lab.data.datamodule import PromptDataModule
-from prompt_lab.data.sampling import Draw, bank_draw
-from prompt_lab.files.prompts import Prompt
+from prompt_lab.files.results import Start
 from prompt_lab.files.tensors import load_tensors, save_tensors
 from prompt_lab.methods.configs import as_config, as_list
-from prompt_lab.methods.method import STATUS, PromptMethod
+from prompt_lab.methods.method import PromptMethod
 
 
 class FineTuning(PromptMethod):
     """Trains all weights of the backbone on one task and keeps the best by the dev score.
 
-    ``trainer.max_steps`` is the budget and ``trainer.val_check_interval`` the number of steps
-    between evaluations on dev. The loss of a step is the mean of its rows' losses. Weight decay
-    spares biases and norms. Dropout stays off.
-
-    Memory: the weights, twice their size for the gradient (while micro-batches are summed), twice
-    for AdamW's moments, and the best weights on the host. A subspace needs, beside weights and
-    gradient, the initial weights and 8 to 16 bytes per weight for P.
-
-    A checkpoint, which resumes a fit bit for bit, holds weights, best weights and the optimizer's
-    moments: 16 bytes per weight with AdamW, 2.2 GB for bart-base. ``best.safetensors`` in the run
-    folder, from which ``test`` reads in another process, holds the best weights: 4 bytes per
-    weight. In a subspace both hold v instead, 16 and 4 bytes per dimension.
+    Weight decay spares biases and norms. Memory: the weights, twice their size for the gradient
+    (while micro-batches are summed), twice for AdamW's moments, and the best weights on the host; a
+    checkpoint holds all but the gradient, ``best.safetensors``, from which ``test`` reads, the best
+    weights. In a subspace these hold v instead, and memory, beside weights and gradient, the
+    initial weights and 8 to 16 bytes per weight for P.
 
     Args:
         optim: optimizer, schedule and clip; the clip is of the norm over all that is trained.
@@ -61,19 +52,13 @@ class FineTuning(PromptMethod):
             starts from the backbone's weights (``data.order_seed`` is what makes runs differ).
         learning_rate: peak learning rate; one value.
         batch_size: rows per step; one value.
-        label_smoothing: share of each target's probability spread over the vocabulary.
         patience: stop after so many evaluations without a better dev score; null for never.
         save_weights: write the best weights to ``best.safetensors`` at the end of a fit.
         kwargs: the arguments of :class:`PromptMethod`; the backbone has float32 weights.
-
-    Attributes:
-        weights: the backbone's weights by name, tied ones once.
-        trained: what the optimizer changes: the weights, or v alone.
-        best_weights: copy of ``trained`` on the host, of the step with the best dev score.
     """
 
-    num_virtual_tokens = 0
     stores_prompts = False
+    fixed = ("num_virtual_tokens",)
 
     def __init__(
         self,
@@ -83,32 +68,25 @@ class FineTuning(PromptMethod):
         init_seed: int | list[int] = 0,
         learning_rate: float | list[float] = 2e-5,
         batch_size: int | list[int] = 8,
-        label_smoothing: float = 0.0,
         patience: int | None = None,
         save_weights: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(num_virtual_tokens=0, **kwargs)
         self.optim_config: OptimConfig = as_config(OptimConfig, optim)
         if self.optim_config.name == "sgd":
             raise ValueError("FineTuning has no sgd: set model.optim.name to adamw or adafactor")
         self.intrinsic_dim, self.save_weights = intrinsic_dim, save_weights
         self.init_seeds, self.learning_rates = as_list(init_seed), as_list(learning_rate)
         self.batch_sizes = as_list(batch_size)
-        self.label_smoothing, self.patience = label_smoothing, patience
+        self.patience = patience
         self.frozen = () if intrinsic_dim is None else ("backbone.",)
-        self.weights: dict[str, nn.Parameter] = {}
-        self.trained: dict[str, nn.Parameter] = {}
-        self.best_weights: dict[str, Tensor] = {}
-
-    # ---- what is trained ------------------------------------------------------------------------
+        self.weights: dict[str, nn.Parameter] = {}  # the backbone's, tied ones once
+        self.trained: dict[str, nn.Parameter] = {}  # what the optimizer changes
+        self.best_weights: dict[str, Tensor] = {}  # a copy of that on the host, at the best step
 
     def make_runs(self, data: PromptDataModule) -> list[Run]:
-        """The run of the settings.
-
-        Raises:
-            ValueError: the settings are of several runs.
-        """
+        """The run of the settings."""
         axes = {
             "data.tasks": list(data.tasks),
             "data.samples": data.samples,
@@ -125,11 +103,6 @@ class FineTuning(PromptMethod):
         return grid(*axes.values())
 
     def build(self, backbone: Backbone, runs: Sequence[Run]) -> None:
-        """Let the weights be trained, or make numbers that move them in a subspace.
-
-        Raises:
-            ValueError: weights in half precision.
-        """
         backbone.unfreeze()
         self.weights = dict(backbone.model.named_parameters())
         self.trained = self.weights
@@ -144,22 +117,23 @@ class FineTuning(PromptMethod):
             name: value.detach().to("cpu", copy=True) for name, value in self.trained.items()
         }
         self.register_buffer("init", torch.zeros(1, 0, backbone.hidden_size), persistent=False)
+        seed = runs[0].init_seed
+        self.starts = [Start("weights") if self.intrinsic_dim is None else Start("codes", "", seed)]
 
     def bank(self) -> Tensor:
-        """A prompt of no tokens, (1, 0, D)."""
         return self.init
 
     def kept(self) -> dict[str, Tensor]:
-        """Nothing on the device: `keep` copies to the host."""
+        return {}  # nothing on the device: `keep` copies to the host
+
+    def curve(self) -> dict[str, list[Any]]:
         return {}
 
     def keep(self, better: Tensor) -> None:
-        """Copy the better weights."""
         for name, value in self.trained.items() if bool(better) else ():
             self.best_weights[name].copy_(value.detach())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The optimizer over all that is trained; its learning rate is set before each step."""
         rate = self.runs[0].learning_rate
         if self.optim_config.name == "adamw":
             return torch.optim.AdamW(self._groups(), lr=rate, fused=True)
@@ -180,22 +154,12 @@ class FineTuning(PromptMethod):
         ]
         return [group for group in groups if group["params"]]
 
-    def draw(self, data: PromptDataModule) -> Draw:
-        """The rows that a run of PromptTuning has."""
-        rows = {(r.task, r.sample): data.tokens(r.task, r.sample, "train") for r in self.runs}
-        return bank_draw(self.runs, rows, data.order_seed, data.layout, self.row_share)
-
-    # ---- training -------------------------------------------------------------------------------
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of the rows; from a loss or gradient that is not finite on, no gradient."""
         increments = {} if self.intrinsic_dim is None else self.move_weights()
-        weights = list(self.weights.values())
+        known = (self.backbone, list(self.weights.values()), batch)
         loss, gradients = self.within_memory(
-            batch,
-            lambda tokens: weights_gradient(
-                self.backbone, weights, batch, tokens, self.label_smoothing
-            ),
+            batch, lambda tokens: weights_gradient(*known, tokens, self.label_smoothing)
         )
         if increments:
             flat = [gradient.flatten() for gradient in gradients]
@@ -218,7 +182,6 @@ class FineTuning(PromptMethod):
         return increments
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Set the learning rate of the step, and clip; as the optimizers of a bank do."""
         config, step = self.optim_config, self.trainer.global_step
         at = torch.tensor([float(step)])
         factor = schedule_factor(at, config.schedule, config.warmup_steps, self.total_steps)
@@ -227,45 +190,29 @@ class FineTuning(PromptMethod):
         if config.clip is not None:
             nn.utils.clip_grad_norm_(self.trained.values(), config.clip)
 
-    # ---- evaluation -----------------------------------------------------------------------------
-
     def prefixes(self, current: bool) -> Prefixes:
-        """No prompt; the weights are the current ones, or the best."""
         if current and self.intrinsic_dim is not None:
             self.move_weights()
         return Prefixes(self.backbone, self.init)
 
     @torch.no_grad()
     def restore_best(self) -> None:
-        """Put the best weights in place; from the file, unless a fit or checkpoint has them."""
         super().restore_best()
         for name, value in self.trained.items():
             value.copy_(self.best_weights[name])
         if self.intrinsic_dim is not None:
             self.move_weights()
 
-    # ---- files ----------------------------------------------------------------------------------
-
     def write(self) -> None:
-        """Write the best weights."""
-        if not (self.trainer.is_global_zero and self.save_weights):
-            return
-        step, score = int(self.keeper.step), float(self.keeper.score)
-        facts = {
-            **self._belongs_to(),
-            "backbone": self.backbone.name,
-            "best_step": step,
-            "dev_score": score if step >= 0 else None,
-            "status": int(self.status),
-            "seconds": self.seconds,
-        }
-        save_tensors(self.best_path, "weights", self.best_weights, facts)
+        if self.trainer.is_global_zero and self.save_weights:
+            facts = {**self.origin(0), **self._belongs_to(), "status": int(self.status)}
+            facts["best_step"] = facts.pop("steps")
+            save_tensors(self.best_path, "weights", self.best_weights, facts)
 
     @property
     def best_path(self) -> Path:
         """The file of the best weights."""
-        assert self.run_dir is not None
-        return self.run_dir / "best.safetensors"
+        return self.file("best.safetensors")
 
     def _belongs_to(self) -> dict[str, Any]:
         """What weights must have in common with the settings: for files and checkpoints."""
@@ -279,12 +226,6 @@ class FineTuning(PromptMethod):
         }
 
     def restore(self) -> None:
-        """Take the best weights from their file.
-
-        Raises:
-            FileNotFoundError: there is none.
-            ValueError: not such a file, damaged, or of other settings.
-        """
         if not self.best_path.is_file():
             raise FileNotFoundError(
                 f"no best weights {self.best_path}: a fit that ends writes them unless "
@@ -303,33 +244,21 @@ class FineTuning(PromptMethod):
             raise ValueError(f"{self.best_path}: damaged, its tensors are not those of the weights")
         for name, value in self.best_weights.items():
             value.copy_(tensors[name])
-        self.keeper.step.fill_(facts["best_step"])
-        self.keeper.score.fill_(-torch.inf if facts["dev_score"] is None else facts["dev_score"])
+        self.keeper.restore(0, facts["best_step"], facts["dev_score"])
+        self.keeper.dev.copy_(self.keeper.score)
         self.status.fill_(facts["status"])
         self.seconds = facts["seconds"]
 
-    def best_prompts(self, test_scores: Tensor | None = None) -> list[Prompt]:
-        """The record of the run, as a prompt of no tokens; it is not stored."""
-        run, in_subspace = self.runs[0], self.intrinsic_dim is not None
-        return [
-            self.stored_prompt(
-                *(run, self.init[0], self.init[0], self.keeper.score.item(), None),
-                start="codes" if in_subspace else "weights",
-                start_seed=run.init_seed if in_subspace else None,
-                steps=int(self.keeper.step),
-                status=STATUS[int(self.status)],
-            )
-        ]
-
-    # ---- checkpoints ----------------------------------------------------------------------------
+    @property
+    def best(self) -> Tensor:
+        """No prompt; the record of the run is kept as one of no tokens, and not stored."""
+        return self.init
 
     def identity(self) -> dict[str, Any]:
-        """What the weights, and the optimizer's state, belong to."""
         own = {k: v for k, v in self._belongs_to().items() if k not in ("task", "sample")}
         return {**own, "optimizer": self.optim_config.name}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As every method's, with the best weights."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["best"] = self.best_weights
 
@@ -342,10 +271,7 @@ class FineTuning(PromptMethod):
             for saved, own in zip(state["param_groups"], self._groups(), strict=True):
                 saved.update({key: value for key, value in own.items() if key != "params"})
 
-    # ---- identity -------------------------------------------------------------------------------
-
     def result_facts(self, run: int) -> dict[str, Any]:
-        """What the results say of how the run was trained."""
         return {
             "variant": "tuned" if self.intrinsic_dim is None else "random_subspace",
             "intrinsic_dim": self.intrinsic_dim,
@@ -353,23 +279,17 @@ class FineTuning(PromptMethod):
         }
 
     def summary(self) -> str:
-        """What is trained, in a few words."""
         count = sum(weight.numel() for weight in self.weights.values())
         if self.intrinsic_dim is None:
             return f"1 run of all {count:,} weights"
         return f"1 run of {self.intrinsic_dim:,} numbers for all {count:,} weights"
 
     def described(self, data: PromptDataModule) -> list[str]:
-        """The run, and how large its checkpoint is."""
         trained = sum(value.nbytes for value in self.trained.values())
         size = 2 * trained + self.held()["optimizer"]
-        return [
-            f"{self.summary()}: {self.runs[0].name}",
-            f"checkpoint: {size / 1e6:,.1f} MB",
-        ]
+        return [f"{self.summary()}: {self.runs[0].name}", f"checkpoint: {size / 1e6:,.1f} MB"]
 
     def held(self) -> dict[str, int]:
-        """Weights, gradient, optimizer and the map of a subspace."""
         weights = sum(weight.nbytes for weight in self.weights.values())
         moments = 2 if self.optim_config.name == "adamw" else 0
         optimizer = moments * sum(value.nbytes for value in self.trained.values())
@@ -388,15 +308,8 @@ def weights_gradient(
 ) -> tuple[Tensor, list[Tensor]]:
     """Weighted loss of rows without a prompt and its gradient with respect to weights.
 
-    Args:
-        backbone: the model, unfrozen.
-        weights: its weights, each once.
-        batch: rows with targets, sorted by length, longest first.
-        tokens_per_forward: most padded tokens of one forward pass.
-        label_smoothing: passed to :meth:`Backbone.loss`.
-
-    Returns:
-        Loss (), and a gradient of the shape of each weight; detached.
+    ``batch`` has the longest rows first. Returns the loss () and a gradient of the shape of each of
+    the weights, detached.
     """
     none = torch.zeros(1, 0, backbone.hidden_size, device=backbone.device)
     total, loss = [torch.zeros_like(weight) for weight in weights], none.new_zeros(())
@@ -410,21 +323,15 @@ def weights_gradient(
 
 
 class _GivenGradients(torch.autograd.Function):
-    """A loss whose gradients were computed before, so that Lightning's automatic loop stays.
-
-    As :func:`bank.with_gradient`, for many tensors and without copies of them; it can be
-    differentiated once.
-    """
+    """As :func:`bank.with_gradient`, for many tensors and without copies of them."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *trained: Tensor) -> Tensor:
-        """The value; the gradients are kept."""
         ctx.gradients = gradients
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients, times that of the value."""
         gradients, ctx.gradients = ctx.gradients, None
         for gradient in gradients:
             gradient.mul_(outer[0])

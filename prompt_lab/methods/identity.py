@@ -75,10 +75,9 @@ def trainer_settings(trainer: Any) -> dict[str, Any]:
 
 
 def fit_id(method: PromptMethod) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """A name for this fit, its settings and the digests of what it read.
+    """A name for this fit, its settings and the digests of what it read; all processes call it.
 
-    Equal settings, weights and data give equal names, whoever runs it and wherever its files
-    lie. All processes call it.
+    Equal settings, weights and data give equal names, wherever files lie.
     """
     settings, digests = settings_of(method), method.digests()
     identity = {"method": type(method).__name__, "settings": settings, "digests": digests}

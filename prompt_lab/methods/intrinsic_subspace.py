@@ -7,39 +7,38 @@ their tasks and stay near the tuned prompts P:
     L = mean over tasks of ( L_LM(P*) + alpha * |P* - P|^2 )
 
 with backbone and tuned prompts fixed. Several I are trained side by side on the same batches, each
-as if it were alone. A batch mixes rows of many tasks, each row under its own task's prompt; every
-distinct prompt is reconstructed once per step, and its gradient comes from the bank. The best map
-by the mean dev score of the training tasks goes to a subspace file; ``test`` scores reconstructed
-prompts of the training tasks, and of tasks that the map has never seen.
-
-The authors' code sums L_LM over tokens and rows, takes the mean over the numbers of a prompt in the
-second term, and counts tasks by their rows; ``lm_reduction``, ``reconstruction_reduction`` and
-``mixing`` say so. Tuning in the subspace is :class:`PromptTuning` with ``subspace``.
+as if it were alone. The best map by the mean dev score of the training tasks goes to a subspace
+file, in which :class:`PromptTuning` tunes; ``test`` scores reconstructed prompts of the training
+tasks, and of tasks that the map has never seen. The authors' code sums L_LM over tokens and rows,
+takes the mean over the numbers of a prompt in the second term, and counts tasks by their rows;
+``lm_reduction``, ``reconstruction_reduction`` and ``mixing`` say so.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from prompt_lab.core.backbone import Backbone
-from prompt_lab.core.bank import Prefixes, renumber, with_gradient
+from prompt_lab.core.bank import renumber, with_gradient
 from prompt_lab.core.batch import IGNORE, Batch, index_tensor
 from prompt_lab.core.optim import adamw_with_warmup
-from prompt_lab.core.pretrained import tensor_digest
 from prompt_lab.core.run import Run
 from prompt_lab.core.subspace import Subspace, reconstruction_loss
 from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.partitions import expand_sets
 from prompt_lab.data.sampling import Draw, Key, Mixing, mixture_draw
-from prompt_lab.files.prompts import Prompt, PromptStore, source_prompts
-from prompt_lab.files.tensors import load_network, save_network
+from prompt_lab.files.results import Start
+from prompt_lab.files.tensors import save_network
+from prompt_lab.methods.checks import hold_out
 from prompt_lab.methods.configs import as_list
 from prompt_lab.methods.method import STATUS, PromptMethod
+from prompt_lab.methods.starts import load_subspace
 
 
 class IntrinsicSubspace(PromptMethod):
@@ -57,12 +56,10 @@ class IntrinsicSubspace(PromptMethod):
             (the authors' code).
         reconstruction_reduction: ``sum`` over the numbers of a prompt (paper), or ``mean`` (code).
         mixing: tasks count alike (``tasks``, paper), or by their rows (``examples``, code).
-        num_virtual_tokens: N of the prompts.
         learning_rate: peak learning rate of AdamW.
         warmup: share of the steps in which the learning rate rises; it then falls linearly to zero.
         clip: largest gradient norm of each map, or null for none.
         batch_size: rows of a step.
-        label_smoothing: share of each target's probability spread over the vocabulary.
         seed: of the initial maps and of the order of rows.
         kwargs: the arguments of :class:`PromptMethod`.
     """
@@ -70,7 +67,6 @@ class IntrinsicSubspace(PromptMethod):
     joint = True
     subspaces: Any
     best_subspaces: Any
-    source: Tensor
     reconstruction_sum: Tensor
 
     def __init__(
@@ -83,12 +79,10 @@ class IntrinsicSubspace(PromptMethod):
         lm_reduction: Literal["mean", "sum"] = "mean",
         reconstruction_reduction: Literal["sum", "mean"] = "sum",
         mixing: Mixing = "tasks",
-        num_virtual_tokens: int = 100,
         learning_rate: float = 1e-3,
         warmup: float = 0.06,
         clip: float | None = 0.1,
         batch_size: int = 64,
-        label_smoothing: float = 0.0,
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
@@ -102,30 +96,14 @@ class IntrinsicSubspace(PromptMethod):
         self.mixing: Mixing = mixing
         self.lm_reduction = lm_reduction
         self.reconstruction_reduction: Literal["sum", "mean"] = reconstruction_reduction
-        self.num_virtual_tokens, self.learning_rate = num_virtual_tokens, learning_rate
-        self.warmup, self.clip, self.batch_size = warmup, clip, batch_size
-        self.label_smoothing, self.seed = label_smoothing, seed
+        self.learning_rate, self.warmup, self.clip = learning_rate, warmup, clip
+        self.batch_size, self.seed = batch_size, seed
         self.keys: list[Key] = []
         self.unseen: list[Key] = []
-        self.source_names: list[str] = []
-
-    # ---- what is trained ------------------------------------------------------------------------
 
     def make_runs(self, data: PromptDataModule) -> list[Run]:
-        """A run for each map and task, first those to train on; it is only scored.
-
-        Raises:
-            ValueError: an unseen task that the data do not have, or no task to train on.
-        """
-        strange = [task for task in self.unseen_tasks if task not in data.tasks]
-        if strange:
-            raise ValueError(
-                f"model.unseen_tasks has {', '.join(strange)}, which data.tasks has not: add them "
-                "there, since their rows are tested"
-            )
-        seen = [task for task in data.tasks if task not in self.unseen_tasks]
-        if not seen:
-            raise ValueError("every task of data.tasks is unseen: leave some to train on")
+        """A run for each map and task, first those to train on; it is only scored."""
+        seen = hold_out(data.tasks, "unseen_tasks", self.unseen_tasks)
         return [
             Run(task, sample, self.seed, self.learning_rate, self.batch_size)
             for _ in self.dims
@@ -134,7 +112,6 @@ class IntrinsicSubspace(PromptMethod):
         ]
 
     def build(self, backbone: Backbone, runs: Sequence[Run]) -> None:
-        """Make a map for each dimension, and room for the prompts."""
         own = [(run.task, run.sample) for run in runs[: len(runs) // len(self.dims)]]
         self.keys = [key for key in own if key[0] not in self.unseen_tasks]
         self.unseen = own[len(self.keys) :]
@@ -142,23 +119,20 @@ class IntrinsicSubspace(PromptMethod):
         maps = [Subspace(*size, dim, self.inner_size, self.seed) for dim in self.dims]
         self.subspaces = nn.ModuleList(maps)
         self.best_subspaces = copy.deepcopy(self.subspaces).requires_grad_(False)
-        self.register_buffer("source", torch.zeros(len(own), *size))
+        self.register_buffer("sources", torch.zeros(len(own), *size))
         self.register_buffer("reconstruction_sum", torch.zeros(len(self.dims)))
 
-    def take(self, data: PromptDataModule, fitting: bool = True, anew: bool | None = None) -> None:
-        """As every method's, with the tuned prompts, which a checkpoint is compared with."""
-        super().take(data, fitting, anew)
-        if fitting and not self.source_names:
-            self._read_prompts()
+    def source_keys(self) -> list[Key]:
+        return [*self.keys, *self.unseen]
+
+    def read_sources(self) -> None:
+        super().read_sources()
+        self.starts = [
+            Start("codes", run.task, start_file=name)
+            for run, name in zip(self.runs, self.source_names * len(self.dims), strict=True)
+        ]
 
     def start(self, data: PromptDataModule) -> None:
-        """Read the tuned prompts.
-
-        Raises:
-            FileNotFoundError: tuned prompts that are not there, all named.
-            ValueError: prompts of another backbone or length.
-        """
-        self._read_prompts()
         if max(self.dims) > len(self.keys):
             self.warn_once(
                 "dim",
@@ -167,59 +141,43 @@ class IntrinsicSubspace(PromptMethod):
                 "share",
             )
 
-    def _read_prompts(self) -> None:
-        found = source_prompts(
-            self.folders, [*self.keys, *self.unseen], self.backbone, self.num_virtual_tokens
-        )
-        self.source_names = [prompt.name for prompt in found]
-        self.source.copy_(torch.stack([prompt.prompt for prompt in found]))
-
     @property
     def init(self) -> Tensor:
         """The tuned prompts, (R, N, D)."""
-        return self.source.repeat(len(self.dims), 1, 1)
+        return self.sources.repeat(len(self.dims), 1, 1)
 
     def kept_units(self) -> list[str]:
-        """The maps."""
         return [f"dim{dim}" for dim in self.dims]
 
     def line_names(self) -> list[str]:
-        """A line for each map."""
         return self.kept_units()
 
     def kept(self) -> dict[str, Tensor]:
-        """Nothing but the maps, which `keep` copies."""
         return {}
 
     def keep(self, better: Tensor) -> None:
-        """Copy the better maps."""
         for at, is_better in enumerate(better.tolist()):
             if is_better:
                 self.best_subspaces[at].load_state_dict(self.subspaces[at].state_dict())
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW over the maps; the learning rate rises, then falls linearly to zero."""
         groups = [{"params": list(self.subspaces.parameters()), "lr": self.learning_rate}]
         return adamw_with_warmup(groups, self.warmup, self.total_steps)
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
-        """Clip the gradient of each map by itself."""
         if self.clip is not None:
             for subspace in self.subspaces:
                 nn.utils.clip_grad_norm_(subspace.parameters(), self.clip)
 
     def draw(self, data: PromptDataModule) -> Draw:
-        """Rows of all training tasks, mixed."""
         rows = {key: data.tokens(*key, "train") for key in self.keys}
         share = self.row_share
         return mixture_draw(rows, self.mixing, self.batch_size, self.seed, data.layout, share)
 
-    # ---- training -------------------------------------------------------------------------------
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Sum over the maps of the joint loss, on the same rows."""
         used = sorted(set(batch.prompts))
-        source = self.source.index_select(0, index_tensor(used, self.source.device))
+        source = self.sources.index_select(0, index_tensor(used, self.sources.device))
         batch = renumber(batch, used)
         share = source.new_zeros(len(used)).index_add(0, batch.prompt_index, batch.weight)
         if self.lm_reduction == "sum":  # of a row's tokens and of the rows, not the mean of both
@@ -229,7 +187,7 @@ class IntrinsicSubspace(PromptMethod):
         total = source.new_zeros(())
         for at, subspace in enumerate(self.subspaces):
             made = subspace(source)
-            losses, gradient = self.bank_gradient(made, batch, self.label_smoothing)
+            losses, gradient = self.bank_gradient(made, batch)
             distance = reconstruction_loss(made, source, self.reconstruction_reduction)
             reconstruction = (share * distance).sum()
             total = total + with_gradient(losses.sum() * world, made, gradient * world)
@@ -239,21 +197,13 @@ class IntrinsicSubspace(PromptMethod):
         self.loss_steps += 1
         return total
 
-    # ---- evaluation -----------------------------------------------------------------------------
-
     @torch.no_grad()
     def reconstructed(self, subspaces: nn.ModuleList) -> Tensor:
         """Reconstructed prompts (R, N, D) of all tasks under every map, in the order of runs."""
-        return torch.cat([subspace(self.source) for subspace in subspaces])
+        return torch.cat([subspace(self.sources) for subspace in subspaces])
 
     def bank(self) -> Tensor:
-        """What the current maps reconstruct."""
         return self.reconstructed(self.subspaces)
-
-    def prefixes(self, current: bool) -> Prefixes:
-        """What the current maps, or the best, reconstruct."""
-        chosen = self.subspaces if current else self.best_subspaces
-        return Prefixes(self.backbone, self.reconstructed(chosen))
 
     @property
     def each(self) -> int:
@@ -261,15 +211,12 @@ class IntrinsicSubspace(PromptMethod):
         return len(self.keys) + len(self.unseen)
 
     def evaluated_in_fit(self) -> list[int]:
-        """Runs of the training tasks."""
         return [at * self.each + i for at in range(len(self.dims)) for i in range(len(self.keys))]
 
     def unit_scores(self, scores: Tensor) -> Tensor:
-        """The mean over the training tasks, of each map."""
         return scores.view(len(self.dims), -1)[:, : len(self.keys)].mean(1)
 
     def logged(self, scores: Tensor) -> dict[str, float]:
-        """Both losses and the mean score of each map."""
         lm, made = self.mean_losses().tolist(), self._mean_reconstruction()
         logged: dict[str, float] = {}
         for at, (dim, mean) in enumerate(zip(self.dims, self.unit_scores(scores), strict=True)):
@@ -292,7 +239,6 @@ class IntrinsicSubspace(PromptMethod):
     def curve_lines(
         self, losses: list[float], scores: Tensor, lines: list[int]
     ) -> list[dict[str, Any]]:
-        """A line per map."""
         means, made = self.unit_scores(scores).tolist(), self._mean_reconstruction()
         best, steps = self.keeper.score.tolist(), self.keeper.step.tolist()
         return [
@@ -310,19 +256,12 @@ class IntrinsicSubspace(PromptMethod):
         ]
 
     def after_evaluation(self, scores: Tensor, lines: list[int]) -> None:
-        """Begin the sums anew."""
         self.reconstruction_sum.zero_()
 
-    # ---- files ----------------------------------------------------------------------------------
-
     def write(self) -> None:
-        """Write the best maps, and the prompts that they reconstruct."""
-        backbone = self.backbone
         for at, dim in enumerate(self.dims if self.trainer.is_global_zero else ()):
             metadata = {
-                "backbone": backbone.name,
-                "backbone_digest": backbone.digest,
-                "tokenizer_digest": backbone.tokenizer_digest,
+                **self.origin(at),
                 "source_tasks": list(dict.fromkeys(task for task, _ in self.keys)),
                 "samples": self.datamodule.samples,
                 "source_prompts": self.source_names[: len(self.keys)],
@@ -331,84 +270,42 @@ class IntrinsicSubspace(PromptMethod):
                 "reconstruction_reduction": self.reconstruction_reduction,
                 "mixing": self.mixing,
                 "seed": self.seed,
-                "steps": int(self.keeper.step[at]),
-                "dev_score": float(self.keeper.score[at]),
             }
             save_network(self.subspace_path(dim), self.best_subspaces[at], metadata)
         super().write()
 
-    def subspace_path(self, dim: int) -> Any:
+    def subspace_path(self, dim: int) -> Path:
         """The file of a map."""
-        assert self.run_dir is not None
-        return self.run_dir / f"subspace_{dim}.safetensors"
+        return self.file(f"subspace_{dim}.safetensors")
 
     def restore(self) -> None:
-        """Read the maps and the tuned prompts from their files."""
-        self._read_prompts()
+        self.read_sources()
         for at, dim in enumerate(self.dims):
-            saved = load_network(self.subspace_path(dim), Subspace, self.backbone)
-            if saved.num_virtual_tokens != self.num_virtual_tokens:
-                raise ValueError(
-                    f"{self.subspace_path(dim)}: a subspace of prompts of "
-                    f"{saved.num_virtual_tokens} virtual tokens, but num_virtual_tokens is "
-                    f"{self.num_virtual_tokens}"
-                )
+            path = self.subspace_path(dim)
+            saved = load_subspace(path, self.backbone, self.num_virtual_tokens)
             self.best_subspaces[at].load_state_dict(saved.state_dict())
-            self.keeper.step[at] = saved.metadata["steps"]
-            self.keeper.score[at] = saved.metadata["dev_score"]
-        assert self.run_dir is not None
-        store = PromptStore(self.run_dir / "prompts")
-        made = {row["name"]: row for row in store.index()}
-        for i in range(len(self.runs)):
-            known = made.get(self._name(i), {})
+            self.keeper.restore(at, saved.metadata["steps"], saved.metadata["dev_score"])
+        made = {row["name"]: row for row in self.store.index()}
+        for i, facts in enumerate(self.prompt_facts()):
+            known = made.get(facts["name"], {})
             dev = known.get("dev_score")
             self.keeper.dev[i] = torch.nan if dev is None else dev
             self.seconds = known.get("seconds") or self.seconds
 
-    def _name(self, i: int) -> str:
-        return f"{self.runs[i].task}_{self.runs[i].sample}_dim{self.dims[i // self.each]}"
+    @property
+    def best(self) -> Tensor:
+        return self.reconstructed(self.best_subspaces)
 
-    def best_prompts(self, test_scores: Tensor | None = None) -> list[Prompt]:
-        """The reconstructed prompt of every task under every map, ready to be stored."""
-        made, init = self.reconstructed(self.best_subspaces).cpu(), self.init
-        with torch.no_grad():
-            codes = [subspace.project(self.source).cpu() for subspace in self.best_subspaces]
-        dev, each = self.keeper.dev.tolist(), self.each
-        return [
-            self.stored_prompt(
-                self.runs[i],
-                made[i],
-                init[i],
-                dev[i],
-                None if test_scores is None else test_scores[i].item(),
-                code=codes[i // each][i % each],
-                name=self._name(i),
-                start="codes",
-                start_of=self.runs[i].task,
-                start_file=self.source_names[i % each],
-                steps=int(self.keeper.step[i // each]),
-            )
-            for i in self.evaluated
-        ]
-
-    # ---- identity -------------------------------------------------------------------------------
-
-    def identity(self) -> dict[str, Any]:
-        """The prompts that the maps are trained on."""
-        return {"source_prompts": self.source_names}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As every method's; without a trainer the names of the prompts are the checkpoint's."""
-        if not self.source_names:
-            self.source_names = checkpoint.get("identity", {}).get("source_prompts", [])
-        super().on_load_checkpoint(checkpoint)
-
-    def digests(self) -> dict[str, Any]:
-        """Digests of backbone weights, tokenizer, data files and source prompts."""
-        return {**super().digests(), "source_prompts": tensor_digest(self.source)}
+    @torch.no_grad()
+    def prompt_facts(self) -> list[dict[str, Any]]:
+        codes = [code for one in self.best_subspaces for code in one.project(self.sources).cpu()]
+        facts = super().prompt_facts()
+        for i, run in enumerate(self.runs):
+            name = f"{run.task}_{run.sample}_dim{self.dims[i // self.each]}"
+            facts[i] |= {"name": name, "code": codes[i], "order_seed": None}
+        return facts
 
     def result_facts(self, run: int) -> dict[str, Any]:
-        """What the results say of how a run was trained."""
         is_unseen = run % self.each >= len(self.keys)
         return {
             "variant": "reconstructed_unseen" if is_unseen else "reconstructed",
@@ -417,14 +314,12 @@ class IntrinsicSubspace(PromptMethod):
         }
 
     def summary(self) -> str:
-        """What is trained, in a few words."""
         return (
             f"subspaces of {', '.join(map(str, self.dims))} dimensions from {len(self.keys)} "
             f"prompts of {self.num_virtual_tokens} virtual tokens"
         )
 
     def described(self, data: PromptDataModule) -> list[str]:
-        """The maps, and the tasks whose prompts they learn from."""
         numbers = sum(weight.numel() for weight in self.subspaces.parameters())
         return [
             f"{self.summary()}: {numbers} numbers, {self.batch_size} rows a step",

@@ -11,24 +11,14 @@ from torch import Tensor, nn
 class Keeper(nn.Module):
     """Scores, steps and tensors of the best evaluation of each of U units.
 
-    A unit is what is chosen by one score: a run, or all runs that train something together.
-
-    Args:
-        units: U.
-        runs: R, the runs that are scored.
-        kept: what is kept of the best evaluation, tensors (U, ...), or of any shape where U is 1.
-
-    Attributes:
-        score: (U,) float64, the best score; minus infinity before the first.
-        step: (U,) its step; -1 before the first.
-        bad: (U,) evaluations since then.
-        dev: (R,) float64, the scores of the runs at that step.
+    A unit is what is chosen by one score: a run, or all of the R runs that train something
+    together. Tensors are (U, ...), or of any shape where U is 1.
     """
 
-    score: Tensor
-    step: Tensor
-    bad: Tensor
-    dev: Tensor
+    score: Tensor  # (U,) float64, the best score; minus infinity before the first
+    step: Tensor  # (U,) its step; -1 before the first
+    bad: Tensor  # (U,) evaluations since then
+    dev: Tensor  # (R,) float64, the scores of the runs at that step
 
     def __init__(self, units: int, runs: int, kept: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -36,13 +26,19 @@ class Keeper(nn.Module):
         self.register_buffer("step", torch.full((units,), -1, dtype=torch.long))
         self.register_buffer("bad", torch.zeros(units, dtype=torch.long))
         self.register_buffer("dev", torch.full((runs,), torch.nan, dtype=torch.float64))
-        self.names = list(kept)
+        self.names: list[str] = []
         for name, tensor in kept.items():
-            self.register_buffer(f"kept_{name}", tensor.detach().clone())
+            self.add(name, tensor)
 
     def __getitem__(self, name: str) -> Tensor:
         """What is kept under a name."""
         return getattr(self, f"kept_{name}")
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Keep one more tensor, unless there is one of that name."""
+        if name not in self.names:
+            self.names.append(name)
+            self.register_buffer(f"kept_{name}", tensor.detach().clone())
 
     @property
     def is_filled(self) -> bool:
@@ -56,20 +52,18 @@ class Keeper(nn.Module):
         self.bad.zero_()
         self.dev.fill_(torch.nan)
 
+    def restore(self, unit: int, step: int | None, score: float | None) -> None:
+        """Take what a file says of a unit's best evaluation."""
+        self.step[unit] = -1 if step is None else step
+        self.score[unit] = -torch.inf if score is None else score
+
     def update(
         self, units: Tensor, scores: Tensor, step: int, live: Tensor, always: bool = False
     ) -> Tensor:
         """Take an evaluation; ties keep the earlier, NaN counts as the worst.
 
-        Args:
-            units: (U,) what decides.
-            scores: (R,) of the runs; R is a multiple of U, the runs of a unit in a row.
-            step: the optimizer step.
-            live: (U,) units that may improve.
-            always: take the latest, whatever its score.
-
-        Returns:
-            (U,) which units are better now.
+        ``units`` (U,) decide where ``live`` (U,), or ``always``; ``scores`` (R,) are of the runs,
+        those of a unit in a row. Returns which units are better now, (U,).
         """
         units = units.nan_to_num(nan=-torch.inf).to(self.score)
         better = live & ((units > self.score) | (self.step < 0) | always)

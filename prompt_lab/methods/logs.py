@@ -60,13 +60,7 @@ def log_rates(method: PromptMethod) -> None:
 
 
 def log_evaluation(method: PromptMethod, scores: Tensor, lines: list[int]) -> None:
-    """Log the spread over runs, and each run's own line in ``curves.csv``.
-
-    Args:
-        method: the method, whose runs were scored on dev.
-        scores: (R,) of its runs.
-        lines: places of the runs that were evaluated.
-    """
+    """Log the spread of scores (R,) over runs, and the evaluated ones' lines of ``curves.csv``."""
     shares = method.shares
     rows = method.curve_lines(method.mean_losses().tolist(), scores, lines)
     if shares.divided:  # those of all processes, in the order of the grid

@@ -27,12 +27,10 @@ if TYPE_CHECKING:
 def look_at_rows(method: PromptMethod, data: PromptDataModule, *splits: SplitName) -> list[str]:
     """What the model will not see, or cannot tell apart, of the rows of this process's runs.
 
-    A sentence each for inputs that are cut, labels of equal tokens, references longer than the
-    answers that are generated, and test rows that will be refused. Test rows are only measured.
+    Test rows are only measured: those that will be refused are told.
 
     Raises:
-        ValueError: rows of train or dev that do not fit the backbone's positions, inputs
-            without tokens, or a task all of whose labels have the same tokens.
+        ValueError: rows of train or dev that do not fit, inputs without tokens, or equal labels.
     """
     keys = _own_keys(method, data)
     tasks = {task: data.tasks[task] for task, _ in keys}
@@ -76,11 +74,7 @@ def look_at_rows(method: PromptMethod, data: PromptDataModule, *splits: SplitNam
 
 
 def check_lengths(method: PromptMethod, data: PromptDataModule, *splits: SplitName) -> None:
-    """Refuse rows of this process's runs that do not fit the backbone's positions.
-
-    Raises:
-        ValueError: naming the task, the lengths and what to lower.
-    """
+    """Refuse (``ValueError``) rows of this process's runs beyond the backbone's positions."""
     for key in _own_keys(method, data):
         for split in splits:
             _check_length(method, data.tokens(*key, split))

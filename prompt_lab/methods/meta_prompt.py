@@ -3,9 +3,7 @@
 Meta prompt tuning (Qin et al. 2023, arXiv 2302.08143): in each step a few episodes, (task, sample)
 each, adapt the prompt on support rows and judge it on query rows; MAML, FoMAML, Reptile or
 multi-task learning says how to move the prompt (``meta_gradient.py``). The loss of a step has the
-meta-gradient as its gradient, so Lightning's automatic optimisation is all that is needed:
-clipping, accumulation, DDP over episodes. Left out: other parameters than the prompt, and the inner
-learning rate, that could be learned.
+meta-gradient as its gradient, so Lightning clips, accumulates and shares episodes as ever.
 """
 
 from __future__ import annotations
@@ -24,14 +22,13 @@ from prompt_lab.core.bank import BankObjective, Prefixes, with_gradient
 from prompt_lab.core.batch import Batch
 from prompt_lab.core.meta_gradient import InnerConfig, MetaGradient, maml, multitask, reptile
 from prompt_lab.core.optim import OptimConfig
-from prompt_lab.core.pretrained import tensor_digest
 from prompt_lab.core.run import Run
 from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.partitions import expand_sets
-from prompt_lab.data.sampling import Draw, Episodes, Key, bank_draw, episode_draw
+from prompt_lab.data.sampling import Draw, Episodes, Key, episode_draw
 from prompt_lab.files.prompts import Prompt, load_prompt, save_prompt
 from prompt_lab.files.results import Start
-from prompt_lab.methods.checks import some
+from prompt_lab.methods.checks import hold_out, some
 from prompt_lab.methods.configs import as_config
 from prompt_lab.methods.method import STATUS, PromptMethod
 from prompt_lab.methods.starts import InitConfig, initial_prompts
@@ -65,15 +62,9 @@ class AdaptationConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
-        """Check the values, since they come from files and flags."""
         self.optim = as_config(OptimConfig, self.optim)
         if self.steps < 0:
             raise ValueError(f"model.adaptation.steps is {self.steps}: give 0 or more")
-        if self.batch_size < 1 or not self.learning_rate > 0:
-            raise ValueError(
-                f"model.adaptation has batch_size {self.batch_size} and learning_rate "
-                f"{self.learning_rate}: give at least 1, and a positive number"
-            )
 
 
 class MetaPrompt(PromptMethod):
@@ -85,19 +76,12 @@ class MetaPrompt(PromptMethod):
     ``prompt.safetensors``: the prompt of the best evaluation, or the last one where there are no
     validation tasks.
 
-    An episode has K = ``inner.steps`` support batches of ``support_size`` train rows, and
-    ``query_size`` dev rows. Of these each algorithm reads:
-
-    - ``maml`` and ``fomaml``: the K support batches, one in each inner step, and the query; K *
-      ``support_size`` + ``query_size`` rows. The loss of an episode is the mean over query rows at
-      the adapted prompt.
-    - ``multitask``: the same rows. The loss of an episode is the mean over all of them, support and
-      query alike, at the prompt as it is.
-    - ``reptile``: the K support batches, one in each inner step; K * ``support_size`` rows. It is
-      the algorithm of the paper, which has no query; K + ``query_size`` / ``support_size`` inner
-      steps make it read as many rows as the others.
-
-    The loss of a step is the mean over its episodes.
+    An episode has K = ``inner.steps`` support batches of ``support_size`` train rows, and a query
+    of ``query_size`` dev rows. ``maml`` and ``fomaml`` read both: the loss of an episode is that of
+    the query at the adapted prompt. ``multitask`` takes the mean over the same rows at the prompt
+    as it is. ``reptile``, which has no query, reads the support alone: K + ``query_size`` /
+    ``support_size`` inner steps make it read as many rows. The loss of a step is the mean over its
+    episodes.
 
     Args:
         algorithm: ``maml``, ``fomaml``, ``reptile``, or ``multitask`` learning.
@@ -116,13 +100,11 @@ class MetaPrompt(PromptMethod):
         episodes: episodes of a meta-step over all processes, M.
         support_size: rows of an inner step.
         query_size: rows that judge the adapted prompt; without effect in Reptile.
-        num_virtual_tokens: N.
         init_seed: seed of the initial prompt.
         learning_rate: peak outer learning rate.
         rate_factor: times ``learning_rate``, it is the outer learning rate of the logarithm of the
             inner one, where that is learned; logged, and kept by the checkpoint alone.
         seed: of the episodes.
-        label_smoothing: share of each target's probability spread over the vocabulary.
         kwargs: the arguments of :class:`PromptMethod`.
     """
 
@@ -150,12 +132,10 @@ class MetaPrompt(PromptMethod):
         episodes: int = 4,
         support_size: int = 4,
         query_size: int = 4,
-        num_virtual_tokens: int = 100,
         init_seed: int = 0,
         learning_rate: float = 0.3,
         rate_factor: float = 0.1,
         seed: int = 0,
-        label_smoothing: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -168,9 +148,8 @@ class MetaPrompt(PromptMethod):
         self.target_tasks = expand_sets(target_tasks) if target_tasks else []
         self.source_name, self.depth = source_name, depth
         self.episodes, self.support_size, self.query_size = episodes, support_size, query_size
-        self.num_virtual_tokens, self.init_seed = num_virtual_tokens, init_seed
         self.learning_rate, self.rate_factor = learning_rate, rate_factor
-        self.seed, self.label_smoothing = seed, label_smoothing
+        self.init_seed, self.seed = init_seed, seed
         self.keys: list[Key] = []
         if algorithm not in get_args(Algorithm):
             raise ValueError(
@@ -186,25 +165,21 @@ class MetaPrompt(PromptMethod):
                 f"model.inner.learned is {self.inner.learned}, but {algorithm} has no query loss "
                 "to learn an inner learning rate from: use maml or fomaml, or fixed"
             )
-        config = self.backbone_config
-        for is_wrong, why in (
-            (
-                config.attention == "flash_attention_2",
-                "flash_attention_2 cannot: use model.backbone.attention sdpa",
-            ),
-            (config.compile, "torch.compile cannot: use model.backbone.compile false"),
-            (
-                config.dtype != "float32",
+        config, why = self.backbone_config, ""
+        if config.attention == "flash_attention_2":
+            why = "flash_attention_2 cannot: use model.backbone.attention sdpa"
+        elif config.compile:
+            why = "torch.compile cannot: use model.backbone.compile false"
+        elif config.dtype != "float32":
+            why = (
                 f"model.backbone.dtype {config.dtype} cannot: the adapted prompt is rounded to the "
                 "weights' 8 bits, and Hessian products are off by more than what they add; use "
-                "float32",
-            ),
-        ):
-            if self.second_order and is_wrong:
-                raise ValueError(
-                    f"maml differentiates the backbone twice, which {why}, or model.algorithm "
-                    "fomaml"
-                )
+                "float32"
+            )
+        if self.second_order and why:
+            raise ValueError(
+                f"maml differentiates the backbone twice, which {why}, or model.algorithm fomaml"
+            )
 
     @property
     def second_order(self) -> bool:
@@ -214,7 +189,6 @@ class MetaPrompt(PromptMethod):
     # ---- what is trained ------------------------------------------------------------------------
 
     def check_trainer(self) -> None:
-        """As every method's; evaluations fall between steps."""
         super().check_trainer()
         if self.trainer.precision == "bf16-mixed" and self.second_order:
             self.warn_once(
@@ -235,14 +209,14 @@ class MetaPrompt(PromptMethod):
                 f"of trainer.accumulate_grad_batches ({batches})"
             )
 
-    def take(self, data: PromptDataModule, fitting: bool = True, anew: bool | None = None) -> None:
+    def take(self, data: PromptDataModule, fitting: bool = True) -> None:
         """As every method's; the prompt is learned on other tasks than it is scored on."""
         keys = [(task, sample) for task in self._sources(data) for sample in data.samples]
         if fitting and self.is_built and keys != self.keys:
             self.is_built = False
         if fitting or not self.keys:
             self.keys = keys
-        super().take(data, fitting, anew)
+        super().take(data, fitting)
         if not fitting and not self.runs:
             raise ValueError(
                 "there is nothing to score without model.validation_tasks: name some of "
@@ -250,7 +224,6 @@ class MetaPrompt(PromptMethod):
             )
 
     def make_runs(self, data: PromptDataModule) -> list[Run]:
-        """The validation tasks."""
         config = self.adaptation
         return [
             Run(task, sample, self.init_seed, config.learning_rate, config.batch_size)
@@ -259,28 +232,22 @@ class MetaPrompt(PromptMethod):
         ]
 
     def build(self, backbone: Backbone, runs: Sequence[Run]) -> None:
-        """Make the prompt, and the inner learning rate if it is learned."""
         size = (self.num_virtual_tokens, backbone.hidden_size)
         self.prompt = nn.Parameter(torch.zeros(1, *size))
         width = {"fixed": 0, "shared": 1, "per_token": self.num_virtual_tokens}[self.inner.learned]
         self.log_rate = nn.Parameter(torch.zeros(1, width)) if width else None
-        for name, value in {
-            "init": torch.zeros(1, *size),
-            "moves": torch.ones(1, dtype=torch.bool),
-            "sums": torch.zeros(len(SUMS), dtype=torch.float64),
-            "skipped": torch.tensor(0),
-            "skipped_in_row": torch.tensor(0),
-        }.items():
-            self.register_buffer(name, value)
+        self.register_buffer("init", torch.zeros(1, *size))
+        self.register_buffer("moves", torch.ones(1, dtype=torch.bool))
+        self.register_buffer("sums", torch.zeros(len(SUMS), dtype=torch.float64))
+        self.register_buffer("skipped", torch.tensor(0))
+        self.register_buffer("skipped_in_row", torch.tensor(0))
         self.register_buffer("adapted", torch.zeros(len(runs), *size), persistent=False)
-        self.initial = Start("")
+        self.starts = [Start("")]
 
     @torch.no_grad()
     def start(self, data: PromptDataModule) -> None:
-        """Put the prompt where it starts."""
-        assert self.backbone is not None
         alone = Run("", 0, self.init_seed, self.learning_rate, 1)
-        made, (self.initial,) = initial_prompts(
+        made, self.starts = initial_prompts(
             self.init_config,
             self.backbone,
             [alone],
@@ -292,20 +259,10 @@ class MetaPrompt(PromptMethod):
         self.init.copy_(made)
 
     def bank(self) -> Tensor:
-        """The prompt, (1, N, D)."""
         return self.prompt
 
     def _sources(self, data: PromptDataModule) -> list[str]:
-        """The tasks to learn from."""
-        strange = [task for task in self.validation_tasks if task not in data.tasks]
-        if strange:
-            raise ValueError(
-                f"model.validation_tasks has {', '.join(strange)}, which data.tasks has not: add "
-                "them there, since their rows are needed"
-            )
-        sources = [task for task in data.tasks if task not in self.validation_tasks]
-        if not sources:
-            raise ValueError("every task of data.tasks is held out: leave some to learn from")
+        sources = hold_out(data.tasks, "validation_tasks", self.validation_tasks)
         both = [task for task in data.tasks if task in self.target_tasks]
         if both:
             raise ValueError(
@@ -323,22 +280,13 @@ class MetaPrompt(PromptMethod):
         return rate[0, 0] if rate.numel() == 1 else rate[0, :, None]
 
     def configure_optimizers(self) -> Any:
-        """The outer optimizer; it holds the prompt, and the inner learning rate if learned."""
         learned = [] if self.log_rate is None else [self.log_rate]
-        return self.optim_config.build(
-            [self.prompt, *learned],
-            [self.learning_rate],
-            self.moves,
-            self.total_steps,
-            [1.0, *[self.rate_factor] * len(learned)],
-        )
+        factors = [1.0, *[self.rate_factor] * len(learned)]
+        given = ([self.learning_rate], self.moves, self.total_steps, factors)
+        return self.optim_config.build([self.prompt, *learned], *given)
 
     def draw(self, data: PromptDataModule) -> Draw:
-        """Episodes of the source tasks.
-
-        Raises:
-            ValueError: tasks with fewer rows than one batch of support or query has, all named.
-        """
+        """Episodes of the source tasks."""
         support = {key: data.tokens(*key, "train") for key in self.keys}
         query = {key: data.tokens(*key, "dev") for key in self.keys}
         both = (("train", support, self.support_size), ("dev", query, self.query_size))
@@ -371,7 +319,7 @@ class MetaPrompt(PromptMethod):
             finite = (found.finite() & (found.moved <= MOST_MOVED)).all(0, keepdim=True)
             if found.rate_gradient is not None:
                 finite = finite & found.rate_gradient.isfinite().all()
-        finite = self.over_ranks((~finite).float()) == 0
+        finite = self.finite_everywhere(finite)
         place = batch_idx % self.trainer.accumulate_grad_batches
         self.moves.copy_(self.moves & finite if place else finite)
         self._count(found, finite, is_last=place + 1 == self.trainer.accumulate_grad_batches)
@@ -389,13 +337,7 @@ class MetaPrompt(PromptMethod):
         return loss
 
     def meta_gradient(self, episodes: Episodes, rate: Tensor) -> MetaGradient:
-        """The meta-gradients of this process's episodes; smaller micro-batches when memory ends.
-
-        Args:
-            episodes: at least one episode.
-            rate: inner learning rate, () or (N, 1).
-        """
-        assert self.backbone is not None
+        """Meta-gradients of this process's episodes, at an inner rate of () or (N, 1)."""
         backbone, parts = self.backbone, [*episodes.support, episodes.query]
         start = self.prompt.detach().expand(len(episodes.keys), -1, -1).contiguous()
         if self.algorithm == "multitask":  # the mean of the parts' losses is that over all rows
@@ -437,11 +379,7 @@ class MetaPrompt(PromptMethod):
             self.skipped_in_row.copy_(torch.where(skipped, self.skipped_in_row + 1, 0))
 
     def on_train_batch_end(self, outputs: Any, batch: Episodes, batch_idx: int) -> None:
-        """As every method's; end a fit whose steps are skipped one after another.
-
-        Raises:
-            ValueError: no step was good before either, so that there is nothing to keep.
-        """
+        """As every method's; end a fit whose steps are skipped one after another."""
         super().on_train_batch_end(outputs, batch, batch_idx)
         batches = self.trainer.accumulate_grad_batches
         if (batch_idx + 1) % (MOST_SKIPPED * batches) or int(self.skipped_in_row) < MOST_SKIPPED:
@@ -462,13 +400,9 @@ class MetaPrompt(PromptMethod):
     # ---- validation -----------------------------------------------------------------------------
 
     def adapt(self, prompt: Tensor) -> tuple[Tensor, Tensor]:
-        """The prompt, tuned on the train rows of every validation run, all side by side.
+        """The prompt (1, N, D), tuned on the train rows of every validation run, side by side.
 
-        Args:
-            prompt: (1, N, D).
-
-        Returns:
-            The prompts (R, N, D), and how far each moved relative to its start (R,).
+        Returns the prompts (R, N, D), and how far each moved relative to its start (R,).
         """
         runs, config, trainer = self.runs, self.adaptation, self.trainer
         if not runs:
@@ -478,14 +412,11 @@ class MetaPrompt(PromptMethod):
             active = torch.ones(len(runs), dtype=torch.bool, device=bank.device)
             rates = [config.learning_rate] * len(runs)
             optimizer = config.optim.build([bank], rates, active, max(1, config.steps))
-            everyone = list(range(len(runs)))
-            data = self.datamodule
-            rows = {(r.task, r.sample): data.tokens(r.task, r.sample, "train") for r in runs}
-            drawn = bank_draw(runs, rows, data.order_seed, data.layout, self.row_share)
+            everyone, drawn = list(range(len(runs))), super().draw(self.datamodule)
             for step in range(config.steps):
                 batch = drawn.batch(step, everyone).to(bank.device)
                 with trainer.precision_plugin.forward_context():
-                    _, gradient = self.bank_gradient(bank, batch, self.label_smoothing)
+                    _, gradient = self.bank_gradient(bank, batch)
                 gradient = self.over_ranks(gradient)
                 active &= gradient.flatten(1).isfinite().all(1)
                 bank.grad = torch.where(active[:, None, None], gradient, 0)
@@ -495,21 +426,17 @@ class MetaPrompt(PromptMethod):
         return made, moved
 
     def prefixes(self, current: bool) -> Prefixes:
-        """The current prompt, or the best, adapted to the validation tasks."""
-        assert self.backbone is not None
         if not self.trainer.sanity_checking:
             made, self._moved = self.adapt(self.prompt if current else self.best)
             self.adapted.copy_(made)
         return Prefixes(self.backbone, self.adapted)
 
     def _means(self) -> dict[str, float]:
-        """Means since the last evaluation, and the sums that are counts."""
         sums = dict(zip(SUMS, self.over_ranks(self.sums).tolist(), strict=True))
         count = max(1.0, sums["batches"])
         return {name: sums[name] / count for name in SUMS[:4]} | {n: sums[n] for n in SUMS[4:]}
 
     def mean_losses(self) -> Tensor:
-        """The mean loss of the episodes, for each line of the curves."""
         return torch.full((len(self.line_names()),), self._means()["loss"], dtype=torch.float64)
 
     def line_names(self) -> list[str]:
@@ -517,7 +444,6 @@ class MetaPrompt(PromptMethod):
         return super().line_names() or [self.algorithm]
 
     def logged(self, scores: Tensor) -> dict[str, float]:
-        """What inner loops do; warn of skipped steps, and of loops that make it worse or stand."""
         means, step = self._means(), self.trainer.global_step
         if means["skipped"]:
             rank_zero_warn(
@@ -542,44 +468,40 @@ class MetaPrompt(PromptMethod):
                 "(model.inner.learning_rate)",
             )
         return {
-            "meta/second_order": means["second_order"],
-            "meta/inner_moved": means["inner_moved"],
+            **{f"meta/{name}": means[name] for name in ("second_order", "inner_moved")},
             "meta/skipped": float(self.skipped),
             "meta/inner_learning_rate": self.rate.mean().item(),
             "meta/moved": self.moved()[0],
         }
 
+    def curve(self) -> dict[str, list[Any]]:
+        return {"moved": self._moved.tolist()}
+
     def curve_lines(
         self, losses: list[float], scores: Tensor, lines: list[int]
     ) -> list[dict[str, Any]]:
-        """As every method's, with what inner loops do."""
         means = self._means()
         more = {name: means[name] for name in ("second_order", "inner_moved")}
         more["skipped"] = int(self.skipped)
         if self.runs:
-            moved = self._moved.tolist()
-            own = super().curve_lines(losses, scores, lines)
-            return [{**row, **more, "moved": m} for row, m in zip(own, moved, strict=True)]
+            return [row | more for row in super().curve_lines(losses, scores, lines)]
         line = {"step": self.trainer.global_step, "run": self.algorithm, "train_loss": losses[0]}
         line |= {"best_step": int(self.keeper.step), "moved": self.moved()[0]}
         return [{**line, **more, "status": STATUS[int(self.status)]}]
 
     def after_evaluation(self, scores: Tensor, lines: list[int]) -> None:
-        """Begin the sums anew."""
         self.sums.zero_()
 
     # ---- files ----------------------------------------------------------------------------------
 
     def write(self) -> None:
-        """Write the learned prompt."""
         if self.trainer.is_global_zero:
             save_prompt(self.prompt_path, self.learned_prompt())
 
     @property
     def prompt_path(self) -> Path:
         """The file of the learned prompt."""
-        assert self.run_dir is not None
-        return self.run_dir / "prompt.safetensors"
+        return self.file("prompt.safetensors")
 
     @property
     def source_set(self) -> str:
@@ -608,25 +530,18 @@ class MetaPrompt(PromptMethod):
         """The prompt of the best evaluation, ready to be stored."""
         from prompt_lab import __version__
 
-        backbone = self.backbone
-        assert backbone is not None
-        score = self.keeper.score.item()
+        diverged = int(self.skipped_in_row) >= MOST_SKIPPED
         return Prompt(
             prompt=self.best[0].detach().cpu(),
             init=self.init[0].detach().cpu(),
             name="prompt",
-            backbone=backbone.name,
-            backbone_digest=backbone.digest,
-            tokenizer_digest=backbone.tokenizer_digest,
-            **asdict(self.initial),
+            **self.origin(0),
+            **asdict(self.starts[0]),
             init_seed=self.init_seed,
             order_seed=self.seed,
             learning_rate=self.learning_rate,
             batch_size=self.episodes,
-            steps=int(self.keeper.step),
-            dev_score=score if score > -torch.inf else None,
-            status="finished" if int(self.skipped_in_row) < MOST_SKIPPED else "stopped: diverged",
-            seconds=round(self.seconds, 3),
+            status="stopped: diverged" if diverged else "finished",
             max_input_length=self.datamodule.max_input_length,
             task_prefix=self.datamodule.task_prefix,
             template=self.datamodule.template,
@@ -638,26 +553,19 @@ class MetaPrompt(PromptMethod):
         )
 
     def restore(self) -> None:
-        """Read the learned prompt from its file."""
         saved = load_prompt(self.prompt_path, self.backbone)
-        if saved.prompt.shape != self.best[0].shape:
-            raise ValueError(
-                f"{self.prompt_path} has shape {tuple(saved.prompt.shape)}, the config asks for "
-                f"{tuple(self.best[0].shape)}: use the config of the fit"
-            )
+        self.check_shape(saved, self.prompt_path)
         self.best[0], self.init[0] = saved.prompt, saved.init
-        self.keeper.step.fill_(0 if saved.steps is None else saved.steps)
+        self.keeper.restore(0, saved.steps or 0, saved.dev_score)
         self.seconds = saved.seconds or 0.0
 
     def on_test_start(self) -> None:
-        """As every method's; score dev unless the fit did."""
         super().on_test_start()
         if self.keeper.dev.isnan().all():  # the learned prompt is from its file
             found = self.answer_all("dev", self.evaluated, self._prefixes)
             self.keeper.dev.copy_(found.scores())
 
     def best_prompts(self, test_scores: Tensor | None = None) -> list[Prompt]:
-        """The adapted prompt of every validation run, ready to be stored."""
         dev = self.keeper.dev.tolist()
         return [
             self.stored_prompt(
@@ -670,7 +578,6 @@ class MetaPrompt(PromptMethod):
                 start_of=self.source_set,
                 start_seed=self.init_seed,
                 start_file=self.prompt_path.name if self.run_dir else "",
-                order_seed=self.datamodule.order_seed,
                 steps=int(self.keeper.step),
             )
             for i in self.evaluated
@@ -679,46 +586,27 @@ class MetaPrompt(PromptMethod):
     # ---- identity -------------------------------------------------------------------------------
 
     def identity(self) -> dict[str, Any]:
-        """The items that the prompt is learned on."""
         return {"items": [f"{task} {sample}" for task, sample in self.keys]}
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As every method's, with where the prompt started."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["initial"] = asdict(self.initial)
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As every method's; without a trainer the source tasks are the checkpoint's."""
         if not self.keys:
             items = checkpoint.get("identity", {}).get("items", [])
             pairs = [item.rsplit(" ", 1) for item in items]
             self.keys = [(task, int(sample)) for task, sample in pairs]
         super().on_load_checkpoint(checkpoint)
-        self.initial = Start(**checkpoint["initial"])
-
-    def digests(self) -> dict[str, Any]:
-        """Digests of backbone weights, tokenizer, data files and a prompt that was read."""
-        found = super().digests()
-        if self.init_config.name == "file":
-            found["initial_prompts"] = tensor_digest(self.init)
-        return found
 
     def result_facts(self, run: int) -> dict[str, Any]:
-        """What the results say of how a run was trained."""
         return {"variant": "adapted", "optimizer": self.adaptation.optim.name}
 
     def summary(self) -> str:
-        """What is trained, in a few words."""
         return (
             f"{self.algorithm} of one prompt of {self.num_virtual_tokens} virtual tokens on "
             f"{len(self.keys)} items of {len(self.source_tasks)} source tasks"
         )
 
     def described(self, data: PromptDataModule) -> list[str]:
-        """What would be learned, on which tasks, and the rows of a step."""
-        rows = f"{self.inner.steps} x {self.support_size} support rows"
-        if self.algorithm != "reptile":
-            rows += f" and {self.query_size} query rows"
+        query = "" if self.algorithm == "reptile" else f" and {self.query_size} query rows"
+        rows = f"{self.inner.steps} x {self.support_size} support rows{query}"
         inner = f"{self.inner.name}, learning rate {self.inner.learning_rate:g}"
         return [
             self.summary(),

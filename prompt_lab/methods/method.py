@@ -1,18 +1,19 @@
 """``PromptMethod``: the life cycle that all methods share.
 
-A method says what is trained (``make_runs``, ``build``, ``start``, ``bank``, ``draw``,
-``training_step``), what the best evaluation keeps (``kept``) and what a checkpoint must agree in
-(``identity``). Here stand, once: loading the backbone, making what is trained when data or a
-checkpoint bring the runs, the clock, keeping the best, patience, answers, files, and checkpoints
+A method says what is trained, what the best evaluation keeps (``kept``) and what a checkpoint must
+agree in (``identity``). Here stand, once: loading the backbone, making what is trained when data or
+a checkpoint bring the runs, the clock, keeping the best, patience, answers, files, and checkpoints
 without the backbone.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -26,12 +27,14 @@ from prompt_lab.core.backbone import Backbone, Prefix
 from prompt_lab.core.bank import Prefixes, bank_gradient, is_out_of_memory, renumber
 from prompt_lab.core.batch import Batch, default_tokens_per_forward
 from prompt_lab.core.candidates import LabelScore
+from prompt_lab.core.optim import OptimConfig
+from prompt_lab.core.pretrained import tensor_digest
 from prompt_lab.core.run import Run
 from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.files import SplitName
-from prompt_lab.data.sampling import Draw, EvaluationBatch, Progress
+from prompt_lab.data.sampling import Draw, EvaluationBatch, Key, Progress, Rows, bank_draw
 from prompt_lab.data.tasks import Task
-from prompt_lab.files.prompts import Prompt, PromptStore
+from prompt_lab.files.prompts import Prompt, PromptStore, source_prompts
 from prompt_lab.files.results import Start, summary_table
 from prompt_lab.files.tensors import write_atomically
 from prompt_lab.methods.checkpoints import (
@@ -48,6 +51,7 @@ from prompt_lab.methods.keeper import Keeper
 from prompt_lab.methods.logs import begin_curves, log_evaluation, log_rates, log_settings
 from prompt_lab.methods.look import check_lengths, describe, look_at_rows
 from prompt_lab.methods.sharing import RunShares, left_out_of_ddp, share_runs
+from prompt_lab.methods.starts import InitConfig
 
 Made = TypeVar("Made")
 
@@ -73,6 +77,8 @@ class PromptMethod(LightningModule):
         num_beams: beams of generated answers; 1 is greedy.
         max_new_tokens: longest generated answer; null for the longest answer in train and dev.
         metric_variant: ``crossfit`` computes metrics as CrossFit does, ``corrected`` without traps.
+        num_virtual_tokens: N, the rows of a prompt.
+        label_smoothing: share of each target's probability spread over the vocabulary.
         dev_loss: also log the mean loss on dev at each evaluation, as ``dev/loss``.
         label_score: what the score of a label is: the ``sum`` of the log-likelihoods of its tokens,
             end token included, or their ``mean``, which does not favour short labels.
@@ -81,44 +87,34 @@ class PromptMethod(LightningModule):
         runs: what each prompt of the bank is for; empty before data or a checkpoint bring them.
             Where processes share whole runs, those of this process; ``all_runs`` are everyone's.
         evaluated: places of the runs that an evaluation answers for.
-        init: (R, N, D) the prompts that the runs start from.
-        starts: where each run starts from.
-        num_virtual_tokens: N.
         keeper: the best of each run, or of all together where ``joint``.
-        status: (R,) how each run stands, an index of `STATUS`.
-        active: (R,) runs that may move; the optimizer reads it.
-        joint: whether runs train something together, so that one score chooses for all.
-        shares_runs: whether processes may divide whole runs among them.
-        test_baselines: whether ``test`` also scores no prompt and other baselines.
-        trains_a_bank: whether several runs train side by side, each with its own clip.
-        stores_prompts: whether there are prompts to keep as files.
-        trains: whether there is a fit.
-        frozen: beginnings of the names of weights that do not change, and no checkpoint holds.
-        prompts_at_once: most prompts that an evaluation holds side by side; None for all.
-        fixed: arguments of its parents that a class sets itself.
     """
 
-    init: Tensor
-    status: Tensor
-    active: Tensor
+    init: Tensor  # (R, N, D) the prompts that the runs start from; `starts` says what these are
+    sources: Tensor  # (J, N, D) the tuned prompts that a fit builds on, of `source_keys`
+    status: Tensor  # (R,) how each run stands, an index of STATUS
+    active: Tensor  # (R,) runs that may move; the optimizer reads it
     loss_sum: Tensor
     loss_steps: Tensor
     keeper: Keeper
     anchor: torch.nn.Parameter
-    num_virtual_tokens: int
-    joint: bool = False
-    shares_runs: bool = False
-    test_baselines: bool = False
+    joint: bool = False  # whether runs train something together: one score chooses for all
+    shares_runs: bool = False  # whether processes may divide whole runs among them
+    test_baselines: bool = False  # whether test also scores no prompt and other baselines
     prompt_baselines: tuple[str, ...] = ("no_prompt", "initial_prompt")
     guess_baselines: bool = True
-    trains_a_bank: bool = True
-    stores_prompts: bool = True
-    trains: bool = True
-    frozen: tuple[str, ...] = ("backbone.", "subspace.")
-    fixed: tuple[str, ...] = ()
+    trains_a_bank: bool = True  # whether several runs train side by side, each with its own clip
+    stores_prompts: bool = True  # whether there are prompts to keep as files, and in which folder
+    prompt_folder: str = "prompts"
+    trains: bool = True  # whether there is a fit
+    frozen: tuple[str, ...] = ("backbone.", "subspace.")  # weights that no checkpoint holds
+    fixed: tuple[str, ...] = ()  # arguments of its parents that a class sets itself
+    prompts_at_once: int | None = None  # most that an evaluation holds side by side; None for all
     patience: int | None = None
-    label_smoothing: float = 0.0
-    prompts_at_once: int | None = None
+    init_config: InitConfig | None = None
+    optim_config: OptimConfig | None = None
+    folders: Sequence[str] = ()
+    source_digest: str | None = None
 
     def __init__(
         self,
@@ -128,6 +124,8 @@ class PromptMethod(LightningModule):
         num_beams: int = 1,
         max_new_tokens: int | None = None,
         metric_variant: Literal["crossfit", "corrected"] = "crossfit",
+        num_virtual_tokens: int = 100,
+        label_smoothing: float = 0.0,
         dev_loss: bool = False,
         label_score: LabelScore = "sum",
     ) -> None:
@@ -148,6 +146,7 @@ class PromptMethod(LightningModule):
         self._tokens_per_forward = tokens_per_forward
         self.decoding, self.num_beams = decoding, num_beams
         self.max_new_tokens, self.metric_variant = max_new_tokens, metric_variant
+        self.num_virtual_tokens, self.label_smoothing = num_virtual_tokens, label_smoothing
         self.dev_loss = dev_loss
         self.label_score: LabelScore = label_score
         self.backbone: Backbone = None  # pyright: ignore - set up before anything needs it
@@ -155,6 +154,7 @@ class PromptMethod(LightningModule):
         self.all_runs: list[Run] = []
         self.starts: list[Start] = []
         self.evaluated: list[int] = []
+        self.source_names: list[str] = []
         self.shares = RunShares([[]])
         self.progress = Progress()
         self.seconds = 0.0
@@ -166,16 +166,6 @@ class PromptMethod(LightningModule):
         self._seen_splits: set[SplitName] = set()
         self._start_scores: list[float] = []
         self._evaluated_at = -1
-
-    @property
-    def best_score(self) -> Tensor:
-        """The best dev score of each unit, (U,)."""
-        return self.keeper.score
-
-    @property
-    def best_step(self) -> Tensor:
-        """Its step, (U,)."""
-        return self.keeper.step
 
     @property
     def best(self) -> Tensor:
@@ -203,17 +193,26 @@ class PromptMethod(LightningModule):
         """What the best evaluation keeps; ``bank`` is what answers later."""
         return {"bank": self.bank()}
 
-    def draw(self, data: PromptDataModule) -> Draw | None:
-        """What a training batch holds; None where nothing is trained."""
-        raise NotImplementedError
+    def source_keys(self) -> list[Key]:
+        """The tasks, each with its sample, whose tuned prompts a fit builds on."""
+        return []
+
+    def draw(self, data: PromptDataModule) -> Draw:
+        """What a training batch holds; here each run reads its own rows."""
+        return bank_draw(
+            self.runs, self.train_rows(data), data.order_seed, data.layout, self.row_share
+        )
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree in, beside the backbone's weights and the runs."""
-        return {}
+        if not self.source_keys():
+            return {}
+        digest = {"digest of source prompts": self.source_digest} if self.source_digest else {}
+        return {"source_prompts": self.source_names, **digest}
 
     def curve(self) -> dict[str, list[Any]]:
-        """Further columns of ``curves.csv``, a value for each run."""
-        return {}
+        """Further columns of ``curves.csv``, a value for each run; here how far prompts moved."""
+        return {"moved": self.moved()}
 
     def logged(self, scores: Tensor) -> dict[str, float]:
         """Further numbers that an evaluation logs."""
@@ -221,16 +220,49 @@ class PromptMethod(LightningModule):
 
     def write(self) -> None:
         """Write the best prompts, and what else the fit leaves, into ``run_dir``."""
-        assert self.run_dir is not None
-        self.save_prompts(PromptStore(self.run_dir / "prompts"), self.best_prompts())
+        self.save_prompts(self.store, self.best_prompts())
 
     def restore(self) -> None:
         """Read the best from ``run_dir``, where neither a fit nor a checkpoint has filled it."""
-        raise NotImplementedError
+        keeper, store = self.keeper, self.store
+        for i, saved in enumerate(store.load([run.name for run in self.runs], self.backbone)):
+            self.check_shape(saved, store.path(saved.name))
+            keeper["bank"][i], self.init[i] = saved.prompt, saved.init
+            self.starts[i] = saved.start_fields
+            if saved.code is not None:
+                keeper.add("code", saved.code.new_zeros(len(self.runs), len(saved.code)))
+                keeper["code"][i] = saved.code
+            unit = 0 if self.joint else i
+            keeper.restore(unit, saved.steps, saved.dev_score)
+            keeper.dev[i] = torch.nan if saved.dev_score is None else saved.dev_score
+            if saved.status in STATUS:
+                self.status[unit] = STATUS.index(saved.status)
+            self.seconds = saved.seconds or 0.0
+
+    def check_shape(self, saved: Prompt, file: Path) -> None:
+        """Refuse a prompt of another shape than the settings'."""
+        here, there = tuple(self.init.shape[1:]), tuple(saved.prompt.shape)
+        if here != there:
+            raise ValueError(
+                f"{file} has shape {there}, the config asks for {here}: use the config of the fit"
+            )
 
     def best_prompts(self, test_scores: Tensor | None = None) -> Iterable[Prompt]:
         """The prompt of every run in ``evaluated`` that ``test`` scores, ready to be stored."""
-        raise NotImplementedError
+        dev, made = self.keeper.dev.tolist(), self.best
+        test = [None] * len(dev) if test_scores is None else test_scores.tolist()
+        facts = self.prompt_facts()
+        return [
+            self.stored_prompt(self.runs[i], made[i], self.init[i], dev[i], test[i], **facts[i])
+            for i in self.evaluated
+        ]
+
+    def prompt_facts(self) -> list[dict[str, Any]]:
+        """What the file of each run's prompt says besides, or instead."""
+        each = len(self.runs) // max(1, len(self.status))  # runs of a unit
+        units = zip(self.keeper.step.tolist(), self.status.tolist(), strict=True)
+        known = [{"steps": step, "status": STATUS[status]} for step, status in units]
+        return [asdict(start) | known[i // each] for i, start in enumerate(self.starts)]
 
     def result_facts(self, run: int) -> dict[str, Any]:
         """What the results say of how a run was trained, beside or instead of its prompt's word."""
@@ -252,7 +284,12 @@ class PromptMethod(LightningModule):
         """Bytes that a fit holds beside activations, by what they are of."""
         weights = sum(weight.nbytes for weight in self.backbone.parameters())
         trained = sum(p.nbytes for p in self.parameters() if p.requires_grad)
-        return {"weights": weights, "trained with gradient, moments and best copy": 5 * trained}
+        moments = 2 if self.optim_config is None or self.optim_config.name == "adamw" else 0
+        return {
+            "weights": weights,
+            "trained with gradient and best copy": 3 * trained,
+            "optimizer": moments * trained,
+        }
 
     def describe_fit(self, data: PromptDataModule, trainer: Trainer) -> str:
         """The text of ``fit --dry_run``; what is trained is made, and nothing is trained."""
@@ -261,7 +298,6 @@ class PromptMethod(LightningModule):
     # ---- the Trainer's set-up -------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Check the trainer, load the backbone, and let the data be tokenised by its rules."""
         self.check_trainer()
         self._run_dir = self._find_run_dir()
         self.backbone = self.load_backbone()
@@ -278,58 +314,61 @@ class PromptMethod(LightningModule):
         if fitting:
             check_lengths(self, data, "train", "dev")
         data.feed(
-            self.runs,
             self.progress,
             self.draw(data) if fitting else None,
             lambda: self.progress.live if fitting else self.evaluated,
-            self.tokens_per_forward,
-            lambda task, longest: self.tokens_beside_input(self.num_virtual_tokens, task, longest),
-            self.row_share,
-            self.prompts_at_once,
+            runs=self.runs,
+            tokens_per_forward=self.tokens_per_forward,
+            extra_per_row=self.tokens_beside_input,
+            share=self.row_share,
+            block=self.prompts_at_once,
         )
 
-    def take(self, data: PromptDataModule, fitting: bool = True, anew: bool | None = None) -> None:
+    def take(self, data: PromptDataModule, fitting: bool = True) -> None:
         """Take the runs that settings and data ask for, and make what they train, once.
 
-        Args:
-            data: the data, connected to the backbone.
-            fitting: whether a fit begins; other data then brings fresh runs. Otherwise those runs
-                are evaluated that the data have rows of.
-            anew: whether runs start now, and not from a checkpoint.
+        A fit on other data than before takes fresh runs. An evaluation is of those runs that the
+        data have rows of.
 
         Raises:
             ValueError: an evaluation of tasks that no run was trained for.
         """
         asked = self.make_runs(data)
-        if anew is None:
-            anew = fitting and not self.trainer.ckpt_path
         if fitting and self.is_built and asked != self.all_runs:
             rank_zero_info(f"other data than before: {len(asked)} fresh runs")
             self.is_built = False
         if not self.is_built:
             self._build(asked, data)
-            if anew:
+            if fitting:
+                self.read_sources()
+            if fitting and not self.trainer.ckpt_path:
                 self.start(data)
                 self.keeper.keep(torch.ones_like(self.status, dtype=torch.bool), self.kept())
         self.evaluated = list(range(len(self.runs)))
         if fitting:
             self.progress.live = self.evaluated_in_fit()
-        else:
-            own, known = (
-                {(r.task, r.sample): f"{r.task} (sample {r.sample})" for r in runs}
-                for runs in (asked, self.all_runs)
+            return
+        own, known = (
+            {(r.task, r.sample): f"{r.task} (sample {r.sample})" for r in runs}
+            for runs in (asked, self.all_runs)
+        )
+        if strange := [told for key, told in own.items() if key not in known]:
+            raise ValueError(
+                f"no run was trained for {some(strange)}; there are runs for "
+                f"{some([*known.values()])}: test the tasks of the fit, or fit these"
             )
-            strange = [told for key, told in own.items() if key not in known]
-            if strange:
-                raise ValueError(
-                    f"no run was trained for {some(strange)}; there are runs for "
-                    f"{some([*known.values()])}: test the tasks of the fit, or fit these"
-                )
-            self.evaluated = [i for i, r in enumerate(self.runs) if (r.task, r.sample) in own]
+        self.evaluated = [i for i, r in enumerate(self.runs) if (r.task, r.sample) in own]
+
+    def read_sources(self) -> None:
+        """Read the tuned prompts that a fit builds on; errors as :func:`source_prompts`."""
+        if keys := self.source_keys():
+            found = source_prompts(self.folders, keys, self.backbone, self.num_virtual_tokens)
+            self.source_names = [prompt.name for prompt in found]
+            self.sources.copy_(torch.stack([prompt.prompt for prompt in found]))
+            self.source_digest = tensor_digest(self.sources)
 
     def _build(self, runs: list[Run], data: PromptDataModule | None) -> None:
-        trainer = self._trainer
-        self.all_runs = list(runs)
+        trainer, self.all_runs = self._trainer, list(runs)
         world = 1 if trainer is None else trainer.world_size
         self.shares = RunShares([list(range(len(runs)))])
         if trainer and data is not None and self.shares_runs and 1 < world <= len(runs):
@@ -343,13 +382,10 @@ class PromptMethod(LightningModule):
         self.starts = [Start("")] * len(self.runs)
         self.build(self.backbone, self.runs)
         units = len(self.kept_units())
-        for name, value in {
-            "status": torch.full((units,), TRAINING, dtype=torch.long),
-            "active": torch.ones(units, dtype=torch.bool),
-            "loss_sum": torch.zeros(len(self.line_names())),
-            "loss_steps": torch.zeros((), dtype=torch.long),
-        }.items():
-            self.register_buffer(name, value)
+        self.register_buffer("status", torch.full((units,), TRAINING, dtype=torch.long))
+        self.register_buffer("active", torch.ones(units, dtype=torch.bool))
+        self.register_buffer("loss_sum", torch.zeros(len(self.line_names())))
+        self.register_buffer("loss_steps", torch.zeros((), dtype=torch.long))
         self.keeper = Keeper(units, len(self.runs), self.kept())
         self.is_built = True
         self.progress.live = self.evaluated_in_fit()
@@ -367,13 +403,18 @@ class PromptMethod(LightningModule):
         """Names of what is chosen by one score: the runs, or all of them together."""
         return ["all"] if self.joint else [run.name for run in self.runs]
 
+    def train_rows(self, data: PromptDataModule) -> dict[Key, Rows]:
+        """The training rows of the runs' tasks and samples."""
+        keys = dict.fromkeys((run.task, run.sample) for run in self.runs)
+        return {key: data.tokens(*key, "train") for key in keys}
+
     def look(self, data: PromptDataModule, trainer: Trainer) -> None:
         """Make what a fit would train, for a look at it before training."""
         self.trainer = trainer
         setattr(trainer, "datamodule", data)  # noqa: B010 - Lightning makes the attribute later
         self.backbone = self.load_backbone()
         data.connect(self.backbone)
-        self.take(data, fitting=True, anew=True)
+        self.take(data)
         self.to(trainer.strategy.root_device)
 
     def load_backbone(self) -> Backbone:
@@ -382,11 +423,7 @@ class PromptMethod(LightningModule):
 
     @property
     def datamodule(self) -> PromptDataModule:
-        """The trainer's data.
-
-        Raises:
-            ValueError: the trainer was not given one of this package's kinds.
-        """
+        """The trainer's data."""
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, PromptDataModule):
             raise ValueError(
@@ -428,6 +465,16 @@ class PromptMethod(LightningModule):
     def run_dir(self, folder: str | Path) -> None:
         self._named_run_dir = Path(folder)
 
+    @property
+    def store(self) -> PromptStore:
+        """The runs' prompts in the run's folder."""
+        return PromptStore(self.file(self.prompt_folder))
+
+    def file(self, name: str) -> Path:
+        """A file or folder of the run's folder."""
+        assert self.run_dir is not None
+        return self.run_dir / name
+
     def _find_run_dir(self) -> Path | None:
         trainer = self.trainer
         if getattr(trainer, "fast_dev_run", False) or self._named_run_dir is not None:
@@ -435,23 +482,17 @@ class PromptMethod(LightningModule):
         logs = [x for x in trainer.loggers if isinstance(x, (CSVLogger, TensorBoardLogger))]
         if logs:
             return Path(trainer.strategy.broadcast(str(logs[0].log_dir)))
-        name = time.strftime("%Y%m%d-%H%M%S")
-        folder = Path(trainer.default_root_dir) / "prompt_lab_runs" / name
-        folder = Path(trainer.strategy.broadcast(str(folder)))
+        name = f"{trainer.default_root_dir}/prompt_lab_runs/{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = Path(trainer.strategy.broadcast(name))
         rank_zero_info(f"outputs go to {folder}")
         return folder
 
     def check_trainer(self) -> None:
-        """Refuse trainer settings that would quietly change the result; see `checks`."""
         check_trainer(self)
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the fit, at which schedules end.
-
-        Raises:
-            ValueError: a fit without an end.
-        """
+        """Optimizer steps of the fit, at which schedules end."""
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):
             raise ValueError("the fit has no end: give trainer.max_steps or trainer.max_epochs")
@@ -515,7 +556,6 @@ class PromptMethod(LightningModule):
         return prefixes.of(used), renumber(batch, used)
 
     def answer(self, prefixes: Prefixes, step: EvaluationBatch) -> list[str]:
-        """One answer per row of an evaluation batch."""
         way = self.way(self.datamodule.tasks[step.task])
         return answers(self.backbone, lambda batch: self.prefix_of(prefixes, batch), step, way)
 
@@ -530,9 +570,9 @@ class PromptMethod(LightningModule):
                 made.add(step, self.answer(prefixes, step), keep)
         return made
 
-    def tokens_beside_input(self, num_virtual_tokens: int, task: Task, longest: int) -> int:
+    def tokens_beside_input(self, task: Task, longest: int) -> int:
         """Tokens that an evaluated row costs besides its input, for cutting batches."""
-        prompt = num_virtual_tokens if self.backbone.is_encoder_decoder else 0
+        prompt = self.num_virtual_tokens if self.backbone.is_encoder_decoder else 0
         if self.scored(task):
             return prompt + longest
         return prompt + self.num_beams * (self.max_new_tokens or longest)
@@ -540,7 +580,6 @@ class PromptMethod(LightningModule):
     # ---- a look at the rows ---------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        """Look at all rows that the fit and its test will run, and tell loggers the settings."""
         self._is_written = False
         self._tell_of_rows("train", "dev", "test")
         log_settings(self)
@@ -553,21 +592,13 @@ class PromptMethod(LightningModule):
 
     # ---- training -------------------------------------------------------------------------------
 
-    def bank_gradient(
-        self, bank: Tensor, batch: Batch, label_smoothing: float
-    ) -> tuple[Tensor, Tensor]:
+    def bank_gradient(self, bank: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Losses (R,) and gradient (R, N, D); micro-batches are halved when memory runs out."""
-        return self.within_memory(
-            batch,
-            lambda tokens: bank_gradient(self.backbone, bank, batch, tokens, label_smoothing),
-        )
+        known = (self.backbone, bank, batch)
+        return self.within_memory(batch, lambda n: bank_gradient(*known, n, self.label_smoothing))
 
     def within_memory(self, batch: Batch, step: Callable[[int], Made]) -> Made:
-        """What ``step`` makes, given the tokens of a forward pass; fewer when memory runs out.
-
-        Raises:
-            ValueError: it runs out with one row in a forward pass.
-        """
+        """What ``step`` makes, given the tokens of a forward pass; fewer when memory runs out."""
         while True:
             try:
                 return step(self.tokens_per_forward)
@@ -621,7 +652,6 @@ class PromptMethod(LightningModule):
         trainer.training = True
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Count the batch, and log its loss."""
         self.progress.batches += 1
         runs = 1 if self.joint else max(1, len(self.progress.live))
         batches = self.trainer.accumulate_grad_batches
@@ -645,15 +675,12 @@ class PromptMethod(LightningModule):
         return self.trainer.state.fn == "fit"
 
     def new_evaluation(self, split: SplitName) -> Evaluation:
-        """An evaluation of the runs."""
-        shared = self.row_share[1] > 1
-        variant = self.metric_variant
-        return Evaluation(self.datamodule, self.runs, split, variant, self.device, shared)
+        known = (self.datamodule, self.runs, split, self.metric_variant, self.device)
+        return Evaluation(*known, shared_rows=self.row_share[1] > 1)
 
     def prefixes(self, current: bool) -> Prefixes:
         """What answers: the current prompts, or the best."""
-        bank = self.bank().detach() if current else self.keeper["bank"]
-        return Prefixes(self.backbone, bank)
+        return Prefixes(self.backbone, self.bank().detach() if current else self.best)
 
     def _begin(self, split: SplitName) -> None:
         if not self._fitting:
@@ -664,11 +691,7 @@ class PromptMethod(LightningModule):
         self._prefixes = self.prefixes(self._fitting)
 
     def restore_best(self) -> None:
-        """Read the best from files, unless a fit or checkpoint has filled it.
-
-        Raises:
-            ValueError: there is no folder to read from.
-        """
+        """Read the best from files, unless a fit or checkpoint has filled it."""
         if self.keeper.is_filled or bool((self.status != TRAINING).any()):
             return
         if self.run_dir is None:
@@ -677,13 +700,12 @@ class PromptMethod(LightningModule):
                 "trainer.limit_test_batches instead, or a checkpoint"
             )
         self.restore()
+        self.status.masked_fill_(self.status == TRAINING, FINISHED)
 
     def on_validation_start(self) -> None:
-        """Begin an evaluation: of what is trained in a fit, else of the best."""
         self._begin("dev")
 
     def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
-        """Answer a batch of dev rows."""
         self.evaluation.add(batch, self.answer(self._prefixes, batch))
 
     def on_validation_epoch_end(self) -> None:
@@ -696,9 +718,8 @@ class PromptMethod(LightningModule):
             whole = self.trainer.num_sanity_val_steps == float("inf")
             self._start_scores = scores.tolist() if whole and not self.joint else []
             return
-        self._evaluated_at = self.trainer.global_step
+        self._evaluated_at = step = self.trainer.global_step
         units, live = self.unit_scores(scores), self.active & (self.status == TRAINING)
-        step = self.trainer.global_step
         self.keep(self.keeper.update(units, scores, step, live, always=not self.runs))
         lines = list(self.progress.live)
         self._stop_runs()
@@ -723,7 +744,6 @@ class PromptMethod(LightningModule):
         """What a method does besides, after an evaluation in a fit."""
 
     def _stop_runs(self) -> None:
-        """End runs that failed, lost patience or reached the budget."""
         failed = (self.status == TRAINING) & ~self.active
         self.status.masked_fill_(failed, FAILED)
         if self.patience is not None:
@@ -742,8 +762,7 @@ class PromptMethod(LightningModule):
         self._set_live()
 
     def _set_live(self) -> None:
-        """Joint runs are evaluated to the end, others while they train."""
-        if not self.joint:
+        if not self.joint:  # which are evaluated to the end
             self.progress.live = [i for i, s in enumerate(self.status.tolist()) if s == TRAINING]
 
     def mean_losses(self) -> Tensor:
@@ -803,15 +822,12 @@ class PromptMethod(LightningModule):
     # ---- test and predict -----------------------------------------------------------------------
 
     def on_test_start(self) -> None:
-        """Begin the evaluation of the best of this fit, of the checkpoint, or of the files."""
         self._begin("test")
 
     def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
-        """Answer a batch of test rows."""
         self.evaluation.add(batch, self.answer(self._prefixes, batch))
 
     def on_test_epoch_end(self) -> None:
-        """Score test, and write what it leaves."""
         scores = self.evaluation.scores()
         self.log("test/mean", scores[self.evaluated].nanmean().float(), rank_zero_only=False)
         self.report_test(scores)
@@ -821,7 +837,6 @@ class PromptMethod(LightningModule):
         Report(self, self.evaluation, "test").write(scores)
 
     def on_predict_start(self) -> None:
-        """Take the best of this fit, of the checkpoint, or of the files."""
         self.restore_best()
         self._prefixes = self.prefixes(current=False)
 
@@ -837,37 +852,35 @@ class PromptMethod(LightningModule):
     # ---- identity, warnings ---------------------------------------------------------------------
 
     def digests(self) -> dict[str, Any]:
-        """Digests of what a fit reads: backbone weights, tokenizer, data files; no path is in it.
-
-        All processes call it.
-        """
+        """Digests of all that a fit reads; no path is in it. All processes call it."""
         files = {
             f"{task}/{sample}/{name}": split.digest
             for (task, sample), splits in self.datamodule.splits.items()
             for name, split in splits.items()
         }
-        return {
-            "backbone": self.backbone.digest,
-            "tokenizer": self.backbone.tokenizer_digest,
-            "data": files,
-            **({"template": template} if (template := self.datamodule.frame.digest) else {}),
-        }
+        found: dict[str, Any] = {"backbone": self.backbone.digest, "data": files}
+        found["tokenizer"] = self.backbone.tokenizer_digest
+        if template := self.datamodule.frame.digest:
+            found["template"] = template
+        if self.source_keys():
+            found["source_prompts"] = tensor_digest(self.sources)
+        if self.init_config is not None and self.init_config.name == "file":
+            own = self.shares.join([tensor_digest(init) for init in self.init])
+            found["initial_prompts"] = hashlib.sha256(" ".join(own).encode()).hexdigest()
+        return found
 
     def fit_record(self) -> dict[str, Any]:
         """What the fit kept for tests to come; empty where there is none."""
-        file = self.run_dir and self.run_dir / FIT_RECORD
-        if not self._fit_record and file and file.is_file():
-            self._fit_record = json.loads(file.read_text())
+        if not self._fit_record and self.run_dir and self.file(FIT_RECORD).is_file():
+            self._fit_record = json.loads(self.file(FIT_RECORD).read_text())
         return self._fit_record
 
     def on_fit_end(self) -> None:
-        """Record the trainer's settings, and what the fit read, for tests to come."""
         if not self._is_written:  # a fit that was killed after its last step had none left
             self._write_all()
         self._fit_record = {"trainer": trainer_settings(self.trainer), "digests": self.digests()}
         if self.trainer.is_global_zero and self.run_dir:
-            text = json.dumps(self._fit_record, indent=1)
-            write_atomically(self.run_dir / FIT_RECORD, text.encode())
+            write_atomically(self.file(FIT_RECORD), json.dumps(self._fit_record, indent=1).encode())
 
     def warn_once(self, key: str, message: str) -> None:
         """Warn about one thing once per fit."""
@@ -878,33 +891,26 @@ class PromptMethod(LightningModule):
     def stored_prompt(
         self, run: Run, prompt: Tensor, init: Tensor, dev: float, test: float | None, **facts: Any
     ) -> Prompt:
-        """A run's prompt with all that its file says.
+        """A run's prompt (N, D) with all that its file says.
 
-        Args:
-            run: what the prompt is of.
-            prompt: (N, D).
-            init: (N, D) what it was trained from.
-            dev: dev score that chose it; NaN or infinite where there is none.
-            test: test score.
-            facts: further fields of :class:`Prompt`, and those that differ from the run's.
+        ``init`` (N, D) is what it was trained from, ``dev`` the score that chose it, NaN for none;
+        ``facts`` are further fields of :class:`Prompt`, or other values than the run's.
         """
         from prompt_lab import __version__
 
         fields = {
+            **self.origin(),
             "name": run.name,
-            "backbone": self.backbone.name,
-            "backbone_digest": self.backbone.digest,
-            "tokenizer_digest": self.backbone.tokenizer_digest,
             "task": run.task,
             "sample": run.sample,
             "init_seed": run.init_seed,
+            "order_seed": self.datamodule.order_seed,
             "learning_rate": run.learning_rate,
             "batch_size": run.batch_size,
             "dev_score": dev if math.isfinite(dev) else None,
             "test_score": test,
             "metric": self.datamodule.tasks[run.task].metric,
             "status": "finished",
-            "seconds": round(self.seconds, 3),
             "run": self.all_runs.index(run),
             "version": __version__,
             **self.way_of_answering(run.task, run.sample),
@@ -912,10 +918,20 @@ class PromptMethod(LightningModule):
         kept = {"prompt": prompt.detach().cpu(), "init": init.detach().cpu()}
         return Prompt(**kept, **(fields | facts))
 
+    def origin(self, unit: int | None = None) -> dict[str, Any]:
+        """What every file says of where it is from; with a unit, of its best evaluation too."""
+        backbone = self.backbone
+        found: dict[str, Any] = {"backbone": backbone.name, "backbone_digest": backbone.digest}
+        found |= {"tokenizer_digest": backbone.tokenizer_digest, "seconds": round(self.seconds, 3)}
+        if unit is not None:
+            score = self.keeper.score[unit].item()
+            found["dev_score"] = score if math.isfinite(score) else None
+            found["steps"] = int(self.keeper.step[unit])
+        return found
+
     # ---- checkpoints ----------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note what the runs are, and what must agree."""
         fill_checkpoint(self, checkpoint)
         checkpoint["seconds"], checkpoint["evaluated_at"] = self.seconds, self._evaluated_at
 
@@ -923,45 +939,37 @@ class PromptMethod(LightningModule):
         """Take this process's runs; refuse other data, seeds or weights, which may look like these.
 
         Without a trainer, as in ``load_from_checkpoint``, the runs are those of the checkpoint.
-
-        Raises:
-            ValueError: naming both sides.
         """
         if any(name not in checkpoint for name in ("runs", "starts", "identity", "seconds")):
             raise ValueError("the checkpoint is not of a method of prompt_lab")
+        if not self.source_names:
+            self.source_names = checkpoint["identity"].get("source_prompts", [])
+            self.source_digest = checkpoint["identity"].get("digest of source prompts")
         if not self.is_built:
             self.backbone = self.load_backbone()
             self._build([Run(**run) for run in checkpoint["runs"]], None)
         check_identity(self, checkpoint["identity"])
-        self.starts = [Start(**checkpoint["starts"][place]) for place in self.shares.own]
+        starts = [Start(**start) for start in checkpoint["starts"]]
+        self.starts = [starts[i] for i in self.shares.own] if self.shares.divided else starts
         self.seconds, self._evaluated_at = checkpoint["seconds"], checkpoint["evaluated_at"]
         change_runs(self, checkpoint, self.shares.take)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """The method of a checkpoint, of the class that was saved, with what it has trained.
-
-        Raises:
-            ValueError: a checkpoint of another class.
-        """
+        """The method of a checkpoint, of the class that was saved, with what it has trained."""
         kwargs.setdefault("weights_only", True)
         if cls is PromptMethod:
             return kind_of(checkpoint_path).load_from_checkpoint(checkpoint_path, *args, **kwargs)
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The state without the frozen backbone."""
         state = super().state_dict(*args, **kwargs)
         for name in [name for name in state if name.startswith(self.frozen)]:
             del state[name]
         return state
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Load everything but the backbone, which must not be there.
-
-        Raises:
-            ValueError: anything else is missing or left over, or has another shape.
-        """
+        """Load everything but the backbone, which must not be there; anything else must fit."""
         for name, own in self.state_dict().items():
             given = state_dict.get(name, own)
             if given.shape != own.shape:

@@ -1,24 +1,15 @@
 """``PromptTuning``: train a bank of soft prompts, each as if it were alone.
 
 Prompt tuning (Lester et al. 2021, arXiv 2104.08691) trains an (N, D) prompt in front of a frozen
-model. One fit trains a grid of runs, tasks x samples x seeds x learning rates x batch sizes (x
-source tasks, where prompts are transferred), in one (R, N, D) parameter: the loss of a step is the
-sum of the runs' own mean losses, and optimizer, schedule, best prompt, early stop and failure
-belong to the run. Which rows a run sees at step t is a function of (order seed, task, sample, t),
-so a bank follows its single runs, and a resumed fit the uninterrupted one.
-
-With a subspace, each run trains I numbers instead, its code, which the subspace's frozen map turns
-into the prompt (intrinsic subspace tuning, Qin et al. 2021).
-
-On several processes, whole runs are shared where there are at least as many runs as processes, and
-the rows of each step where there are fewer.
+model. One fit trains a grid of runs in one (R, N, D) parameter: the loss of a step is the sum of
+the runs' own mean losses, and optimizer, schedule, best prompt, early stop and failure belong to
+the run. With a subspace, each run trains I numbers instead, its code, which the subspace's frozen
+map turns into the prompt (intrinsic subspace tuning, Qin et al. 2021).
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
@@ -29,17 +20,16 @@ from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import with_gradient
 from prompt_lab.core.batch import Batch
 from prompt_lab.core.optim import OptimConfig
-from prompt_lab.core.pretrained import tensor_digest, weights_digest
+from prompt_lab.core.pretrained import weights_digest
 from prompt_lab.core.run import Run, grid
 from prompt_lab.core.subspace import Subspace
 from prompt_lab.data.datamodule import PromptDataModule
-from prompt_lab.data.sampling import Draw, bank_draw
-from prompt_lab.files.prompts import Prompt, PromptStore
+from prompt_lab.files.prompts import PromptStore
 from prompt_lab.files.tensors import read_metadata
 from prompt_lab.methods.checks import some
 from prompt_lab.methods.configs import as_config, as_list
 from prompt_lab.methods.logs import warn_of_answers
-from prompt_lab.methods.method import FINISHED, STATUS, PromptMethod
+from prompt_lab.methods.method import STATUS, TRAINING, PromptMethod
 from prompt_lab.methods.starts import (
     InitConfig,
     SubspaceConfig,
@@ -54,20 +44,16 @@ class PromptTuning(PromptMethod):
 
     The grid of runs is data.tasks x data.samples x init_seed x learning_rate x batch_size; with one
     value each it is ordinary prompt tuning. With ``init.source_tasks`` each of them is made once
-    for every source task, from whose prompt it starts (SPoT, Vu et al. 2022).
-    ``trainer.max_steps`` is the budget of every run and ``trainer.val_check_interval`` the number
-    of steps between evaluations on dev; with ``trainer.num_sanity_val_steps`` -1 the initial
-    prompts are scored too, as step 0 of the curves.
+    for every source task, from whose prompt it starts (SPoT, Vu et al. 2022). With
+    ``trainer.num_sanity_val_steps`` -1 the initial prompts are scored too, as step 0.
 
     Args:
         optim: optimizer, schedule and clip of every run.
         init: how prompts are initialised; without effect in a subspace.
         subspace: tune inside this subspace, I numbers per run; null tunes the prompts themselves.
-        num_virtual_tokens: N, the rows of a prompt.
         init_seed: seed or seeds of the initial prompt.
         learning_rate: peak learning rate or rates.
         batch_size: rows per step and run, one value or several.
-        label_smoothing: share of each target's probability spread over the vocabulary.
         patience: stop a run after so many evaluations without a better dev score; null for never.
         save_steps: evaluations, by their steps, whose prompts are kept as prompt stores
             ``steps/<step>`` of the run's folder, for task embeddings over the course of training.
@@ -85,11 +71,9 @@ class PromptTuning(PromptMethod):
         optim: OptimConfig = OptimConfig(),  # noqa: B008
         init: InitConfig = InitConfig(),  # noqa: B008
         subspace: SubspaceConfig | None = None,
-        num_virtual_tokens: int = 100,
         init_seed: int | list[int] = 0,
         learning_rate: float | list[float] = 0.3,
         batch_size: int | list[int] = 8,
-        label_smoothing: float = 0.0,
         patience: int | None = None,
         save_steps: list[int] = [],  # noqa: B006 - read only; a list so that the CLI shows it
         test_baselines: bool = False,
@@ -102,19 +86,12 @@ class PromptTuning(PromptMethod):
         self.subspace: Subspace | None = None
         if self.subspace_config is not None:
             self.subspace_config.check()
-        self.num_virtual_tokens, self.label_smoothing = num_virtual_tokens, label_smoothing
         self.init_seeds, self.learning_rates = as_list(init_seed), as_list(learning_rate)
         self.batch_sizes, self.save_steps = as_list(batch_size), list(save_steps)
         self.patience, self.test_baselines = patience, test_baselines
 
-    # ---- what is trained ------------------------------------------------------------------------
-
     def setup(self, stage: str) -> None:
-        """As every method's; refuse to keep the prompts of steps that are not evaluated.
-
-        Raises:
-            ValueError: naming the steps.
-        """
+        """As every method's; refuse to keep the prompts of steps that are not evaluated."""
         super().setup(stage)
         every, steps = self.trainer.val_check_interval, self.trainer.max_steps
         never = [s for s in self.save_steps if isinstance(every, int) and s % every and s != steps]
@@ -126,7 +103,6 @@ class PromptTuning(PromptMethod):
             )
 
     def make_runs(self, data: PromptDataModule) -> list[Run]:
-        """The grid."""
         return grid(
             list(data.tasks),
             data.samples,
@@ -149,7 +125,6 @@ class PromptTuning(PromptMethod):
 
     @torch.no_grad()
     def start(self, data: PromptDataModule) -> None:
-        """Put prompts or codes where they start."""
         backbone, config = self.backbone, self.subspace_config
         if config is not None:
             subspace = config.load(backbone, self.num_virtual_tokens)
@@ -184,30 +159,20 @@ class PromptTuning(PromptMethod):
         return trained
 
     def bank(self) -> Tensor:
-        """The runs' prompts (R, N, D), with gradient to what is trained."""
         return self.trained if self.subspace is None else self.subspace.back_project(self.trained)
 
     def kept(self) -> dict[str, Tensor]:
-        """Prompts, and their codes."""
         return super().kept() | ({} if self.subspace is None else {"code": self.trained})
 
     def configure_optimizers(self) -> Any:
-        """The bank's optimizer; it holds the prompts, or their codes, and nothing else."""
         rates = [run.learning_rate for run in self.runs]
         own = self.own_parameters()
         return self.optim_config.build(own, rates, self.active, self.total_steps)
 
-    def draw(self, data: PromptDataModule) -> Draw:
-        """Each run reads its own rows."""
-        rows = {(r.task, r.sample): data.tokens(r.task, r.sample, "train") for r in self.runs}
-        return bank_draw(self.runs, rows, data.order_seed, data.layout, self.row_share)
-
-    # ---- training -------------------------------------------------------------------------------
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of all live runs; a run whose loss or gradient is not finite rests from here on."""
         bank = self.bank()
-        losses, gradient = self.bank_gradient(bank, batch, self.label_smoothing)
+        losses, gradient = self.bank_gradient(bank, batch)
         finite = losses.isfinite() & gradient.flatten(1).isfinite().all(1)
         self.active &= self.finite_everywhere(finite)
         losses = torch.where(self.active, losses, 0)
@@ -218,87 +183,36 @@ class PromptTuning(PromptMethod):
         loss = with_gradient(losses.sum() * world, bank, gradient * world)
         return loss + 0 * self.anchor if self.shares.divided else loss
 
-    def curve(self) -> dict[str, list[Any]]:
-        """How far the prompts moved."""
-        return {"moved": self.moved()}
-
     def after_evaluation(self, scores: Tensor, lines: list[int]) -> None:
         """Warn, and keep the prompts of the evaluated runs, if this is one of the steps to keep."""
         warn_of_answers(self, lines)
         step = self.trainer.global_step
         if step not in self.save_steps or not self.run_dir:
             return
-        bank, dev = self.bank().detach(), scores.tolist()
-        facts = {"order_seed": self.datamodule.order_seed, "steps": step, "status": STATUS[0]}
+        bank, dev, facts = self.bank().detach(), scores.tolist(), self.prompt_facts()
+        now = {"steps": step, "status": STATUS[TRAINING], "code": None}
         kept = (
-            self.stored_prompt(
-                *(run, bank[i], self.init[i], dev[i], None), **asdict(self.starts[i]), **facts
-            )
+            self.stored_prompt(run, bank[i], self.init[i], dev[i], None, **(facts[i] | now))
             if i in lines
             else None
             for i, run in enumerate(self.runs)
         )
-        self.save_prompts(PromptStore(self.run_dir / "steps" / str(step)), kept)
+        self.save_prompts(PromptStore(self.file(f"steps/{step}")), kept)
 
-    # ---- files ----------------------------------------------------------------------------------
-
-    def restore(self) -> None:
-        """Read each run's best prompt from the prompt store."""
-        assert self.run_dir is not None
-        keeper, store = self.keeper, PromptStore(self.run_dir / "prompts")
-        for i, saved in enumerate(store.load([run.name for run in self.runs], self.backbone)):
-            if saved.prompt.shape != self.init[i].shape:
-                raise ValueError(
-                    f"{store.path(saved.name)} has shape {tuple(saved.prompt.shape)}, the config "
-                    f"asks for {tuple(self.init[i].shape)}: use the config of the fit"
-                )
-            keeper["bank"][i], self.init[i] = saved.prompt, saved.init
-            self.starts[i] = saved.start_fields
-            if saved.code is not None:
-                if "code" not in keeper.names:  # the subspace is not there
-                    keeper.names.append("code")
-                    keeper.kept_code = saved.code.new_zeros(len(self.runs), len(saved.code))
-                keeper["code"][i] = saved.code
-            unit = 0 if self.joint else i
-            keeper.step[unit] = -1 if saved.steps is None else saved.steps
-            keeper.dev[i] = torch.nan if saved.dev_score is None else saved.dev_score
-            keeper.score[unit] = -torch.inf if saved.dev_score is None else saved.dev_score
-            self.status[unit] = STATUS.index(saved.status) if saved.status in STATUS else FINISHED
-            self.seconds = saved.seconds or 0.0
-
-    def best_prompts(self, test_scores: Tensor | None = None) -> list[Prompt]:
-        """The best prompt of every run, ready to be stored."""
-        keeper, count = self.keeper, (len(self.runs),)
-        score = (keeper.dev if self.joint else keeper.score).tolist()
-        step, status = keeper.step.expand(count).tolist(), self.status.expand(count).tolist()
-        return [
-            self.stored_prompt(
-                self.runs[i],
-                keeper["bank"][i],
-                self.init[i],
-                score[i],
-                None if test_scores is None else test_scores[i].item(),
-                code=keeper["code"][i].detach().cpu() if "code" in keeper.names else None,
-                **asdict(self.starts[i]),
-                order_seed=self.datamodule.order_seed,
-                steps=step[i],
-                status=STATUS[status[i]],
-            )
-            for i in self.evaluated
-        ]
-
-    # ---- identity, warnings ---------------------------------------------------------------------
+    def prompt_facts(self) -> list[dict[str, Any]]:
+        facts = super().prompt_facts()
+        if "code" in self.keeper.names:
+            codes = self.keeper["code"].detach().cpu()
+            return [known | {"code": code} for known, code in zip(facts, codes, strict=True)]
+        return facts
 
     def identity(self) -> dict[str, Any]:
-        """The subspace."""
         return {"subspace": self.subspace_digest()}
 
     def digests(self) -> dict[str, Any]:
-        """Those of all methods, of the subspace, and of initial prompts that were read."""
         found = {**super().digests(), "subspace": self.subspace_digest()}
-        if self.init_config.name == "file" and self.subspace_config is None:
-            own = self.shares.join([tensor_digest(init) for init in self.init])
-            found["initial_prompts"] = hashlib.sha256(" ".join(own).encode()).hexdigest()
+        if self.subspace_config is not None:  # where init is without effect
+            found.pop("initial_prompts", None)
         return found
 
     def subspace_digest(self) -> str | None:
@@ -318,7 +232,6 @@ class PromptTuning(PromptMethod):
         return "tuned" if self.subspace_config is None else self.subspace_config.variant
 
     def described(self, data: PromptDataModule) -> list[str]:
-        """The grid of runs, and where they start."""
         axes = {
             "tasks": list(data.tasks),
             "samples": data.samples,
@@ -337,14 +250,7 @@ class PromptTuning(PromptMethod):
             f"starting from {', '.join(starts)}",
         ]
 
-    def held(self) -> dict[str, int]:
-        """Weights, bank and optimizer."""
-        moments = 2 if self.optim_config.name == "adamw" else 0
-        bank, optimizer = 3 * self.init.nbytes, moments * self.trained.nbytes
-        return {"weights": super().held()["weights"], "bank": bank, "optimizer": optimizer}
-
     def result_facts(self, run: int) -> dict[str, Any]:
-        """What the results say of how a run was trained."""
         has_code = "code" in self.keeper.names
         return {
             "variant": self.variant,
@@ -353,7 +259,6 @@ class PromptTuning(PromptMethod):
         }
 
     def _warn_of_starts(self, data: PromptDataModule, init: Tensor) -> None:
-        """Warn of initial prompts off the scale of the embeddings, or learned on these tasks."""
         ratio = scale_ratio(self.backbone, init)
         if not 1 / 3 <= ratio <= 3:
             self.warn_once(

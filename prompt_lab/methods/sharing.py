@@ -30,12 +30,8 @@ def share_runs(costs: Sequence[float], processes: int) -> list[list[int]]:
     The longest-processing-time rule (Graham 1969, doi 10.1137/0117039): at most 4/3 of the shortest
     time that any sharing takes.
 
-    Args:
-        costs: what a step of each run costs, in any unit.
-        processes: number of processes.
-
-    Returns:
-        For each process its runs in ascending order; some have none where there are fewer runs.
+    ``costs`` are those of a step of each run, in any unit. Each process gets its runs in ascending
+    order; some have none where there are fewer runs.
     """
     load, shares = [0.0] * processes, [list[int]() for _ in range(processes)]
     for run in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
@@ -56,14 +52,10 @@ def gather_values(values: Sequence[T]) -> list[T]:
 
 @dataclass(frozen=True)
 class RunShares:
-    """The runs of every process.
+    """For each process its runs, by their places in the grid, ascending; and which this one is.
 
-    All methods that join are called on all processes at the same time.
-
-    Attributes:
-        shares: for each process its runs, by their places in the grid, ascending. One share is that
-            of a process that has all runs, and then nothing is sent.
-        rank: this process; 0 with one share.
+    One share is that of a process that has all runs, and then nothing is sent. All methods that
+    join are called on all processes at the same time.
     """
 
     shares: list[list[int]]
@@ -85,6 +77,8 @@ class RunShares:
 
     def join(self, values: Sequence[T]) -> list[T]:
         """One value for each run, from those of this process's runs, in the order of the grid."""
+        if not self.divided:
+            return list(values)
         pairs = self.gather(list(zip(self.own, values, strict=True)))
         return [value for _, value in sorted(pairs, key=lambda pair: pair[0])]
 

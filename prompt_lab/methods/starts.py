@@ -62,7 +62,6 @@ class InitConfig:
     source_tasks: list[str] | None = None
 
     def __post_init__(self) -> None:
-        """Check that the way is known and what it needs is there."""
         if self.name not in get_args(InitName):
             raise ValueError(f"init.name is {self.name!r}; allowed: {get_args(InitName)}")
         if self.name == "text" and not self.text:
@@ -152,13 +151,9 @@ def _tell_of_other_frames(found: Sequence[FoundPrompt], frame: Frame) -> None:
 def vocabulary_prompt(
     backbone: Backbone, num_virtual_tokens: int, seed: int = 0, vocab_size: int | None = 5000
 ) -> Tensor:
-    """The default start: embeddings of N frequent tokens, drawn without replacement, seeded.
+    """Embeddings of N of the first ``vocab_size`` tokens (None for all), drawn by seed; (N, D).
 
-    Lester et al. 2021 (arXiv 2104.08691), section 3.2; (N, D) float32, on the CPU. ``vocab_size``
-    is how many low ids to draw from, special ones left out; None for all.
-
-    Raises:
-        ValueError: fewer such tokens than N.
+    Lester et al. 2021 (arXiv 2104.08691), section 3.2; float32, on the CPU.
     """
     size = min(len(backbone.model.get_input_embeddings().weight), len(backbone.tokenizer))
     ids = prompts.frequent_ids(size, backbone.tokenizer.all_special_ids, vocab_size)
@@ -200,11 +195,7 @@ def _make(
 
 
 def starts_of(path: Path, runs: Sequence[Run]) -> list[FoundPrompt]:
-    """The prompt that each run starts from.
-
-    A prompt file or a PEFT folder serves all. Of a store, a fit or a checkpoint it is that of the
-    run's task, or of its source where it has one: of its sample and seed, if there are those, and
-    of several the one with the best dev score.
+    """The prompt that each run starts from: one for all, or by its task or source, sample and seed.
 
     Raises:
         FileNotFoundError: no such place, or one without prompts.
@@ -277,39 +268,18 @@ class SubspaceConfig:
     std: float = 0.02
 
     def check(self) -> None:
-        """Check that a random subspace has a dimension, and a file none beside its own.
-
-        Raises:
-            ValueError: naming the setting and what is allowed.
-        """
+        """Refuse (``ValueError``) a random subspace without a dimension, or a file with one."""
         if (self.path == RANDOM) != (self.intrinsic_dim is not None):
             raise ValueError(
                 f"model.subspace.path is {self.path!r} and model.subspace.intrinsic_dim is "
                 f"{self.intrinsic_dim}: give a dimension for a {RANDOM} subspace, and none for a "
                 "file"
             )
-        if self.intrinsic_dim is not None and self.intrinsic_dim < 1:
-            raise ValueError(
-                f"model.subspace.intrinsic_dim is {self.intrinsic_dim}: give 1 or more"
-            )
-        if self.std < 0:
-            raise ValueError(f"model.subspace.std is {self.std}: give 0 or more")
 
     def load(self, backbone: Backbone, num_virtual_tokens: int) -> Subspace:
-        """The map, frozen.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: as :func:`prompt_lab.files.tensors.load_network`, or another N.
-        """
+        """The map, frozen; errors as :func:`load_subspace`."""
         if self.intrinsic_dim is None:
-            found = load_network(self.path, Subspace, backbone)
-            if found.num_virtual_tokens != num_virtual_tokens:
-                raise ValueError(
-                    f"{self.path}: a subspace of prompts of {found.num_virtual_tokens} virtual "
-                    f"tokens, but num_virtual_tokens is {num_virtual_tokens}"
-                )
-            return found
+            return load_subspace(self.path, backbone, num_virtual_tokens)
         size = (num_virtual_tokens, backbone.hidden_size, self.intrinsic_dim)
         return Subspace(*size, seed=self.seed).requires_grad_(False)
 
@@ -326,6 +296,17 @@ class SubspaceConfig:
     def start(self, seed: int) -> Start:
         """Where codes start that are drawn under a seed."""
         return Start("codes", "", seed, "" if self.path == RANDOM else self.path)
+
+
+def load_subspace(path: str | Path, backbone: Backbone, num_virtual_tokens: int) -> Subspace:
+    """The map of a subspace file; errors as :func:`load_network`, and for another N."""
+    found = load_network(path, Subspace, backbone)
+    if found.num_virtual_tokens != num_virtual_tokens:
+        raise ValueError(
+            f"{path}: a subspace of prompts of {found.num_virtual_tokens} virtual tokens, but "
+            f"num_virtual_tokens is {num_virtual_tokens}"
+        )
+    return found
 
 
 def initial_codes(runs: Sequence[Run], intrinsic_dim: int, std: float) -> Tensor:

@@ -62,32 +62,18 @@ SCALES = "scales.csv"
 
 @dataclass(frozen=True, eq=False)
 class VectorSum:
-    """A sum of task prompt vectors on an initial prompt; it has one scale for all its tasks.
+    """A sum of task prompt vectors on an initial prompt; it has one scale for all its tasks."""
 
-    Attributes:
-        variant: ``vectors``; ``single``, a tuned prompt itself; ``initial_prompt``; or
-            ``vector_alone``, without an initial prompt.
-        expression: the sum, as it was asked for; empty for an initial prompt.
-        coefficients: factor of each task's vector.
-        vectors: the prompt files that give the vectors, by task.
-        base: the prompt file that gives the initial prompt; None for zeros.
-        sample: few-shot sample.
-        seed: seed of the initial prompt that the vectors started from.
-        tasks: what it is evaluated on.
-        scales: values of lambda, rising.
-        crosses: whether the initial prompt is one of many.
-    """
-
-    variant: str
-    expression: str
-    coefficients: Mapping[str, float]
-    vectors: Mapping[str, FoundPrompt]
-    base: FoundPrompt | None
+    variant: str  # vectors; single, a tuned prompt; initial_prompt; vector_alone, on zeros
+    expression: str  # as it was asked for; empty for an initial prompt
+    coefficients: Mapping[str, float]  # of each task's vector
+    vectors: Mapping[str, FoundPrompt]  # the prompts that give them
+    base: FoundPrompt | None  # the prompt that gives the initial prompt; None for zeros
     sample: int
-    seed: int
-    tasks: tuple[str, ...]
-    scales: tuple[float, ...]
-    crosses: bool = False
+    seed: int  # of the initial prompt that the vectors started from
+    tasks: tuple[str, ...]  # what it is evaluated on
+    scales: tuple[float, ...]  # values of lambda, rising
+    crosses: bool = False  # whether the initial prompt is one of many
 
     def prompt(self, scale: float) -> Tensor:
         """The prompt init + scale * sum (N, D), float32."""
@@ -143,15 +129,9 @@ class Trial(Run):
 
 
 class MadePrefixes(Prefixes):
-    """The prefixes of a bank whose prompts are made some at a time.
+    """Prefixes of a bank whose prompts ``make`` makes, ``size`` at a time, in the order of places.
 
     Rows must come by block: none of a block that was left comes later, or it is made again.
-
-    Args:
-        backbone: the frozen model.
-        places: places in the bank, in the order of the blocks.
-        size: prompts of a block.
-        make: returns the prompts of some places, (at most size, N, D).
     """
 
     def __init__(
@@ -166,7 +146,6 @@ class MadePrefixes(Prefixes):
         self.places, self.size, self.make, self.block = places, size, make, -1
 
     def of(self, used: list[int]) -> tuple[Tensor, ...]:
-        """The prefix of some prompts of one block, in the order of ``used``."""
         block = self.at[used[0]] // self.size
         first = block * self.size
         if block != self.block:
@@ -207,6 +186,7 @@ class VectorArithmetic(PromptMethod):
 
     prompts_at_once: int = 128
     trains = False
+    fixed = ("num_virtual_tokens", "label_smoothing")
     prompt_baselines = ("no_prompt",)
     guess_baselines = False
 
@@ -219,7 +199,7 @@ class VectorArithmetic(PromptMethod):
         scales: list[float] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(num_virtual_tokens=0, label_smoothing=0.0, **kwargs)
         self.folders = as_list(prompts)
         self.study, self.evaluate_on = study, evaluate_on
         self.test_baselines = evaluate_on == "all"
@@ -253,7 +233,6 @@ class VectorArithmetic(PromptMethod):
     # ---- set-up ---------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """As every method's; refuse a fit, and the folder of the tuned prompts."""
         if stage == "fit":
             raise ValueError(NO_FIT)
         super().setup(stage)
@@ -268,24 +247,12 @@ class VectorArithmetic(PromptMethod):
                 )
 
     def make_runs(self, data: PromptDataModule) -> list[Run]:
-        """Every sum at every scale on every task; rows of a task come together.
-
-        Raises:
-            FileNotFoundError: a store that is not there.
-            ValueError: prompts that are missing, do not combine or belong to another backbone; or
-                expressions and tasks that do not go together.
-        """
+        """Every sum at every scale on every task; rows of a task come together."""
         found = {
             group: files
             for group, files in find_vectors(self.folders).items()
             if group[0] in data.samples and group[1] is not None
         }
-        absent = [str(n) for n in data.samples if n not in {sample for sample, _ in found}]
-        if absent:
-            raise ValueError(
-                f"no tuned prompt of sample {', '.join(absent)} in {', '.join(self.folders)}: tune "
-                "them first, or leave the sample out of data.samples"
-            )
         asked = list(self._sums(data, found))
         sums = list(self._baselines(asked, found))
         for made in asked:
@@ -315,16 +282,12 @@ class VectorArithmetic(PromptMethod):
     def build(self, backbone: Backbone, runs: Sequence[Run]) -> None:
         """Make nothing: prompts are made when their turn comes."""
 
-    def take(self, data: PromptDataModule, fitting: bool = True, anew: bool | None = None) -> None:
+    def take(self, data: PromptDataModule, fitting: bool = True) -> None:
         """As every method's; other data bring other sums."""
         self.is_built = False
-        super().take(data, fitting=False, anew=False)
-
-    def draw(self, data: PromptDataModule) -> None:
-        """Nothing is trained."""
+        super().take(data, fitting=False)
 
     def kept(self) -> dict[str, Tensor]:
-        """Nothing."""
         return {}
 
     def restore_best(self) -> None:
@@ -332,7 +295,6 @@ class VectorArithmetic(PromptMethod):
 
     def _source(self, found: FoundPrompt) -> FoundPrompt:
         if found not in self._sources:
-            assert self.backbone is not None
             prompt = found.prompt
             check_prompt(prompt, self.backbone, found.where)
             check_compatible(*self._sources[:1], found)
@@ -419,7 +381,6 @@ class VectorArithmetic(PromptMethod):
         ]
 
     def _baselines(self, sums: Sequence[VectorSum], found: Found) -> Iterator[VectorSum]:
-        """The initial prompts, and the tuned prompts of the tasks, that the sums compare with."""
         bases: dict[tuple[str, int, int], FoundPrompt] = {}
         for made in sums:
             if made.base is not None and made.init_seed is not None:
@@ -435,26 +396,21 @@ class VectorArithmetic(PromptMethod):
                 yield VectorSum("single", _written(task), *parts, (1.0,))
 
     def _warn(self, data: PromptDataModule) -> None:
-        """Tell of prompts tuned on rows of another form, and of dev rows that lack classes."""
         for name in ("task_prefix", "max_input_length", "template", "system"):
-            own, seen = getattr(data, name), [one.prompt for one in self._sources]
+            own, prompts = getattr(data, name), [found.prompt for found in self._sources]
+            other = {one.name: getattr(one, name) for one in prompts}
             missing = own if name == "system" else None
-            other = [prompt for prompt in seen if getattr(prompt, name) not in (own, missing)]
+            other = {key: value for key, value in other.items() if value not in (own, missing)}
             if other:
-                self.warn_once(
-                    name,
-                    f"data.{name} is {own}, but it was {getattr(other[0], name)} when "
-                    f"{some([prompt.name for prompt in other])} were tuned",
-                )
+                was = next(iter(other.values()))
+                told = f"data.{name} is {own}, but it was {was} when {some([*other])} were tuned"
+                self.warn_once(name, told)
         for task, sample in dict.fromkeys((trial.task, trial.sample) for trial in self.trials):
             given = {answers[0] for answers in data.splits[task, sample]["dev"].references}
             missing = [label for label in data.tasks[task].labels or () if label not in given]
             if missing:
-                self.warn_once(
-                    f"classes {task} {sample}",
-                    f"dev of {task}, sample {sample}, has no row of {some(missing)}: lambda is "
-                    "chosen without",
-                )
+                told = f"dev of {task}, sample {sample}, has no row of {some(missing)}"
+                self.warn_once(told, f"{told}: lambda is chosen without")
 
     # ---- evaluation -----------------------------------------------------------------------------
 
@@ -466,14 +422,11 @@ class VectorArithmetic(PromptMethod):
         """No optimizer."""
 
     def prefixes(self, current: bool) -> MadePrefixes:
-        """The prompts of the runs to evaluate, made block by block."""
-        assert self.backbone is not None
         return MadePrefixes(self.backbone, self.evaluated, self.prompts_at_once, self._made)
 
     @property
     def init(self) -> Tensor:
         """What no prompt is made of: (R, 0, D)."""
-        assert self.backbone is not None
         return torch.empty(len(self.runs), 0, self.backbone.hidden_size, device=self.device)
 
     def _made(self, places: Sequence[int]) -> Tensor:
@@ -481,7 +434,6 @@ class VectorArithmetic(PromptMethod):
         return torch.stack([trial.of.prompt(trial.scale) for trial in trials]).to(self.device)
 
     def on_validation_start(self) -> None:
-        """Begin the evaluation on dev, of every sum at every scale."""
         self.evaluated = list(range(len(self.trials)))
         super().on_validation_start()
 
@@ -490,7 +442,6 @@ class VectorArithmetic(PromptMethod):
         self.evaluation.add(batch, self.answer(self._prefixes, batch), keep=False)
 
     def on_validation_epoch_end(self) -> None:
-        """Choose the scales and show their dev scores."""
         scores = self.evaluation.scores()
         self._choose(scores)
         Report(self, self.evaluation, "validate").write(scores)
@@ -503,7 +454,6 @@ class VectorArithmetic(PromptMethod):
         super().on_test_start()
 
     def _choose(self, scores: Tensor) -> None:
-        """Evaluate the best scale of each sum from here on, and write the scores of all."""
         dev = scores.tolist()
         by_sum: dict[VectorSum, dict[float, list[float]]] = {}
         for trial, score in zip(self.trials, dev, strict=True):
@@ -536,7 +486,6 @@ class VectorArithmetic(PromptMethod):
         super().report_test(scores)
 
     def best_prompts(self, test_scores: Tensor | None = None) -> Iterator[Prompt]:
-        """The chosen prompts, one for each sum and task, made one after another."""
         for i in self.evaluated:
             trial = self.trials[i]
             made = trial.of
@@ -558,22 +507,18 @@ class VectorArithmetic(PromptMethod):
             )
 
     def result_facts(self, run: int) -> dict[str, Any]:
-        """What the results say of a chosen sum; how its vectors were tuned is in their files."""
         absent = dict.fromkeys(("learning_rate", "batch_size", "order_seed"))
         return absent | self.trials[run].columns | {"run": self.evaluated.index(run)}
 
     def digests(self) -> dict[str, Any]:
-        """Digests of backbone weights, tokenizer, data files and prompt files."""
         files = sorted(source.digest for source in self._sources)
         return {**super().digests(), "prompts": files}
 
     def summary(self) -> str:
-        """What is evaluated, in a few words."""
         sums = len({trial.of for trial in self.trials})
         return f"{sums} prompts of {self.num_virtual_tokens} virtual tokens"
 
     def describe_fit(self, data: PromptDataModule, trainer: Trainer) -> str:
-        """What ``test`` would evaluate."""
         self.look(data, trainer)
         lines = ["nothing is trained; prompt-lab test evaluates:"]
         for variant in dict.fromkeys(trial.of.variant for trial in self.trials):
@@ -614,15 +559,10 @@ class VectorArithmetic(PromptMethod):
 
 
 def best_scale(means: Mapping[float, float]) -> float:
-    """The scale of the best mean dev score.
+    """The scale of the best mean dev score; of equal ones, up to rounding, the smallest.
 
-    Going up from the smallest scale, a score must be better by more than ``ROUNDING`` to take the
-    place of the best so far, so of equal ones the smallest scale stays; NaN is the worst. That is
-    the rule of the authors' code (``ArithmeticsEvaluator``), which goes up and keeps strictly
-    better ones.
-
-    Args:
-        means: mean dev score by scale; at least one.
+    NaN is the worst. That is the rule of the authors' code (``ArithmeticsEvaluator``), which goes
+    up from the smallest and keeps strictly better ones.
     """
     best, top = min(means), -torch.inf
     for scale in sorted(means):

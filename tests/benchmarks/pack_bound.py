@@ -1,6 +1,6 @@
 """Which bound of a pack is fastest: steps of a model with packs of at most so many tokens.
 
-    python tests/benchmarks/packing.py FOLDER [--threads 1] [--pairs 9]
+    python tests/benchmarks/pack_bound.py FOLDER [--threads 1] [--pairs 9]
 
 Attention grows with the length of a pack, padding between packs falls with it. Prints the median
 time of a step, over that with no packs at all, for several tasks, bounds and prompts a step. The
@@ -18,7 +18,7 @@ from pairs import Settings, measure
 from real_model import load, read
 from steps import our_side
 
-import prompt_lab.core.decoder as decoder
+from prompt_lab.core import packing
 
 BOUNDS = (128, 256, 512, 1024)
 CASES = (("glue-sst2", 1, 32), ("superglue-cb", 1, 8), ("glue-sst2", 8, 4), ("trec", 1, 32))
@@ -40,11 +40,11 @@ def main() -> None:
         step = our_side(backbone, make_prompts(backbone, runs, 20), groups)
 
         def packed(step=step, bound=bound):
-            decoder.PACK_TOKENS = bound
+            packing.PACK_TOKENS = bound
             return step()
 
         def alone(step=step):
-            decoder.PACK_TOKENS = 1
+            packing.PACK_TOKENS = 1
             return step()
 
         ratio = measure(alone, packed, settings)
