@@ -101,7 +101,7 @@ def test_files_from_the_hubs_rows_have_the_published_digests(
     built = build_task(find_tasks([name])[0], tmp_path, str(raw))
     other = {file for file, is_same in built.published.items() if not is_same}
     assert len(built.published) == 3 * len(SAMPLES)
-    # These rows of glue-cola's validation split are not those that CrossFit had: see the README.
+    # These rows of glue-cola are not those that CrossFit had: see configs/prompt_tuning/README.md.
     expected = {f"{name}_16_{sample}_test.tsv" for sample in SAMPLES}
     assert other == (expected if name == "glue-cola" else set())
     for file, digest in built.files.items():

@@ -6,9 +6,12 @@ import csv
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -19,20 +22,48 @@ from prompt_lab.analysis.tables import read_lines
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = [ROOT / "README.md", *sorted(ROOT.glob("[!.]*/**/README.md"))]
+HEADS = sorted((ROOT / "configs").rglob("*.yaml"))
+SHELL = r"""
+set -e
+told() { printf '%q ' "$@"; echo; }
+for name in prompt-lab python wandb docker; do eval "$name() { told $name \"\$@\"; }"; done
+for name in pip pytest ruff pyright mkdir cp; do eval "$name() { :; }"; done
+srun() { "$@"; }
+torchrun() { while [ "$1" != prompt_lab ]; do shift; done; prompt-lab "${@:2}"; }
+PATH=
+"""
+"""What stands for each program: it tells its words, and nothing runs."""
 
 
-def commands() -> list[str]:
-    """The ``prompt-lab`` commands of the README's shell blocks, without comments."""
-    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-    lines = [line.split("   #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line.split("&&")[-1].strip() for line in lines if "prompt-lab" in line]
+def scripts(path: Path) -> list[str]:
+    """The shell blocks of a document and the commands in its text, or those of a config's head."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".yaml":
+        blocks = re.findall(r"(?:^#   .*\n)+", text, re.MULTILINE)
+        said = [re.sub("^# ", "", block, flags=re.MULTILINE) for block in blocks]
+        return [block for block in said if re.match(r"\s+(prompt-lab|for|wandb|WANDB)", block)]
+    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.DOTALL)
+    return [*blocks, *re.findall(r"`(prompt-lab [^`\n]* --[^`\n]*)`", text)]
+
+
+@cache
+def commands(*paths: Path) -> list[list[str]]:
+    """The commands of documents as a shell reads them; one of those unlike in numbers alone."""
+    blocks = [block for path in paths for block in scripts(path)]
+    with tempfile.TemporaryDirectory() as folder:
+        script = [shutil.which("bash") or "bash", "-c", SHELL + "\n".join(blocks)]
+        made = subprocess.run(script, cwd=folder, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    unlike = {re.sub(r"\d+", "", line): line for line in reversed(made.stdout.splitlines())}
+    return [shlex.split(line) for line in reversed(unlike.values())]
 
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
     """The folder of a quickstart as a user runs it, and what it printed."""
     folder = tmp_path_factory.mktemp("quickstart")
-    command = [sys.executable, "-m", "prompt_lab", *shlex.split(quickstart_command())[1:]]
+    command = [sys.executable, "-m", "prompt_lab", *commands(ROOT / "README.md")[0][1:]]
     # One thread: other tests run beside it, and threads that wait for a busy core take minutes.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     made = subprocess.run(
@@ -45,11 +76,6 @@ def quickstart(tmp_path_factory):
     )
     assert made.returncode == 0, made.stderr
     return folder, made.stdout + made.stderr
-
-
-def quickstart_command() -> str:
-    """The README's first command."""
-    return next(command for command in commands() if "quickstart" in command)
 
 
 def test_set_up_takes_exactly_two_commands():
@@ -80,8 +106,9 @@ def run(folder, *command):
 
 
 def example(words: str) -> str:
-    """The example of Python that has these words."""
-    (code,) = (x for x in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if words in x)
+    """The example of Python that has these words, in the README or beside what it describes."""
+    text = "\n".join(path.read_text(encoding="utf-8") for path in DOCS)
+    (code,) = (x for x in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if words in x)
     return code
 
 
@@ -120,11 +147,12 @@ def test_commands_on_the_prompts_of_the_quickstart_run(quickstart):
     (folder / "runs" / "quickstart").symlink_to(folder / "quickstart")
     (folder / "texts.txt").write_text("the cold soup was awful\nthe play was lovely\n")
     (folder / "texts.jsonl").write_text('{"input": "the cold soup was awful"}\n')
-    used = [c for c in commands() if c.split()[1] in ("predict", "export", "import")]
+    page = commands(ROOT / "configs" / "prompt_tuning" / "README.md")
+    used = [words for words in page if words[1] in ("predict", "export", "import")]
     printed = [
-        run(folder, sys.executable, "-m", "prompt_lab", *shlex.split(command)[1:])
-        for command in used
-        if "last.ckpt" not in command
+        run(folder, sys.executable, "-m", "prompt_lab", *words[1:])
+        for words in used
+        if "last.ckpt" not in " ".join(words)
     ]
     assert len(printed) == 4
     assert all(printed[0].splitlines())
@@ -134,15 +162,19 @@ def test_commands_on_the_prompts_of_the_quickstart_run(quickstart):
     assert len(list((folder / "mine").glob("*.safetensors"))) == 1
 
 
-@pytest.mark.parametrize("command", commands())
-def test_commands_parse(command, tmp_path, monkeypatch):
-    """Every command of the README is understood by the real command line, up to running it."""
+@pytest.mark.parametrize("words", commands(*DOCS, *HEADS), ids=" ".join)
+def test_commands_parse(words, tmp_path, monkeypatch):
+    """Every command is understood by the real command line, up to running it."""
     from prompt_lab.commands import offline
     from prompt_lab.commands.cli import PromptLabCLI
 
+    program, *words = words
+    if program != "prompt-lab":  # its files are there
+        assert all((ROOT / word).is_file() for word in words if re.search(r"/.*\.\w+$", word))
+        return
     chosen = tmp_path / "chosen.yaml"  # what the command before it writes
     chosen.write_text("data: {tasks: [sandbox-size]}\n")
-    words = [str(chosen) if word == chosen.name else word for word in shlex.split(command)[1:]]
+    words = [str(chosen) if word == chosen.name else word for word in words]
     for count in (2, 1):  # words of a command's name
         if " ".join(words[:count]) in offline.FUNCTIONS:
             parser = offline.make_parser(" ".join(words[:count]))
@@ -155,6 +187,33 @@ def test_commands_parse(command, tmp_path, monkeypatch):
     words = ["configs/quickstart.yaml" if "config-fit.yaml" in word else word for word in words]
     cli = PromptLabCLI(words)
     assert cli.config.subcommand == words[0]
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        name, _, heading = link.partition("#")
+        target = path.parent / name if name else path
+        assert target.exists(), link
+        text = target.read_text(encoding="utf-8") if heading else ""
+        heads = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+        anchors = {re.sub(r"[^\w -]", "", head).strip().lower().replace(" ", "-") for head in heads}
+        assert not heading or heading in anchors, link
+
+
+def test_files_that_are_named_exist():
+    """Configs, scripts and documents, wherever documents, configs or code name them."""
+    code = [*ROOT.glob("prompt_lab/**/*.py"), *ROOT.glob("docker/*"), *ROOT.glob("tests/**/*.py")]
+    missing = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in [*DOCS, *HEADS, *code]
+        for name in re.findall(
+            r"(?<![\w/.])((?:configs|docker|prompt_lab|tests)/[\w/.-]+\.(?:ya?ml|py|md))\b",
+            path.read_text(encoding="utf-8"),
+        )
+        if not (ROOT / name).is_file()
+    ]
+    assert not missing
 
 
 def test_layout_names_files_that_exist():

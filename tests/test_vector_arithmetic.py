@@ -28,7 +28,7 @@ from prompt_lab.methods.vector_arithmetic import GRID, VectorArithmetic, best_sc
 
 N = 4
 TASKS = ("glue-sst2", "glue-cola", "emotion")
-CONFIGS = Path(__file__).parents[1] / "configs" / "vectors"
+CONFIGS = Path(__file__).parents[1] / "configs"
 Row = dict[str, str]
 
 
@@ -531,6 +531,9 @@ def test_dev_without_rows_of_a_class_and_other_forms_of_rows_are_told(
     assert "data.task_prefix is False, but it was True when emotion_13_seed0" in said
 
 
+ARITHMETIC = "vectors/sandbox_arithmetic"
+
+
 # ---- the command line ----------------------------------------------------------------------------
 
 
@@ -557,22 +560,24 @@ def command(model_folder, fewshot_root, tmp_path_factory) -> Callable[..., list[
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(cli.RUN_DIR_VARIABLE, "")
-        assert cli.run([*words("fit", "sandbox_prompts", "tuned"), *fit]) == 0
+        assert cli.run([*words("fit", "quickstart", "tuned"), *fit]) == 0
     prompts = f"--model.prompts={folder / 'tuned'}"
     return lambda *given: [*words(*given), prompts]
 
 
 def test_the_configs_run_from_fit_to_test(command, capsys, monkeypatch):
     monkeypatch.setenv(cli.RUN_DIR_VARIABLE, "")
-    assert cli.run([*command("validate", "sandbox_pairs", "pairs"), "--model.scales=[0.5]"]) == 0
+    pairs = "--model.study=pairs"
+    assert cli.run([*command("validate", ARITHMETIC, "p"), pairs, "--model.scales=[0.5]"]) == 0
     assert "dev scores" in capsys.readouterr().out
-    assert cli.run([*command("test", "sandbox_pairs", "pairs"), "--model.scales=[0.5, 1]"]) == 0
-    assert cli.run(command("test", "sandbox_cross", "cross")) == 0
+    assert cli.run([*command("test", ARITHMETIC, "pairs"), pairs, "--model.scales=[0.5, 1]"]) == 0
+    assert cli.run(command("test", ARITHMETIC, "cross")) == 0
     said = capsys.readouterr().out
     assert "glue-sst2 + glue-cola  vectors" in said
     assert "vector_alone" in said
+    unlearning = ("--model.study=expressions", "--model.evaluate_on=all", "--model.scales=[0.5]")
     expression = "--model.expressions=['- glue-sst2']"
-    words = [*command("test", "sandbox_unlearning", "unlearning"), expression]
+    words = [*command("test", ARITHMETIC, "unlearning"), *unlearning, expression]
     assert cli.run(words) == 0
     run_dir = Path(words[2].removeprefix("--run_dir="))
     (of_cola, *_) = [r for r in read_csv(run_dir / "results.csv") if r["variant"] == "vectors"]
@@ -588,7 +593,7 @@ def test_the_configs_run_from_fit_to_test(command, capsys, monkeypatch):
 
 def test_fit_says_what_test_does(command, capsys, monkeypatch):
     monkeypatch.setenv(cli.RUN_DIR_VARIABLE, "")
-    words = command("fit", "sandbox_pairs", "dry")
+    words = [*command("fit", ARITHMETIC, "dry"), "--model.study=pairs"]
     assert cli.run(words) == 1
     assert "VectorArithmetic trains nothing" in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -597,13 +602,12 @@ def test_fit_says_what_test_does(command, capsys, monkeypatch):
     assert "vectors: 3 x 20 values of lambda, 120 prompts on dev and 6 on test" in said
 
 
-@pytest.mark.parametrize("name", ["pairs", "cross"])
-def test_the_configs_of_the_paper_are_read(name, backbone, tmp_path):
+def test_the_config_of_the_paper_is_read():
     """Every setting reaches the method; nothing is loaded."""
     import yaml
 
-    config = yaml.safe_load((CONFIGS / f"t5-base_{name}.yaml").read_text())
+    config = yaml.safe_load((CONFIGS / "vectors" / "t5-base_arithmetic.yaml").read_text())
     settings = config["model"]["init_args"]
     method = VectorArithmetic(**settings)
-    assert method.study == name
+    assert method.study == "cross"
     assert len(method.folders) == 6

@@ -27,6 +27,10 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 QUICK = ("--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.accelerator=cpu")
 SOURCES = "--data.tasks=[sandbox/sorting/source]"
 SEEDS = "--model.init_seed=[0, 1]"
+MULTITASK = (
+    *("--model.algorithm=multitask", "--model.inner.steps=1", "--model.validation_tasks=[]"),
+    *("--model.target_tasks=[sandbox/6_to_6/target]", "--data.samples=[100]"),
+)
 
 
 def run(verb: str, config: str, run_dir: str, *words: str) -> list[dict[str, str]]:
@@ -53,12 +57,11 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        run("fit", "vectors/sandbox_prompts.yaml", "runs/vectors", *QUICK, SOURCES, SEEDS)
+        run("fit", "quickstart.yaml", "runs/vectors", *QUICK, SOURCES, SEEDS)
         apply_vectors("sandbox-review + sandbox-day", prompts=["runs/vectors"], out="runs/sums")
         for seed in (0, 1):
-            own = (f"--model.init_seed={seed}", f"--run_dir=runs/multitask_sorting_{seed}")
-            words = (*QUICK, SOURCES, *own)
-            run("fit", "meta/sandbox_multitask.yaml", f"runs/multitask_sorting_{seed}", *words)
+            words = (*QUICK, SOURCES, *MULTITASK, f"--model.init_seed={seed}")
+            run("fit", "meta/sandbox.yaml", f"runs/multitask_sorting_{seed}", *words)
     return folder
 
 
@@ -66,15 +69,15 @@ def test_vectors_are_evaluated_on_every_initial_prompt_and_in_pairs(
     sources: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(sources)
-    crossed = run("test", "vectors/sandbox_cross.yaml", "runs/cross", SOURCES)
+    crossed = run("test", "vectors/sandbox_arithmetic.yaml", "runs/cross", SOURCES)
     variants = [row["variant"] for row in crossed]
     assert {name: variants.count(name) for name in ("single", "vectors", "vector_alone")} == {
         "single": 4,  # two tasks, two seeds
         "vectors": 4,
         "vector_alone": 4,
     }
-    scales = "--model.scales=[0.5, 1.0]"
-    pairs = run("test", "vectors/sandbox_pairs.yaml", "runs/pairs", SOURCES, scales)
+    summed = (SOURCES, "--model.study=pairs", "--model.scales=[0.5, 1.0]")
+    pairs = run("test", "vectors/sandbox_arithmetic.yaml", "runs/pairs", *summed)
     assert {row["expression"] for row in pairs if row["variant"] == "vectors"} == {
         "sandbox-review + sandbox-day"
     }
@@ -92,7 +95,7 @@ def test_every_start_of_the_shipped_sweep_is_tuned_and_compared_over_k(
     for number, settings in enumerate(trials):
         words = [f"--{name}={json.dumps(value)}" for name, value in settings.items()]
         folders.append(f"runs/start{number}")
-        rows = run("fit", "vectors/sandbox_transfer.yaml", folders[-1], *QUICK, SEEDS, *words)
+        rows = run("fit", "quickstart.yaml", folders[-1], *QUICK, SEEDS, *words)
         sources_of = settings["model.init"].get("source_tasks") or [""]
         tuned = [row for row in rows if row["variant"] == "tuned"]
         starts = 2 if sources_of == ["sandbox/sorting/source"] else 1

@@ -194,7 +194,7 @@ class MetaPrompt(PromptMethod):
             self.warn_once(
                 "bf16",
                 "maml with trainer.precision bf16-mixed: exact enough for small inner learning "
-                "rates; with large ones the second-order part may point elsewhere (README)",
+                "rates; with large ones the second-order part may point elsewhere",
             )
         if self._fitting and self.trainer.world_size > self.episodes:
             self.warn_once(
