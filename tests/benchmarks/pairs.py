@@ -70,7 +70,7 @@ def measure(
     baseline: Callable[[], Any], ours: Callable[[], Any], settings: Settings
 ) -> dict[str, Any]:
     """Time two calls in interleaved pairs; the ratio is baseline / ours."""
-    warm_up = 1 if settings.quick else WARM_UP
+    warm_up = 1 if settings.quick or settings.model else WARM_UP  # a real model warms up at once
     pairs = [
         (seconds(baseline, settings.device), seconds(ours, settings.device))
         for _ in range(warm_up + settings.pairs)
