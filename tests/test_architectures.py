@@ -46,13 +46,18 @@ def test_the_self_check_finds_the_fastest_exact_way(name):
     assert model_of(name).runner.way == known[name][1]
 
 
+@pytest.mark.parametrize(
+    "make_prefix",
+    [Backbone.prefix_for, lambda model, bank, batch: model.prefix(bank)],
+    ids=["one pass", "keys and values"],
+)
 @pytest.mark.parametrize("name", NAMES)
-def test_losses_gradients_and_scores_equal_plain_prepending(name):
+def test_losses_gradients_and_scores_equal_plain_prepending(name, make_prefix):
     """Rows of unequal length, longer than the windows, three of them in one pack."""
     model = model_of(name)
     prompts = bank(model).requires_grad_()
     batch = model.batch(TEXTS, TARGETS, INDEX)
-    losses = model.loss(prompts, batch)
+    losses = model.row_losses(make_prefix(model, prompts, batch), batch)
     (gradient,) = torch.autograd.grad(losses.sum(), prompts)
     inputs, targets = model.encode_inputs(TEXTS), model.encode_targets(TARGETS)
     rows = []

@@ -281,7 +281,18 @@ class Backbone(nn.Module):
         Raises:
             ValueError: a bank of another width, or rows longer than the model's positions.
         """
-        return self.row_losses(self.prefix(prompts), batch, label_smoothing)
+        return self.row_losses(self.prefix_for(prompts, batch), batch, label_smoothing)
+
+    def prefix_for(self, prompts: Tensor, batch: Batch) -> Prefix:
+        """What one pass over rows needs of their prompts (R, N, D), with gradient.
+
+        Where the rows of each prompt are one pack this is the bank itself, in the weights' dtype:
+        prompts and rows run together, so that weights are read once. Else it is :meth:`prefix`.
+        """
+        if not self.packs or not packing.is_one_each(batch):
+            return self.prefix(prompts)
+        self._check_prompts(prompts)
+        return (prompts.to(self.model.dtype),)
 
     def prefix(self, prompts: Tensor) -> Prefix:
         """What rows need of their prompts, computed once per prompt and with gradient.
@@ -506,7 +517,7 @@ class Backbone(nn.Module):
         """N of what :meth:`prefix` returned."""
         if self.is_encoder_decoder:
             return prefix[0].shape[1]
-        return 0 if len(prefix) == 1 else prefix[0].shape[2]
+        return prefix[0].shape[-2]
 
     def _check_positions(self, *lengths: int) -> None:
         """Refuse rows that are longer than the model's positions."""

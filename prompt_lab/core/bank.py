@@ -16,6 +16,7 @@ from torch import Tensor
 from prompt_lab.core.backbone import Backbone, Prefix
 from prompt_lab.core.batch import Batch, index_tensor
 from prompt_lab.core.forward import twice_differentiable
+from prompt_lab.core.packing import padded_tokens
 
 
 def bank_gradient(
@@ -201,13 +202,15 @@ def _group_gradient(
 
     Gradients of micro-batches are summed in float32 where the prefix is in half precision.
     """
-    prefix = backbone.prefix(leaf)
+    parts = backbone.micro_batches(batch, tokens_per_forward, leaf.shape[1])
+    joined = padded_tokens(batch) + leaf.shape[0] * leaf.shape[1] <= tokens_per_forward
+    prefix = backbone.prefix_for(leaf, batch) if joined else backbone.prefix(leaf)
     cut = [part.detach().requires_grad_() for part in prefix]
     wide = [torch.promote_types(part.dtype, torch.float32) for part in prefix]
     total = [torch.zeros_like(part, dtype=dtype) for part, dtype in zip(prefix, wide, strict=True)]
     losses = leaf.new_zeros(len(leaf))
     scale = FLOAT16_SCALE if backbone.model.dtype == torch.float16 else 1.0
-    for part in backbone.micro_batches(batch, tokens_per_forward, leaf.shape[1]):
+    for part in parts:
         weighted = backbone.row_losses(tuple(cut), part, smoothing) * part.weight
         for sum_, new in zip(total, torch.autograd.grad(weighted.sum() * scale, cut), strict=True):
             sum_ += new

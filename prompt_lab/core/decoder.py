@@ -104,20 +104,30 @@ class Decoder:
         return tuple(part for layer in cache.layers for part in (layer.keys, layer.values))
 
     def target_logits(self, prefix: tuple[Tensor, ...], batch: Batch) -> Tensor:
-        """Logits (M, V) at the M targets of rows, row by row."""
-        from prompt_lab.core.prompt_cache import prompt_cache, row_cache
+        """Logits (M, V) at the M targets of rows, row by row.
+
+        The prefix is what :meth:`prefix` returned, or the bank itself (R, N, D): then the prompt of
+        each sequence runs in front of it, in the same pass.
+        """
+        from prompt_lab.core.prompt_cache import row_cache
 
         laid = lay_out(batch, batch.target_lengths, self._packs(batch, batch.target_lengths))
-        parts, count = _of_sequences(prefix, batch, laid)
-        known = batch.target_ids.clamp(min=0)
-        keys = _Keys(laid, count, batch.weight.device)
-        return self._run(
-            torch.cat([batch.input_ids, known], 1).flatten()[keys.source],
-            row_cache(parts) if parts else prompt_cache(self.layers),
-            (keys.row[:, count:], keys.place[:, count:]),
-            (keys.row, keys.place),
-            to_device(torch.from_numpy(laid.before), batch.weight.device),
-        )
+        device = batch.weight.device
+        at = index_tensor([batch.prompts[rows[0]] for rows in laid.rows], device)
+        parts = [part.index_select(0, at) for part in prefix]
+        count = parts[0].shape[-2]
+        keys = _Keys(laid, count, device)
+        ids = torch.cat([batch.input_ids, batch.target_ids.clamp(min=0)], 1).flatten()
+        embeddings = self.model.get_input_embeddings()(ids[keys.source])
+        if len(parts) > 1:
+            before = to_device(torch.from_numpy(laid.before), device)
+            queries = keys.row[:, count:], keys.place[:, count:]
+            return self._run(embeddings, row_cache(parts), queries, keys.all, before)
+        embeddings = torch.cat([parts[0].to(embeddings.dtype), embeddings], 1)
+        # Places among N + L tokens a sequence instead of L.
+        before = laid.before + count * (1 + laid.before // laid.row.shape[1])
+        before = to_device(torch.from_numpy(before), device)
+        return self._run(embeddings, None, keys.all, keys.all, before)
 
     def start(self, prefix: tuple[Tensor, ...], batch: Batch) -> tuple[Tensor, Follow]:
         """Logits (B, V) of the first answer token, and a way to run answers behind the text.
@@ -128,16 +138,15 @@ class Decoder:
 
         ones, device = [1] * len(batch), batch.weight.device
         laid = lay_out(batch, ones, self._packs(batch, ones))
-        parts, count = _of_sequences(prefix, batch, laid)
+        at = index_tensor([batch.prompts[rows[0]] for rows in laid.rows], device)
+        parts = [] if len(prefix) == 1 else [part.index_select(0, at) for part in prefix]
+        count = parts[0].shape[2] if parts else 0
         keys = _Keys(laid, count, device)
-        cache = growing_cache(parts)
-        first = self._run(
-            torch.cat([batch.input_ids, batch.target_ids], 1).flatten()[keys.source],
-            cache,
-            (keys.row[:, count:], keys.place[:, count:]),
-            (keys.row, keys.place),
-            to_device(torch.from_numpy(laid.before), device),
-        )
+        cache, embed = growing_cache(parts), self.model.get_input_embeddings()
+        ids = torch.cat([batch.input_ids, batch.target_ids], 1).flatten()[keys.source]
+        queries = keys.row[:, count:], keys.place[:, count:]
+        before = to_device(torch.from_numpy(laid.before), device)
+        first = self._run(embed(ids), cache, queries, keys.all, before)
         sequences, alive = laid.rows, list(range(len(batch)))
 
         def follow(keep: Tensor | None, ids: Tensor) -> Tensor:
@@ -156,7 +165,7 @@ class Decoder:
             answers = _answers(sequences, alive, ids.shape[1], batch.input_lengths, count)
             source, row, place = (to_device(torch.from_numpy(one), device) for one in answers[:3])
             logits = self._run(
-                ids.flatten()[source],
+                embed(ids.flatten()[source]),
                 cache,
                 (row, place),
                 (torch.cat([keys.row, row], 1), torch.cat([keys.place, place], 1)),
@@ -192,22 +201,23 @@ class Decoder:
 
     def _run(
         self,
-        ids: Tensor,
+        embeddings: Tensor,
         cache: Any,
         queries: tuple[Tensor, Tensor],
         keys: tuple[Tensor, Tensor],
         at: Tensor,
     ) -> Tensor:
-        """Logits (M, V) at M of the P * L tokens of ids (P, L) behind a cache.
+        """Logits (M, V) at M of the P * L tokens of embeddings (P, L, D), behind a cache if any.
 
         Queries (P, L) and keys (P, K) are told by their rows and positions.
         """
         settings: dict[str, Any] = {"attention_mask": self._mask(*queries, *keys)}
         if self._takes_positions:
             settings["position_ids"] = queries[1]
-        embeddings = self.model.get_input_embeddings()(ids)
+        if cache is not None:
+            settings["cache"] = cache
         with head_at(self.model, at):
-            made = self.model(inputs_embeds=embeddings, cache=cache, use_cache=True, **settings)
+            made = self.model(inputs_embeds=embeddings, use_cache=cache is not None, **settings)
         return made.logits[0]
 
     def _mask(self, row: Tensor, place: Tensor, key_row: Tensor, key_place: Tensor) -> Any:
@@ -229,7 +239,7 @@ class Decoder:
 
 
 class _Keys:
-    """Rows and places (P, N + L) of the keys of sequences behind their prompts, on a device."""
+    """Rows and places (P, N + L) of the keys of sequences and their prompts, on a device."""
 
     def __init__(self, laid: Sequences, count: int, device: torch.device) -> None:
         row = np.pad(laid.row, ((0, 0), (count, 0)), constant_values=_PROMPT)
@@ -239,15 +249,10 @@ class _Keys:
             to_device(torch.from_numpy(one), device) for one in (laid.source, row, place)
         )
 
-
-def _of_sequences(
-    prefix: tuple[Tensor, ...], batch: Batch, laid: Sequences
-) -> tuple[list[Tensor], int]:
-    """Keys and values of the prompt of each sequence, none for prompts of no tokens, and N."""
-    if len(prefix) == 1:
-        return [], 0
-    at = index_tensor([batch.prompts[rows[0]] for rows in laid.rows], batch.weight.device)
-    return [part.index_select(0, at) for part in prefix], prefix[0].shape[2]
+    @property
+    def all(self) -> tuple[Tensor, Tensor]:
+        """Rows and places of all keys."""
+        return self.row, self.place
 
 
 def _answers(

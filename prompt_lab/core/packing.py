@@ -91,6 +91,12 @@ def padded_tokens(batch: Batch) -> int:
     return len(packs) * max((sum(tokens[row] for row in rows) for rows in packs), default=0)
 
 
+def is_one_each(batch: Batch) -> bool:
+    """Whether the rows of each prompt are one pack."""
+    tokens = tokens_of(batch, batch.target_lengths)
+    return len(pack(tokens, batch.prompts, PACK_TOKENS)) == len({*batch.prompts})
+
+
 def cut(batch: Batch, tokens_per_forward: int) -> list[Batch]:
     """Cut a batch into slices whose packs hold at most so many tokens, padding counted.
 
