@@ -151,6 +151,10 @@ def test_sandbox_rows_are_part_of_the_table(
             "mine: {metric: ACC, train: x, test: y, input: x, target: y, test_part: [0.5, 3]}",
             r"test_part is \[0.5, 3\]; give two shares such as",
         ),
+        (
+            "mine: {metric: ACC, train: x, input: 'a {b}', target: y}",
+            r"input is the same for all rows; put a column in it as {{column}}",
+        ),
         ("mine: {metric: Accuracy}", "row 'mine': metric is 'Accuracy'; allowed: ACC, EM"),
         ("mine: {labels: [a, b]}", "row 'mine': metric is None; allowed: ACC"),
         ("mine: {metric: ACC, labels: [no, yes]}", "read a label as False .bool.*quote it"),

@@ -32,6 +32,7 @@ _SOURCE_KEYS = (
     "train_part",
     "test_part",
     "prepare",
+    "keep",
     "input",
     "label",
     "target",
@@ -52,10 +53,12 @@ class Source:
         test: Split that becomes test; the same as ``train`` where there is only one.
         train_part: Rows of ``train`` to draw from, after a shuffle; None for all, unshuffled.
         test_part: The same for ``test``.
-        prepare: Function of `prompt_lab.data.prepare` that makes the columns of the templates, or
-            None where the rows have them.
-        input: Template of the input.
-        label: Column with the index of the label, or None where ``target`` says the answer.
+        prepare: Function of `prompt_lab.data.prepare` that groups, draws or takes apart the rows,
+            or None where templates suffice.
+        keep: Expression that is true of the rows to use, or None for all.
+        input: Template of the input (`prompt_lab.data.templates`).
+        label: Column with the index or the text of the label, or an expression of it; None where
+            ``target`` says the answer.
         target: Template of the answers, or None.
     """
 
@@ -66,6 +69,7 @@ class Source:
     train_part: Part | None
     test_part: Part | None
     prepare: str | None
+    keep: str | None
     input: str
     label: str | None
     target: str | None
@@ -246,12 +250,19 @@ def _parse_source(row: dict[Any, Any], labels: tuple[str, ...] | None) -> Source
         )
     if only and parts["train_part"] is None:
         parts = {"train_part": (0.0, 0.8), "test_part": (0.8, 1.0)}
+    for key in ("input", "target"):
+        text = _text(row, key)
+        if text and not any(mark in text for mark in ("{{", "{%")):
+            raise ValueError(
+                f"{key} is the same for all rows; put a column in it as {{{{column}}}}"
+            )
     return Source(
         hub=_text(row, "hub"),
         config=_text(row, "config"),
         train=row["train"],
         test=_text(row, "test") or row["train"],
         prepare=_text(row, "prepare"),
+        keep=_text(row, "keep"),
         input=row["input"],
         label=_text(row, "label"),
         target=_text(row, "target"),
