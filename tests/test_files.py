@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,6 @@ from prompt_lab.data.files import (
     SPLITS,
     DataError,
     Split,
-    SplitName,
     faults,
     find_shots,
     list_files,
@@ -37,7 +37,7 @@ def write(root: Path, data: bytes, name: str = "my-task_a_16_13_train.tsv") -> P
     return path
 
 
-def make_splits(**splits: list[tuple[str, ...]]) -> dict[SplitName, Split]:
+def make_splits(**splits: list[tuple[str, ...]]) -> dict[Any, Split]:
     """Splits in memory; each row is the input and its references."""
     return {
         name: Split([row[0] for row in rows], [list(row[1:]) for row in rows], Path(name), "")
