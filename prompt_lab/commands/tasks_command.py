@@ -282,7 +282,7 @@ def _facts_of(task: Task) -> Iterator[tuple[str, str]]:
         else:
             yield "splits", f"train {source.train}, test {source.test}"
         yield "template", source.input
-        yield "target", source.target or f"the label that {source.label} says"
+        yield "target", source.target or f"the label in {source.label}"
         if source.prepare is not None:
             yield "prepared", f"by {source.prepare} of prompt_lab/data/prepare.py"
         if source.keep is not None:
