@@ -23,10 +23,10 @@ COLORS = {"sky": "blue", "rose": "red", "grass": "green"}
 ROWS = """
 colors:
   {metric: ACC, ontology: cls/other, shots: 2, labels: [blue, red, green], hub: owner/paint,
-   config: plain, train: train, test: validation, input: "what is {thing|clean}?", label: color}
+   config: plain, train: train, test: validation, input: "what is {{thing|clean}}?", label: color}
 things:
   {metric: EM, shots: 3, kind: text_to_text, hub: owner/paint, config: plain, train: train,
-   input: "{color}", target: "{thing}"}
+   input: "{{color}}", target: "{{thing}}"}
 bare: {metric: ACC, shots: 2}
 """
 
@@ -273,8 +273,8 @@ def test_rows_with_empty_fields_are_left_out_and_line_breaks_are_marked(tmp_path
     ("change", "reason"),
     [
         (lambda own: (own / "colors/validation.jsonl").unlink(), "no file .*validation.{jsonl,"),
-        (lambda own: rename(own, "color", "colour"), "row 1: no column 'color'; the row has thing"),
-        (lambda own: rename(own, "thing", "name"), "row 1: no column 'thing'; the row has name"),
+        (lambda own: rename(own, "color", "colour"), "row 1: .*'color' is undefined; the row"),
+        (lambda own: rename(own, "thing", "name"), "row 1: .*'thing' is undefined; the row"),
         (lambda own: only(own, 2), "no row to draw from has the label green; the 2 rows have"),
         (lambda own: only(own, 0), "colors: split train has no rows"),
         (lambda own: cut(own), "train.jsonl, row 30: .*; mend or replace the file"),

@@ -210,7 +210,7 @@ def test_several_accepted_answers_are_each_tokenised(backbone: Factory) -> None:
         ({"tasks": {"film": ROWS | {"dev": []}}}, "film 0 dev: no rows: give at least one"),
         (
             {"labels": {"film": ["great", "good"]}},
-            "film 0 train, line 2: 'bad' is not a label of film",
+            "film 0 train, line 2: not a label of film: 'bad'; ",
         ),
         ({"max_input_length": 0}, "data.max_input_length is 0: give at least 1"),
         ({"samples": [1, 1]}, r"data.samples must be distinct and at least one: \[1, 1\]"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,10 +15,10 @@ from prompt_lab.data.files import (
     SPLITS,
     DataError,
     Split,
-    check_labels,
-    check_overlap,
+    faults,
     find_shots,
     list_files,
+    overlaps,
     read_samples,
     read_split,
     read_task,
@@ -35,9 +37,12 @@ def write(root: Path, data: bytes, name: str = "my-task_a_16_13_train.tsv") -> P
     return path
 
 
-def make_split(name: str, *rows: tuple[str, ...]) -> Split:
-    """A split in memory; each row is the input and its references."""
-    return Split([row[0] for row in rows], [list(row[1:]) for row in rows], Path(name), "")
+def make_splits(**splits: list[tuple[str, ...]]) -> dict[Any, Split]:
+    """Splits in memory; each row is the input and its references."""
+    return {
+        name: Split([row[0] for row in rows], [list(row[1:]) for row in rows], Path(name), "")
+        for name, rows in splits.items()
+    }
 
 
 def real_root() -> Path:
@@ -186,14 +191,30 @@ def test_files_of_another_k_are_pointed_at(tmp_path: Path) -> None:
         read_split(tmp_path, OPEN, 13, "train")
 
 
-def test_labels_outside_the_set_are_refused() -> None:
+def test_labels_outside_the_set_are_refused(tmp_path: Path) -> None:
     """Letter case counts; the message names file, line, label and what is allowed."""
-    split = make_split("f.tsv", ("a", "good"), ("b", "Bad"))
-    check_labels(split, OPEN)
-    with pytest.raises(DataError, match=r"f\.tsv, line 2: 'Bad' is not .*allowed: 'good', 'bad'"):
-        check_labels(split, CLOSED)
-    with pytest.raises(DataError, match="line 1: 'awful'"):
-        check_labels(make_split("f.tsv", ("a", "bad", "awful")), CLOSED)
+    write(tmp_path, b"a\tgood\nb\tBad\n")
+    assert len(read_split(tmp_path, OPEN, 13, "train")) == 2
+    found = r"train\.tsv, line 2: not a label of my-task_a: 'Bad'; allowed: 'good', 'bad'"
+    with pytest.raises(DataError, match=found):
+        read_split(tmp_path, CLOSED, 13, "train")
+    write(tmp_path, b"a\tbad\tawful\n")
+    with pytest.raises(DataError, match=r"line 1: .*'awful'"):
+        read_split(tmp_path, CLOSED, 13, "train")
+
+
+def test_all_faults_of_a_file_are_found() -> None:
+    """What stands up to the colon is the kind of a fault; lines keep their numbers."""
+    lines = list(faults(b"a\tgood\n\tgood\nb\tBad\nc\tbad\tawful\n", CLOSED))
+    assert [(line, fields) for line, fields, _ in lines] == [
+        (1, ["a", "good"]),
+        (2, []),
+        (3, ["b", "Bad"]),
+        (4, ["c", "bad", "awful"]),
+    ]
+    kind = "not a label of my-task_a"
+    kinds = [fault.partition(":")[0] for _, _, fault in lines]
+    assert kinds == ["", "the input (column 1) is empty", kind, kind]
 
 
 @pytest.mark.parametrize(
@@ -209,20 +230,17 @@ def test_rows_shared_by_splits_are_refused(
     train: tuple[str, ...], dev: tuple[str, ...], test: tuple[str, ...], found: str
 ) -> None:
     """Reference: rows put in by hand, on line 2 of both files."""
-    splits = [
-        make_split(name, (name, "own"), row)
-        for name, row in (("train", train), ("dev", dev), ("test", test))
-    ]
-    with pytest.raises(DataError, match=found):
-        check_overlap(*splits)
+    rows = {"train": train, "dev": dev, "test": test}
+    splits = make_splits(**{name: [(name, "own"), row] for name, row in rows.items()})
+    ((split, lines, fault),) = overlaps(splits)
+    assert re.match(found, f"{split}, line {lines[0]}: {fault}")
 
 
 def test_rows_that_differ_in_input_or_answer_are_not_shared() -> None:
     """Repeats within a split and one input with two answers are allowed; test may be absent."""
-    train = make_split("train", ("a", "x"), ("a", "x"))
-    dev = make_split("dev", ("a", "y"), ("b", "x"))
-    check_overlap(train, dev, make_split("test", ("c", "x")))
-    check_overlap(train, dev, None)
+    rows = {"train": [("a", "x"), ("a", "x")], "dev": [("a", "y"), ("b", "x")]}
+    assert not list(overlaps(make_splits(**rows, test=[("c", "x")])))
+    assert not list(overlaps(make_splits(**rows)))
 
 
 def test_read_task_reads_and_checks_three_splits(tmp_path: Path) -> None:
@@ -236,10 +254,10 @@ def test_read_task_reads_and_checks_three_splits(tmp_path: Path) -> None:
         "test": ["row 2"],
     }
     path = write(tmp_path, b"row 0\tgood\n", "my-task_a_16_13_test.tsv")
-    with pytest.raises(DataError, match=r"test\.tsv, line 1: the same row stands in .*train\.tsv"):
+    with pytest.raises(DataError, match=r"test\.tsv, line 1: the same row stands in train, line 1"):
         read_task(tmp_path, CLOSED, 13)
     path.write_bytes(b"row 2\tugly\n")
-    with pytest.raises(DataError, match="'ugly' is not a label"):
+    with pytest.raises(DataError, match="not a label of my-task_a: 'ugly'"):
         read_task(tmp_path, CLOSED, 13)
 
 
@@ -264,12 +282,12 @@ def test_every_sample_is_checked_against_the_test_rows_it_shares(tmp_path: Path)
             name = split if split == "test" else f"{split} {sample}"
             write(tmp_path, f"{name}\tgood\n".encode(), f"my-task_a_16_{sample}_{split}.tsv")
     write(tmp_path, b"other\tgood\ntest\tgood\n", "my-task_a_16_42_dev.tsv")
-    found = r"a_16_42_test\.tsv, line 1: the same row stands in .*a_16_42_dev\.tsv, line 2"
+    found = r"a_16_42_test\.tsv, line 1: the same row stands in dev, line 2"
     with pytest.raises(DataError, match=found):
         read_samples(tmp_path, CLOSED, [13, 42])
     assert len(read_samples(tmp_path, CLOSED, [13, 42], allow_overlap=True)) == 2
     write(tmp_path, b"dev 42\tugly\n", "my-task_a_16_42_dev.tsv")
-    with pytest.raises(DataError, match=r"42_dev\.tsv, line 1: 'ugly' is not a label"):
+    with pytest.raises(DataError, match=r"42_dev\.tsv, line 1: not a label of my-task_a: 'ugly'"):
         read_samples(tmp_path, CLOSED, [13, 42])
 
 

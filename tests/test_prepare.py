@@ -13,7 +13,7 @@ import pytest
 from prompt_lab.data import prepare
 from prompt_lab.data.build import SAMPLES, build_task, published_digests
 from prompt_lab.data.tasks import find_tasks, load_tasks
-from prompt_lab.data.templates import find_prepare, make_lines
+from prompt_lab.data.templates import make_lines
 
 MADE_UP = json.loads(Path(__file__).with_name("hub_rows.json").read_text(encoding="utf-8"))
 """By task: rows in the schema of its data set, with ``{column}`` as texts, and the lines."""
@@ -76,14 +76,14 @@ def test_every_function_is_of_use():
         for name, value in vars(prepare).items()
         if getattr(value, "__module__", "") == prepare.__name__ and not name.startswith("_")
     }
-    assert public == (used - {None}) | {"options"}
+    assert public == used - {None}
 
 
 def test_the_order_of_two_sentences_is_that_of_numpys_seed_42():
     rows = [{"sentence_good": "good", "sentence_bad": "bad"}] * 50
     np.random.seed(42)
     drawn = [np.random.random() > 0.5 for _ in rows]
-    made = list(find_prepare("draw_good_bad")(rows))
+    made = list(prepare.draw_order(rows))
     task = find_tasks(["blimp-ellipsis_n_bar_1"])[0]
     assert [line[1] for line in make_lines(rows, task)] == [
         "sentence 1" if is_first else "sentence 2" for is_first in drawn

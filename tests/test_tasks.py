@@ -22,7 +22,7 @@ def write(folder: Path, text: str) -> Path:
 
 def gym_rows() -> dict[str, Task]:
     """The packaged rows of the gym: all but the sandbox, snli and sst5."""
-    names = yaml.safe_load(table._PACKAGE_TABLE.read_bytes())
+    names = yaml.safe_load(table._PACKAGED[0].read_bytes())
     return {name: task for name, task in load_tasks().items() if name in names}
 
 
@@ -117,17 +117,15 @@ def test_user_rows_are_added_with_defaults(tmp_path: Path) -> None:
     assert "open" not in load_tasks()
 
 
-def test_sandbox_rows_are_part_of_the_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The sandbox's table has the same form and is read where it exists."""
-    path = write(tmp_path, "toy: {ontology: cls/toy, metric: ACC, shots: 16, labels: [a, b]}")
-    monkeypatch.setattr(table, "_SANDBOX_TABLE", path)
-    table._packaged_tasks.cache_clear()
+def test_only_the_rows_that_are_asked_for_are_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    typed: list[str] = []
+    monkeypatch.setattr(table, "_parse_row", lambda name, row: typed.append(name))
+    table._packaged.cache_clear()
     try:
-        assert find_tasks(["toy"]) == [Task("toy", "cls/toy", "ACC", 16, ("a", "b"))]
+        find_tasks(["xsum", "sandbox-review"])
     finally:
-        table._packaged_tasks.cache_clear()
+        table._packaged.cache_clear()
+    assert typed == ["xsum", "sandbox-review"]
 
 
 @pytest.mark.parametrize(
@@ -150,6 +148,10 @@ def test_sandbox_rows_are_part_of_the_table(
         (
             "mine: {metric: ACC, train: x, test: y, input: x, target: y, test_part: [0.5, 3]}",
             r"test_part is \[0.5, 3\]; give two shares such as",
+        ),
+        (
+            "mine: {metric: ACC, train: x, input: 'a {b}', target: y}",
+            r"input is the same for all rows; put a column in it as {{column}}",
         ),
         ("mine: {metric: Accuracy}", "row 'mine': metric is 'Accuracy'; allowed: ACC, EM"),
         ("mine: {labels: [a, b]}", "row 'mine': metric is None; allowed: ACC"),

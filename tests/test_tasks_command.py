@@ -94,7 +94,7 @@ def test_a_folder_without_fault_has_no_finding(root, capsys):
         (edit(DEV, "row 1", "r\rw"), "dev, line 2: a carriage return"),
         (edit(DEV, "row 1", "\xe9"), "dev, line 2: byte 0xe9 is not UTF-8"),
         (lambda root: (root / TEST).write_bytes(b""), "test, line 1: the file is empty"),
-        (edit(TEST, "2\tbad", "2\tBad"), "test, line 3: not a label: 'Bad'; allowed: 'good', 'b"),
+        (edit(TEST, "2\tbad", "2\tBad"), "test, line 3: not a label of mine: 'Bad'; allowed"),
         (edit(DEV, "dev of 13, row 0", "train of 13, row 3"), f"dev, line 1{SHARED} train, line 4"),
         (edit(TEST, "test, row 2", "dev of 13, row 1"), f"test, line 3{SHARED} dev, line 2"),
         (remove(DEV), "dev: no file mine_2_13_dev.tsv"),
@@ -153,7 +153,7 @@ def test_faults_of_a_kind_are_counted_once_per_file(root):
     edit("mine/mine_2_13_train.tsv", "\tbad", "")(root)
     shutil.copy("data/free/free_3_42_test.tsv", "data/free/free_3_42_train.tsv")
     lines = [str(found) for found in findings(root) if found.is_error]
-    label = "not a label: 'BAD'; allowed: 'good', 'bad' (2 lines)"
+    label = "not a label of mine: 'BAD'; allowed: 'good', 'bad' (2 lines)"
     column = "the target column is missing; write the input, a tab, the target (2 lines)"
     shared = "the same row stands in train, line 1; remove it from one of the files, or set "
     assert lines == [

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from prompt_lab.data.files import list_files, parse_line, split_lines
+from prompt_lab.data.files import list_files, read_lines
 from prompt_lab.data.partitions import expand_sets
 from prompt_lab.files.prompts import FoundPrompt, TaskSample, best_prompts
 from prompt_lab.files.results import text_table
@@ -334,8 +334,7 @@ def _training_inputs(root: str | None, tasks: Sequence[str]) -> dict[str, list[s
         if files := [(k, sample) for k, sample, split in files if split == "train"]:
             k, sample = next(one for one in files if one[0] == files[-1][0])
             path = folder / f"{task}_{k}_{sample}_train.tsv"
-            lines = enumerate(split_lines(path, path.read_bytes()), 1)
-            found[task] = [parse_line(path, at, line)[0] for at, line in lines]
+            found[task] = [fields[0] for fields in read_lines(path, path.read_bytes())]
     if missing := [task for task in tasks if task not in found]:
         raise FileNotFoundError(
             f"{len(missing)} of {len(tasks)} tasks have no training file in {root}: "

@@ -15,13 +15,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prompt_lab.sandbox import SANDBOX
 
 if TYPE_CHECKING:
+    from prompt_lab.data.files import Split, SplitName
     from prompt_lab.data.tasks import Shots, Task
 
 HEAD, TAIL = 200, 100
@@ -29,9 +29,6 @@ HEAD, TAIL = 200, 100
 
 MOST_ANSWERS = 3
 """Accepted answers of a row that ``show`` prints."""
-
-Row = tuple[int, str, list[str]]
-"""Line, input and references of a row."""
 
 
 @dataclass(frozen=True)
@@ -288,6 +285,8 @@ def _facts_of(task: Task) -> Iterator[tuple[str, str]]:
         yield "target", source.target or f"the label in {source.label}"
         if source.prepare is not None:
             yield "prepared", f"by {source.prepare} of prompt_lab/data/prepare.py"
+        if source.keep is not None:
+            yield "kept", f"rows where {source.keep}"
     yield "licence", task.licence
     if task.note:
         yield "note", task.note
@@ -413,25 +412,28 @@ def _check_shots(
     folder: Path, task: Task, shots: Shots, held: list[tuple[Shots, int, str]]
 ) -> Iterator[Finding]:
     """Findings in the samples of one K of a task."""
-    from prompt_lab.data.files import SPLITS
+    from prompt_lab.data.files import SPLITS, overlaps
 
     tests: dict[int, list[tuple[str, list[str]]]] = {}
     for sample in sorted({sample for k, sample, _ in held if k == shots}):
-        splits: dict[str, list[Row]] = {}
+        splits: dict[SplitName, Split] = {}
         for split in SPLITS:
             at = partial(Finding, task.name, shots=shots, sample=sample, split=split)
             path = folder / f"{task.name}_{shots}_{sample}_{split}.tsv"
             if (shots, sample, split) not in held:
                 yield at(f"no file {path.name}")
                 continue
-            splits[split], findings = _check_rows(path, at)
+            splits[split], findings = _check_rows(path, task, at)
             yield from findings
-            yield from _check_answers(splits[split], task, at)
             if split != "test":
                 yield from _check_counts(splits[split], task, shots, at)
-        yield from _check_shared(splits, partial(Finding, task.name, shots=shots, sample=sample))
-        if splits.get("test"):
-            tests[sample] = sorted((text, answers) for _, text, answers in splits["test"])
+        for split, lines, what in overlaps(splits):
+            what = _counted(what, lines)
+            yield Finding(task.name, what, True, shots, sample, split, lines[0])
+        if "test" in splits:
+            rows = zip(splits["test"].inputs, splits["test"].references, strict=True)
+            if readable := sorted(row for row in rows if row[1]):
+                tests[sample] = readable
     first = min(tests, default=0)
     other = [sample for sample in tests if tests[sample] != tests[first]]
     if other:
@@ -439,58 +441,35 @@ def _check_shots(
         yield Finding(task.name, what, False, shots, split="test")
 
 
-def _check_rows(path: Path, at: Callable[..., Finding]) -> tuple[list[Row], list[Finding]]:
-    """The rows of a file that can be read, and findings about its other lines."""
-    from prompt_lab.data.files import DataError, parse_line, split_lines
+def _check_rows(path: Path, task: Task, at: Callable[..., Finding]) -> tuple[Split, list[Finding]]:
+    """The rows of a file, without any text where one cannot be read, and findings about them."""
+    from prompt_lab.data.files import Split, faults
 
-    rows: list[Row] = []
-    faults: dict[str, list[int]] = {}
-    try:
-        lines = split_lines(path, path.read_bytes())
-    except DataError as error:
-        line, what = str(error).removeprefix(f"{path}, line ").split(": ", 1)
-        return rows, [at(what, line=int(line))]
-    for number, line in enumerate(lines, 1):
-        try:
-            text, *answers = parse_line(path, number, line)
-        except DataError as error:
-            what = str(error).removeprefix(f"{path}, line {number}: ")
-            faults.setdefault(what, []).append(number)
-        else:
-            rows.append((number, text, answers))
-    return rows, [at(_counted(what, found), line=found[0]) for what, found in faults.items()]
-
-
-def _check_answers(
-    rows: Sequence[Row], task: Task, at: Callable[..., Finding]
-) -> Iterator[Finding]:
-    """Findings about answers of a task with labels: others than those, or more than one."""
-    if task.labels is None:
-        return
-    wrong = {
-        line: [answer for answer in answers if answer not in task.labels]
-        for line, _, answers in rows
-        if not set(answers) <= set(task.labels)
-    }
-    if wrong:
-        words = dict.fromkeys(repr(word) for words in wrong.values() for word in words)
-        allowed = _some([repr(label) for label in task.labels])
-        what = f"not a label: {_some(list(words))}; allowed: {allowed}"
-        yield at(_counted(what, list(wrong)), line=min(wrong))
-    more = [line for line, _, answers in rows if len(answers) > 1]
-    if more:
+    inputs: list[str] = []
+    references: list[list[str]] = []
+    found: dict[str, tuple[str, list[int]]] = {}
+    for line, fields, what in faults(path.read_bytes(), task):
+        inputs.append(fields[0] if fields else "")
+        references.append(fields[1:])
+        if what:
+            found.setdefault(what.partition(":")[0], (what, []))[1].append(line)
+    findings = [at(_counted(what, lines), line=lines[0]) for what, lines in found.values()]
+    more = [line for line, answers in enumerate(references, 1) if len(answers) > 1]
+    if more and task.labels is not None:
         what = "more than one answer, which a task with labels rarely has"
-        yield at(_counted(what, more), is_error=False, line=more[0])
+        findings.append(at(_counted(what, more), is_error=False, line=more[0]))
+    return Split(inputs, references, path, ""), findings
 
 
 def _check_counts(
-    rows: Sequence[Row], task: Task, shots: Shots, at: Callable[..., Finding]
+    split: Split, task: Task, shots: Shots, at: Callable[..., Finding]
 ) -> Iterator[Finding]:
     """A note where there are neither K rows of each label nor K in all, or no row of a label.
 
     Where K is all, only the latter.
     """
-    counts = Counter(answers[0] for _, _, answers in rows)
+    rows = [answers[0] for answers in split.references if answers]
+    counts = Counter(rows)
     labels = task.labels or ()
     if shots in ("all", len(rows)):
         off = [label for label in labels if not counts[label]]
@@ -502,29 +481,6 @@ def _check_counts(
         yield at(what, is_error=False)
     elif not labels and shots not in ("all", len(rows)):
         yield at(f"{len(rows)} rows, not {shots}", is_error=False)
-
-
-def _check_shared(splits: dict[str, list[Row]], at: Callable[..., Finding]) -> Iterator[Finding]:
-    """Errors where a row of one split, its input and a reference, stands in another."""
-    for first, second in combinations(splits, 2):
-        known = {
-            (text, answer): line
-            for line, text, answers in reversed(splits[first])
-            for answer in answers
-        }
-        shared = {
-            line: known[text, answer]
-            for line, text, answers in splits[second]
-            for answer in reversed(answers)
-            if (text, answer) in known
-        }
-        if shared:
-            line = min(shared)
-            what = (
-                f"the same row stands in {first}, line {shared[line]}; remove it from one of the "
-                "files, or set data.allow_overlap"
-            )
-            yield at(_counted(what, list(shared)), split=second, line=line)
 
 
 def _counted(what: str, lines: Sequence[int]) -> str:

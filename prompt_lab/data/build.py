@@ -19,14 +19,7 @@ from typing import Literal
 
 from prompt_lab import __version__
 from prompt_lab.data import few_shot
-from prompt_lab.data.files import (
-    BREAK,
-    SPLITS,
-    DataError,
-    MissingDataError,
-    parse_line,
-    split_lines,
-)
+from prompt_lab.data.files import BREAK, SPLITS, DataError, MissingDataError, read_lines
 from prompt_lab.data.sources import HUB, read_rows
 from prompt_lab.data.tasks import Shots, Task, load_tasks
 from prompt_lab.data.templates import Line, make_lines
@@ -233,8 +226,7 @@ def _read_lines(task: Task, source: str) -> tuple[list[Line], list[Line]]:
     for split in SPLITS:
         path = folder / f"{split}.tsv"
         if path.is_file():
-            texts = split_lines(path, path.read_bytes())
-            held[split] = [tuple(parse_line(path, n, text)) for n, text in enumerate(texts, 1)]
+            held[split] = [tuple(fields) for fields in read_lines(path, path.read_bytes())]
         elif split != "dev":
             raise MissingDataError(
                 f"no file {path}: finished lines stand in <source>/<task>/train.tsv, test.tsv and, "

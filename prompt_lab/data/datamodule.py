@@ -26,8 +26,8 @@ from prompt_lab.data.files import (
     DataError,
     Split,
     SplitName,
-    check_labels,
     find_shots,
+    label_fault,
     read_samples,
 )
 from prompt_lab.data.partitions import expand_sets
@@ -113,7 +113,9 @@ class PromptDataModule(LightningDataModule):
                 if not pairs:
                     raise DataError(f"{where}: no rows: give at least one of each split")
                 made[split] = as_split(pairs, where)
-                check_labels(made[split], self.tasks[task])
+                for line, answers in enumerate(made[split].references, 1):
+                    if fault := label_fault(answers, self.tasks[task]):
+                        raise DataError(f"{where}, line {line}: {fault}")
             self.splits[task, sample] = made
 
     @property

@@ -17,9 +17,9 @@ import difflib
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, combinations
+from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
@@ -107,13 +107,12 @@ def read_samples(
     read: dict[int, dict[SplitName, Split]] = {}
     for sample in samples:
         read[sample] = {
-            name: _read_file(_find_file(Path(root), task, shots, sample, name), known)
+            name: _read_file(_find_file(Path(root), task, shots, sample, name), task, known)
             for name in SPLITS
         }
-        for split in read[sample].values():
-            check_labels(split, task)
         if not allow_overlap:
-            check_overlap(read[sample]["train"], read[sample]["dev"], read[sample]["test"])
+            for name, lines, fault in overlaps(read[sample]):
+                raise DataError(f"{read[sample][name].path}, line {min(lines)}: {fault}")
     return read
 
 
@@ -131,99 +130,81 @@ def read_split(root: str | Path, task: Task, sample: int, split: SplitName) -> S
 
     Raises:
         MissingDataError: File, task folder or root is not there; the message says what is.
-        DataError: The file is empty, is not UTF-8, or has a bad row.
+        DataError: The file is empty, is not UTF-8, or has a bad row or label.
     """
-    return _read_file(_find_file(Path(root), task, find_shots(root, task), sample, split), {})
+    return _read_file(_find_file(Path(root), task, find_shots(root, task), sample, split), task, {})
 
 
-def _read_file(path: Path, known: dict[str, Split]) -> Split:
+def _read_file(path: Path, task: Task, known: dict[str, Split]) -> Split:
     """Read a file, or take the rows of a known one (by digest) with the same bytes."""
     data = path.read_bytes()
     digest = hashlib.sha256(data).hexdigest()
     if digest in known:
         return replace(known[digest], path=path)
-    rows = [
-        parse_line(path, number, line) for number, line in enumerate(split_lines(path, data), 1)
-    ]
-    inputs, references = [row[0] for row in rows], [row[1:] for row in rows]
-    known[digest] = Split(inputs, references, path, digest)
+    rows = read_lines(path, data, task)
+    known[digest] = Split([row[0] for row in rows], [row[1:] for row in rows], path, digest)
     return known[digest]
 
 
-def check_overlap(train: Split, dev: Split, test: Split | None) -> None:
-    """Check that no row stands in two splits.
+def read_lines(path: Path, data: bytes, task: Task | None = None) -> list[list[str]]:
+    """The fields of every line of a file, the input first.
 
-    Rows are the same when their inputs are equal and they share a reference. Repeated rows within
-    one split are allowed, and so is one input with different answers.
-
-    Raises:
-        DataError: Two splits share a row; the message names both files and lines.
-    """
-    splits = [split for split in (train, dev, test) if split is not None]
-    for first, second in combinations(splits, 2):
-        if set(first.inputs).isdisjoint(second.inputs):
-            continue  # most often so, and much faster to see
-        first_lines, second_lines = _row_lines(first), _row_lines(second)
-        shared = first_lines.keys() & second_lines.keys()
-        if shared:
-            row = min(shared, key=lambda row: second_lines[row])
-            raise DataError(
-                f"{second.path}, line {second_lines[row]}: the same row stands in {first.path}, "
-                f"line {first_lines[row]}; remove it from one of the files, or set "
-                "data.allow_overlap"
-            )
-
-
-def check_labels(split: Split, task: Task) -> None:
-    """Check that every reference is one of the task's labels; open tasks always pass.
+    Args:
+        path: The file, for messages.
+        data: Its bytes.
+        task: Whose labels are the only answers, if it has any.
 
     Raises:
-        DataError: A reference is outside the closed set; the message names file, line and label.
+        DataError: The first of its `faults`; the message names file and line.
     """
-    if task.labels is None:
-        return
-    allowed = set(task.labels)
-    if allowed.issuperset(chain.from_iterable(split.references)):
-        return
-    for line, references in enumerate(split.references, 1):
-        for label in references:
-            if label not in allowed:
-                raise DataError(
-                    f"{split.path}, line {line}: {label!r} is not a label of {task.name}; "
-                    f"allowed: {', '.join(repr(known) for known in task.labels)}"
-                )
+    rows = []
+    for line, fields, fault in faults(data, task):
+        if fault:
+            raise DataError(f"{path}, line {line}: {fault}")
+        rows.append(fields)
+    return rows
 
 
-def _row_lines(split: Split) -> dict[tuple[str, str], int]:
-    """Pairs of input and reference, with the first line on which each stands."""
-    lines: dict[tuple[str, str], int] = {}
-    for line, (text, references) in enumerate(zip(split.inputs, split.references, strict=True), 1):
-        for reference in references:
-            lines.setdefault((text, reference), line)
-    return lines
+def faults(data: bytes, task: Task | None = None) -> Iterator[tuple[int, list[str], str]]:
+    """All lines of a file, and what is wrong with each.
 
+    Lines are cut at line feeds only; other Unicode line breaks are text.
 
-def split_lines(path: Path, data: bytes) -> list[str]:
-    """Decode a file and cut it at line feeds only; other Unicode line breaks are text."""
+    Args:
+        data: Bytes of the file.
+        task: Whose labels are the only answers, if it has any.
+
+    Yields:
+        Number of the line, from 1; its fields, the input first, or none where it cannot be cut;
+        what is wrong, or an empty text. Faults of one kind are alike up to a colon.
+    """
     try:
         text = data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        reason = f"byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8"
-        raise DataError(f"{path}, line {line}: {reason}") from None
+        yield line, [], f"byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8"
+        return
     if not text:
-        raise DataError(f"{path}, line 1: the file is empty")
-    return text.removesuffix("\n").split("\n")
+        yield 1, [], "the file is empty"
+        return
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
+        whole = line.removesuffix("\r")
+        fields = [field.replace(BREAK, "\n").strip() for field in whole.split("\t")]
+        if fault := _fault(whole, fields):
+            yield number, [], fault
+        else:
+            yield number, fields, label_fault(fields[1:], task)
 
 
-def parse_line(path: Path, number: int, line: str) -> list[str]:
-    """Cut a line into its fields: the input, then one or more references."""
-    line = line.removesuffix("\r")
-    fields = [field.replace(BREAK, "\n").strip() for field in line.split("\t")]
-    reason = _fault(line, fields)
-    if reason:
-        raise DataError(f"{path}, line {number}: {reason}")
-    return fields
+def label_fault(answers: Sequence[str], task: Task | None) -> str:
+    """What is wrong with the answers of a row of a task with labels, or an empty text."""
+    if task is None or task.labels is None:
+        return ""
+    wrong = next((answer for answer in answers if answer not in task.labels), None)
+    if wrong is None:
+        return ""
+    allowed = ", ".join(map(repr, task.labels))
+    return f"not a label of {task.name}: {wrong!r}; allowed: {allowed}"
 
 
 def _fault(line: str, fields: list[str]) -> str | None:
@@ -243,6 +224,42 @@ def _fault(line: str, fields: list[str]) -> str | None:
     if not fields[1]:
         return "the target (column 2) is empty"
     return f"column {fields.index('') + 1} is empty; remove the tab or write a reference"
+
+
+def overlaps(splits: Mapping[SplitName, Split]) -> Iterator[tuple[SplitName, list[int], str]]:
+    """Rows that stand in two splits of a sample.
+
+    Rows are the same when their inputs are equal and they share a reference. Repeated rows within
+    one split are allowed, and so is one input with different answers.
+
+    Yields:
+        The second of two splits that share rows, its lines that stand in the first, and what is
+        wrong, of the first of them.
+    """
+    for first, second in combinations(splits, 2):
+        if set(splits[first].inputs).isdisjoint(splits[second].inputs):
+            continue  # most often so, and much faster to see
+        known: dict[tuple[str, str], int] = {}
+        for line, row in _rows(splits[first]):
+            known.setdefault(row, line)
+        shared: dict[int, int] = {}
+        for line, row in _rows(splits[second]):
+            if row in known:
+                shared.setdefault(line, known[row])
+        if shared:
+            line = min(shared)
+            yield (
+                second,
+                list(shared),
+                f"the same row stands in {first}, line {shared[line]}; remove it from one of the "
+                "files, or set data.allow_overlap",
+            )
+
+
+def _rows(split: Split) -> Iterator[tuple[int, tuple[str, str]]]:
+    """Line, input and reference, for each reference."""
+    for line, (text, answers) in enumerate(zip(split.inputs, split.references, strict=True), 1):
+        yield from ((line, (text, answer)) for answer in answers)
 
 
 def find_shots(root: str | Path, task: Task) -> Shots:

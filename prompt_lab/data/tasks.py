@@ -32,13 +32,16 @@ _SOURCE_KEYS = (
     "train_part",
     "test_part",
     "prepare",
+    "keep",
     "input",
     "label",
     "target",
 )
 _KEYS = ("ontology", "kind", "metric", "shots", "labels", *_SOURCE_KEYS, "licence", "note")
-_PACKAGE_TABLE = Path(__file__).with_name("tasks.yaml")
-_SANDBOX_TABLE = Path(__file__).parents[1] / "sandbox" / "tasks.yaml"
+_PACKAGED = (
+    Path(__file__).with_name("tasks.yaml"),
+    Path(__file__).parents[1] / "sandbox" / "tasks.yaml",
+)
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,12 @@ class Source:
         test: Split that becomes test; the same as ``train`` where there is only one.
         train_part: Rows of ``train`` to draw from, after a shuffle; None for all, unshuffled.
         test_part: The same for ``test``.
-        prepare: Function of `prompt_lab.data.prepare` that makes the columns of the templates, or
-            None where the rows have them.
-        input: Template of the input.
-        label: Column with the index of the label, or None where ``target`` says the answer.
+        prepare: Function of `prompt_lab.data.prepare` that groups, draws or takes apart the rows,
+            or None where templates suffice.
+        keep: Expression that is true of the rows to use, or None for all.
+        input: Template of the input (`prompt_lab.data.templates`).
+        label: Column with the index or the text of the label, or an expression of it; None where
+            ``target`` says the answer.
         target: Template of the answers, or None.
     """
 
@@ -66,6 +71,7 @@ class Source:
     train_part: Part | None
     test_part: Part | None
     prepare: str | None
+    keep: str | None
     input: str
     label: str | None
     target: str | None
@@ -114,17 +120,11 @@ def load_tasks(extra: str | Path | None = None) -> dict[str, Task]:
         FileNotFoundError: There is no file ``extra``.
         ValueError: A row is not valid; the message names file, row and reason.
     """
-    tasks = dict(_packaged_tasks())
-    if extra is not None:
-        path = Path(extra)
-        if not path.is_file():
-            raise FileNotFoundError(f"no task file {path}: give a YAML file of task rows")
-        _add_rows(tasks, path)
-    return tasks
+    return {name: _packaged(name) for name in _packaged_rows()} | _own(extra)
 
 
 def find_tasks(names: Sequence[str], extra: str | Path | None = None) -> list[Task]:
-    """Look up tasks by name.
+    """Look up tasks by name; of the package's rows only these are checked and typed.
 
     Args:
         names: Names of tasks, none of them twice.
@@ -141,32 +141,40 @@ def find_tasks(names: Sequence[str], extra: str | Path | None = None) -> list[Ta
     twice = repeated(names)
     if twice:
         raise ValueError(f"tasks are named more than once: {', '.join(twice)}; name each once")
-    tasks = load_tasks(extra)
-    unknown = [_describe_unknown(name, tasks) for name in names if name not in tasks]
+    own, packaged = _own(extra), _packaged_rows()
+    unknown = [n for n in names if n not in own and n not in packaged]
     if unknown:
-        raise ValueError("; ".join(unknown))
-    return [tasks[name] for name in names]
+        raise ValueError("; ".join(_describe_unknown(name, [*packaged, *own]) for name in unknown))
+    return [own[name] if name in own else _packaged(name) for name in names]
 
 
 @cache
-def _packaged_tasks() -> dict[str, Task]:
-    """The rows that ship with the package; read once, never changed."""
-    tasks: dict[str, Task] = {}
-    for path in (_PACKAGE_TABLE, _SANDBOX_TABLE):
-        if path.is_file():
-            _add_rows(tasks, path)
-    return tasks
+def _packaged_rows() -> dict[str, Any]:
+    """The rows that ship with the package, as YAML has them."""
+    return {name: row for path in _PACKAGED for name, row in _read_rows(path).items()}
 
 
-def _add_rows(tasks: dict[str, Task], path: Path) -> None:
-    """Parse the rows of a file and add them to `tasks`, where no name may be present yet."""
+@cache
+def _packaged(name: str) -> Task:
+    """A row of the package."""
+    return _parse_row(name, _packaged_rows()[name])
+
+
+def _own(extra: str | Path | None) -> dict[str, Task]:
+    """A user's own rows."""
+    if extra is None:
+        return {}
+    path, tasks = Path(extra), {}
+    if not path.is_file():
+        raise FileNotFoundError(f"no task file {path}: give a YAML file of task rows")
     for name, row in _read_rows(path).items():
         try:
-            if name in tasks:
+            if name in _packaged_rows():
                 raise ValueError("the package already has a task of this name; choose another")
             tasks[name] = _parse_row(name, row)
         except ValueError as error:
             raise ValueError(f"{path}, row {name!r}: {error}") from None
+    return tasks
 
 
 def _read_rows(path: Path) -> dict[Any, Any]:
@@ -246,12 +254,19 @@ def _parse_source(row: dict[Any, Any], labels: tuple[str, ...] | None) -> Source
         )
     if only and parts["train_part"] is None:
         parts = {"train_part": (0.0, 0.8), "test_part": (0.8, 1.0)}
+    for key in ("input", "target"):
+        text = _text(row, key)
+        if text and not any(mark in text for mark in ("{{", "{%")):
+            raise ValueError(
+                f"{key} is the same for all rows; put a column in it as {{{{column}}}}"
+            )
     return Source(
         hub=_text(row, "hub"),
         config=_text(row, "config"),
         train=row["train"],
         test=_text(row, "test") or row["train"],
         prepare=_text(row, "prepare"),
+        keep=_text(row, "keep"),
         input=row["input"],
         label=_text(row, "label"),
         target=_text(row, "target"),

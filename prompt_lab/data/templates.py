@@ -1,39 +1,44 @@
-r"""From rows of a data set to lines of a few-shot file, by the templates of the task table.
+r"""From rows of a data set to lines of a few-shot file, by the Jinja2 templates of the task table.
 
-``{sentence}`` in a template is the value of that column, ``{sql.text}`` the value inside a mapping,
-and ``{sentence|clean}`` the value after a filter:
+``{{sentence}}`` in a template is the value of that column, ``{{sql.text}}`` the value inside a
+mapping, and ``{{row["question-X"]}}`` that of a column whose name is no identifier. ``keep`` and
+``label`` are expressions, and so is a target that is one placeholder: it may give a list, each item
+a reference. Only text and numbers can stand in a file. Filters beside Jinja2's own:
 
 - ``clean`` puts a space for tabs, for line ends and for the two characters ``\n``, one space for
   several, and none at the ends. It is what many builders of the CrossFit gym do;
-- ``one_line`` puts a space for each line feed;
-- ``strip`` drops spaces and line ends at both ends.
+- ``one_line`` puts a space for each line feed, ``flat`` also for carriage returns and tabs;
+- ``strip`` drops spaces and line ends at both ends;
+- ``spaced`` puts spaces around punctuation, as T5 wrote SQuAD;
+- ``options`` writes texts to choose from: ``(A) red (B) blue``, or with the marks that are given;
+- ``letter`` is the number of an answer from its letter, ``int`` that of its digits;
+- ``distinct`` drops repeated and empty texts of a list; ``majority`` is what most of a list say, or
+  none; ``fifths`` rounds a number to the nearest 0.2.
 
-What a template cannot say is a function of `prompt_lab.data.prepare`. A template computes nothing.
+What groups or draws rows is a function of `prompt_lab.data.prepare`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
+from jinja2 import StrictUndefined, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
+
 from prompt_lab.data import prepare
-from prompt_lab.data.cleaning import clean, one_line
 from prompt_lab.data.files import DataError
-from prompt_lab.data.prepare import Row
-from prompt_lab.data.tasks import Source, Task
+from prompt_lab.data.prepare import FLAT, Row
+from prompt_lab.data.tasks import Task
 
 Line = tuple[str, ...]
 """A line of a few-shot file: the input, then one or more references."""
 
-_PLACE = re.compile(r"\{([^{}|]+)(?:\|([^{}|]*))?\}")
-
-
-_FILTERS: dict[str, Callable[[str], str]] = {
-    "clean": clean,
-    "one_line": one_line,
-    "strip": str.strip,
-}
+_PLACE = re.compile(r"\{\{((?:(?!\}\}).)*)\}\}", re.DOTALL)
 
 
 def make_lines(rows: Iterable[Row], task: Task) -> Iterator[Line]:
@@ -44,17 +49,74 @@ def make_lines(rows: Iterable[Row], task: Task) -> Iterator[Line]:
         task: Row of the task table, with a source.
 
     Raises:
-        DataError: A column is missing, holds nothing, or holds no label of the task; the message
-            names task, row (counted from 1) and column.
+        DataError: A template is not valid, a column is missing, holds nothing, or holds no label of
+            the task; the message names task, row (counted from 1) and column.
     """
     source = task.source
     assert source is not None
+    keep, text = _compile(task, "keep"), _compile(task, "input")
+    label, target = _compile(task, "label"), _compile(task, "target")
     for number, row in enumerate(_prepared(rows, task.name, source.prepare), 1):
         try:
-            line = (render(source.input, row), *_answers(source, task, row))
+            if source.keep is None or keep(row):
+                found = target(row) if source.label is None else _label(task, label(row))
+                if found == []:
+                    raise DataError(f"{source.target} is an empty list: the row has no answer")
+                yield text(row), *(found if isinstance(found, list) else [found])
         except DataError as error:
             raise DataError(f"{task.name}, row {number}: {error}") from None
-        yield line
+
+
+def _compile(task: Task, key: str) -> Callable[[Row], Any]:
+    """The value of a row that a template or an expression of a task says; its errors name it."""
+    template = getattr(task.source, key) or ""
+    place = _PLACE.fullmatch(template) if key == "target" else None
+    expression = place[1] if place else template if key in ("keep", "label") else None
+    try:
+        if expression:
+            made = _JINJA.compile_expression(expression, undefined_to_none=False)
+        else:
+            made = _JINJA.from_string(template).render
+    except TemplateError as error:
+        raise DataError(f"{task.name}: {key} {template!r} cannot be read: {error}") from None
+
+    def value(row: Row) -> Any:
+        try:
+            found = made({**row, "row": row})
+            if place and isinstance(found, list | tuple | Iterator):
+                return [_text(item) for item in found]
+            return _text(found) if place or isinstance(found, StrictUndefined) else found
+        except Exception as error:  # whatever an expression raises
+            is_text = key in ("input", "target")
+            where = _find_fault(template, row) if is_text else f"{key} {template!r}"
+            raise DataError(f"{where}: {error}; the row has {', '.join(map(str, row))}") from None
+
+    return value
+
+
+def _find_fault(template: str, row: Row) -> str:
+    """The first placeholder of a template that has no value for a row; or the whole template."""
+    for place in _PLACE.finditer(template):
+        try:
+            _JINJA.from_string(place[0]).render({**row, "row": row})
+        except Exception:
+            return place[0]
+    return template
+
+
+def _label(task: Task, value: Any) -> str:
+    """The label that a value says, as an index or as its text."""
+    labels = task.labels or ()
+    if isinstance(value, str) and value in labels:
+        return value
+    if isinstance(value, str) and value.isdecimal():  # a table of text
+        value = int(value)
+    if isinstance(value, int) and 0 <= value < len(labels):
+        return labels[value]
+    raise DataError(
+        f"label {task.source and task.source.label!r} is {value!r}; allowed: 0 to "
+        f"{len(labels) - 1}, or one of {', '.join(labels[:6])}{' ...' if len(labels) > 6 else ''}"
+    )
 
 
 def _prepared(rows: Iterable[Row], task: str, name: str | None) -> Iterator[Row]:
@@ -62,9 +124,12 @@ def _prepared(rows: Iterable[Row], task: str, name: str | None) -> Iterator[Row]
     if name is None:
         yield from rows
         return
+    function: Any = getattr(prepare, name, None)
+    if getattr(function, "__module__", None) != prepare.__name__ or name.startswith("_"):
+        raise DataError(f"prepare is {name!r}, which is no function of prompt_lab.data.prepare")
     number = 0
     try:
-        for row in find_prepare(name)(rows):
+        for row in function(rows):
             number += 1
             yield row
     except (KeyError, TypeError, IndexError, AttributeError) as error:
@@ -75,82 +140,61 @@ def _prepared(rows: Iterable[Row], task: str, name: str | None) -> Iterator[Row]
         ) from error
 
 
-def find_prepare(name: str) -> Callable[[Iterable[Row]], Iterator[Row]]:
-    """The function of `prompt_lab.data.prepare` with a name.
-
-    Raises:
-        DataError: There is none.
-    """
-    function: Any = getattr(prepare, name, None)
-    if getattr(function, "__module__", None) != prepare.__name__ or name.startswith("_"):
-        raise DataError(f"prepare is {name!r}, which is no function of prompt_lab.data.prepare")
-    return function
+# ---- values and filters --------------------------------------------------------------------------
 
 
-def render(template: str, row: Row) -> str:
-    """Put the values of a row into a template.
-
-    Raises:
-        DataError: A column is missing, or its value is neither text nor a number.
-    """
-    return _PLACE.sub(lambda place: _text(place[0], _value(place, row)), template)
-
-
-def _answers(source: Source, task: Task, row: Row) -> list[str]:
-    """The references of a row."""
-    if source.label is not None:
-        return [_label(_column(source.label, row), source.label, task.labels or ())]
-    target = source.target or ""
-    place = _PLACE.fullmatch(target)
-    value = None if place is None else _value(place, row)
-    if isinstance(value, list):
-        if not value:
-            raise DataError(f"{target} is an empty list: the row has no answer")
-        return [_text(target, item) for item in value]
-    return [render(target, row)]
-
-
-def _label(value: Any, column: str, labels: tuple[str, ...]) -> str:
-    """The label that a column's value says, as an index or as its text."""
-    if isinstance(value, str) and value in labels:
-        return value
-    if isinstance(value, str) and value.isdecimal():  # a table of text
-        value = int(value)
-    if isinstance(value, int) and 0 <= value < len(labels):
-        return labels[value]
-    raise DataError(
-        f"column {column!r} holds {value!r}; allowed: 0 to {len(labels) - 1}, or one of "
-        f"{', '.join(labels[:6])}{' ...' if len(labels) > 6 else ''}"
-    )
-
-
-def _value(place: re.Match[str], row: Row) -> Any:
-    """The filtered value of a placeholder."""
-    value = _column(place[1], row)
-    if place[2] is None:
-        return value
-    if place[2] not in _FILTERS:
-        raise DataError(f"{place[0]}: no filter {place[2]!r}; allowed: {', '.join(_FILTERS)}")
-    chosen = _FILTERS[place[2]]
-    if isinstance(value, list):
-        return [chosen(_text(place[0], item)) for item in value]
-    return chosen(_text(place[0], value))
-
-
-def _column(path: str, row: Row) -> Any:
-    """The value of a column, or inside of one: ``sql.text``."""
-    if path in row:
-        return row[path]
-    value: Any = row
-    for key in path.split("."):
-        if not isinstance(value, dict) or key not in value:
-            raise DataError(f"no column {path!r}; the row has {', '.join(map(str, row))}")
-        value = value[key]
-    return value
-
-
-def _text(place: str, value: Any) -> str:
+def _text(value: Any) -> str:
     """A value as text; what is neither text nor a number is refused."""
     if isinstance(value, str | int | float):
         return str(value)
-    raise DataError(f"{place} is {type(value).__name__}, not text or a number")
+    if isinstance(value, StrictUndefined):
+        return str(value)  # says which column is missing
+    raise TypeError(f"{type(value).__name__} is not text or a number")
+
+
+def _clean(value: Any) -> str:
+    return " ".join(_text(value).replace("\\n", " ").split())
+
+
+def _spaced(value: Any) -> str:
+    """A text with spaces around every sign but letters, digits, accents and underscores.
+
+    T5 wrote SQuAD so (Raffel et al. 2020, `_pad_punctuation` in their code); one space for several.
+    """
+    signs = (
+        sign if sign == "_" or unicodedata.category(sign)[0] in "LNM" else f" {sign} "
+        for sign in _text(value)
+    )
+    return " ".join("".join(signs).split())
+
+
+def _options(texts: Iterable[str], marks: Iterable[object] | None = None) -> str:
+    texts = list(texts)
+    marks = [chr(ord("A") + at) for at in range(len(texts))] if marks is None else marks
+    return " ".join(f"({mark}) {text}" for mark, text in zip(marks, texts, strict=True))
+
+
+def _majority(values: Iterable[Hashable]) -> Any:
+    (most, votes), *others = Counter(values).most_common(2)
+    return most if not others or votes > others[0][1] else None
+
+
+def _fifths(value: Any) -> str:
+    """A number to the nearest 0.2, computed in 32 bits as T5 does STS-B's, such as "3.2"."""
+    return f"{np.round(np.float32(value) * np.float32(5)) / 5:.1f}"
+
+
+_JINJA = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_text)
+_JINJA.filters |= {
+    "clean": _clean,
+    "one_line": lambda value: _text(value).replace("\n", " "),
+    "flat": lambda value: _text(value).translate(FLAT),
+    "strip": lambda value: _text(value).strip(),
+    "spaced": _spaced,
+    "options": _options,
+    "letter": lambda key: ord(key) - ord("A"),
+    "int": int,
+    "distinct": lambda texts: list(dict.fromkeys(text for text in texts if text)) or [""],
+    "majority": _majority,
+    "fifths": _fifths,
+}
