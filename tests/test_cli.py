@@ -28,7 +28,7 @@ import yaml
 from lightning.pytorch.callbacks import Timer
 
 from prompt_lab.commands import cli
-from prompt_lab.commands.sweep_command import Trial, make_trials, read_sweep
+from prompt_lab.commands.sweep import Trial, make_trials, read_sweep
 from prompt_lab.data.partitions import partition_names
 from prompt_lab.files.prompts import load_prompt
 from prompt_lab.files.results import read_csv

@@ -22,7 +22,7 @@ import yaml
 
 import prompt_lab
 from prompt_lab.commands import cli, offline
-from prompt_lab.commands.sweep_command import sweep_command
+from prompt_lab.commands.sweep import sweep_command
 from prompt_lab.files.prompts import Prompt, PromptStore, save_prompt
 
 ROOT = Path(prompt_lab.__file__).parent

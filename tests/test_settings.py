@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 from test_cli import ParseOnly
 
 from prompt_lab.commands import cli
-from prompt_lab.commands.sweep_file import make_trials, read_sweep
+from prompt_lab.commands.sweep_trials import make_trials, read_sweep
 from prompt_lab.core.optim import OptimConfig
 from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.methods.prompt_tuning import PromptTuning

@@ -20,9 +20,15 @@ import scipy.stats
 import yaml
 
 from prompt_lab.commands import offline
-from prompt_lab.commands.sweep_banks import plan_fits, trial_folder
-from prompt_lab.commands.sweep_command import read_scores, sweep_command
-from prompt_lab.commands.sweep_file import Parameter, draw, make_trials, read_sweep
+from prompt_lab.commands.sweep import read_scores, sweep_command
+from prompt_lab.commands.sweep_trials import (
+    Parameter,
+    draw,
+    make_trials,
+    plan_fits,
+    read_sweep,
+    trial_folder,
+)
 from prompt_lab.files.results import RESULT_COLUMNS, read_csv
 
 # A stand-in for prompt-lab: tells what it was given, and ends as the files around it say.
@@ -59,7 +65,7 @@ SWEEP = {
 }
 IN_PROCESS = """
 import sys
-from prompt_lab.commands.sweep_command import sweep_command
+from prompt_lab.commands.sweep import sweep_command
 sys.exit(sweep_command("s.yaml", "r"))
 """
 
@@ -442,9 +448,7 @@ def test_a_trial_that_outlives_its_sweep_keeps_the_folder_and_is_resumed_when_ki
 
 
 def test_a_dry_run_prints_the_commands_and_writes_nothing(capsys, monkeypatch):
-    monkeypatch.setitem(
-        offline.FUNCTIONS, "sweep", ("prompt_lab.commands.sweep_command", "sweep_command")
-    )
+    monkeypatch.setitem(offline.FUNCTIONS, "sweep", ("prompt_lab.commands.sweep", "sweep_command"))
     command = ["${env}", "prompt-lab", "fit", "--config", "a b.yaml", "${args}"]
     found = trials(command=command)
     before = sorted(Path().rglob("*"))

@@ -14,7 +14,7 @@ from conftest import SAMPLES, TASKS
 
 from prompt_lab import __main__
 from prompt_lab.commands import offline
-from prompt_lab.commands.tasks_command import HEAD, TAIL, Finding, check_folder, shorten
+from prompt_lab.commands.tasks import HEAD, TAIL, Finding, check_folder, shorten
 from prompt_lab.data.files import SPLITS, DataError, read_task
 from prompt_lab.data.partitions import partition
 from prompt_lab.data.tasks import load_tasks

@@ -1,10 +1,9 @@
 """The command ``prompt-lab sweep``: the trials of a wandb sweep file, one after another, here.
 
-It reads the YAML that ``wandb sweep FILE`` reads (``sweep_file.py``) and starts each trial with the
-words that a wandb agent would give it, plus a folder of its own by ``--run_dir``. Trials of
-``PromptTuning`` that one bank can hold are one fit instead (``sweep_banks.py``). The folder has a
-digest of the settings as name and holds a marker once the fit has ended, so that the same command
-run again skips what is done, resumes a fit that was interrupted and goes on.
+It starts each trial (``sweep_trials.py``) with the words that a wandb agent would give it, plus a
+folder of its own by ``--run_dir``. The folder has a digest of the settings as name and holds a
+marker once the fit has ended, so that the same command run again skips what is done, resumes a fit
+that was interrupted and goes on.
 
 Left out: Bayesian search, early termination and targets, which need the service (``wandb agent``);
 trials side by side. The digest does not cover the content of a config file that the command names:
@@ -22,13 +21,25 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from prompt_lab.commands.sweep_banks import BANK, MARKER, Fit, plan_fits, trial_folder, trial_state
-from prompt_lab.commands.sweep_file import Sweep, Trial, make_trials, read_sweep
+from tabulate import tabulate
+
+from prompt_lab.commands.sweep_trials import (
+    BANK,
+    MARKER,
+    Fit,
+    Sweep,
+    Trial,
+    make_trials,
+    plan_fits,
+    read_sweep,
+    trial_folder,
+    trial_state,
+)
 from prompt_lab.files.results import BASELINES, RESULT_COLUMNS, best_by_dev, read_csv
 from prompt_lab.files.tensors import held, write_atomically, write_csv
 
@@ -136,7 +147,8 @@ def _run_fit(fit: Fit, folder: Path, lock: int) -> str:
     (folder / MARKER).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     if fit.runs is not None:
-        write_atomically(folder / BANK, json.dumps(fit.describe_bank(), indent=1).encode())
+        noted = {"settings": fit.whole.settings, "runs": fit.runs}
+        write_atomically(folder / BANK, json.dumps(noted, indent=1).encode())
     started = time.monotonic()
     with (folder / LOG).open("ab") as log:
         log.write(f"$ {shlex.join(words)}\n".encode())
@@ -207,7 +219,7 @@ def read_scores(
             index = _rows(folder / "prompts" / "index.csv")
             rows = [{**row, "dev": row["dev_score"], "test": row["test_score"]} for row in index]
         if runs is not None:
-            rows = [row for row in rows if _run_name(row) in runs]
+            rows = [r for r in rows if (r.get("name") or Path(r["prompt_file"]).stem) in runs]
         best = best_by_dev(rows)
         dev, test = ([float(row[key]) for row in best if row[key]] for key in ("dev", "test"))
     except (KeyError, ValueError) as error:
@@ -216,11 +228,6 @@ def read_scores(
             f"{MARKER} beside it to have the trial run again"
         ) from None
     return statistics.mean(dev) if dev else None, statistics.mean(test) if test else None
-
-
-def _run_name(row: Mapping[str, str]) -> str:
-    """The name of the run of a line of results, or of a prompt store's index."""
-    return row["name"] if "name" in row else Path(row["prompt_file"]).stem
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
@@ -264,17 +271,21 @@ def _report(
         folder = trial_folder(root, fit.whole)
         state, seconds = trial_state(folder)
         for trial in fit.trials:
-            scores = read_scores(folder, fit.runs_of(trial)) if state == "done" else (None, None)
-            row = {"trial": trial.number, **trial.settings, "dev": scores[0], "test": scores[1]}
+            runs = fit.runs and fit.runs[trial.digest]
+            dev, test = read_scores(folder, runs) if state == "done" else (None, None)
+            row = {"trial": trial.number, **trial.settings, "dev": dev, "test": test}
             rows.append(row | {"state": state, "seconds": seconds, "folder": folder.name})
         if state == "done":
-            results += [_moved(line, folder) for line in _rows(folder / "results.csv")]
+            for line in _rows(folder / "results.csv"):
+                name = line.get("prompt_file")  # as seen from the folder of the sweep
+                results.append({**line, "prompt_file": f"{folder.name}/{name}" if name else ""})
     rows.sort(key=lambda row: row["trial"])
     head = ["trial", *_varying(trials), "dev", "test", "state"]
     write_csv(root / "sweep.csv", [*head, "seconds", "folder"], rows)
     if results:
         write_csv(root / "results.csv", RESULT_COLUMNS, results)
-    print(f"\n{_table(head, rows)}\n")
+    cells = [[_cell(name, row[name]) for name in head] for row in rows]
+    print(f"\n{tabulate(cells, head, disable_numparse=True)}\n")
     done = sum(row["state"] == "done" for row in rows)
     files = f"{root / 'sweep.csv'} and {root / 'results.csv'}" if results else root / "sweep.csv"
     print(f"{done} of {len(rows)} trials done; the tables are in {files}")
@@ -284,21 +295,6 @@ def _report(
         print("stopped: the same command goes on from here", flush=True)
         return 130
     return int(done < len(rows))
-
-
-def _moved(line: Mapping[str, str], folder: Path) -> dict[str, str]:
-    """A line of a trial's results with its prompt file as seen from the folder of the sweep."""
-    name = line.get("prompt_file")
-    return {**line, "prompt_file": f"{folder.name}/{name}" if name else ""}
-
-
-def _table(head: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows under a head, in columns; scores with three digits."""
-    lines = [list(head), *([_cell(name, row[name]) for name in head] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    padded = ((c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines)
-    return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
 def _cell(name: str, value: Any) -> str:
