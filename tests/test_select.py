@@ -21,11 +21,13 @@ import yaml
 from matplotlib.figure import Figure
 from scipy.linalg import subspace_angles
 from scipy.stats import bootstrap
-from test_cli import CONFIGS, ParseOnly
+from test_cli import CONFIGS
 
+from prompt_lab.__main__ import main
 from prompt_lab.analysis import plots
 from prompt_lab.analysis.selection import PROMPT_RANKINGS, find_steps
-from prompt_lab.commands import offline, select
+from prompt_lab.commands import select
+from prompt_lab.commands.cli import ParseOnly
 from prompt_lab.core import similarity
 from prompt_lab.data.partitions import partition
 from prompt_lab.files.prompts import Prompt, PromptStore
@@ -69,7 +71,7 @@ def store() -> str:
 
 def command(*words: str) -> int:
     """Exit status of ``prompt-lab select``."""
-    return offline.run(["select", *words])
+    return main(["select", *words])
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -223,8 +225,8 @@ def test_neither_transformers_nor_lightning_is_loaded(store):
     """Reading prompts needs no model; the command starts as fast as torch does."""
     code = (
         "import sys\n"
-        "from prompt_lab.commands import offline\n"
-        "offline.run(['select', 'aim', '--prompts', 'store', '--number', '1'])\n"
+        "from prompt_lab.__main__ import main\n"
+        "main(['select', 'aim', '--prompts', 'store', '--number', '1'])\n"
         "print(sorted({'transformers', 'lightning', 'datasets'} & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -555,8 +557,8 @@ def test_the_published_table_is_evaluated_without_any_model(capsys):
 def test_a_table_is_evaluated_without_loading_torch():
     code = (
         "import sys\n"
-        "from prompt_lab.commands import offline\n"
-        "offline.run(['select', 'evaluate', 'paper'])\n"
+        "from prompt_lab.__main__ import main\n"
+        "main(['select', 'evaluate', 'paper'])\n"
         "print(sorted({'torch', 'matplotlib', 'lightning'} & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -15,8 +15,8 @@ import yaml
 
 from prompt_lab import load_prompt
 from prompt_lab.commands import cli
-from prompt_lab.commands.sweep import read_scores, sweep_command
-from prompt_lab.commands.sweep_trials import Trial, _parsed, make_trials, plan_fits, read_sweep
+from prompt_lab.commands.sweep import _parsed, plan_fits, read_scores, sweep_command
+from prompt_lab.commands.sweep_trials import Trial, make_trials, read_sweep
 from prompt_lab.files.results import read_csv
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -244,7 +244,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> None:
     def names(whole: Trial, members: list[Trial]) -> dict[str, list[str]]:
         return {t.digest: ["lr{}_s{}".format(*values(t, RATE, SEED))] for t in members}
 
-    monkeypatch.setattr("prompt_lab.commands.sweep_trials.runs_of_trials", names)
+    monkeypatch.setattr("prompt_lab.commands.sweep.runs_of_trials", names)
 
 
 def calls() -> list[dict[str, str]]:

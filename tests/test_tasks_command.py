@@ -13,7 +13,7 @@ import pytest
 from conftest import SAMPLES, TASKS
 
 from prompt_lab import __main__
-from prompt_lab.commands import offline
+from prompt_lab.__main__ import main
 from prompt_lab.commands.tasks import HEAD, TAIL, Finding, check_folder, shorten
 from prompt_lab.data.files import SPLITS, DataError, read_task
 from prompt_lab.data.partitions import partition
@@ -47,7 +47,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def command(*words: str) -> int:
     """Exit status of ``prompt-lab tasks``."""
-    return offline.run(["tasks", *words])
+    return main(["tasks", *words])
 
 
 def findings(root: Path, *names: str) -> list[Finding]:

@@ -3,11 +3,15 @@
 It starts each trial (``sweep_trials.py``) with the words that a wandb agent would give it, plus a
 folder of its own by ``--run_dir``. The folder has a digest of the settings as name and holds a
 marker once the fit has ended, so that the same command run again skips what is done, resumes a fit
-that was interrupted and goes on.
+that was interrupted and goes on. Trials run one at a time. The digest does not cover the content of
+a config file that the command names: after a change of it take another folder.
 
-Left out: Bayesian search, early termination and targets, which need the service (``wandb agent``);
-trials side by side. The digest does not cover the content of a config file that the command names:
-after a change of it take another folder.
+``PromptTuning`` trains a bank: tasks, samples, initialisation seeds, learning rates, batch sizes
+and source tasks may be lists, and every run of their product follows the run alone, up to the
+rounding of float32. So trials that are equal in all other settings and a full product of these are
+one fit with lists. It is itself a trial, and is done, interrupted or failed as one; its folder
+keeps in ``bank.json`` whose runs are whose. Where the command line's own parser does not say that
+the bank is the same as its trials, each trial is a fit.
 """
 
 from __future__ import annotations
@@ -21,32 +25,51 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
-from prompt_lab.commands.sweep_trials import (
-    BANK,
-    MARKER,
-    Fit,
-    Sweep,
-    Trial,
-    make_trials,
-    plan_fits,
-    read_sweep,
-    trial_folder,
-    trial_state,
+from prompt_lab.commands.sweep_trials import Sweep, Trial, make_trial, make_trials, read_sweep
+from prompt_lab.core.run import grid
+from prompt_lab.files.results import (
+    BASELINES,
+    RESULT_COLUMNS,
+    best_by_dev,
+    read_csv,
+    text_table,
 )
-from prompt_lab.files.results import BASELINES, RESULT_COLUMNS, best_by_dev, read_csv
 from prompt_lab.files.tensors import held, write_atomically, write_csv
 
+BANK, MARKER = "bank.json", "trial.json"
+AXES = ("data.tasks", "data.samples", "model.init_seed", "model.learning_rate")
+AXES += ("model.batch_size", "model.init.source_tasks")
+"""The settings that may be lists in a bank, in the order of :func:`prompt_lab.core.run.grid`."""
+PROMPT_TUNING = ("prompt_lab.PromptTuning", "prompt_lab.methods.prompt_tuning.PromptTuning")
+COUPLING = ("callbacks", "plugins", "max_time", "detect_anomaly")
+COUPLING += ("limit_test_batches", "overfit_batches", "fast_dev_run")
+"""Settings of the trainer by which a run could feel the others."""
 LOG = "log.txt"
 TAIL_LINES, TAIL_BYTES = 10, 20_000
 PATIENCE = 10.0
 """Seconds that a trial has to end after SIGTERM."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One process of a sweep: a trial alone, or a bank of several.
+
+    Attributes:
+        whole: what is run: the trial, or one whose settings have lists for the bank.
+        trials: the trials that it trains, at least one.
+        runs: of a bank, the names of each trial's runs by the digest of the trial; else None.
+    """
+
+    whole: Trial
+    trials: tuple[Trial, ...]
+    runs: dict[str, list[str]] | None = None
 
 
 def sweep_command(
@@ -93,6 +116,206 @@ def sweep_command(
         raise ValueError(f"no program {program!r}: command begins with it in {file}")
     with held(root, "another sweep, or by a trial that one left behind") as lock:
         return _run_all(sweep, trials, plan_fits(sweep, trials, root), root, lock)
+
+
+# ---- folders -------------------------------------------------------------------------------------
+
+
+def trial_folder(root: Path, trial: Trial) -> Path:
+    """The folder of a trial: the one that has its digest already, or else a new one's name.
+
+    Args:
+        root: folder of the sweep.
+        trial: the trial; after a change of the file it may have had another number.
+    """
+    found = sorted(root.glob(f"*-{trial.digest}"))
+    return found[0] if found else root / f"{trial.number}-{trial.digest}"
+
+
+def trial_state(folder: Path) -> tuple[str, float | None]:
+    """State of a trial and the seconds that its last process took, as its folder tells them.
+
+    Args:
+        folder: the folder of the trial.
+
+    Returns:
+        ``done`` (ended with status 0), ``failed`` (another status), ``interrupted`` (started, did
+        not end by itself) or ``not run``; the seconds of the first two.
+
+    Raises:
+        ValueError: a marker that is damaged.
+    """
+    path = folder / MARKER
+    if not path.is_file():
+        return ("interrupted" if folder.is_dir() else "not run"), None
+    try:
+        marker = json.loads(path.read_text(encoding="utf-8"))
+        return str(marker["state"]), float(marker["seconds"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error!r}): delete it to have the trial run or resumed"
+        ) from None
+
+
+# ---- banks ---------------------------------------------------------------------------------------
+
+
+def plan_fits(sweep: Sweep, trials: Sequence[Trial], root: Path) -> list[Fit]:
+    """The fits that train the trials, each trial in one of them.
+
+    Banks and trials that have a folder there keep it, whatever else the file asks for by now; a
+    bank only while all its trials are in the file. The trials of a bank that failed are then alone,
+    since one of them may have failed it.
+
+    Args:
+        sweep: the file.
+        trials: its trials.
+        root: folder of the sweep; it need not be there.
+
+    Returns:
+        The fits in the order of their first trials.
+
+    Raises:
+        ValueError: a ``bank.json`` that is damaged.
+    """
+    fits, failed = _kept_banks(sweep, trials, root)
+    kept = {trial.digest for fit in fits for trial in fit.trials}
+    groups: dict[str, list[Trial]] = {}
+    for trial in trials:
+        rest = {n: value for n, value in trial.settings.items() if _axis(n) not in AXES}
+        is_alone = trial.digest in failed or trial_folder(root, trial).is_dir()
+        if trial.digest not in kept:
+            key = trial.digest if is_alone else json.dumps(rest)
+            groups.setdefault(key, []).append(trial)
+    for members in groups.values():
+        bank = _bank(sweep, members)
+        fits += [bank] if bank else [Fit(trial, (trial,)) for trial in members]
+    return sorted(fits, key=lambda fit: fit.trials[0].number)
+
+
+def _kept_banks(sweep: Sweep, trials: Sequence[Trial], root: Path) -> tuple[list[Fit], set[str]]:
+    """The banks of earlier sweeps all of whose trials are still asked for.
+
+    Those that failed are left out; the digests of their trials come second.
+    """
+    left, failed = {trial.digest: trial for trial in trials}, set[str]()
+    fits = []
+    for path in sorted(root.glob(f"*/{BANK}")):
+        try:
+            noted = json.loads(path.read_text(encoding="utf-8"))
+            runs = {str(digest): list(names) for digest, names in noted["runs"].items()}
+            if not runs or not left.keys() >= runs.keys():
+                continue
+            if trial_state(path.parent)[0] == "failed":
+                failed |= runs.keys()
+                continue
+            members = sorted((left[digest] for digest in runs), key=lambda trial: trial.number)
+            point = [noted["settings"][parameter.name] for parameter in sweep.parameters]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error!r}): delete it, and the bank is planned anew"
+            ) from None
+        whole = make_trial(sweep, members[0].number, point)
+        if trial_folder(root, whole) == path.parent:
+            fits.append(Fit(whole, tuple(members), runs))
+            for digest in runs:
+                del left[digest]
+    return fits, failed
+
+
+def _axis(name: str) -> str:
+    """The setting that a parameter sets, by its short name."""
+    return name.replace("model.init_args.", "model.", 1)
+
+
+def _items(value: Any) -> list[Any]:
+    """The values of a list, or the one value."""
+    return value if isinstance(value, list) else [value]
+
+
+def _bank(sweep: Sweep, members: Sequence[Trial]) -> Fit | None:
+    """The bank of trials that are equal in all but the axes; None where there is none."""
+    settings, size = dict(members[0].settings), 1
+    for name in settings:
+        values = {str(trial.settings[name]): trial.settings[name] for trial in members}
+        size *= len(values)
+        if len(values) > 1:
+            settings[name] = [item for value in values.values() for item in _items(value)]
+    if len(members) == 1 or size != len(members):
+        return None
+    whole = make_trial(sweep, members[0].number, list(settings.values()))
+    runs = runs_of_trials(whole, members)
+    return Fit(whole, tuple(members), runs) if runs else None
+
+
+def runs_of_trials(whole: Trial, members: Sequence[Trial]) -> dict[str, list[str]] | None:
+    """Names of the runs of each trial of a bank, by its digest.
+
+    Args:
+        whole: the bank, with lists as settings.
+        members: trials that differ from it in these settings only.
+
+    Returns:
+        The names, of which each is one trial's, or None where the bank would not be the same as its
+        trials alone, or nobody can say.
+    """
+    config = _parsed(whole.words)
+    if config is None or config.model.class_path not in PROMPT_TUNING or config.ckpt_path:
+        return None
+    if any(config.trainer[name] not in (None, [], False) for name in COUPLING):
+        return None
+    model = config.model.init_args
+    sources = None if model.subspace else model.init.source_tasks  # a subspace knows none
+    sources = [""] if sources is None else [" ".join(source.split()) for source in sources]
+    runs_over = (model.init_seed, model.learning_rate, model.batch_size)
+    values = (config.data.tasks, config.data.samples, *map(_items, runs_over), sources)
+    axes = dict(zip(AXES, values, strict=True))
+    own = {trial.digest: dict(axes) for trial in members}
+    try:
+        for name, given in whole.settings.items():
+            axis = _axis(name)
+            if axis not in AXES or given is None:
+                continue
+            parsed = axes[axis]
+            typed = {str(g): p for g, p in zip(_items(given), parsed, strict=True)}
+            if [type(p)(g) for g, p in zip(_items(given), parsed, strict=True)] != parsed:
+                return None  # another word of the command sets it
+            for trial in members:
+                value = trial.settings[name]
+                if axis in ("data.tasks", "data.samples") or axis == AXES[-1]:
+                    value = value if isinstance(value, list) else None  # which is refused
+                own[trial.digest][axis] = [typed[str(v)] for v in _items(value)]
+        runs = {digest: _run_names(axes) for digest, axes in own.items()}
+        every = _run_names(axes)
+    except (ValueError, TypeError, KeyError):  # a value out of range, twice, or without a name
+        return None
+    return runs if sorted(name for own in runs.values() for name in own) == sorted(every) else None
+
+
+def _parsed(words: Sequence[str]) -> Any:
+    """The settings of a fit as the real command line parses them; None where it is no such fit."""
+    program = [sys.executable, "-m", "prompt_lab"]
+    if words[0] != "prompt-lab" and list(words[:3]) != program:
+        return None
+    arguments = words[1:] if words[0] == "prompt-lab" else words[3:]
+    from prompt_lab.commands.cli import ParseOnly
+
+    silent = StringIO()  # what is wrong is told when the trial is run
+    try:
+        with redirect_stdout(silent), redirect_stderr(silent):
+            config = ParseOnly([*arguments, "--seed_everything=false"]).config
+    except (Exception, SystemExit):
+        return None
+    return config.fit if config.subcommand == "fit" else None
+
+
+def _run_names(axes: Mapping[str, list[Any]]) -> list[str]:
+    """The names of all runs of a bank; a value out of range or a set not known: ValueError."""
+    from prompt_lab.data.partitions import expand_sets
+
+    tasks, samples, seeds, rates, sizes, sources = (axes[name] for name in AXES)
+    runs = grid(expand_sets(tasks), samples, seeds, rates, sizes, expand_sets(sources))
+    return [run.name for run in runs]
 
 
 # ---- running -------------------------------------------------------------------------------------
@@ -285,7 +508,7 @@ def _report(
     if results:
         write_csv(root / "results.csv", RESULT_COLUMNS, results)
     cells = [[_cell(name, row[name]) for name in head] for row in rows]
-    print(f"\n{tabulate(cells, head, disable_numparse=True)}\n")
+    print(f"\n{text_table(head, cells)}\n")
     done = sum(row["state"] == "done" for row in rows)
     files = f"{root / 'sweep.csv'} and {root / 'results.csv'}" if results else root / "sweep.csv"
     print(f"{done} of {len(rows)} trials done; the tables are in {files}")

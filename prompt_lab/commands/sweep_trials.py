@@ -1,15 +1,8 @@
-"""The file of a sweep, the trials that it asks for, and which of them are trained together.
+"""The file of a sweep: what it says, and the trials that it asks for.
 
-The file is the YAML that ``wandb sweep FILE`` reads. A trial gets the words that a wandb agent
-would give it, of null the word ``None``, which this package's commands read as null. Left out:
-Bayesian search, early termination and targets, which need the service (``wandb agent``).
-
-``PromptTuning`` trains a bank: tasks, samples, initialisation seeds, learning rates, batch sizes
-and source tasks may be lists, and every run of their product follows the run alone, up to the
-rounding of float32. So trials that are equal in all other settings and a full product of these are
-one fit with lists. It is itself a trial, and is done, interrupted or failed as one; its folder
-keeps in ``bank.json`` whose runs are whose. Where the command line's own parser does not say that
-the bank is the same as its trials, each trial is a fit.
+It is the YAML that ``wandb sweep FILE`` reads. A trial gets the words that a wandb agent would give
+it, of null the word ``None``, which this package's commands read as null. Left out: Bayesian
+search, early termination and targets, which need the service (``wandb agent``).
 """
 
 from __future__ import annotations
@@ -23,15 +16,11 @@ import re
 import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import yaml
-
-from prompt_lab.core.run import grid
 
 READ_KEYS = ("name", "program", "command", "method", "parameters", "run_cap", "metric")
 SERVICE_KEYS = ("early_terminate", "description", "project", "entity")
@@ -51,15 +40,6 @@ DISTRIBUTIONS = {
     "q_log_uniform_values": ("min", "max", "q"),
 }
 """The keys of each distribution; q is 1 where it is left out."""
-
-BANK, MARKER = "bank.json", "trial.json"
-AXES = ("data.tasks", "data.samples", "model.init_seed", "model.learning_rate")
-AXES += ("model.batch_size", "model.init.source_tasks")
-"""The settings that may be lists in a bank, in the order of :func:`prompt_lab.core.run.grid`."""
-PROMPT_TUNING = ("prompt_lab.PromptTuning", "prompt_lab.methods.prompt_tuning.PromptTuning")
-COUPLING = ("callbacks", "plugins", "max_time", "detect_anomaly")
-COUPLING += ("limit_test_batches", "overfit_batches", "fast_dev_run")
-"""Settings of the trainer by which a run could feel the others."""
 
 
 @dataclass(frozen=True)
@@ -120,21 +100,6 @@ class Trial:
     settings: dict[str, Any]
     words: tuple[str, ...]
     digest: str
-
-
-@dataclass(frozen=True)
-class Fit:
-    """One process of a sweep: a trial alone, or a bank of several.
-
-    Attributes:
-        whole: what is run: the trial, or one whose settings have lists for the bank.
-        trials: the trials that it trains, at least one.
-        runs: of a bank, the names of each trial's runs by the digest of the trial; else None.
-    """
-
-    whole: Trial
-    trials: tuple[Trial, ...]
-    runs: dict[str, list[str]] | None = None
 
 
 # ---- the file ------------------------------------------------------------------------------------
@@ -199,12 +164,12 @@ def _parameters(section: Any, method: str, outer: tuple[str, ...] = ()) -> Itera
         if "parameters" in given:
             yield from _parameters(given["parameters"], method, (*outer, name))
             continue
-        parameter = Parameter((*outer, name), given.get("distribution") or _inferred(given), given)
+        kind = str(given.get("distribution", _inferred(given)))
         try:
-            _check(parameter.distribution, given, method)
+            _check(kind, given, method)
         except ValueError as error:
             raise ValueError(f"{place}.{name}: {error}") from None
-        yield parameter
+        yield Parameter((*outer, name), kind, given)
 
 
 def _inferred(given: Mapping[str, Any]) -> str:
@@ -407,207 +372,3 @@ def make_trial(sweep: Sweep, number: int, point: Sequence[Any]) -> Trial:
     digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
     settings = {p.name: value for p, value in zip(sweep.parameters, point, strict=True)}
     return Trial(number, settings, tuple(words), digest)
-
-
-def trial_folder(root: Path, trial: Trial) -> Path:
-    """The folder of a trial: the one that has its digest already, or else a new one's name.
-
-    Args:
-        root: folder of the sweep.
-        trial: the trial; after a change of the file it may have had another number.
-    """
-    found = sorted(root.glob(f"*-{trial.digest}"))
-    return found[0] if found else root / f"{trial.number}-{trial.digest}"
-
-
-def trial_state(folder: Path) -> tuple[str, float | None]:
-    """State of a trial and the seconds that its last process took, as its folder tells them.
-
-    Args:
-        folder: the folder of the trial.
-
-    Returns:
-        ``done`` (ended with status 0), ``failed`` (another status), ``interrupted`` (started, did
-        not end by itself) or ``not run``; the seconds of the first two.
-
-    Raises:
-        ValueError: a marker that is damaged.
-    """
-    path = folder / MARKER
-    if not path.is_file():
-        return ("interrupted" if folder.is_dir() else "not run"), None
-    try:
-        marker = json.loads(path.read_text(encoding="utf-8"))
-        return str(marker["state"]), float(marker["seconds"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error!r}): delete it to have the trial run or resumed"
-        ) from None
-
-
-# ---- banks ---------------------------------------------------------------------------------------
-
-
-def plan_fits(sweep: Sweep, trials: Sequence[Trial], root: Path) -> list[Fit]:
-    """The fits that train the trials, each trial in one of them.
-
-    Banks and trials that have a folder there keep it, whatever else the file asks for by now; a
-    bank only while all its trials are in the file. The trials of a bank that failed are then alone,
-    since one of them may have failed it.
-
-    Args:
-        sweep: the file.
-        trials: its trials.
-        root: folder of the sweep; it need not be there.
-
-    Returns:
-        The fits in the order of their first trials.
-
-    Raises:
-        ValueError: a ``bank.json`` that is damaged.
-    """
-    fits, failed = _kept_banks(sweep, trials, root)
-    kept = {trial.digest for fit in fits for trial in fit.trials}
-    groups: dict[str, list[Trial]] = {}
-    for trial in trials:
-        rest = {n: value for n, value in trial.settings.items() if _axis(n) not in AXES}
-        is_alone = trial.digest in failed or trial_folder(root, trial).is_dir()
-        if trial.digest not in kept:
-            key = trial.digest if is_alone else json.dumps(rest)
-            groups.setdefault(key, []).append(trial)
-    for members in groups.values():
-        bank = _bank(sweep, members)
-        fits += [bank] if bank else [Fit(trial, (trial,)) for trial in members]
-    return sorted(fits, key=lambda fit: fit.trials[0].number)
-
-
-def _kept_banks(sweep: Sweep, trials: Sequence[Trial], root: Path) -> tuple[list[Fit], set[str]]:
-    """The banks of earlier sweeps all of whose trials are still asked for.
-
-    Those that failed are left out; the digests of their trials come second.
-    """
-    left, failed = {trial.digest: trial for trial in trials}, set[str]()
-    fits = []
-    for path in sorted(root.glob(f"*/{BANK}")):
-        try:
-            noted = json.loads(path.read_text(encoding="utf-8"))
-            runs = {str(digest): list(names) for digest, names in noted["runs"].items()}
-            if not runs or not left.keys() >= runs.keys():
-                continue
-            if trial_state(path.parent)[0] == "failed":
-                failed |= runs.keys()
-                continue
-            members = sorted((left[digest] for digest in runs), key=lambda trial: trial.number)
-            point = [noted["settings"][parameter.name] for parameter in sweep.parameters]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path} is damaged ({error!r}): delete it, and the bank is planned anew"
-            ) from None
-        whole = make_trial(sweep, members[0].number, point)
-        if trial_folder(root, whole) == path.parent:
-            fits.append(Fit(whole, tuple(members), runs))
-            for digest in runs:
-                del left[digest]
-    return fits, failed
-
-
-def _axis(name: str) -> str:
-    """The setting that a parameter sets, by its short name."""
-    return name.replace("model.init_args.", "model.", 1)
-
-
-def _items(value: Any) -> list[Any]:
-    """The values of a list, or the one value."""
-    return value if isinstance(value, list) else [value]
-
-
-def _bank(sweep: Sweep, members: Sequence[Trial]) -> Fit | None:
-    """The bank of trials that are equal in all but the axes; None where there is none."""
-    settings, size = dict(members[0].settings), 1
-    for name in settings:
-        values = {str(trial.settings[name]): trial.settings[name] for trial in members}
-        size *= len(values)
-        if len(values) > 1:
-            settings[name] = [item for value in values.values() for item in _items(value)]
-    if len(members) == 1 or size != len(members):
-        return None
-    whole = make_trial(sweep, members[0].number, list(settings.values()))
-    runs = runs_of_trials(whole, members)
-    return Fit(whole, tuple(members), runs) if runs else None
-
-
-def runs_of_trials(whole: Trial, members: Sequence[Trial]) -> dict[str, list[str]] | None:
-    """Names of the runs of each trial of a bank, by its digest.
-
-    Args:
-        whole: the bank, with lists as settings.
-        members: trials that differ from it in these settings only.
-
-    Returns:
-        The names, of which each is one trial's, or None where the bank would not be the same as its
-        trials alone, or nobody can say.
-    """
-    config = _parsed(whole.words)
-    if config is None or config.model.class_path not in PROMPT_TUNING or config.ckpt_path:
-        return None
-    if any(config.trainer[name] not in (None, [], False) for name in COUPLING):
-        return None
-    model = config.model.init_args
-    sources = None if model.subspace else model.init.source_tasks  # a subspace knows none
-    sources = [""] if sources is None else [" ".join(source.split()) for source in sources]
-    runs_over = (model.init_seed, model.learning_rate, model.batch_size)
-    values = (config.data.tasks, config.data.samples, *map(_items, runs_over), sources)
-    axes = dict(zip(AXES, values, strict=True))
-    own = {trial.digest: dict(axes) for trial in members}
-    try:
-        for name, given in whole.settings.items():
-            axis = _axis(name)
-            if axis not in AXES or given is None:
-                continue
-            parsed = axes[axis]
-            typed = {str(g): p for g, p in zip(_items(given), parsed, strict=True)}
-            if [type(p)(g) for g, p in zip(_items(given), parsed, strict=True)] != parsed:
-                return None  # another word of the command sets it
-            for trial in members:
-                value = trial.settings[name]
-                if axis in ("data.tasks", "data.samples") or axis == AXES[-1]:
-                    value = value if isinstance(value, list) else None  # which is refused
-                own[trial.digest][axis] = [typed[str(v)] for v in _items(value)]
-        runs = {digest: _run_names(axes) for digest, axes in own.items()}
-        every = _run_names(axes)
-    except (ValueError, TypeError, KeyError):  # a value out of range, twice, or without a name
-        return None
-    return runs if sorted(name for own in runs.values() for name in own) == sorted(every) else None
-
-
-def _parsed(words: Sequence[str]) -> Any:
-    """The settings of a fit as the real command line parses them; None where it is no such fit."""
-    program = [sys.executable, "-m", "prompt_lab"]
-    if words[0] != "prompt-lab" and list(words[:3]) != program:
-        return None
-    arguments = words[1:] if words[0] == "prompt-lab" else words[3:]
-    from prompt_lab.commands.cli import PromptLabCLI
-
-    class ParseOnly(PromptLabCLI):
-        """Parses, makes nothing and runs nothing."""
-
-        def _nothing(self, *given: Any) -> None: ...
-
-        before_instantiate_classes = instantiate_classes = _run_subcommand = _nothing
-
-    silent = StringIO()  # what is wrong is told when the trial is run
-    try:
-        with redirect_stdout(silent), redirect_stderr(silent):
-            config = ParseOnly([*arguments, "--seed_everything=false"]).config
-    except (Exception, SystemExit):
-        return None
-    return config.fit if config.subcommand == "fit" else None
-
-
-def _run_names(axes: Mapping[str, list[Any]]) -> list[str]:
-    """The names of all runs of a bank; a value out of range or a set not known: ValueError."""
-    from prompt_lab.data.partitions import expand_sets
-
-    tasks, samples, seeds, rates, sizes, sources = (axes[name] for name in AXES)
-    runs = grid(expand_sets(tasks), samples, seeds, rates, sizes, expand_sets(sources))
-    return [run.name for run in runs]
