@@ -31,7 +31,7 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
-from jsonargparse import ArgumentParser, Namespace, get_loader, set_parsing_settings
+from jsonargparse import Namespace, get_loader, set_parsing_settings
 from jsonargparse.typing import register_type, timedelta_deserializer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -125,13 +125,6 @@ class PromptLabParser(PlainParser, LightningArgumentParser):
         words = sorted({*re.findall(r"\b[A-Z]\w+", message)} - METHODS.keys())
         near = [m for word in words for m in difflib.get_close_matches(word, METHODS, 1, 0.8)]
         super().error(f"{message}; did you mean {near[0]}?" if near else message, ex)
-
-    def further_flags(self) -> list[str]:
-        """The settings of all methods."""
-        parsers = [ArgumentParser() for _ in METHODS]
-        for parser, method in zip(parsers, METHODS.values(), strict=True):
-            parser.add_class_arguments(method, "model")
-        return [flag for parser in parsers for flag in parser._option_string_actions]
 
 
 class PromptLabCLI(LightningCLI):

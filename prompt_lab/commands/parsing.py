@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import sys
 import warnings
-from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import yaml
@@ -55,19 +54,15 @@ class PlainParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the sentence and exit with status 2."""
-        known = [*self._option_string_actions, *self.further_flags()]
-        flags = [word.split("=")[0] for word in getattr(self, "args", []) if word[:2] == "--"]
-        hint = ""
-        for flag in flags if "unrecognized" in message or "accept" in message else []:
+        known, hint = [*self._option_string_actions], ""
+        words = [word.split("=")[0] for word in getattr(self, "args", []) if word[:2] == "--"]
+        words += [f"--{quoted}" for quoted in message.split("'")[1::2]]
+        for flag in words if "unrecognized" in message or "accept" in message else []:
             if flag not in known and flag.strip("-").rpartition(".")[2] in message:
                 near = difflib.get_close_matches(flag, known, n=1)
                 hint = f"; did you mean {near[0]}?" if near else "; --help lists all flags"
         print(f"prompt-lab: {' '.join(message.split())}{hint}", file=sys.stderr)
         sys.exit(2)
-
-    def further_flags(self) -> Iterable[str]:
-        """Flags that the parser takes besides its own, for the nearest."""
-        return ()
 
 
 def plain_warnings() -> None:
