@@ -394,7 +394,10 @@ def test_bad_input_is_one_sentence_and_status_1(words, sentence, capsys):
 def test_a_scale_that_is_no_number_is_wrong_usage(scale, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["vectors", "apply", "a", "--prompts", "s", "--out", "o", "--scale", scale])
-    assert capsys.readouterr().err == f"prompt-lab: --scale is {scale!r}; allowed: a number\n"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("prompt-lab: ")
+    assert '"scale"' in line
+    assert scale in line
 
 
 def test_the_command_takes_a_leading_minus_and_prints_the_files(capsys):
