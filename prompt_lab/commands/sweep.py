@@ -269,7 +269,7 @@ def runs_of_trials(whole: Trial, members: Sequence[Trial]) -> dict[str, list[str
     sources = [""] if sources is None else [" ".join(source.split()) for source in sources]
     runs_over = (model.init_seed, model.learning_rate, model.batch_size)
     values = (config.data.tasks, config.data.samples, *map(_items, runs_over), sources)
-    axes = dict(zip(AXES, values, strict=True))
+    axes: dict[str, list[Any]] = dict(zip(AXES, values, strict=True))
     own = {trial.digest: dict(axes) for trial in members}
     try:
         for name, given in whole.settings.items():
