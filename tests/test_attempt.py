@@ -14,7 +14,8 @@ from test_intrinsic_subspace import SaveAtStepFour, make_store
 from test_prompt_tuning import make_data, make_method, make_trainer
 from torch import Tensor, nn
 
-from prompt_lab.commands import cli, offline
+from prompt_lab.__main__ import main
+from prompt_lab.commands import cli
 from prompt_lab.core.attention_mixture import PromptAttention
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import Prefixes
@@ -219,7 +220,7 @@ def test_target_prompts_are_refused_where_a_prompt_answers_alone(fit, tmp_path, 
             ["predict", str(source), "--input", str(inputs)],
             ["export", str(source), f"--out={tmp_path / 'out'}", "--format=tensor"],
         ):
-            assert offline.run(words) == 1
+            assert main(words) == 1
             said = capsys.readouterr()
             assert "target prompts of Attempt answer only in mixtures with source" in said.err
             assert said.err.count("\n") == 1

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from prompt_lab.commands.build_command import build_tasks
+from prompt_lab.commands.build import build_tasks
 from prompt_lab.data.build import build_task, published_digests
 from prompt_lab.data.files import DataError, read_task
 from prompt_lab.data.tasks import Task, find_tasks

@@ -15,7 +15,7 @@ from test_text import CHATML, instruct
 from torch import Tensor
 
 from prompt_lab import CrossFitDataModule, RowsDataModule
-from prompt_lab.commands import offline
+from prompt_lab.__main__ import main
 from prompt_lab.commands.prompts import export_prompts, import_prompts
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.prediction import label_scores, predict
@@ -64,7 +64,7 @@ def inputs(root: Path, task: str = TASKS[0], shots: int = 16) -> list[str]:
 
 
 def run(*words: object) -> int:
-    return offline.run(["predict", *map(str, words), "--device=cpu"])
+    return main(["predict", *map(str, words), "--device=cpu"])
 
 
 def give(monkeypatch: pytest.MonkeyPatch, texts: list[str]) -> None:

@@ -28,7 +28,8 @@ import yaml
 from lightning.pytorch.callbacks import Timer
 
 from prompt_lab.commands import cli
-from prompt_lab.commands.sweep_command import Trial, make_trials, read_sweep
+from prompt_lab.commands.cli import ParseOnly
+from prompt_lab.commands.sweep import Trial, make_trials, read_sweep
 from prompt_lab.data.partitions import partition_names
 from prompt_lab.files.prompts import load_prompt
 from prompt_lab.files.results import read_csv
@@ -40,19 +41,6 @@ TUNING = sorted((CONFIGS / "prompt_tuning").glob("*.yaml"))
 RUN_VARIABLES = (cli.RUN_DIR_VARIABLE, "WANDB_RUN_ID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
 
 Command = Callable[..., int]
-
-
-class ParseOnly(cli.PromptLabCLI):
-    """Parses, and stops before anything is made."""
-
-    def before_instantiate_classes(self):
-        pass
-
-    def instantiate_classes(self):
-        pass
-
-    def _run_subcommand(self, subcommand):
-        pass
 
 
 @pytest.fixture(autouse=True)
@@ -622,10 +610,10 @@ def test_a_checkpoint_of_other_prompts_is_refused(fit, two_steps, capsys, words,
     ("words", "sentence"),
     [
         (["--data.tasks=[glue-sst]"], "unknown task 'glue-sst': did you mean glue-sst2"),
-        (["--model.learning_rat=3"], "'learning_rat' is not accepted"),
-        (["--model.optim.nme=adamw"], "optim.nme"),
-        (["--trainer.max_stepz=3"], "trainer.max_stepz"),
-        (["--model=PromtTuning"], "no method 'PromtTuning'; known: PromptTuning"),
+        (["--model.learning_rat=3"], "; did you mean --learning_rate?"),
+        (["--model.optim.nme=adamw"], "did you mean --optim.name?"),
+        (["--trainer.max_stepz=3"], "did you mean --trainer.max_steps?"),
+        (["--model=PromtTuning"], "did you mean PromptTuning?"),
         (["--model.optim.name=lion"], "'adamw', 'adafactor'"),
         (["--model.backbone.name=nowhere"], "no backbone 'nowhere'"),
         (["--data.root=nowhere"], "no folder nowhere: the data root does not exist"),

@@ -25,8 +25,9 @@ import pytest
 import torch
 import yaml
 
-from prompt_lab.commands import cli, offline
-from prompt_lab.commands.sweep_command import make_trials, read_sweep, sweep_command, trial_folder
+from prompt_lab.__main__ import main
+from prompt_lab.commands import cli
+from prompt_lab.commands.sweep import make_trials, read_sweep, sweep_command, trial_folder
 from prompt_lab.files.peft import load_checkpoint
 from prompt_lab.files.prompts import PromptStore, load_prompt
 from prompt_lab.files.results import (
@@ -302,7 +303,7 @@ def test_a_file_where_the_folder_should_be_is_told(words, capsys, folder):
     write_sweep()
     assert cli.run(words(f"--run_dir={folder}")) == 1
     assert_told(capsys, f"{folder}/.lock cannot be written", "give another folder")
-    assert offline.run(["sweep", "s.yaml", f"--run_dir={folder}"]) == 1
+    assert main(["sweep", "s.yaml", f"--run_dir={folder}"]) == 1
     assert_told(capsys, f"{folder}/.lock cannot be written", "give another folder")
     with pytest.raises(OSError, match=rf"{folder}/a.csv cannot be written"):
         write_atomically(Path(folder, "a.csv"), b"")
@@ -419,7 +420,7 @@ def test_a_damaged_file_of_a_trial_is_told(capsys, name, content):
     folder.joinpath("prompts").mkdir(parents=True)
     (folder / "trial.json").write_text(json.dumps({"state": "done", "seconds": 1.0}))
     (folder / name).write_bytes(content)
-    assert offline.run(["sweep", "s.yaml", "--run_dir=r"]) == 1
+    assert main(["sweep", "s.yaml", "--run_dir=r"]) == 1
     assert_told(capsys, str(folder), "damaged", "delete")
     (folder / name).unlink()
     (folder / "trial.json").unlink(missing_ok=True)

@@ -20,7 +20,8 @@ from scipy.spatial.distance import cdist
 from scipy.stats import spearmanr
 from test_prompt_tuning import make_data, make_trainer
 
-from prompt_lab.commands import cli, offline
+from prompt_lab.__main__ import main
+from prompt_lab.commands import cli
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.data.tasks import find_tasks
 from prompt_lab.files.prompts import Prompt, PromptStore, save_prompt
@@ -58,7 +59,7 @@ def prompt(model: Backbone, task: str, seed: int, length: int = N, **facts: Any)
 
 def command(*words: str) -> int:
     """Exit status of ``prompt-lab interpret``."""
-    return offline.run(["interpret", *words])
+    return main(["interpret", *words])
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ import torch
 from conftest import HIDDEN, POSITIONS, make_backbone
 
 import prompt_lab
-from prompt_lab.commands import cli, offline
+from prompt_lab.__main__ import main
+from prompt_lab.commands import cli
 from prompt_lab.commands import predict as predict_command
 from prompt_lab.commands.predict import read_lines
 from prompt_lab.core.prediction import label_scores, predict
@@ -192,7 +193,7 @@ def store(model_folder, tmp_path_factory):
 
 
 def run(*words: object) -> int:
-    return offline.run(["predict", *map(str, words), "--device=cpu"])
+    return main(["predict", *map(str, words), "--device=cpu"])
 
 
 def give(monkeypatch, data: bytes) -> None:

@@ -165,8 +165,8 @@ def test_commands_on_the_prompts_of_the_quickstart_run(quickstart):
 @pytest.mark.parametrize("words", commands(*DOCS, *HEADS), ids=" ".join)
 def test_commands_parse(words, tmp_path, monkeypatch):
     """Every command is understood by the real command line, up to running it."""
-    from prompt_lab.commands import offline
-    from prompt_lab.commands.cli import PromptLabCLI
+    from prompt_lab.__main__ import COMMANDS, TRAINER_COMMANDS, make_parser
+    from prompt_lab.commands.cli import ParseOnly
 
     program, *words = words
     if program != "prompt-lab":  # its files are there
@@ -176,16 +176,13 @@ def test_commands_parse(words, tmp_path, monkeypatch):
     chosen.write_text("data: {tasks: [sandbox-size]}\n")
     words = [str(chosen) if word == chosen.name else word for word in words]
     for count in (2, 1):  # words of a command's name
-        if " ".join(words[:count]) in offline.FUNCTIONS:
-            parser = offline.make_parser(" ".join(words[:count]))
+        if " ".join(words[:count]) in COMMANDS.keys() - TRAINER_COMMANDS.keys():
+            parser = make_parser(" ".join(words[:count]))
             assert vars(parser.parse_args(words[count:]))
             return
-    for name in ("instantiate_classes", "_run_subcommand", "_parse_ckpt_path"):
-        monkeypatch.setattr(PromptLabCLI, name, lambda self, *a: None)
-    monkeypatch.setattr(PromptLabCLI, "before_instantiate_classes", lambda self: None)
     monkeypatch.chdir(ROOT)
     words = ["configs/quickstart.yaml" if "config-fit.yaml" in word else word for word in words]
-    cli = PromptLabCLI(words)
+    cli = ParseOnly(words)
     assert cli.config.subcommand == words[0]
 
 

@@ -15,11 +15,11 @@ import pandas as pd
 import pytest
 from safetensors.numpy import save_file
 
+from prompt_lab.__main__ import main as run
 from prompt_lab.analysis.report import make_report, write_report
 from prompt_lab.analysis.sections import Section, compare_runs, literal
 from prompt_lab.analysis.statistics import holm
 from prompt_lab.analysis.tables import chosen_runs, read_lines
-from prompt_lab.commands.offline import run
 from prompt_lab.commands.report import report_command
 from prompt_lab.data.partitions import partition
 

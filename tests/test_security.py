@@ -21,8 +21,9 @@ import torch
 import yaml
 
 import prompt_lab
-from prompt_lab.commands import cli, offline
-from prompt_lab.commands.sweep_command import sweep_command
+from prompt_lab.__main__ import main
+from prompt_lab.commands import cli
+from prompt_lab.commands.sweep import sweep_command
 from prompt_lab.files.prompts import Prompt, PromptStore, save_prompt
 
 ROOT = Path(prompt_lab.__file__).parent
@@ -142,7 +143,7 @@ def test_nothing_that_is_exported_or_imported_is_unpickled(model_folder, capsys,
         torch.save({"prompt": Bomb()}, name)
     command = "export" if name == "b.ckpt" else "import"
     given = [command, name, "--out=o", f"--backbone={model_folder('gpt2')}"]
-    assert offline.run(given) == 1
+    assert main(given) == 1
     assert name in error(capsys)
     assert not Path("o").exists()
 
@@ -179,7 +180,7 @@ def test_the_config_of_such_a_model_is_not_read_for_an_export_either(evil, capsy
     change(evil / "config.json", model_type="evil")
     save_prompt("p.safetensors", make("p"))
     given = ["export", "p.safetensors", "--out=o", f"--backbone={evil}"]
-    assert offline.run(given) == 1
+    assert main(given) == 1
     assert "backbone 'evil'" in error(capsys)
 
 
@@ -249,7 +250,7 @@ def test_tags_of_python_in_a_config_are_refused(where):
 def test_tags_of_python_in_other_files_are_refused(words, capsys):
     bad = "!!python/object/apply:os.mkdir [exploded]"
     Path("s.yaml").write_text(f"method: grid\nparameters: {bad}\n")
-    assert offline.run(["sweep", "s.yaml"]) == 1
+    assert main(["sweep", "s.yaml"]) == 1
     assert "s.yaml is not YAML" in error(capsys)
     Path("t.yaml").write_text(f"mine: {bad}\n")
     assert status(lambda: cli.run(words("--data.task_file=t.yaml"))) != 0
@@ -381,7 +382,7 @@ def test_a_name_inside_a_prompt_file_leads_nowhere(words, capsys, name, model_fo
         ["export", "s/s/s/p.safetensors", "--format=tensor", "--out=o/o/o"],
         ["import", "s/s/s/p.safetensors", "--out=o/o/o"],
     ):
-        assert offline.run(given) == 1
+        assert main(given) == 1
         assert "cannot be the name of a prompt" in error(capsys)
     assert files() == before
     given = ("--model.init.name=file", "--model.init.path=s/s/s")
@@ -395,7 +396,7 @@ def test_a_name_inside_a_prompt_file_leads_nowhere(words, capsys, name, model_fo
 def test_the_prompts_of_a_store_go_by_their_files_when_they_are_exported():
     save_prompt("s/s/p.safetensors", make("../../x"))
     before = files()
-    assert offline.run(["export", "s/s", "--format=tensor", "--out=o/o"]) == 0
+    assert main(["export", "s/s", "--format=tensor", "--out=o/o"]) == 0
     new = {Path(path).relative_to(Path().resolve()).as_posix() for path in files() - before}
     assert new == {"o", "o/o", "o/o/p.safetensors"}
 
@@ -419,6 +420,6 @@ def test_a_run_inside_a_checkpoint_leads_nowhere(words, capsys):
     torch.save(saved, "c/c/evil.ckpt")
     before = files()
     capsys.readouterr()
-    assert offline.run(["export", "c/c/evil.ckpt", "--format=tensor", "--out=o/o"]) == 1
+    assert main(["export", "c/c/evil.ckpt", "--format=tensor", "--out=o/o"]) == 1
     assert "cannot be the name of a prompt" in error(capsys)
     assert files() == before

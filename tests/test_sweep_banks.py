@@ -15,9 +15,8 @@ import yaml
 
 from prompt_lab import load_prompt
 from prompt_lab.commands import cli
-from prompt_lab.commands.sweep_banks import _parsed, plan_fits, products
-from prompt_lab.commands.sweep_command import read_scores, sweep_command
-from prompt_lab.commands.sweep_file import Trial, make_trials, read_sweep
+from prompt_lab.commands.sweep import _parsed, plan_fits, read_scores, sweep_command
+from prompt_lab.commands.sweep_trials import Trial, make_trials, read_sweep
 from prompt_lab.files.results import read_csv
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -62,47 +61,39 @@ def values(trial: Trial, *names: str) -> list[Any]:
 # ---- full products -------------------------------------------------------------------------------
 
 
-def test_a_grid_is_one_product_for_each_setting_of_the_rest():
-    parameters = {RATE: [0.1, 0.3], SEED: [0, 1, 2], SIZE: [4, 8], TOKENS: [5, 6]}
-    sweep = read_sweep(write(parameters))
-    found = products(sweep, make_trials(sweep))
-    assert [settings for settings, _ in found] == [
-        {**{name: parameters[name] for name in (RATE, SEED, SIZE)}, TOKENS: tokens}
-        for tokens in (5, 6)
-    ]
-    assert [len(members) for _, members in found] == [12, 12]
+def test_a_grid_is_one_bank_for_each_setting_of_the_rest():
+    lists = {RATE: [0.1, 0.3], SEED: [0, 1, 2], SIZE: [4, 8]}
+    found = planned(lists | {TOKENS: [5, 6]})
+    assert [fit.whole.settings for fit in found] == [lists | {TOKENS: n} for n in (5, 6)]
+    assert [len(fit.trials) for fit in found] == [12, 12]
 
 
 @pytest.mark.parametrize("cap", [7, 20, 60])
-def test_draws_are_parted_into_full_products(cap):
-    """Reference: itertools; each trial is in one box, and a box is the product of its lists."""
-    parameters = {
-        RATE: {"distribution": "log_uniform_values", "min": 0.01, "max": 1.0},
-        SEED: {"values": [0, 1, 2]},
-        SIZE: {"values": [2, 4, 8]},
+def test_draws_are_banks_where_they_are_full_products(cap):
+    """Reference: itertools; each trial is in one fit, and a bank is the product of its lists."""
+    parameters = {name: {"values": [2, 4]} for name in (SIZE, SEED)} | {
+        RATE: {"values": [0.1, 0.2]},
         TOKENS: {"values": [5, 6]},
     }
     names = (RATE, SEED, SIZE)
-    for drawn in (parameters, parameters | {RATE: {"values": [0.1, 0.2, 0.4]}}):
-        sweep = read_sweep(write({}, method="random", run_cap=cap, parameters=drawn))
-        trials = make_trials(sweep)
-        found = products(sweep, trials)
-        assert len(found) < len(trials)
-        assert Counter(t.digest for _, members in found for t in members) == Counter(
-            t.digest for t in trials
-        )
-        for settings, members in found:
-            lists = [v if isinstance(v, list) else [v] for v in map(settings.get, names)]
-            assert sorted(product(*lists)) == sorted(tuple(values(t, *names)) for t in members)
-            assert {t.settings[TOKENS] for t in members} == {settings[TOKENS]}
+    found = planned({}, method="random", run_cap=cap, parameters=parameters)
+    numbers = [trial.number for fit in found for trial in fit.trials]
+    assert len(set(numbers)) == len(numbers)
+    for tokens in (5, 6):
+        fits = [fit for fit in found if fit.whole.settings[TOKENS] == tokens]
+        drawn = {tuple(values(t, *names)) for fit in fits for t in fit.trials}
+        lists = [sorted({value[n] for value in drawn}) for n in range(3)]
+        is_full = drawn == set(product(*lists)) and len(drawn) > 1
+        assert [len(fit.trials) for fit in fits] == ([len(drawn)] if is_full else [1] * len(drawn))
+    assert (len(found) == 2) == (cap == 60)
 
 
 def test_lists_are_joined_unless_they_share_a_value():
     found = planned({"data.tasks": [["sandbox-sst"], ["sandbox-has-food", "sandbox-day"]]})
     (fit,) = found
     assert fit.whole.settings["data.tasks"] == ["sandbox-sst", "sandbox-has-food", "sandbox-day"]
-    assert [len(fit.runs_of(trial)) for trial in fit.trials] == [1, 2]
-    assert len(planned({RATE: [[0.1, 0.2], [0.2, 0.3], 0.4]})) == 2  # 0.1, 0.2 and 0.4; 0.2 and 0.3
+    assert [len(fit.runs[trial.digest]) for trial in fit.trials] == [1, 2]
+    assert len(planned({RATE: [[0.1, 0.2], [0.2, 0.3], 0.4]})) == 3
 
 
 # ---- where it is the same ------------------------------------------------------------------------
@@ -149,7 +140,7 @@ ALONE: list[Any] = [
 def test_a_bank_is_trained_where_the_parser_says_that_it_is_the_same(changes):
     (fit,) = planned({RATE: [0.3, 0.1]}, **changes)
     assert len(fit.trials) == 2
-    names = [set(fit.runs_of(trial)) for trial in fit.trials]
+    names = [set(fit.runs[trial.digest]) for trial in fit.trials]
     assert all(names)
     assert not set.intersection(*names)
 
@@ -184,7 +175,7 @@ def test_the_fits_of_a_shipped_sweep_are_parsed_to_their_settings(path, tmp_path
             fit.whole.settings
         )
         assert len(fit.trials) == 9
-        assert {len(fit.runs_of(trial)) for trial in fit.trials} == {3}
+        assert {len(fit.runs[trial.digest]) for trial in fit.trials} == {3}
 
 
 # ---- the same scores -----------------------------------------------------------------------------
@@ -199,7 +190,7 @@ def test_a_bank_has_the_scores_and_prompts_of_its_trials_alone():
     seen = set()
     for trial in fit.trials[::3]:  # two that differ in both
         assert cli.run([*trial.words[1:], "--run_dir=alone", "--overwrite"]) == 0
-        names = fit.runs_of(trial)
+        names = fit.runs[trial.digest]
         assert sorted(path.stem for path in Path("alone/prompts").glob("*.safetensors")) == (
             sorted(names)
         )
@@ -253,7 +244,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> None:
     def names(whole: Trial, members: list[Trial]) -> dict[str, list[str]]:
         return {t.digest: ["lr{}_s{}".format(*values(t, RATE, SEED))] for t in members}
 
-    monkeypatch.setattr("prompt_lab.commands.sweep_banks.runs_of_trials", names)
+    monkeypatch.setattr("prompt_lab.commands.sweep.runs_of_trials", names)
 
 
 def calls() -> list[dict[str, str]]:
@@ -330,7 +321,7 @@ def test_a_trial_with_a_folder_of_its_own_is_left_out_of_the_bank(stub):
     assert swept([0.1], [0], 5, 6) == 0
     assert [(flags[SEED], flags[RATE]) for flags in calls()] == [("0", "0.1")] * 2
     assert swept([0.1, 0.3], [0, 1], 5) == 0
-    assert sorted(flags[SEED] + flags[RATE] for flags in calls()) == ["10.1", "[0, 1]0.3"]
+    assert sorted(flags[SEED] + flags[RATE] for flags in calls()) == ["00.3", "10.1", "10.3"]
 
 
 def test_a_damaged_list_of_a_bank_is_told_and_can_be_deleted(stub):

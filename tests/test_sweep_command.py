@@ -19,10 +19,9 @@ import pytest
 import scipy.stats
 import yaml
 
-from prompt_lab.commands import offline
-from prompt_lab.commands.sweep_banks import plan_fits, trial_folder
-from prompt_lab.commands.sweep_command import read_scores, sweep_command
-from prompt_lab.commands.sweep_file import Parameter, draw, make_trials, read_sweep
+from prompt_lab.__main__ import main
+from prompt_lab.commands.sweep import plan_fits, read_scores, sweep_command, trial_folder
+from prompt_lab.commands.sweep_trials import Parameter, draw, make_trials, read_sweep
 from prompt_lab.files.results import RESULT_COLUMNS, read_csv
 
 # A stand-in for prompt-lab: tells what it was given, and ends as the files around it say.
@@ -59,7 +58,7 @@ SWEEP = {
 }
 IN_PROCESS = """
 import sys
-from prompt_lab.commands.sweep_command import sweep_command
+from prompt_lab.commands.sweep import sweep_command
 sys.exit(sweep_command("s.yaml", "r"))
 """
 
@@ -441,14 +440,11 @@ def test_a_trial_that_outlives_its_sweep_keeps_the_folder_and_is_resumed_when_ki
     assert [flags.get("resume") for _, flags in calls()] == ["true", None]
 
 
-def test_a_dry_run_prints_the_commands_and_writes_nothing(capsys, monkeypatch):
-    monkeypatch.setitem(
-        offline.FUNCTIONS, "sweep", ("prompt_lab.commands.sweep_command", "sweep_command")
-    )
+def test_a_dry_run_prints_the_commands_and_writes_nothing(capsys):
     command = ["${env}", "prompt-lab", "fit", "--config", "a b.yaml", "${args}"]
     found = trials(command=command)
     before = sorted(Path().rglob("*"))
-    assert offline.run(["sweep", "s.yaml", "--dry_run", "true", "--run_cap", "2"]) == 0
+    assert main(["sweep", "s.yaml", "--dry_run", "true", "--run_cap", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
         f"prompt-lab fit --config 'a b.yaml' --lr={lr} --steps=5 --run_dir=runs/s/{n}-{t.digest}"

@@ -13,8 +13,8 @@ import pytest
 from conftest import SAMPLES, TASKS
 
 from prompt_lab import __main__
-from prompt_lab.commands import offline
-from prompt_lab.commands.tasks_command import HEAD, TAIL, Finding, check_folder, shorten
+from prompt_lab.__main__ import main
+from prompt_lab.commands.tasks import HEAD, TAIL, Finding, check_folder, shorten
 from prompt_lab.data.files import SPLITS, DataError, read_task
 from prompt_lab.data.partitions import partition
 from prompt_lab.data.tasks import load_tasks
@@ -47,7 +47,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def command(*words: str) -> int:
     """Exit status of ``prompt-lab tasks``."""
-    return offline.run(["tasks", *words])
+    return main(["tasks", *words])
 
 
 def findings(root: Path, *names: str) -> list[Finding]:

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from prompt_lab.__main__ import main
 from prompt_lab.analysis.vectors import cosine_sections, cosine_table, norm_table
-from prompt_lab.commands import offline
 from prompt_lab.commands.prompts import compare_vectors
 from prompt_lab.files.prompts import FoundPrompt, Prompt, PromptStore
 
@@ -122,7 +122,7 @@ def test_a_vector_of_zeros_is_named_and_left_out():
 def test_the_command_writes_a_report_with_tables_and_heat_maps(tmp_path, capsys):
     PromptStore(tmp_path / "store").save(everything())
     out = tmp_path / "out"
-    assert offline.run(["vectors", "compare", str(tmp_path / "store"), "--out", str(out)]) == 0
+    assert main(["vectors", "compare", str(tmp_path / "store"), "--out", str(out)]) == 0
     stems = [f"{a}-{b}" for a in ("prompts", "vectors") for b in ("different", "equal")]
     expected = {"report.md", "report.html", "similarities.csv", "norms.csv"}
     assert {x.name for x in out.iterdir()} == expected | {
@@ -155,7 +155,7 @@ def test_kinds_without_pairs_are_not_drawn(tmp_path):
 def test_prompts_that_cannot_be_compared_are_refused_in_a_sentence(other, said, tmp_path, capsys):
     PromptStore(tmp_path / "store").save([tuned("mnli", 0), other])
     words = [str(tmp_path / "store"), "--out", str(tmp_path / "out")]
-    assert offline.run(["vectors", "compare", *words]) == 1
+    assert main(["vectors", "compare", *words]) == 1
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -164,5 +164,5 @@ def test_a_file_as_out_and_a_missing_store_are_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     with pytest.raises(NotADirectoryError, match="is a file: name a folder"):
         compare_vectors(["nowhere"], out=str(tmp_path / "file"))
-    assert offline.run(["vectors", "compare", "nowhere", "--out", str(tmp_path / "o")]) == 1
+    assert main(["vectors", "compare", "nowhere", "--out", str(tmp_path / "o")]) == 1
     assert "no prompt file or folder nowhere" in capsys.readouterr().err

@@ -18,7 +18,7 @@ import torch
 from prompt_lab.commands import cli
 from prompt_lab.commands.prompts import apply_vectors
 from prompt_lab.commands.report import report_command
-from prompt_lab.commands.sweep_command import make_trials, read_sweep
+from prompt_lab.commands.sweep import make_trials, read_sweep
 from prompt_lab.files.prompts import load_prompt
 from prompt_lab.files.results import read_csv
 from prompt_lab.sandbox.tasks import SPLIT_ROWS

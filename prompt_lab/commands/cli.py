@@ -47,7 +47,7 @@ from prompt_lab.commands.callbacks import (
     SaveRunConfig,
     WandbCurves,
 )
-from prompt_lab.commands.offline import null_refused, plain_warnings, refuse_null
+from prompt_lab.commands.parsing import PlainParser, plain_warnings
 from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.files.peft import read_pickle
 from prompt_lab.files.tensors import held, write_atomically
@@ -117,18 +117,14 @@ class AtomicCheckpoints(TorchCheckpointIO):
         return super().load_checkpoint(path, map_location, weights_only=True)
 
 
-class PromptLabParser(LightningArgumentParser):
-    """Says what is wrong in one sentence instead of the whole usage."""
-
-    def validate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> None:
-        """As always, and refuse null where it is no value."""
-        super().validate(namespace, *args, **kwargs)
-        refuse_null(self, namespace)
+class PromptLabParser(PlainParser, LightningArgumentParser):
+    """The flags of the package's commands with a trainer."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the sentence and exit with status 2."""
-        print(f"prompt-lab: {_plain_error(message)}", file=sys.stderr)
-        sys.exit(2)
+        """As always, with the method that has nearly a name in the message."""
+        words = sorted({*re.findall(r"\b[A-Z]\w+", message)} - METHODS.keys())
+        near = [m for word in words for m in difflib.get_close_matches(word, METHODS, 1, 0.8)]
+        super().error(f"{message}; did you mean {near[0]}?" if near else message, ex)
 
 
 class PromptLabCLI(LightningCLI):
@@ -370,6 +366,20 @@ class PromptLabCLI(LightningCLI):
             self.trainer.test(self.model, self.datamodule, ckpt_path=saved, verbose=False)
 
 
+class ParseOnly(PromptLabCLI):
+    """Parses the words of a command, reads no checkpoint, makes nothing and runs nothing."""
+
+    def _parse_ckpt_path(self) -> None: ...
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing."""
+
+    def instantiate_classes(self) -> None:
+        """Nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None: ...
+
+
 def run(args: list[str] | None = None) -> int:
     """Run a command of the command line; errors of the user are one sentence and status 1."""
     _quieten()
@@ -493,30 +503,6 @@ def _dropped(given: list[tuple[str, Any]], config: dict[str, Any]) -> list[str]:
         if others and lost:
             lines.append(f"{key} is {kind} instead of {others[-1]}: dropped {', '.join(lost)}")
     return lines
-
-
-def _plain_error(message: str) -> str:
-    """A parser's message without its nested repetitions, with the nearest known name."""
-    text = " ".join(message.split())
-    null = re.search(
-        r'Parser key "([\w.]+)".*( value: (None|\[.*\bNone\b.*\])| config "(null|None|~)")$', text
-    )
-    if null:
-        return null_refused(null[1])
-    foreign = re.search(
-        r"subclass of PromptMethod.*Given value: (?:\{'class_path': ')?([\w.]+)", text
-    )
-    if foreign and "not correspond" in text:
-        known = f"{', '.join(METHODS)}, or the import path of another subclass of PromptMethod"
-        return f"{foreign[1]} is no method; allowed: {known}"
-    unknown = re.search(r"import path string: (\w+)", text) or re.search(
-        r"class_path.*?'(\w+)'", text
-    )
-    if unknown and unknown[1] not in METHODS and "model" in text:
-        near = difflib.get_close_matches(unknown[1], METHODS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return f"no method {unknown[1]!r}; known: {', '.join(METHODS)}{hint}"
-    return text
 
 
 def _quieten() -> None:

@@ -82,10 +82,10 @@ def predict_command(
     Each prompt answers as in the test of its fit, unless a setting here says otherwise. As in
     few-shot files, spaces around an input are dropped, and the mark ␤ in a line of text is a line
     break. A line without text gets an empty answer (null in jsonl), so that lines stay aligned.
-    Text output has one line per input, one column per
-    prompt with tabs between them; white space within an answer becomes one space. jsonl output has
-    one line per input and prompt: input, prompt, prediction, for labels their log-likelihoods as
-    scores, and the other fields of a jsonl input.
+    Text output has one line per input, one column per prompt with tabs between them; white space
+    within an answer becomes one space. jsonl output has one line per input and prompt: input,
+    prompt, prediction, for labels their log-likelihoods as scores, and the other fields of a jsonl
+    input.
 
     Args:
         prompts: prompt files, prompt stores, folders of fits, PEFT folders or checkpoints, for all

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import prompt_lab
-from prompt_lab.__main__ import COMMANDS, TRAINER_COMMANDS
+from prompt_lab.__main__ import COMMANDS, make_parser
 from prompt_lab.commands.cli import METHODS, PromptLabCLI
-from prompt_lab.commands.offline import make_parser
 from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.files.prompts import METADATA_FIELDS, TENSORS
 from prompt_lab.files.results import CURVE_COLUMNS, RESULT_COLUMNS
@@ -74,7 +73,7 @@ def flags() -> Iterator[str]:
         _ParsersOnly([])
     except _Found as found:
         parsers = dict(found.args[0])
-    parsers |= {name: make_parser(name) for name in COMMANDS if name not in TRAINER_COMMANDS}
+    parsers |= {name: make_parser(name) for name in COMMANDS if name not in parsers}
     for command, parser in parsers.items():
         for action in parser._actions:
             for flag in action.option_strings or [action.dest]:

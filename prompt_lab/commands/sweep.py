@@ -1,0 +1,527 @@
+"""The command ``prompt-lab sweep``: the trials of a wandb sweep file, one after another, here.
+
+It starts each trial (``sweep_trials.py``) with the words that a wandb agent would give it, plus a
+folder of its own by ``--run_dir``. The folder has a digest of the settings as name and holds a
+marker once the fit has ended, so that the same command run again skips what is done, resumes a fit
+that was interrupted and goes on. Trials run one at a time. The digest does not cover the content of
+a config file that the command names: after a change of it take another folder.
+
+``PromptTuning`` trains a bank: tasks, samples, initialisation seeds, learning rates, batch sizes
+and source tasks may be lists, and every run of their product follows the run alone, up to the
+rounding of float32. So trials that are equal in all other settings and a full product of these are
+one fit with lists. It is itself a trial, and is done, interrupted or failed as one; its folder
+keeps in ``bank.json`` whose runs are whose. Where the command line's own parser does not say that
+the bank is the same as its trials, each trial is a fit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from prompt_lab.commands.sweep_trials import Sweep, Trial, make_trial, make_trials, read_sweep
+from prompt_lab.core.run import grid
+from prompt_lab.files.results import (
+    BASELINES,
+    RESULT_COLUMNS,
+    best_by_dev,
+    read_csv,
+    text_table,
+)
+from prompt_lab.files.tensors import held, write_atomically, write_csv
+
+BANK, MARKER = "bank.json", "trial.json"
+AXES = ("data.tasks", "data.samples", "model.init_seed", "model.learning_rate")
+AXES += ("model.batch_size", "model.init.source_tasks")
+"""The settings that may be lists in a bank, in the order of :func:`prompt_lab.core.run.grid`."""
+PROMPT_TUNING = ("prompt_lab.PromptTuning", "prompt_lab.methods.prompt_tuning.PromptTuning")
+COUPLING = ("callbacks", "plugins", "max_time", "detect_anomaly")
+COUPLING += ("limit_test_batches", "overfit_batches", "fast_dev_run")
+"""Settings of the trainer by which a run could feel the others."""
+LOG = "log.txt"
+TAIL_LINES, TAIL_BYTES = 10, 20_000
+PATIENCE = 10.0
+"""Seconds that a trial has to end after SIGTERM."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One process of a sweep: a trial alone, or a bank of several.
+
+    Attributes:
+        whole: what is run: the trial, or one whose settings have lists for the bank.
+        trials: the trials that it trains, at least one.
+        runs: of a bank, the names of each trial's runs by the digest of the trial; else None.
+    """
+
+    whole: Trial
+    trials: tuple[Trial, ...]
+    runs: dict[str, list[str]] | None = None
+
+
+def sweep_command(
+    file: str,
+    run_dir: str | None = None,
+    seed: int = 0,
+    run_cap: int | None = None,
+    dry_run: bool = False,
+) -> int:
+    """Run the trials of a wandb sweep file one after another, without the wandb service.
+
+    The file is one that wandb sweep FILE takes, with method grid or random. Each trial is a process
+    of its own in its own folder below run_dir, with its output in log.txt; trials of PromptTuning
+    that differ only in tasks, samples, seeds, learning rates, batch sizes or source tasks are one
+    fit with lists, in one folder, where they make a full product. Run again, the command skips what
+    is done, resumes a fit that was interrupted from its last checkpoint, and runs those that failed
+    again. At the end sweep.csv has a line per trial, with its own scores and the seconds of its
+    fit, and results.csv the lines of all fits' results.csv.
+
+    Args:
+        file: the sweep file.
+        run_dir: folder of the sweep; by default runs/ and the name of the file without its ending.
+        seed: of the draws of method random; the draws of a trial depend on it and on the trial's
+            number only.
+        run_cap: most trials; by default the file's run_cap. Method random needs one.
+        dry_run: true prints the commands, one per fit, and runs nothing.
+
+    Returns:
+        0 if all trials are done, 1 if some are not, 130 after Ctrl-C.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: something in the file that cannot be run here, or a folder that is in use.
+    """
+    sweep = read_sweep(Path(file))
+    trials = make_trials(sweep, seed, run_cap)
+    root = Path(run_dir or Path("runs", Path(file).stem))
+    if dry_run:
+        for fit in plan_fits(sweep, trials, root):
+            print(shlex.join([*fit.whole.words, f"--run_dir={trial_folder(root, fit.whole)}"]))
+        return 0
+    program = _launched(trials[0].words)[0]
+    if shutil.which(program) is None:
+        raise ValueError(f"no program {program!r}: command begins with it in {file}")
+    with held(root, "another sweep, or by a trial that one left behind") as lock:
+        return _run_all(sweep, trials, plan_fits(sweep, trials, root), root, lock)
+
+
+# ---- folders -------------------------------------------------------------------------------------
+
+
+def trial_folder(root: Path, trial: Trial) -> Path:
+    """The folder of a trial: the one that has its digest already, or else a new one's name.
+
+    Args:
+        root: folder of the sweep.
+        trial: the trial; after a change of the file it may have had another number.
+    """
+    found = sorted(root.glob(f"*-{trial.digest}"))
+    return found[0] if found else root / f"{trial.number}-{trial.digest}"
+
+
+def trial_state(folder: Path) -> tuple[str, float | None]:
+    """State of a trial and the seconds that its last process took, as its folder tells them.
+
+    Args:
+        folder: the folder of the trial.
+
+    Returns:
+        ``done`` (ended with status 0), ``failed`` (another status), ``interrupted`` (started, did
+        not end by itself) or ``not run``; the seconds of the first two.
+
+    Raises:
+        ValueError: a marker that is damaged.
+    """
+    path = folder / MARKER
+    if not path.is_file():
+        return ("interrupted" if folder.is_dir() else "not run"), None
+    try:
+        marker = json.loads(path.read_text(encoding="utf-8"))
+        return str(marker["state"]), float(marker["seconds"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error!r}): delete it to have the trial run or resumed"
+        ) from None
+
+
+# ---- banks ---------------------------------------------------------------------------------------
+
+
+def plan_fits(sweep: Sweep, trials: Sequence[Trial], root: Path) -> list[Fit]:
+    """The fits that train the trials, each trial in one of them.
+
+    Banks and trials that have a folder there keep it, whatever else the file asks for by now; a
+    bank only while all its trials are in the file. The trials of a bank that failed are then alone,
+    since one of them may have failed it.
+
+    Args:
+        sweep: the file.
+        trials: its trials.
+        root: folder of the sweep; it need not be there.
+
+    Returns:
+        The fits in the order of their first trials.
+
+    Raises:
+        ValueError: a ``bank.json`` that is damaged.
+    """
+    fits, failed = _kept_banks(sweep, trials, root)
+    kept = {trial.digest for fit in fits for trial in fit.trials}
+    groups: dict[str, list[Trial]] = {}
+    for trial in trials:
+        rest = {n: value for n, value in trial.settings.items() if _axis(n) not in AXES}
+        is_alone = trial.digest in failed or trial_folder(root, trial).is_dir()
+        if trial.digest not in kept:
+            key = trial.digest if is_alone else json.dumps(rest)
+            groups.setdefault(key, []).append(trial)
+    for members in groups.values():
+        bank = _bank(sweep, members)
+        fits += [bank] if bank else [Fit(trial, (trial,)) for trial in members]
+    return sorted(fits, key=lambda fit: fit.trials[0].number)
+
+
+def _kept_banks(sweep: Sweep, trials: Sequence[Trial], root: Path) -> tuple[list[Fit], set[str]]:
+    """The banks of earlier sweeps all of whose trials are still asked for.
+
+    Those that failed are left out; the digests of their trials come second.
+    """
+    left, failed = {trial.digest: trial for trial in trials}, set[str]()
+    fits = []
+    for path in sorted(root.glob(f"*/{BANK}")):
+        try:
+            noted = json.loads(path.read_text(encoding="utf-8"))
+            runs = {str(digest): list(names) for digest, names in noted["runs"].items()}
+            if not runs or not left.keys() >= runs.keys():
+                continue
+            if trial_state(path.parent)[0] == "failed":
+                failed |= runs.keys()
+                continue
+            members = sorted((left[digest] for digest in runs), key=lambda trial: trial.number)
+            point = [noted["settings"][parameter.name] for parameter in sweep.parameters]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error!r}): delete it, and the bank is planned anew"
+            ) from None
+        whole = make_trial(sweep, members[0].number, point)
+        if trial_folder(root, whole) == path.parent:
+            fits.append(Fit(whole, tuple(members), runs))
+            for digest in runs:
+                del left[digest]
+    return fits, failed
+
+
+def _axis(name: str) -> str:
+    """The setting that a parameter sets, by its short name."""
+    return name.replace("model.init_args.", "model.", 1)
+
+
+def _items(value: Any) -> list[Any]:
+    """The values of a list, or the one value."""
+    return value if isinstance(value, list) else [value]
+
+
+def _bank(sweep: Sweep, members: Sequence[Trial]) -> Fit | None:
+    """The bank of trials that are equal in all but the axes; None where there is none."""
+    settings, size = dict(members[0].settings), 1
+    for name in settings:
+        values = {str(trial.settings[name]): trial.settings[name] for trial in members}
+        size *= len(values)
+        if len(values) > 1:
+            settings[name] = [item for value in values.values() for item in _items(value)]
+    if len(members) == 1 or size != len(members):
+        return None
+    whole = make_trial(sweep, members[0].number, list(settings.values()))
+    runs = runs_of_trials(whole, members)
+    return Fit(whole, tuple(members), runs) if runs else None
+
+
+def runs_of_trials(whole: Trial, members: Sequence[Trial]) -> dict[str, list[str]] | None:
+    """Names of the runs of each trial of a bank, by its digest.
+
+    Args:
+        whole: the bank, with lists as settings.
+        members: trials that differ from it in these settings only.
+
+    Returns:
+        The names, of which each is one trial's, or None where the bank would not be the same as its
+        trials alone, or nobody can say.
+    """
+    config = _parsed(whole.words)
+    if config is None or config.model.class_path not in PROMPT_TUNING or config.ckpt_path:
+        return None
+    if any(config.trainer[name] not in (None, [], False) for name in COUPLING):
+        return None
+    model = config.model.init_args
+    sources = None if model.subspace else model.init.source_tasks  # a subspace knows none
+    sources = [""] if sources is None else [" ".join(source.split()) for source in sources]
+    runs_over = (model.init_seed, model.learning_rate, model.batch_size)
+    values = (config.data.tasks, config.data.samples, *map(_items, runs_over), sources)
+    axes: dict[str, list[Any]] = dict(zip(AXES, values, strict=True))
+    own = {trial.digest: dict(axes) for trial in members}
+    try:
+        for name, given in whole.settings.items():
+            axis = _axis(name)
+            if axis not in AXES or given is None:
+                continue
+            parsed = axes[axis]
+            typed = {str(g): p for g, p in zip(_items(given), parsed, strict=True)}
+            if [type(p)(g) for g, p in zip(_items(given), parsed, strict=True)] != parsed:
+                return None  # another word of the command sets it
+            for trial in members:
+                value = trial.settings[name]
+                if axis in ("data.tasks", "data.samples") or axis == AXES[-1]:
+                    value = value if isinstance(value, list) else None  # which is refused
+                own[trial.digest][axis] = [typed[str(v)] for v in _items(value)]
+        runs = {digest: _run_names(axes) for digest, axes in own.items()}
+        every = _run_names(axes)
+    except (ValueError, TypeError, KeyError):  # a value out of range, twice, or without a name
+        return None
+    return runs if sorted(name for own in runs.values() for name in own) == sorted(every) else None
+
+
+def _parsed(words: Sequence[str]) -> Any:
+    """The settings of a fit as the real command line parses them; None where it is no such fit."""
+    program = [sys.executable, "-m", "prompt_lab"]
+    if words[0] != "prompt-lab" and list(words[:3]) != program:
+        return None
+    arguments = words[1:] if words[0] == "prompt-lab" else words[3:]
+    from prompt_lab.commands.cli import ParseOnly
+
+    silent = StringIO()  # what is wrong is told when the trial is run
+    try:
+        with redirect_stdout(silent), redirect_stderr(silent):
+            config = ParseOnly([*arguments, "--seed_everything=false"]).config
+    except (Exception, SystemExit):
+        return None
+    return config.fit if config.subcommand == "fit" else None
+
+
+def _run_names(axes: Mapping[str, list[Any]]) -> list[str]:
+    """The names of all runs of a bank; a value out of range or a set not known: ValueError."""
+    from prompt_lab.data.partitions import expand_sets
+
+    tasks, samples, seeds, rates, sizes, sources = (axes[name] for name in AXES)
+    runs = grid(expand_sets(tasks), samples, seeds, rates, sizes, expand_sets(sources))
+    return [run.name for run in runs]
+
+
+# ---- running -------------------------------------------------------------------------------------
+
+
+def _run_all(
+    sweep: Sweep, trials: Sequence[Trial], fits: Sequence[Fit], root: Path, lock: int
+) -> int:
+    """Run what is not done, print and write the tables; returns the exit status."""
+    folders = [trial_folder(root, fit.whole) for fit in fits]
+    placed = list(zip(fits, folders, strict=True))
+    done = sum(len(fit.trials) for fit, folder in placed if trial_state(folder)[0] == "done")
+    count = "1 fit" if len(fits) == 1 else f"{len(fits)} fits"
+    banks = f" in {count}" if len(fits) < len(trials) else ""
+    print(
+        f"sweep {sweep.name}: {len(trials)} trials ({sweep.method}){banks} in {root}, "
+        f"{done} done before"
+    )
+    print("".join(f"{note}\n" for note in sweep.notes), end="", flush=True)
+    varying = _varying(trials)
+    stopped = False
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for place, (fit, folder) in enumerate(placed, 1):
+            settings = " ".join(f"{name}={fit.whole.settings[name]}" for name in varying)
+            print(f"{place}/{len(fits)}  {settings}  ", end="", flush=True)
+            if trial_state(folder)[0] == "done":
+                print(f"{_outcome(fit, folder)} (before)", flush=True)
+                continue
+            ended = _run_fit(fit, folder, lock)
+            print(_outcome(fit, folder), flush=True)
+            if trial_state(folder)[0] != "done":
+                print(f"{ended}; its last lines in {folder / LOG}:\n{_tail(folder / LOG)}")
+    except KeyboardInterrupt:
+        stopped = True
+        print("stopped")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return _report(sweep, trials, fits, root, stopped)
+
+
+def _run_fit(fit: Fit, folder: Path, lock: int) -> str:
+    """Run one trial, or a bank of them, and leave its marker; returns how its process ended.
+
+    Only a fit that was interrupted is resumed: what led a failed one astray may be in its state.
+    """
+    trial = fit.whole
+    again = {"interrupted": ["--resume=true"], "failed": ["--overwrite=true"]}
+    words = [*trial.words, f"--run_dir={folder}"]
+    if "fit" in trial.words:
+        words += again.get(trial_state(folder)[0], [])
+    (folder / MARKER).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if fit.runs is not None:
+        noted = {"settings": fit.whole.settings, "runs": fit.runs}
+        write_atomically(folder / BANK, json.dumps(noted, indent=1).encode())
+    started = time.monotonic()
+    with (folder / LOG).open("ab") as log:
+        log.write(f"$ {shlex.join(words)}\n".encode())
+        log.flush()
+        process = subprocess.Popen(
+            _launched(words),
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for the sweep, which stops the trial
+            pass_fds=(lock,),  # a trial that outlives its sweep keeps the folder locked
+        )
+        try:
+            os.truncate(lock, 0)
+            os.pwrite(lock, str(process.pid).encode(), 0)
+            status = process.wait()
+        except BaseException:
+            _stop(process)
+            raise
+    if status < 0:  # ended from outside: no marker, so that it is resumed
+        return f"ended by signal {-status}"
+    state, seconds = "failed" if status else "done", round(time.monotonic() - started, 1)
+    marker = {"state": state, "status": status, "seconds": seconds, "arguments": words}
+    write_atomically(folder / MARKER, json.dumps(marker, indent=1).encode())
+    return f"ended with status {status}"
+
+
+def _launched(words: Sequence[str]) -> list[str]:
+    """The words with ``prompt-lab`` as that of this interpreter, whatever the search path says."""
+    own = [sys.executable, "-m", "prompt_lab"]
+    return [*own, *words[1:]] if words[0] == "prompt-lab" else list(words)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End a trial and the processes that it started: asked first, then killed."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+        process.wait(PATIENCE)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+# ---- what is told --------------------------------------------------------------------------------
+
+
+def read_scores(
+    folder: Path, runs: Collection[str] | None = None
+) -> tuple[float | None, float | None]:
+    """Mean dev and test score of a trial: over its tasks, samples and seeds, the run best on dev.
+
+    Args:
+        folder: of its fit.
+        runs: names of the trial's runs in a bank of several trials; None for all.
+
+    Returns:
+        The scores in ``results.csv``; without it those that a fit keeps in its prompt store, which
+        has no test score unless the prompts were tested. None where there is no score.
+
+    Raises:
+        ValueError: a file that is damaged.
+    """
+    try:
+        rows = [row for row in _rows(folder / "results.csv") if row["variant"] not in BASELINES]
+        if not rows:
+            index = _rows(folder / "prompts" / "index.csv")
+            rows = [{**row, "dev": row["dev_score"], "test": row["test_score"]} for row in index]
+        if runs is not None:
+            rows = [r for r in rows if (r.get("name") or Path(r["prompt_file"]).stem) in runs]
+        best = best_by_dev(rows)
+        dev, test = ([float(row[key]) for row in best if row[key]] for key in ("dev", "test"))
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"{folder}: results.csv or prompts/index.csv there is damaged ({error!r}): delete "
+            f"{MARKER} beside it to have the trial run again"
+        ) from None
+    return statistics.mean(dev) if dev else None, statistics.mean(test) if test else None
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file, none where there is no file."""
+    return read_csv(path) if path.is_file() else []
+
+
+def _varying(trials: Sequence[Trial]) -> list[str]:
+    """Names of the parameters that differ between trials."""
+    names = trials[0].settings
+    return [name for name in names if len({str(t.settings[name]) for t in trials}) > 1]
+
+
+def _outcome(fit: Fit, folder: Path) -> str:
+    """State, seconds and scores of a trial, in a line; of a bank the number of its trials."""
+    state, seconds = trial_state(folder)
+    cells = [state] if seconds is None else [state, f"{seconds:.0f} s"]
+    if fit.runs is not None:
+        return "  ".join([*cells, f"{len(fit.trials)} trials"])
+    scores = zip(("dev", "test"), read_scores(folder), strict=True)
+    if state == "done":
+        cells += [f"{name} {score:.3f}" for name, score in scores if score is not None]
+    return "  ".join(cells)
+
+
+def _tail(path: Path) -> str:
+    """The last lines that the last process wrote to a log."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        lines = file.read().decode("utf-8", errors="replace").splitlines()
+    last = max((at for at, line in enumerate(lines) if line.startswith("$ ")), default=-1)
+    return "\n".join(f"    {line}" for line in lines[last + 1 :][-TAIL_LINES:])
+
+
+def _report(
+    sweep: Sweep, trials: Sequence[Trial], fits: Sequence[Fit], root: Path, stopped: bool
+) -> int:
+    """Write ``sweep.csv`` and ``results.csv``, print the table; returns the exit status."""
+    rows, results = [], []
+    for fit in fits:
+        folder = trial_folder(root, fit.whole)
+        state, seconds = trial_state(folder)
+        for trial in fit.trials:
+            runs = fit.runs and fit.runs[trial.digest]
+            dev, test = read_scores(folder, runs) if state == "done" else (None, None)
+            row = {"trial": trial.number, **trial.settings, "dev": dev, "test": test}
+            rows.append(row | {"state": state, "seconds": seconds, "folder": folder.name})
+        if state == "done":
+            for line in _rows(folder / "results.csv"):
+                name = line.get("prompt_file")  # as seen from the folder of the sweep
+                results.append({**line, "prompt_file": f"{folder.name}/{name}" if name else ""})
+    rows.sort(key=lambda row: row["trial"])
+    head = ["trial", *_varying(trials), "dev", "test", "state"]
+    write_csv(root / "sweep.csv", [*head, "seconds", "folder"], rows)
+    if results:
+        write_csv(root / "results.csv", RESULT_COLUMNS, results)
+    cells = [[_cell(name, row[name]) for name in head] for row in rows]
+    print(f"\n{text_table(head, cells)}\n")
+    done = sum(row["state"] == "done" for row in rows)
+    files = f"{root / 'sweep.csv'} and {root / 'results.csv'}" if results else root / "sweep.csv"
+    print(f"{done} of {len(rows)} trials done; the tables are in {files}")
+    if done and not results and "fit" in sweep.command:
+        print("no trial wrote results.csv: a fit does with --test_after_fit=true in the command")
+    if stopped:
+        print("stopped: the same command goes on from here", flush=True)
+        return 130
+    return int(done < len(rows))
+
+
+def _cell(name: str, value: Any) -> str:
+    """A cell of the printed table."""
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if name in ("dev", "test") else str(value)
