@@ -38,6 +38,7 @@ from prompt_lab.files.results import (
     write_csv,
 )
 from prompt_lab.files.tensors import held, write_atomically
+from prompt_lab.methods.method import PromptMethod
 
 STEPS = 4
 LAST = Path("r/checkpoints/last.ckpt")
@@ -200,6 +201,23 @@ def test_a_fit_that_is_killed_again_and_again_at_any_moment_comes_to_the_same_en
     finish(words)
     assert_like(Path("r"), undisturbed)
     assert "Traceback" not in Path("log").read_text()
+
+
+def test_a_fit_that_is_told_to_end_does_not_count_as_done(words, undisturbed):
+    """As by a scheduler that needs the machine; Lightning's own exception has no status."""
+
+    def tell() -> None:
+        def once(self: PromptMethod, *given: Any) -> None:
+            if self.trainer.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        PromptMethod.on_train_batch_start = once  # type: ignore[method-assign]
+
+    child = start(words(), Path("log"), tell)
+    assert ended(child) == 128 + signal.SIGTERM
+    assert "ended by SIGTERM; a fit goes on with --resume" in Path("log").read_text()
+    finish(words)
+    assert_like(Path("r"), undisturbed)
 
 
 def test_checkpoints_do_not_pass_through_the_folder_of_temporary_files(words, monkeypatch):

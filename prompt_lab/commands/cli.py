@@ -19,6 +19,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -39,6 +40,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from prompt_lab.commands.callbacks import (
     Bar,
@@ -386,6 +388,9 @@ def run(args: list[str] | None = None) -> int:
     try:
         PromptLabCLI(args)
         return 0
+    except SIGTERMException:  # a SystemExit without a status, which would count as success
+        print("prompt-lab: ended by SIGTERM; a fit goes on with --resume", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get("PROMPT_LAB_TRACEBACK"):
             raise
