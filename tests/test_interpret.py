@@ -208,7 +208,7 @@ def test_an_out_that_is_a_file_and_unknown_choices_are_refused(store, capsys):
     assert "--out out is a file" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         command(store, "--out", "new", "--measure", "angle")
-    assert "cosine, l2, dot" in capsys.readouterr().err
+    assert "'cosine', 'l2', 'dot'" in capsys.readouterr().err
 
 
 # ---- transfer ------------------------------------------------------------------------------------
