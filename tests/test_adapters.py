@@ -103,6 +103,16 @@ def adapted(backbone) -> Callable[[str], AdaptedBackbone]:
     return lambda kind: AdaptedBackbone(backbone(kind), R)
 
 
+def test_adapters_take_over_what_was_found_of_a_model(monkeypatch):
+    """Nothing is checked again, not even where the model's settings have changed since."""
+    plain = make_backbone("gpt2")
+    plain.model.set_attn_implementation("eager")
+    monkeypatch.setattr("prompt_lab.core.backbone.choose_way", pytest.fail)
+    adapted = AdaptedBackbone(plain, R)
+    assert (adapted.runner.way, adapted.packs) == ("causal", False)
+    assert (plain.packs, plain.hidden_size) == (True, HIDDEN)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_zero_up_projection_is_the_plain_backbone(backbone, adapted, kind):
     plain, model = backbone(kind), adapted(kind)

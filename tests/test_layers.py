@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -133,3 +135,22 @@ except ImportError:
         ("seen", True),
         ("tried", True),
     ]
+
+
+def test_whatever_is_public_has_a_docstring_of_its_own_or_of_what_it_overrides():
+    """A hook is explained once, by the parent or by Lightning; ruff would ask for it each time."""
+    bare = []
+    for name in modules():
+        module = importlib.import_module(f"prompt_lab.{name}")
+        own = [v for k, v in vars(module).items() if k[0] != "_"]
+        own = [v for v in own if getattr(v, "__module__", "") == module.__name__]
+        for made in filter(inspect.isclass, own):
+            bare += [
+                f"{made.__qualname__}.{key}"
+                for key, value in vars(made).items()
+                if key[0] != "_"
+                and (inspect.isfunction(value) or isinstance(value, (property, classmethod)))
+                and not inspect.getdoc(getattr(made, key))
+            ]
+        bare += [v.__qualname__ for v in own if callable(v) and not inspect.getdoc(v)]
+    assert not bare

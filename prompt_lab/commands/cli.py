@@ -123,10 +123,13 @@ class PromptLabParser(PlainParser, LightningArgumentParser):
     """The flags of the package's commands with a trainer."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """As always, with the method that has nearly a name in the message."""
+        """As always, with the method that has nearly a name in the message, or all methods."""
         words = sorted({*re.findall(r"\b[A-Z]\w+", message)} - METHODS.keys())
         near = [m for word in words for m in difflib.get_close_matches(word, METHODS, 1, 0.8)]
-        super().error(f"{message}; did you mean {near[0]}?" if near else message, ex)
+        if "PromptMethod" in message:
+            hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(METHODS)}"
+            message = f"{message}; {hint}"
+        super().error(message, ex)
 
 
 class PromptLabCLI(LightningCLI):

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,9 +206,10 @@ class AdaptedBackbone(Backbone):
     """
 
     def __init__(self, backbone: Backbone, bottleneck: int = 16) -> None:
-        super().__init__(backbone.model, backbone.tokenizer, backbone.name)
+        nn.Module.__init__(self)
+        self.__dict__.update(backbone.__dict__)  # its model, tokens and way, found once
+        self.runner = copy(backbone.runner)
         self.runner.packs = False  # each row has adapters of its own
-        self.digest = backbone.digest
         self.layout = AdapterLayout.of(backbone, bottleneck)
         self.hidden_size = self.layout.size
         self._running: RowAdapters | None = None

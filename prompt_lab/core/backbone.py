@@ -98,11 +98,12 @@ class Backbone(nn.Module):
             name: hub id, folder, ``.gguf`` file, or ``sandbox`` for the tiny model that ships with
                 the package.
             dtype: dtype of the frozen weights; prompts and losses stay float32.
-            attention: attention implementation of transformers. BLOOM has its own and ignores it.
+            attention: attention implementation of transformers; eager, which is told, where a
+                model has no sdpa.
 
         Raises:
-            ValueError: no such model, a folder without tokenizer, an unsupported architecture, or
-                T5 in float16.
+            ValueError: as :class:`Backbone`; or no such model, damaged or missing files or weights,
+                or a folder without tokenizer.
         """
         model, tokenizer = load_pretrained(name, dtype, attention)
         digest = weights_digest(model)  # of the weights as published, before the cast
@@ -265,8 +266,7 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def embedding_table(self) -> Tensor:
         """The input embeddings as the model sees them: (V, D) float32, on the CPU."""
-        count = self.model.get_input_embeddings().weight.shape[0]
-        return self.embed(torch.arange(count, device=self.device)).float().cpu()
+        return self.embed(torch.arange(self.vocabulary, device=self.device)).float().cpu()
 
     # ---- the three verbs ------------------------------------------------------------------------
 

@@ -154,6 +154,14 @@ def make_batch(
     )
 
 
+def by_length(lengths: Sequence[int]) -> list[list[int]] | None:
+    """Rows of equal length, in groups; None where all are equal."""
+    places: dict[int, list[int]] = {}
+    for row, length in enumerate(lengths):
+        places.setdefault(length, []).append(row)
+    return list(places.values()) if len(places) > 1 else None
+
+
 def index_tensor(values: Sequence[int], device: torch.device) -> Tensor:
     """Numbers of the host as a tensor on a device, without waiting for what the device works on."""
     return to_device(torch.tensor(values, dtype=torch.long), device)

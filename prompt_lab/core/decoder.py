@@ -22,11 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from prompt_lab.core import packing
-from prompt_lab.core.batch import Batch, index_tensor, to_device
+from prompt_lab.core.batch import Batch, by_length, index_tensor, to_device
 from prompt_lab.core.candidates import Follow
 from prompt_lab.core.forward import additive, head_at
-from prompt_lab.core.packing import PADDING, Sequences, lay_out, pack, tokens_of
+from prompt_lab.core.packing import PADDING, Sequences, lay_out, packs_of
 
 Way = Literal["kinds", "window", "causal", "rows", "lengths"]
 """How rows are laid out, and what a model is told of it."""
@@ -86,12 +85,7 @@ class Decoder:
             apart |= not self.pads_generation or (window is not None and longest > window)
         else:
             lengths = [sum(pair) for pair in zip(lengths, batch.target_lengths, strict=True)]
-        if not apart or len(set(lengths)) < 2:
-            return None
-        places: dict[int, list[int]] = {}
-        for row, length in enumerate(lengths):
-            places.setdefault(length, []).append(row)
-        return list(places.values())
+        return by_length(lengths) if apart else None
 
     def prefix(self, prompts: Tensor) -> tuple[Tensor, ...]:
         """Keys and values of prompts (R, N, D), alternating by layer, each (R, heads, N, size)."""
@@ -197,7 +191,7 @@ class Decoder:
         """The rows of each sequence."""
         if not self.packs or self.way in ("rows", "lengths"):
             return [[row] for row in range(len(batch))]
-        return pack(tokens_of(batch, targets), batch.prompts, packing.PACK_TOKENS)
+        return packs_of(batch, targets)
 
     def _run(
         self,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from prompt_lab.core.batch import IGNORE, Batch
+from prompt_lab.core.batch import IGNORE, Batch, by_length
 from prompt_lab.core.candidates import Follow
 from prompt_lab.core.forward import causal_mask, tokens_mask
 
@@ -44,12 +44,8 @@ class EncoderDecoder:
 
     def groups(self, batch: Batch, longest: int | None = None) -> list[list[int]] | None:
         """The rows that may run together, by length, where not all may; None where all may."""
-        if self.way == "rows" and (longest is None or self.pads_generation):
-            return None
-        places: dict[int, list[int]] = {}
-        for row, length in enumerate(batch.input_lengths):
-            places.setdefault(length, []).append(row)
-        return list(places.values()) if len(places) > 1 else None
+        apart = self.way == "lengths" or (longest is not None and not self.pads_generation)
+        return by_length(batch.input_lengths) if apart else None
 
     def prefix(self, prompts: Tensor) -> tuple[Tensor, ...]:
         """The bank itself (R, N, D)."""

@@ -84,17 +84,20 @@ def tokens_of(batch: Batch, targets: Sequence[int]) -> list[int]:
     return [own + max(0, more - 1) for own, more in pairs]
 
 
+def packs_of(batch: Batch, targets: Sequence[int]) -> list[list[int]]:
+    """The rows of each pack of a batch, given how many targets of each row are predicted."""
+    return pack(tokens_of(batch, targets), batch.prompts, PACK_TOKENS)
+
+
 def padded_tokens(batch: Batch) -> int:
     """Tokens of the packs of a batch, padding counted."""
-    tokens = tokens_of(batch, batch.target_lengths)
-    packs = pack(tokens, batch.prompts, PACK_TOKENS)
+    tokens, packs = tokens_of(batch, batch.target_lengths), packs_of(batch, batch.target_lengths)
     return len(packs) * max((sum(tokens[row] for row in rows) for rows in packs), default=0)
 
 
 def is_one_each(batch: Batch) -> bool:
     """Whether the rows of each prompt are one pack."""
-    tokens = tokens_of(batch, batch.target_lengths)
-    return len(pack(tokens, batch.prompts, PACK_TOKENS)) == len({*batch.prompts})
+    return len(packs_of(batch, batch.target_lengths)) == len({*batch.prompts})
 
 
 def cut(batch: Batch, tokens_per_forward: int) -> list[Batch]:

@@ -488,6 +488,7 @@ class PromptMethod(LightningModule):
         return folder
 
     def check_trainer(self) -> None:
+        """Refuse (``ValueError``) a trainer under which the fit would not be what it says."""
         check_trainer(self)
 
     @property
@@ -556,6 +557,7 @@ class PromptMethod(LightningModule):
         return prefixes.of(used), renumber(batch, used)
 
     def answer(self, prefixes: Prefixes, step: EvaluationBatch) -> list[str]:
+        """One answer per row of an evaluation batch, under the prompts that the rows name."""
         way = self.way(self.datamodule.tasks[step.task])
         return answers(self.backbone, lambda batch: self.prefix_of(prefixes, batch), step, way)
 
@@ -675,6 +677,7 @@ class PromptMethod(LightningModule):
         return self.trainer.state.fn == "fit"
 
     def new_evaluation(self, split: SplitName) -> Evaluation:
+        """What gathers the answers to a split."""
         known = (self.datamodule, self.runs, split, self.metric_variant, self.device)
         return Evaluation(*known, shared_rows=self.row_share[1] > 1)
 
