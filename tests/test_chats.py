@@ -231,6 +231,8 @@ def test_settings_that_cannot_be_are_refused(model: Backbone, tmp_path: Path) ->
         RowsDataModule(rows, system="x")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="label_score mean is of labels that are scored"):
         make_method(model, label_score="mean", decoding="generate")
+    with pytest.raises(ValueError, match=r"model\.label_score is 'max'; allowed: sum, mean"):
+        make_method(model, label_score="max")  # before a step is made
     bank = torch.zeros(1, 2, model.hidden_size)
     with pytest.raises(ValueError, match="label_score mean is of labels that are scored, but ans"):
         predict(model, bank, ["a"], label_score="mean")

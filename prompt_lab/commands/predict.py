@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from prompt_lab.core.prediction import (
     check_at_least_one,
-    check_label_score,
     label_scores,
     predict,
     tidy_labels,
@@ -127,7 +126,10 @@ def predict_command(
         labels = tidy_labels(labels)
         if decoding == "generate":
             raise ValueError("labels are scored and decoding is generate: leave one of them out")
-    check_label_score(label_score or "sum", decoding == "generate")
+    if label_score is not None:
+        from prompt_lab.core.candidates import check_label_score
+
+        check_label_score(label_score, decoding == "generate")
     if template == "plain":
         check_template(template, system)
     source = _check_input(input)
@@ -228,6 +230,7 @@ def _ways(
     given: dict[str, Any],
 ) -> list[Way]:
     """How each prompt answers: as the settings say, else as its file does."""
+    from prompt_lab.core.candidates import check_label_score
     from prompt_lab.data.tasks import load_tasks
 
     tasks, ways, unknown = load_tasks(), [], set()

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,12 @@ from torch.nn import functional as F
 
 from prompt_lab.core import packing
 from prompt_lab.core.batch import IGNORE, Batch, index_tensor, make_batch, micro_batches
-from prompt_lab.core.candidates import Follow, LabelScore, candidate_scores
+from prompt_lab.core.candidates import (
+    Follow,
+    LabelScore,
+    candidate_scores,
+    check_label_score,
+)
 from prompt_lab.core.decoder import Decoder
 from prompt_lab.core.encoder_decoder import EncoderDecoder
 from prompt_lab.core.forward import compile_training, recompute_layers
@@ -359,7 +364,8 @@ class Backbone(nn.Module):
                 positions.
         """
         answers = self._encode_candidates(tuple(candidates), frame)
-        mean = _is_mean(label_score)
+        check_label_score(label_score)
+        mean = label_score == "mean"
         return self.scores_of(self._as_prefix(prompts), batch, answers, mean=mean)
 
     @torch.no_grad()
@@ -385,7 +391,9 @@ class Backbone(nn.Module):
         Raises:
             ValueError: as :meth:`score`.
         """
-        answers, mean = self._encode_candidates(tuple(candidates), frame), _is_mean(label_score)
+        answers = self._encode_candidates(tuple(candidates), frame)
+        check_label_score(label_score)
+        mean = label_score == "mean"
         scores = self.scores_of(self._as_prefix(prompts), batch, answers, False, mean)
         return scores.argmax(1).tolist()
 
@@ -546,10 +554,3 @@ def _target_places(batch: Batch) -> list[int]:
 def _at_least_float32(logits: Tensor) -> Tensor:
     """Logits in float32, or as they are where they are wider."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _is_mean(label_score: str) -> bool:
-    if label_score not in get_args(LabelScore):
-        allowed = ", ".join(get_args(LabelScore))
-        raise ValueError(f"label_score is {label_score!r}; allowed: {allowed}")
-    return label_score == "mean"

@@ -12,7 +12,7 @@ choice is that of exhaustive scoring. How a model runs tokens behind a row is th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +21,22 @@ from prompt_lab.core.batch import IGNORE
 
 LabelScore = Literal["sum", "mean"]
 """What the score of an answer is of the log-likelihoods of its tokens."""
+
+
+def check_label_score(label_score: str, is_generated: bool = False, where: str = "") -> None:
+    """Refuse (``ValueError``) another score, and a mean where no label is scored.
+
+    ``where`` stands in front of the name of the setting.
+    """
+    if label_score not in get_args(LabelScore):
+        allowed = ", ".join(get_args(LabelScore))
+        raise ValueError(f"{where}label_score is {label_score!r}; allowed: {allowed}")
+    if label_score == "mean" and is_generated:
+        raise ValueError(
+            f"{where}label_score mean is of labels that are scored, but answers are generated: "
+            "give labels to choose among, or leave it out"
+        )
+
 
 Follow = Callable[[Tensor | None, Tensor], Tensor]
 """Takes the rows to keep (b,), places among those kept so far or None for all, and up to T - 1

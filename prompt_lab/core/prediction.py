@@ -62,6 +62,8 @@ def predict(
             empty, labels that occur twice, a number below 1, no positions left for the input, a
             chat template that cannot be used, or a mean score of generated answers.
     """
+    from prompt_lab.core.candidates import check_label_score
+
     check_at_least_one(max_new_tokens=max_new_tokens, num_beams=num_beams)
     check_label_score(label_score, labels is None)
     frame = backbone.frame(template, system)
@@ -106,7 +108,6 @@ def label_scores(
     """
     import torch
 
-    check_label_score(label_score)
     frame = backbone.frame(template, system)
     labels = tidy_labels(labels, frame)
     scores = torch.empty(len(inputs), len(prompts), len(labels))
@@ -249,17 +250,6 @@ def _tidy(inputs: Sequence[str], prefix: str) -> list[str]:
             f"inputs[{tidy.index('')}] is empty, or spaces alone: give it text, or leave it out"
         )
     return [prefix + text for text in tidy]
-
-
-def check_label_score(label_score: str, is_generated: bool = False) -> None:
-    """Refuse another score, and a mean where no label is scored."""
-    if label_score not in ("sum", "mean"):
-        raise ValueError(f"label_score is {label_score!r}; allowed: sum, mean")
-    if label_score == "mean" and is_generated:
-        raise ValueError(
-            "label_score mean is of labels that are scored, but answers are generated: give labels "
-            "to choose among, or leave it out"
-        )
 
 
 def check_at_least_one(**numbers: int) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from prompt_lab.core.backbone import Backbone, Prefix
 from prompt_lab.core.bank import Prefixes, bank_gradient, is_out_of_memory, renumber
 from prompt_lab.core.batch import Batch, default_tokens_per_forward
-from prompt_lab.core.candidates import LabelScore
+from prompt_lab.core.candidates import LabelScore, check_label_score
 from prompt_lab.core.optim import OptimConfig
 from prompt_lab.core.pretrained import tensor_digest
 from prompt_lab.core.run import Run
@@ -137,11 +137,7 @@ class PromptMethod(LightningModule):
             else:  # plain values, which checkpoints can hold
                 self.hparams[name] = plain(self.hparams[name])
         check_settings(self.hparams)
-        if label_score == "mean" and decoding == "generate":
-            raise ValueError(
-                "model.label_score mean is of labels that are scored, but model.decoding generate "
-                "generates all answers: leave one of them out"
-            )
+        check_label_score(label_score, decoding == "generate", "model.")
         self.backbone_config = as_config(BackboneConfig, backbone)
         self._tokens_per_forward = tokens_per_forward
         self.decoding, self.num_beams = decoding, num_beams
