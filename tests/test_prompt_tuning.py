@@ -436,10 +436,9 @@ def test_initial_prompts_off_the_scale_of_embeddings_are_told(fit):
 
 
 def test_a_healthy_fit_warns_of_nothing(fit):
-    rates, seed = GRIDS["llama"]
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        fit(kind="llama", tasks=["e2e_nlg_cleaned"], learning_rate=rates[0], init_seed=seed)
+        fit(kind="llama", tasks=["e2e_nlg_cleaned"], learning_rate=0.03)
     texts = [str(warning.message) for warning in told]
     for text in ("same answer", "of their start", "standard deviation", "not finite"):
         assert not [found for found in texts if text in found]
