@@ -7,6 +7,9 @@ wider than usual, so that gradients are far above rounding.
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -17,12 +20,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models run faster on one t
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from torch import nn
+
+from prompt_lab.data.datamodule import CrossFitDataModule
+from prompt_lab.files.prompts import Prompt, PromptStore
+from prompt_lab.methods.prompt_tuning import PromptTuning
 
 if TYPE_CHECKING:
     from prompt_lab.core.backbone import Backbone
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 HIDDEN = 32
 POSITIONS = 128
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
@@ -262,3 +270,94 @@ def result_line(**given: Any) -> dict[str, Any]:
         "version": "0.1.0",
     }
     return cells | given
+
+
+def make_trainer(run_dir: Path, steps: int = 6, every: int = 3, **settings: Any) -> Trainer:
+    """A trainer with the settings of the command line, without its outputs."""
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "max_epochs": -1,
+        "max_steps": steps,
+        "val_check_interval": every,
+        "check_val_every_n_epoch": None,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+        "inference_mode": False,
+        "logger": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+        "default_root_dir": run_dir,
+    }
+    settings["callbacks"] = [InFolder(run_dir), *settings.get("callbacks", [])]
+    return Trainer(**{**defaults, **settings})
+
+
+def make_method(backbone: Backbone | None = None, **settings: Any) -> PromptTuning:
+    """A method on a backbone that is already loaded."""
+    given = {"num_virtual_tokens": 5, "learning_rate": 0.03, "batch_size": 4, **settings}
+    method = PromptTuning(**given)
+    method.backbone = backbone
+    return method
+
+
+def make_data(root: Path, tasks: list[str], samples: list[int]) -> CrossFitDataModule:
+    return CrossFitDataModule(tasks, root=str(root), samples=samples)
+
+
+def make_store(folder: Path, model: Backbone, tasks: list[str] | None = None) -> Path:
+    """A store with a prompt of every task, and a worse one of the first."""
+    tasks = tasks or ["glue-sst2", "glue-cola", "e2e_nlg_cleaned", "emotion"]
+    generator = torch.Generator().manual_seed(1)
+    prompts = []
+    for name, task, score in [*((t, t, 0.5) for t in tasks), ("worse", tasks[0], 0.1)]:
+        drawn = torch.randn(5, model.hidden_size, generator=generator) * 0.3
+        prompts.append(
+            Prompt(
+                prompt=drawn,
+                init=drawn,
+                name=name,
+                backbone=model.name,
+                backbone_digest=model.digest,
+                tokenizer_digest=model.tokenizer_digest,
+                task=task,
+                sample=13,
+                dev_score=score,
+            )
+        )
+    PromptStore(folder).save(prompts)
+    return folder
+
+
+def word_backbone() -> Backbone:
+    """A decoder whose tokenizer knows few words, and one token for all others."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", EOS, "yes", "no", "the", "dog", "cat", "small"]
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", eos_token=EOS)
+    model = make_model("llama")
+    model.config.eos_token_id = model.generation_config.eos_token_id = 1
+    return Backbone(model, tokenizer, "words")
+
+
+@pytest.fixture(scope="session")
+def smollm2(test_data: Path) -> str:
+    """The folder of SmolLM2-135M-Instruct in the user's cache, made where it is missing."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "prompt_lab" / "smollm2-135m-instruct"
+    if not folder.is_dir():
+        draft = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+        words = [sys.executable, str(test_data / "models" / "get_smollm2"), str(draft)]
+        try:
+            made = subprocess.run(words, capture_output=True, text=True, timeout=240)
+            if made.returncode:
+                pytest.skip(f"SmolLM2 cannot be made: {made.stderr.strip()[-300:]}")
+            draft.rename(folder)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            pytest.skip(f"SmolLM2 cannot be made: {error}")
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    return str(folder)

@@ -17,10 +17,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_backbone
+from conftest import make_backbone, make_data, make_method, make_trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
-from test_prompt_tuning import make_data, make_method, make_trainer
 
 from prompt_lab.commands import cli
 from prompt_lab.files.results import read_csv

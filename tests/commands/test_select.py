@@ -1,0 +1,976 @@
+"""``prompt-lab select`` and ``select evaluate``: what they rank, judge, tell, write and refuse."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import shutil
+import subprocess
+import sys
+import types
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from conftest import CONFIGS
+from matplotlib.figure import Figure
+from scipy.linalg import subspace_angles
+from scipy.stats import bootstrap
+
+from prompt_lab.__main__ import main
+from prompt_lab.analysis import plots
+from prompt_lab.analysis.selection import PROMPT_RANKINGS, find_steps
+from prompt_lab.commands import select
+from prompt_lab.commands.cli import ParseOnly
+from prompt_lab.core import similarity
+from prompt_lab.data.partitions import partition
+from prompt_lab.files.prompts import Prompt, PromptStore
+
+N, D = 3, 24
+SOURCES = ["near", "half", "far"]
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def rows(*places: int, seed: int = 0) -> torch.Tensor:
+    """A prompt (N, D) that spans the axes of those places."""
+    mixed = torch.randn(N, N, generator=torch.Generator().manual_seed(seed))
+    return mixed @ torch.eye(D)[list(places)]
+
+
+def prompt(task: str, tensor: torch.Tensor, sample: int | None = 13, **facts: Any) -> Prompt:
+    given = {"backbone": "tiny", "backbone_digest": "a" * 64, "tokenizer_digest": "b", **facts}
+    given = {"name": f"{task}-{sample}", "dev_score": 0.5, **given}
+    return Prompt(prompt=tensor, init=tensor, task=task, sample=sample, **given)
+
+
+def save(*prompts: Prompt, folder: str = "store") -> str:
+    PromptStore(folder).save(prompts)
+    return folder
+
+
+@pytest.fixture
+def store() -> str:
+    """A target and three sources that share 3, 2 and 0 of its 3 directions."""
+    return save(
+        prompt("aim", rows(0, 1, 2)),
+        prompt("near", rows(2, 1, 0, seed=1)),
+        prompt("half", rows(0, 1, 5, seed=2)),
+        prompt("far", rows(6, 7, 8, seed=3)),
+    )
+
+
+def command(*words: str) -> int:
+    """Exit status of ``prompt-lab select``."""
+    return main(["select", *words])
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def test_sources_are_ranked_and_the_chosen_ones_are_told(store, capsys):
+    words = ("aim", "--prompts", store, "--energy", "1", "--number", "2")
+    assert command(*words) == 0
+    out = capsys.readouterr().out
+    chance = math.sqrt(3 / D)
+    assert out.splitlines() == [
+        "similarity of prompt subspaces, 0 to 1: 3 of 24 dimensions; between random subspaces of "
+        f"these sizes about {chance:.3f}",
+        "",
+        "aim",
+        "rank  source  similarity  samples",
+        "----  ------  ----------  -------",
+        "1     near    1.000       1      ",
+        f"2     half    {math.sqrt(2 / 3):.3f}       1      ",
+        "3     far     0.000       1      ",
+        "",
+        "2 of 3 source tasks, highest, for aim",
+        "  near: rank 1, similarity 1.000",
+        "  half: rank 2, similarity 0.816",
+        "--data.tasks '[near, half]'",
+    ]
+    assert command(*words, "--choose", "lowest") == 0
+    assert capsys.readouterr().out.endswith("--data.tasks '[far, half]'\n")
+
+
+def test_the_written_file_is_a_further_config_of_a_fit(store, capsys):
+    """Reference: what LightningCLI makes of it, and of the printed flag."""
+    config = str(CONFIGS / "quickstart.yaml")
+    assert command("aim", "--prompts", store, "--number", "3", "--out", "new/chosen.yaml") == 0
+    *_, flag, path = capsys.readouterr().out.splitlines()
+    assert path == "new/chosen.yaml"
+    parsed = ParseOnly(["fit", "--config", config, "--config", path]).config.fit
+    assert parsed.data.tasks == SOURCES
+    assert parsed.data.root == "sandbox"  # the rest is of the first
+    name, value = flag.split(" ", 1)
+    parsed = ParseOnly(["fit", "--config", config, f"{name}={value[1:-1]}"]).config.fit
+    assert parsed.data.tasks == SOURCES
+    text = Path(path).read_text()
+    assert text.startswith("# 3 of 3 source tasks, highest, for aim\n")
+    assert yaml.safe_load(text) == {"data": {"tasks": SOURCES}}
+
+
+def test_several_targets_have_their_tables_and_the_mean_of_them_chooses(store, capsys):
+    save(prompt("goal", rows(6, 7, 0)))
+    assert command("aim", "goal", "--prompts", store, "--energy", "1", "--number", "1") == 0
+    out = capsys.readouterr().out
+    assert out.index("\naim\n") < out.index("\ngoal\n") < out.index("\nmean over 2 targets\n")
+    table = out[out.index("mean over") :].splitlines()[1:6]
+    del table[1]  # dashes
+    shares = {"near": (1, 1 / 3), "half": (2 / 3, 1 / 3), "far": (0, 2 / 3)}
+    wanted = {task: np.sqrt(both) for task, both in shares.items()}
+    assert [line.split()[1:] for line in table] == [
+        ["source", "similarity", "targets"],
+        *(
+            [task, f"{values.mean():.3f}", "±", f"{values.std(ddof=1):.3f}", "2"]
+            for task, values in wanted.items()
+        ),
+    ]
+    assert out.endswith("--data.tasks '[near]'\n")
+
+
+def test_random_sources_come_with_their_similarities_and_depend_on_the_seed_alone(store, capsys):
+    words = ("aim", "--prompts", store, "--energy", "1", "--number", "2", "--choose", "random")
+    drawn = set()
+    for seed in map(str, range(8)):
+        assert command(*words, "--seed", seed) == 0
+        out = capsys.readouterr().out
+        assert f"2 of 3 source tasks, random with seed {seed}, for aim\n" in out
+        assert command(*words, "--seed", seed, "--sources", *SOURCES[::-1]) == 0
+        assert capsys.readouterr().out == out
+        drawn.add(out.splitlines()[-1])
+        for line in out.splitlines()[-3:-1]:
+            assert line in (
+                "  near: rank 1, similarity 1.000",
+                "  half: rank 2, similarity 0.816",
+                "  far: rank 3, similarity 0.000",
+            )
+    assert len(drawn) > 1
+
+
+def test_the_best_prompt_of_a_task_and_sample_counts_over_all_stores(store, capsys):
+    save(prompt("far", rows(0, 1, 2), dev_score=0.9), folder="run/prompts")
+    save(prompt("near", rows(9, 10, 11), dev_score=0.1), folder="run/prompts")
+    assert command("aim", "--prompts", store, "run", "--energy", "1", "--number", "2") == 0
+    assert capsys.readouterr().out.endswith("--data.tasks '[far, near]'\n")
+
+
+def test_prompts_without_a_task_are_no_sources(store, capsys):
+    save(prompt("", rows(0, 1, 2), name="nameless"))
+    assert command("aim", "--prompts", store, "--number", "3") == 0
+    assert "3 of 3 source tasks" in capsys.readouterr().out
+
+
+def test_samples_are_compared_one_by_one_and_otherwise_all_with_all(capsys):
+    """Reference: a loop over pairs of prompts."""
+    samples = {"aim": (13, 21, 42), "both": (13, 42, 87), "other": (87, 100), "none": (None,)}
+    keys = [(task, sample) for task, own in samples.items() for sample in own]
+    drawn = torch.randn(len(keys), N, D, generator=torch.Generator().manual_seed(0))
+    made = dict(zip(keys, drawn, strict=True))
+    save(*(prompt(task, made[task, sample], sample) for task, sample in keys))
+
+    def like(*pairs: tuple[int, int | None], task: str) -> np.ndarray:
+        found = []
+        for own, other in pairs:
+            one, two = (
+                similarity.subspaces(made[key][None])[0] for key in (("aim", own), (task, other))
+            )
+            found.append(np.sqrt(np.mean(np.cos(subspace_angles(one.numpy(), two.numpy())) ** 2)))
+        return np.array(found)
+
+    every = [(own, other) for own in (13, 21, 42) for other in (87, 100)]
+    wanted = [
+        ("both", like((13, 13), (42, 42), task="both"), "2"),
+        ("other", like(*every, task="other"), "6 pairs"),
+        ("none", like((13, None), (21, None), (42, None), task="none"), "3 pairs"),
+    ]
+    wanted.sort(key=lambda own: -own[1].mean())
+    assert command("aim", "--prompts", "store", "--number", "1") == 0
+    lines = capsys.readouterr().out.splitlines()
+    start = lines.index("aim") + 3
+    for line, (task, values, count) in zip(lines[start : start + 3], wanted, strict=True):
+        numbers = f"{values.mean():.3f} ± {values.std(ddof=1):.3f}"
+        assert line.split()[1:] == [task, *numbers.split(), *count.split()]
+    assert lines[start + 3].startswith("pairs: no sample in common")
+
+
+def test_sets_of_partitions_stand_for_their_tasks(capsys):
+    found = partition("sandbox/12_to_4")
+    tensors = [rows(at, at + 1, at + 2) for at in range(16)]
+    tasks = [*found.source, *found.target]
+    save(*(prompt(task, own) for task, own in zip(tasks, tensors, strict=True)))
+    both = [f"sandbox/12_to_4/{which}" for which in ("source", "target")]
+    assert command(both[1], "--prompts", "store", "--sources", both[0], "--number", "12") == 0
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if line in found.target] == list(found.target)
+    chosen = yaml.safe_load(out.splitlines()[-1].split(" ", 1)[1].strip("'"))
+    assert sorted(chosen) == sorted(found.source)
+
+
+def test_a_given_rank_stands_for_the_energy(store, capsys):
+    assert command("aim", "--prompts", store, "--rank", "2", "--number", "1") == 0
+    assert "0 to 1: 2 of 24 dimensions" in capsys.readouterr().out
+
+
+def test_neither_transformers_nor_lightning_is_loaded(store):
+    """Reading prompts needs no model; the command starts as fast as torch does."""
+    code = (
+        "import sys\n"
+        "from prompt_lab.__main__ import main\n"
+        "main(['select', 'aim', '--prompts', 'store', '--number', '1'])\n"
+        "print(sorted({'transformers', 'lightning', 'datasets'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["aim", "lost"], "1 of 2 target tasks have no prompt in store: lost; tune them first"),
+        (
+            ["aim", "--sources", "near", "gone", "lost"],
+            "2 of 3 source tasks have no prompt in store: gone, lost; tune them first",
+        ),
+        (["aim", "--sources", "near", "aim"], "source and target at once: aim; take it out of one"),
+        (
+            ["aim", *SOURCES],
+            "store hold no task but the targets: name tasks with",
+        ),
+        (["aim"], "--number is 5, and there are 3 source tasks: give 1 to 3"),
+        (["aim", "--number", "0"], "--number is 0, and there are 3 source tasks"),
+        (["aim", "--number=1", "--rank=4"], "rank is 4, but a prompt spans 3 dimensions"),
+        (["aim", "--number=1", "--energy=0"], "energy is 0.0: give a share above 0 and at most 1"),
+        (["aim/x", "--number=1"], "'aim/x' is neither a task nor a set of a partition"),
+        (["aim", "--number=1", "--out", "."], "--out . is a folder: name a file"),
+    ],
+)
+def test_what_cannot_be_chosen_from_is_refused_in_one_sentence(store, words, sentence, capsys):
+    assert command(*words, "--prompts", store) == 1
+    captured = capsys.readouterr()
+    assert sentence in captured.err
+    assert (captured.err.count("\n"), captured.out) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("other", "sentence"),
+    [
+        (
+            {"tensor": torch.full((N, D), math.nan)},
+            "store/odd-13.safetensors: the prompt holds",
+        ),
+        ({"tensor": torch.zeros(N, D)}, "store/odd-13.safetensors is all zeros: tune it again or"),
+        (
+            {"tensor": torch.ones(N, D), "backbone": "large", "backbone_digest": "c" * 64},
+            "store/aim-13.safetensors and store/odd-13.safetensors do not combine: backbone 'tiny' "
+            "with weights aaaaaaaaaaaa and 'large' with weights cccccccccccc",
+        ),
+        (
+            {"tensor": torch.ones(N, D + 1)},
+            "store/aim-13.safetensors and store/odd-13.safetensors do not combine: width 24 and 25",
+        ),
+    ],
+)
+def test_prompts_that_cannot_be_compared_are_named(store, other, sentence, capsys):
+    save(prompt("odd", **other))
+    assert command("aim", "--prompts", store, "--number", "1") == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"prompt-lab: {sentence}")
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    words = ("aim", "--prompts", store, "--sources", *SOURCES, "--number", "1")
+    assert command(*words) == 0  # prompts that were not asked for are not read
+
+
+def test_a_folder_that_is_not_there_and_one_without_prompts_are_refused(capsys):
+    assert command("aim", "--prompts", "nowhere") == 1
+    assert capsys.readouterr().err.startswith("prompt-lab: no prompt file or folder nowhere")
+    Path("empty").mkdir()
+    assert command("aim", "--prompts", "empty") == 1
+    assert "empty holds no prompts: give" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--energy", "much"], "\"energy\": Expected a <class 'float'>. Got value: much"),
+        (["--number", "few"], "\"number\": Expected a <class 'int'>. Got value: few"),
+        (["--choose", "best"], "['highest', 'lowest', 'random']. Got value: best"),
+    ],
+)
+def test_wrong_flags_are_one_sentence(words, sentence, capsys):
+    with pytest.raises(SystemExit):
+        command("aim", "--prompts", "store", *words)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("prompt-lab: ")
+    assert sentence in line
+
+
+def test_lengths_may_differ_where_rows_are_not_compared_one_by_one(store, capsys):
+    """Reference: the similarity of the pair alone."""
+    longer = torch.randn(N + 2, D, generator=torch.Generator().manual_seed(5))
+    save(prompt("odd", longer))
+    for method in get_args(select.Method)[:9]:
+        status = command("aim", "--prompts", store, "--number", "1", "--method", method)
+        captured = capsys.readouterr()
+        if method in ("unigram", "unigram-unit", "cosine", "frobenius"):
+            assert status == 1
+            assert captured.err == (
+                f"prompt-lab: {method} compares prompts row by row, and these have several lengths "
+                "(far 3, odd 5): give prompts of one length\n"
+            )
+        else:
+            name, flags, _ = PROMPT_RANKINGS[method]
+            value = getattr(similarity, name)(rows(0, 1, 2)[None], longer[None], **flags).item()
+            assert f"odd     {value:.3f} " in captured.out
+
+
+# ---- other methods -------------------------------------------------------------------------------
+
+
+def ranking(out: str) -> dict[str, float]:
+    """The first table of an output: similarity by source, in its order."""
+    lines = out.splitlines()
+    start = lines.index("aim") + 3
+    cells = (line.split() for line in lines[start : lines.index("", start)])
+    return {row[1]: float(row[2]) for row in cells}
+
+
+@pytest.mark.parametrize(
+    ("method", "function"),
+    [
+        ("feature", similarity.feature_similarities),
+        ("feature-unit", partial(similarity.feature_similarities, unit_rows=True)),
+        ("unigram", similarity.unigram_similarities),
+        ("unigram-unit", partial(similarity.unigram_similarities, unit_rows=True)),
+        ("max", similarity.max_similarities),
+        ("max-source", partial(similarity.max_similarities, over="source")),
+        ("cosine", similarity.cosine_similarities),
+        ("frobenius", lambda a, b: -similarity.frobenius_distances(a, b)),
+    ],
+)
+def test_every_measure_of_prompts_ranks_the_sources(method, function, capsys):
+    tasks = ["aim", "c", "b", "a"]
+    drawn = torch.randn(4, N, D, generator=torch.Generator().manual_seed(1))
+    save(*(prompt(task, own) for task, own in zip(tasks, drawn, strict=True)))
+    assert command("aim", "--prompts", "store", "--number", "1", "--method", method) == 0
+    out = capsys.readouterr().out
+    wanted = dict(zip("cba", function(drawn[:1], drawn[1:])[0].tolist(), strict=True))
+    assert list(ranking(out)) == sorted(wanted, key=lambda task: -wanted[task])
+    assert ranking(out) == {task: float(f"{value:.3f}") for task, value in wanted.items()}
+    assert out.endswith(f"--data.tasks '[{max(wanted, key=lambda task: wanted[task])}]'\n")
+
+
+def data(**sizes: int) -> str:
+    """A data root with training files of so many rows, and a smaller K of each."""
+    for task, size in sizes.items():
+        (Path("root") / task).mkdir(parents=True, exist_ok=True)
+        for name, rows_ in ((f"{task}_all_13", size), (f"{task}_16_13", 1), (f"{task}_4_7", 30)):
+            lines = [f"{task} {row}\tyes\n" for row in range(rows_)]
+            (Path("root") / task / f"{name}_train.tsv").write_text("".join(lines))
+    return "root"
+
+
+def test_size_ranks_by_the_rows_of_the_whole_training_sets_without_prompts(capsys):
+    root = data(small=2, large=12, middle=7)
+    words = ("aim", "--method", "size", "--root", root, "--number", "2")
+    assert command(*words, "--sources", "small", "middle", "large") == 0
+    out = capsys.readouterr().out
+    assert ranking(out) == {"large": 12, "middle": 7, "small": 2}
+    assert "1     large   12          1  " in out
+    assert out.endswith("--data.tasks '[large, middle]'\n")
+
+
+def test_size_and_random_take_the_other_tasks_of_the_stores_as_sources(store, capsys):
+    words = ("aim", "--prompts", store, "--number", "1", "--method")
+    assert command(*words, "size", "--root", data(near=1, half=2, far=3)) == 0
+    assert capsys.readouterr().out.endswith("--data.tasks '[far]'\n")
+    seen = set()
+    for seed in map(str, range(6)):
+        assert command(*words, "random", "--seed", seed) == 0
+        out = capsys.readouterr().out
+        assert command(*words, "random", "--seed", seed, "--sources", *SOURCES[::-1]) == 0
+        assert capsys.readouterr().out == out
+        seen.add(tuple(ranking(out)))
+    assert len(seen) > 1
+
+
+def test_the_embedded_sandbox_is_a_root(capsys):
+    words = ("--method", "size", "--root", "sandbox", "--number", "1")
+    assert command("aim", "--sources", "sandbox-sst", "sandbox-gender", *words) == 0
+    assert ranking(capsys.readouterr().out) == {"sandbox-gender": 512, "sandbox-sst": 512}
+    assert command("aim", "--sources", "sandbox-sst", "other", *words) == 1
+    assert "1 of 2 tasks have no training file in sandbox: other" in capsys.readouterr().err
+
+
+class Encoder:
+    """Stands in for a sentence encoder: counts letters."""
+
+    largest = 0
+
+    def __init__(self, name: str) -> None:
+        assert name == "letters"
+
+    def encode(self, texts: list[str], show_progress_bar: bool) -> np.ndarray:
+        assert not show_progress_bar
+        Encoder.largest = max(Encoder.largest, len(texts))
+        return np.array([[text.count(c) for c in "abcd 1"] for text in texts], dtype=np.float32)
+
+
+@pytest.fixture
+def encoder(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of an encoder that a stand-in for sentence-transformers has."""
+    module = types.ModuleType("sentence_transformers")
+    module.SentenceTransformer = Encoder  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "sentence_transformers", module)
+    return "letters"
+
+
+def test_semb_is_the_cosine_of_the_mean_embeddings_of_all_inputs(encoder, capsys, monkeypatch):
+    """Reference: NumPy on all rows at once."""
+    monkeypatch.setattr(select, "CHUNK", 4)
+    sizes = {"aim": 11, "abacus": 3, "cab": 9, "dd": 4}
+    words = ("--method", "semb", "--root", data(**sizes), "--encoder", encoder, "--number", "1")
+    assert command("aim", *words, "--sources", "abacus", "cab", "dd") == 0
+    out = capsys.readouterr().out
+    assert Encoder.largest == 4
+    means = {
+        task: Encoder("letters").encode([f"{task} {i}" for i in range(size)], False).mean(axis=0)
+        for task, size in sizes.items()
+    }
+    wanted = {
+        task: float(means["aim"] @ mean / np.linalg.norm(means["aim"]) / np.linalg.norm(mean))
+        for task, mean in means.items()
+        if task != "aim"
+    }
+    assert ranking(out) == pytest.approx(wanted, abs=6e-4)
+    assert list(ranking(out)) == sorted(wanted, key=lambda task: -wanted[task])
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--method", "max"], "max compares tuned prompts: give their stores with --prompts"),
+        (["--method", "size"], "size and semb read training files: name their folder with --root"),
+        (["--method", "size", "--root", "no"], "no folder no: name the data root with --root"),
+        (
+            ["--method", "size", "--root", "root"],
+            "1 of 2 tasks have no training file in root: b; prompt-lab tasks build makes them",
+        ),
+        (["--method", "semb", "--root", "root"], "semb needs a sentence encoder: give its id or"),
+        (
+            ["--method", "semb", "--root", "root", "--encoder", "x", "--sources", "c"],
+            "semb needs the package sentence-transformers: pip install 'prompt-lab[semb]'",
+        ),
+        (["--method", "random", "--sources", "aim"], "source and target at once: aim"),
+    ],
+)
+def test_what_a_method_lacks_is_one_sentence(words, sentence, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    data(a=1, aim=1, c=2)
+    given = [] if "--sources" in words else ["--sources", "a", "b"]
+    assert command("aim", *words, *given, "--number", "1") == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"prompt-lab: {sentence}")
+    assert (captured.err.count("\n"), captured.out) == (1, "")
+
+
+def test_sources_are_needed_from_somewhere(capsys):
+    assert command("aim", "--method", "random") == 1
+    assert "no source tasks: name tasks with --sources" in capsys.readouterr().err
+
+
+# ---- evaluate ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
+    """The figures by name, which are kept here instead of being written."""
+    kept: dict[str, Figure] = {}
+
+    def keep(figure: Figure, stem: Path) -> list[Path]:
+        kept[stem.name] = figure
+        return []
+
+    monkeypatch.setattr(plots, "save_figure", keep)
+    return kept
+
+
+def qualities(out: str) -> dict[str, list[str]]:
+    """Cells of the printed table by ranking, without the standard deviations."""
+    lines = out.splitlines()
+    start = next(at for at, line in enumerate(lines) if line.startswith("ranking"))
+    found = {}
+    for line in lines[start:]:
+        name, *cells = re.split(r"\s{2,}", line.strip())
+        found[name] = [cell.split(" ± ")[0] for cell in cells]
+        if not cells:
+            break
+    return found
+
+
+def write(name: str, *lines: str) -> str:
+    Path(name).write_text("\n".join(lines))
+    return name
+
+
+def test_the_method_flag_knows_all_rankings():
+    assert get_args(select.Method) == (*PROMPT_RANKINGS, "size", "semb", "random")
+
+
+def test_the_published_table_is_evaluated_without_any_model(capsys):
+    assert command("evaluate", "paper", "--out", "found") == 0
+    out = capsys.readouterr().out
+    assert "130 pairs of 13 sources and 10 targets; percent" in out
+    table = qualities(out)
+    assert table["ranking"] == ["nDCG", "Regret@1", "Regret@3", "gain@1", "gain@3", "targets"]
+    assert table["random"] == ["86.54", "1.37", "0.58", "1.14", "1.98", "10"]
+    assert table["size"] == ["84.14", "1.92", "0.61", "0.53", "1.94", "10"]
+    assert out.endswith("\nfound/report.md\nfound/report.html\n")
+    named = re.findall(r'src="(.+?)"', Path("found/report.html").read_text())
+    by = [f"transfer-{what}by-{by}" for by in ("source", "target") for what in ("", "means-")]
+    assert named == [f"{x}.png" for x in ("transfer", *by, "top-k")]
+    assert all(Path("found", x).stat().st_size > 1000 for x in named)
+    rows = pd.read_csv("found/targets.csv").set_index(["ranking", "target"])
+    copa = rows.loc["size", "selection-copa"]
+    assert copa["first"] == "selection-mnli"
+    assert copa["gain@1"] == pytest.approx(100 * 3 / 60)
+    assert copa["score@3"] == 67.33
+    assert copa["Regret@3"] == pytest.approx(100 * (68 - 67.33) / 68)
+    assert rows["first"].iloc[0] == "13 equal ones"
+    summary, own = pd.read_csv("found/rankings.csv", index_col=0), rows.loc["size", "nDCG"]
+    wanted = [own.mean(), own.std(), *interval(own.tolist())]
+    parts = ("nDCG", "nDCG std", "nDCG low", "nDCG high")
+    assert [summary.loc["size", x] for x in parts] == pytest.approx(wanted)
+
+
+def test_a_table_is_evaluated_without_loading_torch():
+    code = (
+        "import sys\n"
+        "from prompt_lab.__main__ import main\n"
+        "main(['select', 'evaluate', 'paper'])\n"
+        "print(sorted({'torch', 'matplotlib', 'lightning'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_rankings_come_from_prompts_and_from_files(store, capsys):
+    """Prompts rank near, half, far; the table has the best source last."""
+    write("t.csv", "source,aim", "near,70", "half,75", "far,80")
+    write("mine.csv", "source,target,score", "near,aim,1", "half,aim,2", "far,aim,9")
+    words = ("--prompts", store, "--similarity", "mine.csv", "--root", data(near=1, half=2, far=2))
+    assert command("evaluate", "t.csv", *words) == 0
+    table = qualities(capsys.readouterr().out)
+    assert list(table)[2:] == ["random", "size", *PROMPT_RANKINGS, "mine"]
+    assert table["ranking"] == ["nDCG", "Regret@1", "Regret@3", "targets"]
+    assert table["mine"] == ["100.00", "0.00", "0.00", "1"]
+    assert table["subspace"][1] == "12.50"
+    assert table["size"][1] == f"{100 * 2.5 / 80:.2f}"  # half and far are equal
+
+
+def test_semb_is_judged_too(encoder, capsys):
+    write("t.csv", "source,aim", "cab,70", "dd,75")
+    words = ("--root", data(aim=4, cab=3, dd=4), "--encoder", encoder)
+    assert command("evaluate", "t.csv", *words) == 0
+    assert list(qualities(capsys.readouterr().out))[2:] == ["random", "size", "semb"]
+
+
+def test_seeds_are_judged_by_themselves_on_request(capsys):
+    write("t.csv", "source,target,score,seed", "a,x,70,1", "b,x,80,1", "a,x,80,2", "b,x,60,2")
+    write("mine.csv", "source,x", "a,1", "b,0")
+    regrets = []
+    for seeds in ("mean", "each"):
+        words = ("t.csv", "--similarity", "mine.csv", "--seeds", seeds)
+        assert command("evaluate", *words) == 0
+        out = capsys.readouterr().out
+        assert "1 targets, 2 seeds (" in out
+        regrets.append(qualities(out)["mine"][1])
+    assert regrets == ["0.00", f"{100 * (10 / 80 + 0) / 2:.2f}"]
+
+
+def test_a_single_source_and_targets_that_nothing_helps_are_right(capsys, figures):
+    write("t.csv", "source,x,y", "a,0,70", "no-transfer,0,50")
+    assert command("evaluate", "t.csv", "--out", "found") == 0
+    out = capsys.readouterr().out
+    assert "\nno source scores above 0, so not judged: x\n" in out
+    assert qualities(out)["random"] == ["100.00", "0.00", "–", "40.00", "–", "1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["nothing.csv"], "no file nothing.csv: give a CSV table"),
+        (["t.csv", "--similarity", "few.csv"], "few: no similarity of 1 of 2 pairs"),
+        (["t.csv", "--similarity", "random.csv"], "random.csv: there is a method random already"),
+        (["t.csv", "--prompts", "store"], "1 of 1 target tasks have no prompt in store: x"),
+        (["t.csv", "--root", "nowhere"], "no folder nowhere: name the data root with --root"),
+        (["t.csv", "--encoder", "e"], "size and semb read training files: name their folder"),
+        (["t.csv", "--out", "t.csv"], "--out t.csv is a file: name a folder"),
+        (["t.csv", "--steps", "fits"], "--steps needs prompts of the source tasks: give their"),
+        (["t.csv", "t.csv"], "2 scores stand more than once, such as that of a for x"),
+        (["store"], "no results.csv in store or below"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_in_one_sentence(words, sentence, capsys):
+    save(prompt("a", torch.ones(N, D)))
+    write("t.csv", "source,x", "a,70", "b,75")
+    write("few.csv", "source,x", "a,1")
+    write("random.csv", "source,x", "a,1", "b,2")
+    assert command("evaluate", *words) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"prompt-lab: {sentence}")
+    assert (captured.err.count("\n"), captured.out) == (1, "")
+
+
+# ---- the report ----------------------------------------------------------------------------------
+
+SCORES = {
+    "x": {"a": [70, 74, 72], "b": [80, 81, 88], "c": [71, 71, 71]},
+    "y": {"a": [50], "c": [42]},
+}
+BASE = {"x": [68, 72], "y": [40]}
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Reference: SciPy's percentile bootstrap of the mean."""
+    found = bootstrap((values,), np.mean, n_resamples=9999, method="percentile", rng=0)
+    return tuple(found.confidence_interval)
+
+
+def test_transfer_is_written_with_its_spread_and_relative_to_no_transfer(figures):
+    """Reference: NumPy and SciPy, pair by pair, then by source and by target."""
+    lines = ["source,target,score,seed"]
+    for target, of_source in SCORES.items():
+        for source, scores in {"no-transfer": BASE[target], **of_source}.items():
+            lines += [f"{source},{target},{score},{seed}" for seed, score in enumerate(scores)]
+    assert command("evaluate", write("t.csv", *lines), "--out", "found") == 0
+    table = pd.read_csv("found/transfer.csv").set_index(["target", "source"])
+    assert [*table.index] == [("x", "a"), ("x", "b"), ("x", "c"), ("y", "a"), ("y", "c")]
+    row, scores = table.loc["x", "b"], np.array(SCORES["x"]["b"], float)
+    assert (row["seeds"], row["no transfer"]) == (3, 70)
+    for name, values in (("score", scores), ("relative", 100 * (scores - 70) / 70)):
+        wanted = [values.mean(), values.std(ddof=1), *interval(values.tolist())]
+        parts = ("mean", "std", "low", "high")
+        assert [row[f"{name} {x}"] for x in parts] == pytest.approx(wanted)
+    alone = table.loc["y", "a"]
+    assert (alone["score mean"], alone["relative mean"]) == pytest.approx((50, 25))
+    assert alone[["score std", "score low", "relative high"]].isna().all()
+    means = {name: 100 * (np.mean(own) / 70 - 1) for name, own in SCORES["x"].items()}
+    wanted = {
+        ("source", "a"): [means["a"], 25],
+        ("source", "b"): [means["b"]],
+        ("source", "c"): [means["c"], 5],
+        ("target", "x"): list(means.values()),
+        ("target", "y"): [25, 5],
+    }
+    over = pd.read_csv("found/relative_transfer.csv").set_index(["by", "task"])
+    assert [*over.index] == [*wanted]
+    for key, values in wanted.items():
+        assert over.loc[key, ["pairs", "mean"]].tolist() == pytest.approx(
+            [len(values), np.mean(values)]
+        )
+        if len(values) > 1:
+            spread = [np.std(values, ddof=1), *interval(values)]
+            assert over.loc[key, ["std", "low", "high"]].tolist() == pytest.approx(spread)
+    drawn = figures["transfer-means-by-source"].axes[0].lines
+    assert [*drawn[1].get_xdata()] == pytest.approx([np.mean(wanted["source", x]) for x in "abc"])
+
+
+@pytest.mark.parametrize("seeds", ["mean", "each"])
+def test_the_best_of_the_first_k_is_the_mean_over_all_orders_of_equal_sources(seeds, figures):
+    """Reference: every order of the sources, and every seed."""
+    scores = {"a": [70, 90], "b": [80, 60], "c": [75, 65], "d": [78, 92]}
+    rows = [f"{x},x,{score},{at}" for x, own in scores.items() for at, score in enumerate(own)]
+    write("t.csv", "source,target,score,seed", "no-transfer,x,50,0", *rows)
+    write("mine.csv", "source,x", "a,1", "b,2", "c,1", "d,1")
+    words = ("t.csv", "--similarity", "mine.csv", "--seeds", seeds, "--out", "found")
+    assert command("evaluate", *words) == 0
+    judged = [np.mean([*scores.values()], axis=1)]
+    if seeds == "each":
+        judged = [*np.array([*scores.values()], dtype=float).T]
+    every = [*itertools.permutations(range(4))]
+    orders = {"random": every, "mine": [order for order in every if order[0] == 1]}
+    table = pd.read_csv("found/top_k.csv").set_index(["ranking", "k"])
+    assert [*table.index] == [(x, k) for x in ("random", "mine") for k in (1, 2, 3, 4)]
+    for (name, k), row in table.iterrows():
+        best = [max(one[[*order[:k]]]) for one in judged for order in orders[name]]
+        assert row["score"] == pytest.approx(np.mean(best))
+        assert row["gain"] == pytest.approx(100 * (np.mean(best) / 50 - 1))
+
+
+def test_a_target_with_fewer_sources_keeps_the_best_of_all_in_the_mean(figures):
+    write("t.csv", "source,x,y", "a,70,50", "b,80,60", "c,90,")
+    assert command("evaluate", "t.csv", "--out", "found") == 0
+    table = pd.read_csv("found/top_k.csv").query("ranking == 'random'")
+    assert table["k"].tolist() == [1, 2, 3]
+    assert table["score"].iloc[2] == pytest.approx((90 + 60) / 2)
+    assert table["gain"].isna().all()
+    assert [*figures] == ["transfer", "top-k"]
+    assert not Path("found/relative_transfer.csv").exists()
+
+
+def test_prompts_add_maps_of_similarities_and_of_the_rows_of_prompts(store, figures):
+    """The target has sample 13; pairs that are missing stay empty."""
+    save(prompt("half-2", rows(3, 4, 5), sample=21))
+    write(
+        "t.csv",
+        "source,aim,near",
+        "no-transfer,72,70",
+        "near,70,",
+        "half,75,7",
+        "far,80,8",
+        "half-2,75,",
+    )
+    assert command("evaluate", "t.csv", "--prompts", store, "--out", "found") == 0
+    maps = [f"similarity-{name.replace('-', '_')}" for name in PROMPT_RANKINGS]
+    assert [x for x in figures if not x.startswith("transfer")] == [
+        *("top-k", *maps, "tokens-aim", "tokens-near")
+    ]
+    texts = [text.get_text() for text in figures["transfer"].axes[0].texts]
+    gains = [(70, 72), (75, 72), (7, 70), (80, 72), (8, 70), (75, 72)]
+    assert texts == [f"{100 * (score - base) / base:.2f}" for score, base in gains]
+    assert len(figures["similarity-max"].axes[0].texts) == 6
+    legend = [text.get_text() for text in figures["tokens-aim"].legends[0].get_texts()]
+    named = ["best: far (80.00)", "second: half (75.00)", "worst: near (70.00)"]
+    assert legend == ["aim, no transfer", *named]
+    points = pd.read_csv("found/tokens.csv")
+    assert points.groupby(["target", "prompt"], sort=False).size().tolist() == [N] * 7
+    first = pd.read_csv("found/similarities.csv").query("ranking == 'subspace' and target == 'aim'")
+    assert first["source"].tolist() == ["near", "half", "far", "half-2"]
+
+
+def test_short_prompts_have_no_map_of_rows(figures):
+    write("t.csv", "source,aim", "a,70", "b,75")
+    save(*(prompt(task, torch.ones(1, D) * at) for at, task in enumerate(("a", "b", "aim"), 2)))
+    assert command("evaluate", "t.csv", "--prompts", "store", "--out", "found") == 0
+    assert not [x for x in figures if x.startswith("tokens")]
+
+
+# ---- over steps ----------------------------------------------------------------------------------
+
+NAMES, TARGETS, STEPS, SAMPLES = "abc", "xy", (100, 20), (13, 21)
+"""Step 20 comes before step 100, though not by name."""
+
+FIT = "runs/fit"
+GRID = {
+    (source, target, sample, seed): 60.0 + (7 * at + 3 * sample * at**2 + seed) % 11
+    for at, source in enumerate(NAMES)
+    for target in TARGETS
+    for sample in SAMPLES
+    for seed in (0, 1)
+}
+
+
+def drawn(*seeds: int) -> torch.Tensor:
+    """A prompt (N, D) of its own seeds."""
+    seed = sum(100**at * (value + 1) for at, value in enumerate(seeds))
+    return torch.randn(N, D, generator=torch.Generator().manual_seed(seed))
+
+
+def step_prompt(task: str, step: int, sample: int, **facts: Any) -> Prompt:
+    """A target prompt at a step, as PromptTuning saves it."""
+    tensor = facts.pop("tensor", drawn(step, sample, ord(task[0])))
+    given = {"name": f"{task}_{sample}", "init_seed": 0, "order_seed": 0, "start": "vocab"}
+    return prompt(task, tensor, sample, **(given | {"dev_score": None} | facts))
+
+
+def fits() -> str:
+    """A fit with all target prompts at all steps; returns its folder."""
+    for step in STEPS:
+        made = (step_prompt(task, step, sample) for task in TARGETS for sample in SAMPLES)
+        save(*made, folder=f"{FIT}/steps/{step}")
+    return FIT
+
+
+def sources() -> str:
+    """A store of source prompts, with a worse one that does not count."""
+    return save(
+        *(prompt(task, drawn(0, 0, ord(task))) for task in NAMES),
+        prompt("a", drawn(9, 9, 9), dev_score=0.1, name="a-worse"),
+    )
+
+
+def table() -> str:
+    lines = [f"{s},{t},{score},{k},{seed}" for (s, t, k, seed), score in GRID.items()]
+    return write("t.csv", "source,target,score,sample,seed", *lines)
+
+
+def cosine(target: torch.Tensor, source: str) -> float:
+    """Reference: the cosine of all numbers of two prompts, by NumPy."""
+    a, b = target.double().numpy().ravel(), drawn(0, 0, ord(source)).double().numpy().ravel()
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def quality(scores: np.ndarray, likeness: np.ndarray) -> list[float]:
+    """Reference: nDCG and Regret@1 in percent, of a ranking without ties."""
+
+    def dcg(values: np.ndarray) -> float:
+        return sum((2**value - 1) / math.log2(at + 2) for at, value in enumerate(values))
+
+    ranked = scores[np.argsort(likeness)[::-1]]
+    ndcg = dcg(ranked) / dcg(np.sort(scores)[::-1])
+    return [100 * ndcg, 100 * (max(scores) - ranked[0]) / max(scores)]
+
+
+def wanted(step: int, target: str, seeds: str) -> list[float]:
+    """Reference: a loop over the prompts of a target at a step."""
+    likeness = np.array([[cosine(drawn(step, k, ord(target)), s) for s in NAMES] for k in SAMPLES])
+    scores = np.array(
+        [[(GRID[s, target, k, 0] + GRID[s, target, k, 1]) / 2 for s in NAMES] for k in SAMPLES]
+    )
+    if seeds == "mean":
+        return quality(scores.mean(axis=0), likeness.mean(axis=0))
+    own = [quality(a, b) for a, b in zip(scores, likeness, strict=True)]
+    return np.mean(own, axis=0).tolist()
+
+
+@pytest.mark.parametrize("seeds", ["mean", "each"])
+def test_the_prompts_of_every_step_are_judged(seeds, capsys, figures):
+    words = (table(), "--prompts", sources(), "--steps", fits(), "--seeds", seeds)
+    assert command("evaluate", *words, "--out", "found") == 0
+    out = capsys.readouterr().out
+    rows = pd.read_csv("found/steps.csv").query("ranking == 'cosine'").set_index(["step", "target"])
+    assert [*rows.index] == [(step, target) for step in (20, 100) for target in TARGETS]
+    for key, row in rows.iterrows():
+        assert row[["nDCG", "Regret@1"]].tolist() == pytest.approx(wanted(*key, seeds))
+        assert row["Regret@3"] == 0
+    means = [np.mean([wanted(step, x, seeds)[0] for x in TARGETS]) for step in (20, 100)]
+    lines = out[out.index("\nnDCG ") :].splitlines()[1:]
+    assert lines[0].split() == ["nDCG", "20", "100"]
+    (shown,) = [line.split() for line in lines[:12] if line.startswith("cosine")]
+    assert shown[1:] == [f"{x:.2f}" for x in means]
+    curves = [[*line.get_ydata()] for line in figures["steps-ndcg"].axes[0].lines]
+    assert any(curve == pytest.approx(means) for curve in curves)
+    assert "without a final prompt, so judged at saved steps alone: x, y" in out
+    assert not [x for x in figures if x.startswith("similarity")]
+
+
+def test_each_needs_transfer_scores_of_the_prompts_own_sample(capsys):
+    lines = [x for x in Path(table()).read_text().splitlines() if not re.match("b,x,.*,21,", x)]
+    words = (write("t.csv", *lines), "--prompts", sources(), "--steps", fits())
+    assert command("evaluate", *words) == 0
+    capsys.readouterr()
+    assert command("evaluate", *words, "--seeds", "each") == 1
+    assert capsys.readouterr().err == (
+        "prompt-lab: a prompt of x is judged by the transfer scores of its sample, 21, and b have "
+        "none: add them, or take the mean over seeds\n"
+    )
+
+
+def test_final_prompts_of_the_targets_are_ranked_too_where_they_are_there(capsys):
+    save(*(step_prompt(task, 100, 13) for task in TARGETS), folder="final")
+    words = (table(), "--prompts", sources(), "final", "--steps", fits())
+    assert command("evaluate", *words) == 0
+    out = capsys.readouterr().out
+    assert "\ncosine" in out.partition("by step of")[0]
+    assert "without a final prompt" not in out
+
+
+def test_a_source_may_be_a_target_as_well(figures):
+    """Its saved prompt ranks; its best prompt is what others are compared with."""
+    write("t.csv", "source,x,a", "a,70,", "b,75,60", "c,60,70")
+    both = {"x": drawn(5, 0, 0), "a": drawn(6, 0, 0)}
+    save(*(step_prompt(x, 5, 13, tensor=own) for x, own in both.items()), folder="f/steps/5")
+    assert command("evaluate", "t.csv", "--prompts", sources(), "--steps", "f", "--out", "o") == 0
+    rows = pd.read_csv("o/steps.csv").query("ranking == 'cosine'").set_index("target")
+    for target, of_source in {"x": {"a": 70, "b": 75, "c": 60}, "a": {"b": 60, "c": 70}}.items():
+        likeness = np.array([cosine(both[target], source) for source in of_source])
+        scores = np.array([*of_source.values()], float)
+        assert rows.loc[target, "nDCG"] == pytest.approx(quality(scores, likeness)[0])
+
+
+def test_of_a_grid_the_run_with_the_best_dev_score_at_any_step_counts_at_all():
+    for step, devs in ((1, (0.4, 0.9)), (2, (0.8, 0.3)), (3, (math.nan, None))):
+        for rate, dev in zip((0.1, 0.3), devs, strict=True):
+            made = step_prompt("x", step, 13, name=f"x_{rate}", learning_rate=rate, dev_score=dev)
+            save(made, folder=f"f/steps/{step}")
+    steps, notes = find_steps(["f"], ["x"])
+    assert [(x.step, x.file) for x in steps.itertuples()] == [
+        (step, "x_0.3.safetensors") for step in (1, 2, 3)
+    ]
+    assert notes == []
+
+
+def test_transfers_and_other_tasks_are_left_out_and_missing_runs_are_told():
+    folder = f"{fits()}/steps/20"
+    save(step_prompt("z", 20, 13), folder=folder)
+    save(step_prompt("x", 20, 13, name="x_a", start="prompt", start_of="a"), folder=folder)
+    Path(FIT, "steps", "100", "x_21.safetensors").unlink()
+    other = step_prompt("y", 20, 42, order_seed=7)
+    save(other, folder="second/steps/20")
+    steps, notes = find_steps([FIT, f"./{FIT}", "second"], [*TARGETS])
+    assert steps.groupby("step").size().to_dict() == {20: 5, 100: 3}
+    assert notes == [
+        "left out, 2 saved prompts of other tasks or other starts",
+        "not all of 5 target prompts were saved: 3 at step 100",
+    ]
+
+
+def drop(step: int, task: str) -> None:
+    """Remove the prompts of a task from a step of the fit."""
+    for path in Path(FIT, "steps", str(step)).glob(f"{task}_*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda: shutil.rmtree(FIT), "no saved steps in runs/fit: give folders of fits of the tar"),
+        (
+            lambda: drop(100, "y"),
+            "not every saved step has all target tasks: step 100 lacks y; fit all from a start",
+        ),
+        (
+            lambda: [drop(step, "x") for step in STEPS],
+            "not every saved step has all target tasks: step 20 lacks x, step 100 lacks x; fit",
+        ),
+        (
+            lambda: save(
+                step_prompt("x", 20, 13, tensor=torch.ones(N + 1, D)), folder=f"{FIT}/steps/20"
+            ),
+            "unigram compares prompts row by row, and these have several lengths (runs/fit/steps/",
+        ),
+        (
+            lambda: Path(FIT, "steps/20/x_13.safetensors").write_text("junk"),
+            "runs/fit/steps/20/x_13.safetensors: damaged or not a safetensors file",
+        ),
+        (lambda: shutil.rmtree("store"), "no prompt file or folder store: give"),
+        (
+            lambda: Path("store/c-13.safetensors").unlink(),
+            "1 of 3 source tasks have no prompt in store: c; tune them first",
+        ),
+    ],
+)
+def test_what_steps_lack_is_one_sentence(spoil, sentence, capsys):
+    fits()
+    sources()
+    spoil()
+    assert command("evaluate", table(), "--prompts", "store", "--steps", FIT) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"prompt-lab: {sentence}")
+    assert (captured.err.count("\n"), captured.out) == (1, "")
+
+
+def test_many_steps_are_shown_in_part(capsys):
+    for step in range(1, 31):
+        save(*(step_prompt(task, step, 13) for task in TARGETS), folder=f"f/steps/{step}")
+    assert command("evaluate", table(), "--prompts", sources(), "--steps", "f") == 0
+    out = capsys.readouterr().out
+    assert "by step of the target prompts (10 of 30); percent" in out
+    (line,) = [line for line in out.splitlines() if line.startswith("nDCG ")]
+    shown = list(map(int, line.split()[1:]))
+    assert (len(shown), shown[0], shown[-1]) == (10, 1, 30)
+    assert shown == sorted(set(shown))

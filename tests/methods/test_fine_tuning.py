@@ -1,0 +1,576 @@
+"""``FineTuning``: gradients and steps against plain torch, what is kept, resume, refusals.
+
+The references are transformers' own losses on the plain model, a naive training loop with torch's
+optimizer and transformers' schedule, finite differences, and fits that nothing interrupted.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import KINDS, make_backbone, make_data, make_method, make_trainer
+from lightning.pytorch import Callback
+from safetensors.torch import load_file
+from transformers import get_scheduler
+
+from prompt_lab.commands import cli
+from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.batch import IGNORE
+from prompt_lab.core.optim import OptimConfig
+from prompt_lab.data.sampling import step_rows
+from prompt_lab.files.results import read_csv
+from prompt_lab.methods.configs import BackboneConfig
+from prompt_lab.methods.fine_tuning import FineTuning, weights_gradient
+from prompt_lab.methods.method import FAILED, FINISHED, STATUS, STOPPED
+
+TEXTS = ["the dog ran", "a small red house", "the cat and the dog ran over the hill"]
+ANSWERS = ["yes", "maybe no", "positive"]
+SETTINGS: dict[str, Any] = {"learning_rate": 1e-3, "batch_size": 4}
+SCHEDULED = {
+    "optim": OptimConfig(schedule="linear", warmup_steps=2, clip=0.5, weight_decay=0.1),
+    "trainer": {"max_steps": 9, "val_check_interval": 3},
+}
+TASK = ["glue-sst2"]
+CONFIG = Path(__file__).parents[2] / "configs" / "fine_tuning" / "sandbox.yaml"
+
+Fit = Callable[..., FineTuning]
+Weights = dict[str, torch.Tensor]
+
+
+def make(model: Backbone | None = None, **settings: Any) -> FineTuning:
+    """The method on a backbone that is already loaded, which it will change."""
+    method = FineTuning(**{**SETTINGS, **settings})
+    method.backbone = model
+    return method
+
+
+@pytest.fixture
+def fit(fewshot_root: Path, tmp_path: Path) -> Fit:
+    """Function that trains a new tiny model and returns the method, its trainer attached."""
+
+    def run(
+        kind: str = "t5",
+        run_dir: str = "run",
+        model: Backbone | None = None,
+        ckpt: Path | None = None,
+        task: str = "glue-sst2",
+        trainer: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> FineTuning:
+        method = make(model or make_backbone(kind), **settings)
+        made = make_trainer(tmp_path / run_dir, **(trainer or {}))
+        made.fit(method, datamodule=make_data(fewshot_root, [task], [13]), ckpt_path=ckpt)
+        return method
+
+    return run
+
+
+@pytest.fixture
+def prepare(fewshot_root: Path, tmp_path: Path) -> Callable[..., FineTuning]:
+    """Function that makes a method ready on a new tiny model, without a fit."""
+
+    def run(kind: str, **settings: Any) -> FineTuning:
+        method, data = make(make_backbone(kind), **settings), make_data(fewshot_root, TASK, [13])
+        data.setup()
+        data.connect(method.backbone)
+        method.trainer = make_trainer(tmp_path)
+        method.take(data)
+        return method
+
+    return run
+
+
+class Keep(Callback):
+    """Saves a checkpoint at one step, and notes the weights after each evaluation."""
+
+    def __init__(self, path: Path, step: int = 0) -> None:
+        self.path, self.step = path, step
+        self.weights: dict[int, Weights] = {}
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        if trainer.global_step == self.step and self.step % trainer.val_check_interval:
+            trainer.save_checkpoint(self.path)
+
+    def on_validation_end(self, trainer, pl_module):
+        self.weights[trainer.global_step] = weights_of(pl_module)
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def weights_of(method: Any) -> Weights:
+    """A copy of the backbone's weights."""
+    return {name: weight.detach().clone() for name, weight in method.weights.items()}
+
+
+def differing(one: Weights, other: Weights) -> list[str]:
+    """Names of the tensors that are not equal bit for bit."""
+    assert one.keys() == other.keys()
+    return [name for name in one if not one[name].equal(other[name])]
+
+
+# ---- the gradient --------------------------------------------------------------------------------
+
+
+def plain_loss(model: Any, backbone: Backbone, ids: list[int], target: list[int]) -> torch.Tensor:
+    """Transformers' own loss of one row, given labels."""
+    if backbone.is_encoder_decoder:
+        return model(input_ids=torch.tensor([ids]), labels=torch.tensor([target])).loss
+    labels = [IGNORE] * len(ids) + target
+    return model(input_ids=torch.tensor([ids + target]), labels=torch.tensor([labels])).loss
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_gradient_are_those_of_the_plain_model(kind):
+    """Reference: transformers' loss with labels, row by row, on the model as it is; float64."""
+    # transformers' BLOOM is not a number at padding in float64, since its softmax is float32
+    backbone = make_backbone(kind, torch.float32 if kind == "bloom" else torch.float64)
+    plain = copy.deepcopy(backbone.model).requires_grad_(True)
+    rows = zip(backbone.encode_inputs(TEXTS), backbone.encode_targets(ANSWERS), strict=True)
+    wanted = torch.stack([plain_loss(plain, backbone, *row) for row in rows]).double().mean()
+    wanted.backward()
+    backbone.unfreeze()
+    weights = dict(backbone.model.named_parameters())
+    batch = backbone.batch(TEXTS, ANSWERS)
+    batch.weight.fill_(1 / 3)
+    loss, gradients = weights_gradient(backbone, list(weights.values()), batch, 1000)
+    torch.testing.assert_close(loss.double(), wanted.detach(), rtol=1e-5, atol=0)
+    expected = dict(plain.named_parameters())
+    assert expected.keys() == weights.keys()
+    assert max(gradient.abs().max() for gradient in gradients) > 1e-2
+    for name, gradient in zip(weights, gradients, strict=True):  # T5's norms are in float32
+        torch.testing.assert_close(gradient, expected[name].grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["bart", "gpt2"])
+def test_micro_batches_sum_to_the_gradient_of_the_batch(kind):
+    """Reference: all rows in one forward pass."""
+    backbone = make_backbone(kind, torch.float64)
+    backbone.unfreeze()
+    weights = list(backbone.model.parameters())
+    batch = backbone.batch(TEXTS, ANSWERS)
+    whole, cut = (weights_gradient(backbone, weights, batch, tokens, 0.1) for tokens in (1000, 1))
+    torch.testing.assert_close(cut, whole, rtol=1e-6, atol=1e-10)
+
+
+def test_tied_weights_count_once(prepare):
+    """Reference: the matrix over the vocabulary, which T5 has in four places."""
+    method = prepare("t5")
+    model = method.backbone.model
+    places = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    assert len(places) == len(method.weights) + 3
+    shared = model.get_input_embeddings().weight
+    assert [id(w) for g in method._groups() for w in g["params"]].count(id(shared)) == 1
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart", "gpt2", "llama"])
+def test_weight_decay_spares_biases_and_norms(prepare, kind):
+    """Reference: the names of weights, and the kinds of the modules that own them."""
+    method = prepare(kind, optim=OptimConfig(weight_decay=0.5))
+    spared = {
+        id(weight)
+        for module in method.backbone.model.modules()
+        if "norm" in type(module).__name__.lower()
+        for weight in module.parameters(recurse=False)
+    }
+    assert spared
+    spared |= {id(weight) for name, weight in method.weights.items() if "bias" in name}
+    decay = {id(w): group["weight_decay"] for group in method._groups() for w in group["params"]}
+    assert decay == {id(w): 0.0 if id(w) in spared else 0.5 for w in method.weights.values()}
+
+
+def test_a_subspaces_gradient_is_that_of_finite_differences(fit):
+    """Reference: central differences of the loss in every coordinate of v, in float64."""
+    method = fit("gpt2", model=make_backbone("gpt2", torch.float64), intrinsic_dim=5)
+    batch = method.datamodule.draw.batch(0, [0])
+    method.active.fill_(True)
+    v = torch.tensor([0.3, -0.2, 0.5, 0.1, -0.4], dtype=torch.float64)
+
+    def loss(at: torch.Tensor) -> torch.Tensor:
+        method.code.data.copy_(at)
+        method.move_weights()
+        return method.backbone.loss(method.init, batch).mean().detach()
+
+    step = 1e-5 * torch.eye(5, dtype=torch.float64)
+    expected = torch.stack([(loss(v + e) - loss(v - e)) / 2e-5 for e in step])
+    assert expected.abs().min() > 1e-4
+    method.code.data.copy_(v)
+    method.code.grad = None
+    method.training_step(batch, 0).backward()
+    torch.testing.assert_close(method.code.grad, expected, rtol=1e-5, atol=1e-8)
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["bart", "gpt2"])
+def test_a_fit_is_the_naive_loop_over_the_rows_of_prompt_tuning(fit, kind):
+    """Reference: torch.optim.AdamW, transformers' linear schedule, a clip of the global norm."""
+    model = make_backbone(kind, torch.float64)
+    plain = copy.deepcopy(model.model).requires_grad_(True)
+    method = fit(kind, model=model, task="e2e_nlg_cleaned", **SCHEDULED)
+    (run,), rows = method.runs, method.datamodule.tokens("e2e_nlg_cleaned", 13, "train")
+    parameters = dict(plain.named_parameters())
+    decayed = {n: w for n, w in parameters.items() if w.dim() > 1 and "bias" not in n}
+    spared = [w for n, w in parameters.items() if n not in decayed]
+    groups = [{"params": list(decayed.values()), "weight_decay": 0.1}]
+    optimizer = torch.optim.AdamW([*groups, {"params": spared, "weight_decay": 0.0}], lr=1e-3)
+    schedule = get_scheduler("linear", optimizer, 2, 9)
+    for step in range(9):
+        losses = []
+        for row, draw in step_rows(run, 0, step, len(rows)):
+            target = rows.targets[row][draw % len(rows.targets[row])]
+            losses.append(plain_loss(plain, model, rows.inputs[row], target))
+        optimizer.zero_grad()
+        torch.stack(losses).mean().backward()
+        assert torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5) > 0.5
+        optimizer.step()
+        schedule.step()
+    assert model.model.get_input_embeddings().weight.dtype == torch.float64
+    for name, weight in method.weights.items():
+        torch.testing.assert_close(weight, parameters[name], rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["t5", "gpt2"])
+def test_tokens_per_forward_bounds_memory_and_changes_no_result(fit, kind):
+    """Reference: the same fit with all rows in one forward pass; float64, since Adam magnifies."""
+    made = [
+        fit(kind, f"run{tokens}", make_backbone(kind, torch.float64), tokens_per_forward=tokens)
+        for tokens in (None, 60)
+    ]
+    for name, weight in made[0].weights.items():
+        torch.testing.assert_close(weight, made[1].weights[name], rtol=0, atol=1e-7)
+    assert made[0].keeper.step == made[1].keeper.step
+
+
+def test_gradient_checkpointing_trains_the_same_weights(fit, model_folder):
+    made = {}
+    for checkpointing in (False, True):
+        config = BackboneConfig(str(model_folder("llama")), gradient_checkpointing=checkpointing)
+        made[checkpointing] = weights_of(fit("llama", str(checkpointing), config.load()))
+    assert not differing(made[False], made[True])
+
+
+@pytest.mark.parametrize("settings", [{}, {"intrinsic_dim": 7}], ids=["all weights", "subspace"])
+def test_only_what_is_asked_for_is_optimized(fit, settings):
+    """Reference: every weight of the model; or v alone, with the weights at theta_0 + P v."""
+    start = {name: w.detach() for name, w in make_backbone("t5").model.named_parameters()}
+    method = fit(**settings, learning_rate=0.1)
+    held = [w for group in method.trainer.optimizers[0].param_groups for w in group["params"]]
+    if not settings:
+        assert {id(w) for w in held} == {id(w) for w in method.backbone.model.parameters()}
+        assert len(differing(weights_of(method), start)) == len(start)
+        return
+    assert [id(w) for w in held] == [id(method.code)]
+    assert method.code.abs().min() > 0
+    method.move_weights()
+    increments = method.fastfood(method.code)
+    for name, weight in method.weights.items():
+        torch.testing.assert_close(weight - start[name], increments[name].view_as(weight))
+
+
+def test_a_subspace_is_a_function_of_its_seed(fit):
+    first, again, other = (
+        fit(run_dir=str(at), intrinsic_dim=7, init_seed=seed).code.detach()
+        for at, seed in enumerate((0, 0, 1))
+    )
+    assert first.equal(again)
+    assert not first.equal(other)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"label_smoothing": 0.1},
+        {"optim": OptimConfig("adafactor")},
+        {"trainer": {"precision": "bf16-mixed"}},
+    ],
+    ids=["label smoothing", "adafactor", "mixed precision"],
+)
+def test_training_settings_reach_the_training(fit, settings):
+    """Reference: the fit without the setting, which ends elsewhere."""
+    plain, changed = fit(), fit(run_dir="other", **settings)
+    assert all(weight.isfinite().all() for weight in changed.weights.values())
+    assert {weight.dtype for weight in changed.weights.values()} == {torch.float32}
+    assert differing(weights_of(plain), weights_of(changed))
+
+
+# ---- best, stop, failure -------------------------------------------------------------------------
+
+
+def test_the_best_weights_are_kept_and_put_in_place_by_test(fit, tmp_path):
+    """Reference: the weights at the evaluation with the best line of ``curves.csv``."""
+    keep = Keep(tmp_path / "a.ckpt")
+    trainer = {"max_steps": 12, "val_check_interval": 2, "callbacks": [keep]}
+    method = fit("gpt2", trainer=trainer, learning_rate=3e-3)
+    lines = read_csv(method.run_dir / "curves.csv")
+    best = max(lines, key=lambda row: float(row["dev"]))  # max keeps the first of equals
+    step = int(best["step"])
+    assert step == method.keeper.step < 12
+    assert method.keeper.score == float(best["dev"])
+    last = weights_of(method)
+    assert differing(last, keep.weights[step])
+    assert not differing(method.best_weights, keep.weights[step])
+    method.trainer.test(method, datamodule=method.datamodule, verbose=False)
+    assert not differing(weights_of(method), keep.weights[step])
+
+
+def test_ties_keep_the_earlier_and_nan_is_the_worst(fit):
+    method = fit(trainer={"max_steps": 1, "val_check_interval": 1})
+    method.active.fill_(True)
+    best, kept = copy.deepcopy(method.best_weights), float(method.keeper.score)
+    method.weights["shared.weight"].data.zero_()
+
+    def evaluate(score: float) -> None:
+        scores = torch.tensor([score], dtype=torch.float64)
+        method.keep(method.keeper.update(scores, scores, 2, method.active))
+
+    for worse in (kept, float("nan")):
+        evaluate(worse)
+    assert not differing(method.best_weights, best)
+    assert method.keeper.bad == 2
+    method.keeper.score.fill_(-torch.inf)
+    evaluate(float("nan"))
+    assert method.keeper.bad == 3
+    evaluate(0.0)
+    assert differing(method.best_weights, best) == ["shared.weight"]
+    assert method.keeper.bad == 0
+
+
+def test_patience_ends_the_fit_and_a_resumed_one_trains_no_further(fit, tmp_path):
+    trainer = {"max_steps": 30, "val_check_interval": 1}
+    method = fit(patience=2, learning_rate=1e-6, trainer=trainer)
+    step = method.trainer.global_step
+    assert method.status == STOPPED
+    assert step == method.keeper.step + 2 < 30
+    method.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    again = fit(patience=2, learning_rate=1e-6, trainer=trainer, ckpt=tmp_path / "a.ckpt")
+    assert again.trainer.global_step == step
+    assert not differing(weights_of(again), weights_of(method))
+
+
+@pytest.mark.parametrize("settings", [{}, {"intrinsic_dim": 5}], ids=["all weights", "subspace"])
+def test_a_fit_that_diverges_ends_with_its_best_so_far(fit, settings):
+    """Reference: the weights that it started from, since no evaluation came before."""
+    start = {name: w.detach() for name, w in make_backbone("gpt2").model.named_parameters()}
+    with pytest.warns(UserWarning, match=r"not finite by step 3: glue-sst2_13_seed0_lr1e\+30_bs4"):
+        method = fit("gpt2", learning_rate=1e30, trainer={"max_steps": 9}, **settings)
+    assert method.trainer.global_step == 3
+    assert method.status == FAILED
+    method.trainer.test(method, datamodule=method.datamodule, verbose=False)
+    assert not differing(weights_of(method), start)
+    (row,) = read_csv(method.run_dir / "results.csv")
+    assert (row["status"], row["dev"], row["best_step"]) == (STATUS[FAILED], "", "-1")
+    assert read_csv(method.run_dir / "curves.csv")[0]["status"] == STATUS[FAILED]
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def without_time(folder: Path) -> list[dict[str, str]]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_csv(folder)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "variant", "start"),
+    [
+        ({}, "tuned", "weights"),
+        ({"intrinsic_dim": 9}, "random_subspace", "codes"),
+    ],
+    ids=["all weights", "subspace"],
+)
+def test_testing_from_file_or_checkpoint_equals_testing_after_the_fit(
+    fit, fewshot_root, tmp_path, settings, variant, start
+):
+    """Reference: the results of the process of the fit."""
+    settings = {**settings, "learning_rate": 3e-3}
+    method = fit("gpt2", task="e2e_nlg_cleaned", **settings)
+    pretrained = make_backbone("gpt2").digest
+    data = make_data(fewshot_root, ["e2e_nlg_cleaned"], [13])
+    method.trainer.test(method, datamodule=data, verbose=False)
+    rows, best = without_time(method.run_dir / "results.csv"), weights_of(method)
+    predictions = (method.run_dir / "predictions.jsonl").read_bytes()
+    (row,) = rows
+    assert (row["method"], row["variant"], row["start"]) == (
+        "FineTuning",
+        variant,
+        start,
+    )
+    assert (row["num_virtual_tokens"], row["prompt_file"]) == ("0", "")
+    assert row["intrinsic_dim"] == str(settings.get("intrinsic_dim", ""))
+    assert (row["optimizer"], row["status"]) == ("adamw", STATUS[FINISHED])
+    assert float(row["dev"]) == method.keeper.score
+    assert pretrained in (method.run_dir / "digests.json").read_text()
+    assert not (method.run_dir / "prompts").exists()
+    method.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    for ckpt in (None, tmp_path / "a.ckpt"):
+        if ckpt:
+            (method.run_dir / "best.safetensors").unlink()
+        again = make(make_backbone("gpt2"), **settings)
+        trainer = make_trainer(method.run_dir)
+        trainer.test(again, datamodule=data, ckpt_path=ckpt, verbose=False)
+        assert not differing(weights_of(again), best)
+        assert without_time(method.run_dir / "results.csv") == rows
+        assert (method.run_dir / "predictions.jsonl").read_bytes() == predictions
+    again = make(make_backbone("gpt2"), **settings)
+    with pytest.raises(FileNotFoundError, match=r"no best weights .* unless model.save_weights is"):
+        make_trainer(method.run_dir).test(again, datamodule=data, verbose=False)
+
+
+def test_the_file_holds_the_best_weights_or_the_best_numbers(fit):
+    for name, settings in {"all": {}, "subspace": {"intrinsic_dim": 9}}.items():
+        method = fit(run_dir=name, **settings)
+        assert not differing(load_file(method.best_path), method.best_weights)
+    assert {key: tuple(v.shape) for key, v in method.best_weights.items()} == {"code": (9,)}
+    assert not fit(run_dir="none", save_weights=False).best_path.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"task": "glue-cola"}, "another fit: task glue-sst2 there and glue-cola here"),
+        ({"intrinsic_dim": 3}, "intrinsic_dim None there and 3 here, subspace_seed None there"),
+        ({"kind": "llama"}, "another fit: backbone_digest"),
+        ({"damaged": b"x" * 50}, "damaged or not a safetensors file"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_weights_of_another_fit_are_refused(fit, fewshot_root, changes, reason):
+    method = fit("gpt2")
+    kind, task = changes.pop("kind", "gpt2"), changes.pop("task", "glue-sst2")
+    if "damaged" in changes:
+        method.best_path.write_bytes(changes.pop("damaged"))
+    other = make(make_backbone(kind), **changes)
+    data = make_data(fewshot_root, [task], [13])
+    with pytest.raises(ValueError, match=reason):
+        make_trainer(method.run_dir).test(other, datamodule=data, verbose=False)
+
+
+# ---- resume --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "step"),
+    [
+        ("gpt2", {"optim": OptimConfig("adafactor", schedule="cosine")}, 4),
+        ("bart", {"intrinsic_dim": 9, "learning_rate": 0.1}, 6),
+    ],
+    ids=["gpt2 adafactor", "bart subspace"],
+)
+def test_a_resumed_fit_equals_the_uninterrupted_one(fit, tmp_path, kind, settings, step):
+    """Reference: the fit that wrote the checkpoint and went on; bit for bit."""
+    settings = {**SCHEDULED, **settings}
+    keep = Keep(tmp_path / "a.ckpt", step)
+    trainer = {**settings.pop("trainer"), "callbacks": [keep]}
+    whole = fit(kind, "whole", **settings, trainer=trainer)
+    again = Keep(tmp_path / "b.ckpt")
+    trainer = {**trainer, "callbacks": [again]}
+    resumed = fit(kind, "rest", **settings, trainer=trainer, ckpt=tmp_path / "a.ckpt")
+    assert not differing(weights_of(resumed), weights_of(whole))
+    assert not differing(resumed.best_weights, whole.best_weights)
+    assert list(again.weights) == [at for at in (3, 6, 9) if at > step]
+    for at, weights in again.weights.items():
+        assert not differing(weights, keep.weights[at])
+    lines, wanted = (read_csv(m.run_dir / "curves.csv") for m in (resumed, whole))
+    assert lines == wanted[-len(lines) :]
+    states = [m.trainer.optimizers[0].state_dict()["state"] for m in (resumed, whole)]
+    assert states[0].keys() == states[1].keys()
+    for at, own in states[0].items():
+        assert not differing(
+            *({k: torch.as_tensor(v) for k, v in s.items()} for s in (own, states[1][at]))
+        )
+
+
+def test_settings_of_the_optimizer_win_over_the_checkpoint(fit, tmp_path):
+    """Reference: what was given to the resumed fit."""
+    fit().trainer.save_checkpoint(tmp_path / "a.ckpt")
+    given = {"learning_rate": 2e-3, "optim": OptimConfig(weight_decay=0.25, betas=(0.8, 0.9))}
+    resumed = fit(ckpt=tmp_path / "a.ckpt", trainer={"max_steps": 9}, **given)
+    groups = resumed.trainer.optimizers[0].param_groups
+    assert [group["weight_decay"] for group in groups] == [0.25, 0.0]
+    assert {(group["lr"], tuple(group["betas"])) for group in groups} == {(2e-3, (0.8, 0.9))}
+
+
+def test_a_checkpoint_of_something_else_is_refused(fit, fewshot_root, tmp_path):
+    fit("gpt2").trainer.save_checkpoint(tmp_path / "a.ckpt")
+    more = {"ckpt": tmp_path / "a.ckpt", "trainer": {"max_steps": 9}}
+    with pytest.raises(ValueError, match=r"is of runs 1 \(glue-sst2 13 seed 0\), the settings"):
+        fit("gpt2", task="glue-cola", **more)
+    with pytest.raises(ValueError, match="is of optimizer adamw, the settings give adafactor"):
+        fit("gpt2", optim=OptimConfig("adafactor"), **more)
+    other, trainer = make_method(make_backbone("gpt2")), make_trainer(tmp_path / "pt")
+    trainer.fit(other, datamodule=make_data(fewshot_root, TASK, [13]))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="is of method PromptTuning, the settings give FineTuning"):
+        fit("gpt2", **more)
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"learning_rate": [1e-5, 2e-5]}, r"model.learning_rate has 2 values: give one of each"),
+        ({"batch_size": [2, 4, 8]}, "model.batch_size has 3 values: .* with prompt-lab sweep"),
+        (
+            {"trainer": {"precision": "bf16-true"}},
+            "precision bf16-true .* use trainer.precision 32-true",
+        ),
+        ({"trainer": {"gradient_clip_val": 1.0}}, "model.optim.clip"),
+        ({"patience": 0}, "model.patience is 0: give at least 1, or null"),
+        ({"intrinsic_dim": 0}, "model.intrinsic_dim is 0: give at least 1"),
+        ({"label_smoothing": 1.0}, "model.label_smoothing is 1.0"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0: give a positive number"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_settings_that_make_no_sense_are_refused(fit, settings, reason):
+    with pytest.raises(ValueError, match=reason) as refused:
+        fit(**settings)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_half_precision_are_refused(fit, dtype):
+    with pytest.raises(ValueError, match=rf"weights in {str(dtype)[6:]}, which rounds small upd"):
+        fit("gpt2", model=make_backbone("gpt2", dtype))
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def test_the_command_fits_tests_and_looks(fewshot_root, model_folder, tmp_path, capsys):
+    """Reference: the same settings through the class; a second fit deletes the first if told."""
+    words = [
+        *("fit", f"--config={CONFIG}", f"--model.backbone.name={model_folder('t5')}"),
+        *(f"--data.root={fewshot_root}", "--data.tasks=[glue-sst2]", "--data.samples=[13]"),
+        *("--trainer.max_steps=4", "--trainer.val_check_interval=2", "--trainer.logger=false"),
+        *("--trainer.accelerator=cpu", f"--run_dir={tmp_path / 'r'}"),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(cli.RUN_DIR_VARIABLE, "")
+        with pytest.raises(SystemExit) as left:
+            cli.run([*words, "--dry_run"])
+        assert left.value.code == 0
+        assert capsys.readouterr().out.startswith("1 run of all ")
+        assert not (tmp_path / "r").exists()
+        assert cli.run(words) == 0
+        assert capsys.readouterr().out.startswith("1 run of all ")
+        (row,) = read_csv(tmp_path / "r" / "results.csv")
+        assert (row["method"], row["status"]) == ("FineTuning", STATUS[FINISHED])
+        first = load_file(tmp_path / "r" / "best.safetensors")
+        assert cli.run(words) == 1
+        assert "holds an earlier fit: --resume" in capsys.readouterr().err
+        assert cli.run([*words, "--overwrite"]) == 0
+        assert not differing(load_file(tmp_path / "r/best.safetensors"), first)
+        assert cli.run(["test", f"--config={tmp_path}/r/config-fit.yaml", words[-1]]) == 0
+        assert read_csv(tmp_path / "r" / "results.csv")[0]["test"] == row["test"]
+        assert cli.run([*words, "--overwrite", "--data.samples=[13, 42]"]) == 1
+        assert (
+            "FineTuning trains one run per fit, but data.samples has 2" in capsys.readouterr().err
+        )
