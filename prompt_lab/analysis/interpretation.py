@@ -53,12 +53,19 @@ def find_tuned(places: Sequence[str]) -> pd.DataFrame:
         FileNotFoundError: a place that is not there or holds no prompts.
         ValueError: a damaged file, numbers that are not finite, or several backbones.
     """
+
+    def cell(known: dict[str, Any]) -> tuple[Any, ...] | None:
+        """What the prompts of a grid share; None for one that was not tuned for a task."""
+        if not known.get("task") or known.get("made_from"):
+            return None
+        return tuple(known.get(name) for name in ("task", *_SEEDS, "start", "start_of"))
+
     found: dict[str, FoundPrompt] = {}
     left_out = 0
     for place in places:
         own = find_prompts(place)
-        best = {*best_found(own, _cell).values()}
-        chosen = [one for one in own if one in best or _cell(one.metadata) is None]
+        best = {*best_found(own, cell).values()}
+        chosen = [one for one in own if one in best or cell(one.metadata) is None]
         found |= {one.where: one for one in chosen}
         left_out += len(own) - len(chosen)
     check_compatible(*found.values(), any_length=True)
@@ -70,16 +77,10 @@ def find_tuned(places: Sequence[str]) -> pd.DataFrame:
         row |= {name: getattr(tuned, name) for name in _SEEDS}
         rows.append(row | {"file": one.where, "tuned": tuned})
     table = pd.DataFrame(rows).astype(dict.fromkeys(_SEEDS, "Int64"))
-    table = table.loc[pd.Series(pd.factorize(table["task"])[0]).sort_values(kind="stable").index]
+    first_seen = dict.fromkeys(table["task"])
+    table = table.sort_values("task", key=lambda x: x.map([*first_seen].index), kind="stable")
     table.attrs["left_out"] = left_out
     return table.reset_index(drop=True)
-
-
-def _cell(known: dict[str, Any]) -> tuple[Any, ...] | None:
-    """What the prompts of a grid have in common; None for one that was not tuned for a task."""
-    if not known.get("task") or known.get("made_from"):
-        return None
-    return tuple(known.get(name) for name in ("task", *_SEEDS, "start", "start_of"))
 
 
 def _labels(found: Sequence[FoundPrompt]) -> list[str]:

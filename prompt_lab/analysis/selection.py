@@ -413,25 +413,22 @@ def find_steps(folders: Sequence[str], targets: Sequence[str]) -> tuple[pd.DataF
                 "model.save_steps"
             )
         every += [(step, one) for step in sorted(places) for one in find_prompts(places[step])]
-    rows = []
-    for step, one in every:
-        place = {"step": step, "fit": one.path.parents[1], "file": one.path.name}
-        row = {name: one.metadata.get(name) for name in (*_RUN, "start", "run")}
-        rows.append({**row, **place, "dev": one.dev, "found": one})
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame([one.metadata for _, one in every], columns=[*_RUN, "start", "run"])
+    table["step"], table["dev"] = [step for step, _ in every], [one.dev for _, one in every]
+    table["found"] = [one for _, one in every]
+    table["fit"] = [str(one.path.parents[1] / one.path.name) for _, one in every]
     table = table[table["task"].isin(targets) & table["start"].isin(PLAIN_STARTS)]
     others = len(every) - len(table)
     table[_RUN[1:]] = table[_RUN[1:]].fillna(-1).astype(int)
-    runs = table.groupby([*_RUN, "fit", "file"], sort=False)[["dev", "run"]]
+    runs = table.groupby([*_RUN, "fit"], sort=False)[["dev", "run"]]
     runs = runs.agg({"dev": "max", "run": "first"}).reset_index()
-    table = table.merge(choose_by_dev(runs, _RUN)[["fit", "file"]], on=["fit", "file"])
-    table = table.sort_values("step", kind="stable")
-    lacks = []
-    for step in sorted({step for step, _ in every}):
-        held = {*table.loc[table["step"] == step, "task"]}
-        if names := listed(x for x in targets if x not in held):
-            lacks.append(f"step {step} lacks {names}")
-    if lacks:
+    table = table[table["fit"].isin(choose_by_dev(runs, _RUN)["fit"])]
+    table = table.sort_values("step", kind="stable", ignore_index=True)
+    held = {
+        step: {*table.loc[table["step"] == step, "task"]} for step in sorted({x for x, _ in every})
+    }
+    lacks = {step: [x for x in targets if x not in tasks] for step, tasks in held.items()}
+    if lacks := [f"step {step} lacks {listed(names)}" for step, names in lacks.items() if names]:
         raise FileNotFoundError(
             f"not every saved step has all target tasks: {listed(lacks)}; fit all from a start "
             "without transfer with the same model.save_steps (a run that patience ended has no "
@@ -454,12 +451,7 @@ def evaluate_steps(
     the transfer scores averaged over seeds. With "each" every prompt is judged by the scores of its
     own sample (their means over seeds), and the measures are averaged. A prompt is compared with
     the best source prompt of its sample, or with all of them where the source has none of that.
-
-    Args:
-        transfer: as in the module.
-        steps: as `find_steps` gives them.
-        sources: the best source prompts by task and sample.
-        seeds: "mean" or "each".
+    ``steps`` are as `find_steps` gives them, ``sources`` the best prompts by task and sample.
 
     Returns:
         As `evaluate`, with a column ``step``.
@@ -468,14 +460,14 @@ def evaluate_steps(
         ValueError: prompts of several backbones or lengths, with NaN, or all zeros; with "each" a
             sample of which a source has no score.
     """
-    own = {(x.found.where, x.sample): x.found for x in steps.itertuples()}
+    steps = steps.assign(prompt=[x.where for x in steps["found"]])
+    own = {(x.prompt, x.sample): x.found for x in steps.itertuples()}
     used = {key: one for key, one in sources.items() if key[0] in {*transfer["source"]}}
     prompts = load_prompts(own | used)
-    bank = {key: prompts[key] for key in used}
-    steps = steps.assign(prompt=[x.where for x in steps["found"]])
-    judged = []
+    bank, judged = {key: prompts[key] for key in used}, []
     for step, of_step in steps.groupby("step"):
-        targets = {(x.prompt, x.sample): prompts[x.prompt, x.sample] for x in of_step.itertuples()}
+        keys = of_step[["prompt", "sample"]].itertuples(index=False, name=None)
+        targets = {key: prompts[key] for key in keys}
         rankings = prompt_rankings(targets, bank).rename(columns={"target": "prompt"})
         rankings = rankings.merge(of_step[["prompt", "task", "sample"]], on="prompt")
         rankings = rankings.rename(columns={"task": "target"})
