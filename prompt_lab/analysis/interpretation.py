@@ -185,15 +185,11 @@ def token_table(
 
     ``measure`` is as of `closeness`; scores of "l2" are distances.
 
-    Returns:
-        Columns ``prompt``, ``task``, ``row`` (from 1); ``initial_id``, ``initial_token``,
-        ``initial_rank`` (1 is the nearest) and ``survived`` (whether it is), empty for a row that
-        started as no token; ``drift`` (Euclidean distance from the initial row), ``cosine`` (with
-        it), ``norm``, ``initial_norm``, ``relative_norm`` (over the vocabulary's median); and
-        ``id_1``, ``token_1``, ``score_1`` and so on, the nearest first.
-
-    Raises:
-        ValueError: more tokens than there are.
+    Columns: ``prompt``, ``task``, ``row`` (from 1); ``initial_id``, ``initial_token``,
+    ``initial_rank`` (1 is the nearest) and ``survived`` (whether it is), empty for a row that
+    started as no token; ``drift`` (Euclidean distance from the initial row), ``cosine`` (with it),
+    ``norm``, ``initial_norm``, ``relative_norm`` (over the vocabulary's median); and ``id_1``,
+    ``token_1``, ``score_1`` and so on. A ``ValueError`` for more tokens than there are.
     """
     import torch
 
@@ -240,8 +236,7 @@ def token_table(
 def prompt_points(prompts: pd.DataFrame, compare: str = "rows") -> Floats:
     """Each prompt as a point: all its rows (R, N D), or with ``compare`` "mean" their mean (R, D).
 
-    Raises:
-        ValueError: all rows of prompts of several lengths.
+    All rows of prompts of several lengths are a ``ValueError``.
     """
     tensors = [one.prompt.double() for one in prompts["tuned"]]
     if compare == "mean":
@@ -315,9 +310,8 @@ def read_transfer(places: Sequence[str], prompts: pd.DataFrame) -> pd.DataFrame:
     """Measured zero-shot transfer between the tasks of some prompts, from tables and from results.
 
     Of results the lines count in which ``VectorArithmetic`` has tested the vector of one task at
-    scale 1, which on its own initial prompt is the tuned prompt; beside it stands the score without
-    prompt of the same task, sample and way of answering. Tables have at least the columns
-    `TRANSFER`; a source is a task or the name of a prompt.
+    scale 1, which on its own initial prompt is the tuned prompt, beside the score without prompt.
+    Tables have at least the columns `TRANSFER`; a source is a task or the name of a prompt.
 
     Returns:
         A row for each pair of tasks that is known: ``source``, ``target``, means of ``score`` and

@@ -352,8 +352,7 @@ def relate(scores: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Every task's score beside that of a reference: ``ratio`` is what E_rel is the mean of.
 
     A task is left out, and ``left_out`` says why, where its score or its reference is missing, and
-    where its reference is zero or negative, for which a ratio says nothing. The reference is the
-    name of a line; where it is itself in a subspace, of one dimension.
+    where its reference is zero or negative, for which a ratio says nothing.
 
     Raises:
         ValueError: no such line, or several of its points have a score of one task and K.

@@ -255,13 +255,10 @@ def _expression_section(table: pd.DataFrame) -> Section:
 def cosine_table(groups: Mapping[int | None, Sequence[FoundPrompt]]) -> pd.DataFrame:
     """Cosines of all numbers of every two prompts of a sample, of their vectors, and of inits.
 
-    Prompts (N, D) of one shape come by their few-shot sample; no two of a sample have one task and
-    one initial prompt.
-
-    Returns:
-        A row for each pair: ``what`` ("prompts", "vectors", "init"), ``task`` and ``other`` in the
-        order of their names, ``same_init``, whether both started from the same numbers, and
-        ``cosine``, NaN where one side is zero. Each initial prompt counts once, without tasks.
+    Prompts (N, D) of one shape come by their few-shot sample. A row for each pair has ``what``
+    ("prompts", "vectors", "init"), ``task`` and ``other`` in the order of their names,
+    ``same_init``, whether both started from the same numbers, and ``cosine``, NaN where one side is
+    zero. Each initial prompt counts once, without tasks.
     """
     rows = []
     for sources in groups.values():

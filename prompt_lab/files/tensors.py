@@ -242,15 +242,10 @@ def held(folder: Path, by: str, job: str = "", first: bool = True) -> Iterator[i
     """Hold a folder, so that no other process that asks for it gets it.
 
     The system lets go of it when the process ends, however it ends; where it has no such locks the
-    folder is not held. The folder is made if it is not there; its file ``.lock`` stays.
-
-    Args:
-        folder: the folder.
-        by: who else may hold it, for the message.
-        job: what the processes of one job have in common.
-        first: whether this is the process of its job that holds the folder. The others go on if
-            nobody holds it, or their own job; so they do not wait in vain for a first one that was
-            refused.
+    folder is not held. The folder is made if it is not there; its file ``.lock`` stays. ``by`` says
+    who else may hold it, ``job`` what the processes of one job have in common. Only the ``first``
+    of them holds the folder; the others go on if nobody holds it, or their own job, so that they do
+    not wait in vain for a first one that was refused.
 
     Yields:
         Descriptor of the lock file, which holds the number of the process and the job.

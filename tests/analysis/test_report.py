@@ -54,15 +54,16 @@ def lines_of(study: str) -> pd.DataFrame:
     return read_lines({name: DATA / study / name for name in STUDIES[study][0]})
 
 
-@pytest.fixture(scope="module")
-def reports() -> dict[str, dict[str, Section]]:
-    """The sections of every study by name."""
+def report_of(study: str) -> dict[str, Section]:
+    """The sections of a study by name."""
     found = partition("ipt/random")
     sets = {name: getattr(found, name) for name in ("source", "dev", "target")}
-    return {
-        study: {x.name: x for x in make_report(lines_of(study), references, sets)}
-        for study, (_, references) in STUDIES.items()
-    }
+    return {x.name: x for x in make_report(lines_of(study), STUDIES[study][1], sets)}
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[str, dict[str, Section]]:
+    return {study: report_of(study) for study in STUDIES}
 
 
 def sections_of(places: dict[str, Path], *references: str) -> dict[str, Section]:
@@ -291,9 +292,9 @@ def test_five_lines_of_pandas_make_the_main_table(reports):
         assert scores.mean() == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_report_is_the_same_twice_and_has_all_its_files(tmp_path):
-    for place in ("one", "two"):
-        write_report(make_report(lines_of("gains"), ["plain"]), tmp_path / place)
+def test_a_report_is_the_same_twice_and_has_all_its_files(tmp_path, reports):
+    for place, report in (("one", reports["gains"]), ("two", report_of("gains"))):
+        write_report([*report.values()], tmp_path / place)
     one, two = ({x.name: x.read_bytes() for x in (tmp_path / n).iterdir()} for n in ("one", "two"))
     assert one == two
     assert {"report.md", "report.html", "scores.csv", "gains-plain.png", "adaptation.svg"} <= {*one}

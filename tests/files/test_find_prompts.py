@@ -117,9 +117,7 @@ def command(
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_takes_every_place_and_refuses_one_without_prompts(
-    prompt: Prompt, command: Callable[[str, str], Done], name: str
-) -> None:
+def test_every_command_takes_every_place_and_refuses_one_without_prompts(prompt, command, name):
     """Reference: what it says and writes of the prompt file."""
     status, expected, err, tensors = command(COMMANDS[name], PLACES["file"])
     assert (status, bool(expected)) == (0, True), err
@@ -145,7 +143,7 @@ def test_every_command_takes_every_place_and_refuses_one_without_prompts(
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_prompts_are_tuned_from_every_place(prompt: Prompt, model: Backbone, place: str) -> None:
+def test_prompts_are_tuned_from_every_place(prompt, model, place):
     """``init.path``: of the run's task, of its source, and as sources of other methods."""
     where, other = PLACES[place], Run("glue-sst2", 13, 0, 0.3, 8, source=TASK)
     made, _ = initial_prompts(InitConfig("file", path=where), model, [RUN], {}, N)
@@ -162,9 +160,7 @@ def test_prompts_are_tuned_from_every_place(prompt: Prompt, model: Backbone, pla
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_place_gives_metadata_and_checks_the_backbone(
-    prompt: Prompt, model: Backbone, backbone: Callable[[str], Backbone], place: str
-) -> None:
+def test_a_place_gives_metadata_and_checks_the_backbone(prompt, model, backbone, place):
     """PEFT does not say for which weights a prompt was made."""
     (found,) = find_prompts(PLACES[place])
     assert found.load(model).prompt.equal(prompt.prompt)
@@ -176,7 +172,7 @@ def test_a_place_gives_metadata_and_checks_the_backbone(
         found.load(backbone("gpt2"))
 
 
-def test_of_several_the_best_by_dev_is_taken_and_no_score_is_the_worst() -> None:
+def test_of_several_the_best_by_dev_is_taken_and_no_score_is_the_worst():
     scores = [None, 0.5, math.nan, 0.7, 0.7]
     facts = [{"task": "a", "dev_score": score} for score in scores]
     found = [FoundPrompt(Path(str(at)), known) for at, known in enumerate(facts)]
@@ -185,7 +181,7 @@ def test_of_several_the_best_by_dev_is_taken_and_no_score_is_the_worst() -> None
     assert best_found(found, lambda _: None) == {}
 
 
-def test_of_equal_dev_scores_the_earlier_of_the_grid_is_taken(tmp_path: Path) -> None:
+def test_of_equal_dev_scores_the_earlier_of_the_grid_is_taken(tmp_path):
     """B5: stores took the first file name, results the first of the grid."""
     made = [
         Prompt(torch.ones(2, 4), torch.ones(2, 4), name, "b", "d", "t", dev_score=dev, run=run)

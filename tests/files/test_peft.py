@@ -121,14 +121,14 @@ def assert_same_logits(model: Backbone, prompt: Tensor, peft: Any, **extra: Any)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_at_the_targets_equal_those_of_peft(backbone: Factory, kind: str) -> None:
+def test_logits_at_the_targets_equal_those_of_peft(backbone, kind):
     """Of BART, too, which scales its embeddings here: the prompt comes after the scale in both."""
     assert_same_logits(backbone(kind), make_prompt(), in_peft(kind, make_prompt()))
 
 
 @pytest.mark.parametrize("rows", [1, 3], ids=["one row", "padded rows"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_loss_and_gradient_equal_those_of_peft(backbone: Factory, kind: str, rows: int) -> None:
+def test_loss_and_gradient_equal_those_of_peft(backbone, kind, rows):
     """Once our rows are weighted by target length: PEFT averages over tokens, we over rows."""
     model, prompt = backbone(kind), make_prompt().requires_grad_()
     inputs, targets = (ids[:rows] for ids in tokens(model))
@@ -148,9 +148,7 @@ def test_loss_and_gradient_equal_those_of_peft(backbone: Factory, kind: str, row
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_peft_loads_an_exported_prompt_and_answers_as_we_do(
-    backbone: Factory, model_folder: Folders, tmp_path: Path, kind: str
-) -> None:
+def test_peft_loads_an_exported_prompt_and_answers_as_we_do(backbone, model_folder, tmp_path, kind):
     """Base model and prompt by PEFT's own loader, from nothing but the folder's path."""
     model, prompt = backbone(kind), make_prompt()
     stored = Prompt(prompt, prompt, "p", str(model_folder(kind)), "", "", task="emotion")
@@ -167,9 +165,7 @@ def test_peft_loads_an_exported_prompt_and_answers_as_we_do(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_exported_folder_equals_the_one_that_peft_writes(
-    model_folder: Folders, tmp_path: Path, kind: str
-) -> None:
+def test_an_exported_folder_equals_the_one_that_peft_writes(model_folder, tmp_path, kind):
     """Config key by key, and the tensor file byte by byte."""
     name, prompt = str(model_folder(kind)), make_prompt()
     loader = AutoModelForSeq2SeqLM if kind in ENCODER_DECODER else AutoModelForCausalLM
@@ -190,9 +186,7 @@ def test_an_exported_folder_equals_the_one_that_peft_writes(
 
 
 @pytest.mark.parametrize(("kind", "submodules"), [("t5", 1), ("t5", 2), ("bart", 2), ("gpt2", 1)])
-def test_prompts_trained_by_peft_load_and_give_its_logits(
-    backbone: Factory, tmp_path: Path, kind: str, submodules: int
-) -> None:
+def test_prompts_trained_by_peft_load_and_give_its_logits(backbone, tmp_path, kind, submodules):
     """PEFT's default for encoder-decoder models is two submodules, of which it uses one."""
     model = backbone(kind)
     inputs, targets = tokens(model)
@@ -213,9 +207,7 @@ def test_prompts_trained_by_peft_load_and_give_its_logits(
 
 @pytest.mark.parametrize("encoder", ["MLP", "LSTM"])
 @pytest.mark.parametrize("kind", ["t5", "gpt2"])
-def test_prompts_of_p_tuning_load_and_give_its_logits(
-    backbone: Factory, tmp_path: Path, kind: str, encoder: str
-) -> None:
+def test_prompts_of_p_tuning_load_and_give_its_logits(backbone, tmp_path, kind, encoder):
     """What P-tuning saves is what its encoder made; T5 has two submodules, of which it uses one."""
     sizes = {"num_virtual_tokens": N, "encoder_hidden_size": 16, "encoder_num_layers": 2}
     sizes |= {"task_type": task_type(kind), "encoder_reparameterization_type": encoder}
@@ -242,9 +234,7 @@ def multitask(kind: str, submodules: int) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["t5", "gpt2"])
-def test_each_task_of_a_multitask_prompt_loads_and_gives_its_logits(
-    backbone: Factory, tmp_path: Path, kind: str
-) -> None:
+def test_each_task_of_a_multitask_prompt_loads_and_gives_its_logits(backbone, tmp_path, kind):
     peft = multitask(kind, submodules=1)
     peft.save_pretrained(tmp_path / "peft")
     for task in range(3):
@@ -252,9 +242,7 @@ def test_each_task_of_a_multitask_prompt_loads_and_gives_its_logits(
         assert_same_logits(backbone(kind), prompt, peft, task_ids=torch.tensor([task]))
 
 
-def test_of_a_multitask_prompt_for_both_sides_the_encoders_is_taken_and_told(
-    tmp_path: Path,
-) -> None:
+def test_of_a_multitask_prompt_for_both_sides_the_encoders_is_taken_and_told(tmp_path):
     """Its reference is the prompt that PEFT makes; PEFT's logits also need the decoder's part."""
     peft = multitask("t5", submodules=2)
     peft.save_pretrained(tmp_path / "peft")

@@ -47,7 +47,7 @@ def change(folder: Path, tensors: dict[str, torch.Tensor] | None = None, **confi
 # ---- writing ------------------------------------------------------------------------------------
 
 
-def test_a_folder_holds_one_float32_tensor_config_and_card(folder: Path) -> None:
+def test_a_folder_holds_one_float32_tensor_config_and_card(folder):
     prompt = make()
     names = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     assert sorted(path.name for path in folder.iterdir()) == names
@@ -68,7 +68,7 @@ def test_a_folder_holds_one_float32_tensor_config_and_card(folder: Path) -> None
     assert not is_peft(folder.parent)
 
 
-def test_rows_of_a_bank_in_bfloat16_are_written_as_float32(tmp_path: Path) -> None:
+def test_rows_of_a_bank_in_bfloat16_are_written_as_float32(tmp_path):
     bank = torch.randn(N, 3, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
     prompt = make()
     prompt.prompt = bank[:, 1]  # not contiguous
@@ -76,7 +76,7 @@ def test_rows_of_a_bank_in_bfloat16_are_written_as_float32(tmp_path: Path) -> No
     assert torch.equal(load_peft(tmp_path).prompt, bank[:, 1].float())
 
 
-def test_a_write_that_fails_leaves_no_peft_folder(tmp_path, monkeypatch) -> None:
+def test_a_write_that_fails_leaves_no_peft_folder(tmp_path, monkeypatch):
     """The disk fills up with the last file, the config, which makes a folder one of PEFT."""
 
     def full(path: Path, content: bytes) -> None:
@@ -91,7 +91,7 @@ def test_a_write_that_fails_leaves_no_peft_folder(tmp_path, monkeypatch) -> None
 # ---- reading ------------------------------------------------------------------------------------
 
 
-def test_a_folder_is_read_as_a_prompt_that_starts_from_itself(folder: Path) -> None:
+def test_a_folder_is_read_as_a_prompt_that_starts_from_itself(folder):
     found = load_peft(folder)
     assert torch.equal(found.prompt, make().prompt)
     assert torch.equal(found.init, make().prompt)
@@ -111,7 +111,7 @@ def test_of_two_submodules_the_first_rows_are_taken_and_other_floats_become_floa
             assert found.equal(rows[:N].float())
 
 
-def test_config_keys_that_are_not_needed_may_be_missing_or_new(folder: Path) -> None:
+def test_config_keys_that_are_not_needed_may_be_missing_or_new(folder):
     """As in folders of older and newer versions of PEFT."""
     minimal = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": N, "of_tomorrow": {}}
     (folder / "adapter_config.json").write_text(json.dumps(minimal))
@@ -129,7 +129,7 @@ def multitask(folder: Path, tasks: int = 3, rank: int = 2) -> dict[str, torch.Te
     return tensors
 
 
-def test_a_task_of_a_multitask_prompt_is_the_product_of_its_factors(folder: Path) -> None:
+def test_a_task_of_a_multitask_prompt_is_the_product_of_its_factors(folder):
     arrays = {name: tensor.numpy() for name, tensor in multitask(folder).items()}
     for task in range(3):
         factor = np.einsum(
@@ -165,9 +165,7 @@ def no_prompt(folder: Path, reason: str, task: int | None = None) -> None:
         ({"token_dim": 31}, r"\(4, 31\), but prompt_embeddings are \(4, 32\) of torch.float32"),
     ],
 )
-def test_configs_that_cannot_be_or_do_not_fit_are_refused(
-    folder: Path, config: dict[str, Any], reason: str
-) -> None:
+def test_configs_that_cannot_be_or_do_not_fit_are_refused(folder, config, reason):
     change(folder, **config)
     no_prompt(folder, reason)
 
@@ -181,14 +179,12 @@ def test_configs_that_cannot_be_or_do_not_fit_are_refused(
         ({"prompt_embeddings": torch.zeros(())}, "IndexError"),
     ],
 )
-def test_tensors_that_do_not_fit_are_refused(
-    folder: Path, tensors: dict[str, torch.Tensor], reason: str
-) -> None:
+def test_tensors_that_do_not_fit_are_refused(folder, tensors, reason):
     change(folder, tensors, token_dim=None)
     no_prompt(folder, reason)
 
 
-def test_damaged_files_and_factors_that_do_not_fit_are_refused(folder: Path) -> None:
+def test_damaged_files_and_factors_that_do_not_fit_are_refused(folder):
     reason = "do not fit prompt_embeddings|not enough values"
     for name in ("prefix_task_cols", "prefix_task_rows"):
         for shape in ((), (3, 2), (3, 5, 5), (2, N, 2)):
@@ -203,14 +199,14 @@ def test_damaged_files_and_factors_that_do_not_fit_are_refused(folder: Path) -> 
         no_prompt(folder, "")
 
 
-def test_a_multitask_prompt_needs_a_task_that_is_there_and_others_none(folder: Path) -> None:
+def test_a_multitask_prompt_needs_a_task_that_is_there_and_others_none(folder):
     no_prompt(folder, "this is PROMPT_TUNING: leave it out", 0)
     multitask(folder)
     for task, words in ((None, "no task index is given"), (3, "no task 3"), (-1, "no task -1")):
         no_prompt(folder, f"3 tasks .*{words}: import one of 0 to 2 with task_index", task)
 
 
-def test_missing_files_are_named_and_pickles_are_not_read(folder: Path) -> None:
+def test_missing_files_are_named_and_pickles_are_not_read(folder):
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     reason = f"no adapter_model.safetensors in {folder}: .*; load its pickle .* save it again"
     with pytest.raises(FileNotFoundError, match=reason):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 from conftest import HIDDEN
 from safetensors.torch import save_file
 
-from prompt_lab.core.backbone import Backbone
 from prompt_lab.files.prompts import (
     METADATA_FIELDS,
     Prompt,
@@ -109,9 +107,7 @@ def test_a_store_gives_prompts_back_by_name_or_names_all_that_are_missing(store)
         PromptStore(store.folder / "nowhere").index()
 
 
-def test_a_store_checks_the_backbone_and_the_files(
-    store: PromptStore, backbone: Callable[..., Backbone]
-) -> None:
+def test_a_store_checks_the_backbone_and_the_files(store, backbone):
     with pytest.raises(ValueError, match=r"a.safetensors: made for backbone 'someone/some-model'"):
         store.load(["a"], backbone("t5"))
     store.path("b").write_bytes(b"")

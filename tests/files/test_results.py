@@ -8,7 +8,6 @@ import math
 import os
 import statistics
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,7 +97,7 @@ def test_runs_without_a_dev_score_lose_to_all_others(unknown):
     assert [chosen["test"] for chosen in best_by_dev(rows[::2])] == [0.9]
 
 
-def test_dev_is_compared_as_a_number_also_when_read_from_a_file(tmp_path: Path):
+def test_dev_is_compared_as_a_number_also_when_read_from_a_file(tmp_path):
     """As text, 9e-05 would be more than 0.5."""
     write_csv(tmp_path / "x", RESULT_COLUMNS, [row(dev=9e-05, test=0.1), row(dev=0.5, test=0.2)])
     assert [chosen["test"] for chosen in best_by_dev(read_csv(tmp_path / "x"))] == ["0.2"]

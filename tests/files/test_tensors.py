@@ -95,9 +95,7 @@ def refused(kind: Kind, path: Path, reason: str) -> None:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_network_is_read_as_it_was_written_in_single_precision_and_frozen(
-    tmp_path: Path, name: str
-) -> None:
+def test_a_network_is_read_as_it_was_written_in_single_precision_and_frozen(tmp_path, name):
     path, network = Kind(name).write(tmp_path / "x"), NETWORKS[name]
     found = load_network(path, type(network))
     assert MADE_FOR.items() <= found.metadata.items()
@@ -111,7 +109,7 @@ def test_a_network_is_read_as_it_was_written_in_single_precision_and_frozen(
     assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float32}
 
 
-def test_tensors_keep_their_dtype_and_metadata_are_json(tmp_path: Path) -> None:
+def test_tensors_keep_their_dtype_and_metadata_are_json(tmp_path):
     bank = torch.randn(3, 4, dtype=torch.bfloat16, requires_grad=True)
     facts = {**MADE_FOR, "best_step": 1, "status": 0, "seconds": 0.5, "more": ["x", None, 1 / 3]}
     save_tensors(tmp_path / "x", "weights", {"a": bank.T}, facts)  # not contiguous
@@ -124,9 +122,7 @@ def test_tensors_keep_their_dtype_and_metadata_are_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["write", "replace"])
-def test_a_failed_write_leaves_the_old_file_and_no_part(
-    kind: Kind, written: Path, monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
+def test_a_failed_write_leaves_the_old_file_and_no_part(kind, written, monkeypatch, where):
     """The disk fills up in the middle of the bytes, or the last step fails."""
     old = written.read_bytes()
 
@@ -148,9 +144,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_part(
     assert [path.name for path in written.parent.iterdir()] == [written.name]
 
 
-def test_file_and_folder_are_forced_to_the_disk_before_and_after_the_move(
-    kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_and_folder_are_synced_before_and_after_the_move(kind, tmp_path, monkeypatch):
     """A power failure leaves the old file or the whole new one."""
     done, sync, replace = [], os.fsync, os.replace
 
@@ -168,9 +162,7 @@ def test_file_and_folder_are_forced_to_the_disk_before_and_after_the_move(
     assert done == [".part", "move", ""]
 
 
-def test_files_that_are_missing_cut_short_or_of_others_are_refused(
-    kind: Kind, written: Path, tmp_path: Path
-) -> None:
+def test_files_that_are_missing_cut_short_or_of_others_are_refused(kind, written, tmp_path):
     """Nothing is unpickled: a file that would run code on loading only gives an error."""
 
     class Bomb:
@@ -209,9 +201,7 @@ def test_files_that_are_missing_cut_short_or_of_others_are_refused(
     ],
     ids=str,
 )
-def test_damaged_metadata_is_told(
-    kind: Kind, written: Path, changes: dict[str, str | None], reason: str
-) -> None:
+def test_damaged_metadata_is_told(kind, written, changes, reason):
     rewrite(written, **changes)
     refused(kind, written, reason)
     for name in KINDS[kind.name]:  # every field is needed
@@ -220,7 +210,7 @@ def test_damaged_metadata_is_told(
 
 
 @pytest.mark.parametrize("name", ["prompt", *NETWORKS])
-def test_tensors_that_disagree_with_the_metadata_are_refused(tmp_path: Path, name: str) -> None:
+def test_tensors_that_disagree_with_the_metadata_are_refused(tmp_path, name):
     kind, path = Kind(name), tmp_path / "x"
     size = next(n for n, what in KINDS[name].items() if what is int and n != "bottleneck")
     for changes in ({size: "5"}, {size: "0"}, {size: "-1"}):
@@ -238,9 +228,7 @@ def test_tensors_that_disagree_with_the_metadata_are_refused(tmp_path: Path, nam
             kind.read(path)
 
 
-def test_another_backbone_is_refused_with_both_sides(
-    kind: Kind, tmp_path: Path, backbone: Factory
-) -> None:
+def test_another_backbone_is_refused_with_both_sides(kind, tmp_path, backbone):
     ours, path = backbone("t5"), tmp_path / "x"
     kind.write(path, backbone=ours.name, backbone_digest=ours.digest)
     kind.read(path, ours)
