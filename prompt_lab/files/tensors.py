@@ -89,14 +89,16 @@ def read_safetensors(path: str | Path, whole: bool = True) -> tuple[dict[str, Te
         FileNotFoundError, ValueError: no such file; damaged, or another kind of file.
     """
     from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}")
     try:
         with safe_open(str(path), "pt") as file:
-            names = file.keys() if whole else []
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except SafetensorError as error:
+            metadata = file.metadata() or {}
+        # Not by safe_open, whose tensors lie in the file: it may be replaced meanwhile.
+        return load(Path(path).read_bytes()) if whole else {}, metadata
+    except (SafetensorError, LookupError) as error:
         raise ValueError(
             f"{path}: damaged or not a safetensors file ({error}); get or make it again"
         ) from error
