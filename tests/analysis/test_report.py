@@ -282,16 +282,6 @@ def test_runs_in_are_runs_out_and_legends_are_sentences(reports, study):
     assert (f"and {shared} of baselines" in sections["lines"].legend) == (shared > 0)
 
 
-def test_five_lines_of_pandas_make_the_main_table(reports):
-    table = reports["gains"]["scores"].table.set_index("label")["score"]
-    for line, expected in table.items():
-        runs = pd.read_csv(DATA / "gains" / str(line) / "results.csv").query("variant == 'tuned'")
-        cell = ["task", "sample", "init_seed", "order_seed"]
-        best = runs.sort_values(["dev", "run"], ascending=[False, True]).drop_duplicates(cell)
-        scores = best.groupby(["task", "sample"]).test.mean().groupby("task").mean()
-        assert scores.mean() == pytest.approx(expected, rel=1e-12)
-
-
 def test_a_report_is_the_same_twice_and_has_all_its_files(tmp_path, reports):
     for place, report in (("one", reports["gains"]), ("two", report_of("gains"))):
         write_report([*report.values()], tmp_path / place)

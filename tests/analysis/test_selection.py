@@ -103,16 +103,6 @@ def test_extreme_scores_and_a_single_source_have_their_right_values():
         best_of_top_k([1, 2], [1, 2], 3)
 
 
-def test_only_the_order_of_similarities_counts_and_the_order_of_sources_does_not():
-    draw = np.random.default_rng(0)
-    scores, likeness = draw.uniform(50, 100, 9), draw.normal(size=9)
-    mixed, wanted = draw.permutation(9), judge(scores, likeness)
-    for other in (np.exp(likeness), 1e-9 * likeness - 4):
-        assert judge(scores, other) == pytest.approx(wanted, nan_ok=True)
-    assert judge(scores[mixed], likeness[mixed]) == pytest.approx(wanted, nan_ok=True)
-    assert ndcg(scores / 100, likeness) != pytest.approx(ndcg(scores, likeness))  # unlike Regret
-
-
 # ---- evaluation ----------------------------------------------------------------------------------
 
 
