@@ -405,9 +405,11 @@ def find_steps(folders: Sequence[str], targets: Sequence[str]) -> tuple[pd.DataF
                 "model.save_steps"
             )
         every += [(step, one) for step in sorted(places) for one in find_prompts(places[step])]
-    table = pd.DataFrame([one.metadata for _, one in every], columns=[*_RUN, "start", "run"])
-    table["step"], table["dev"] = [step for step, _ in every], [one.dev for _, one in every]
-    table["found"] = [one for _, one in every]
+    rows = [
+        {**one.metadata, "step": step, "dev": one.dev, "found": one, "file": one.path.name}
+        for step, one in every
+    ]
+    table = pd.DataFrame(rows, columns=[*_RUN, "start", "run", "step", "dev", "file", "found"])
     table["fit"] = [str(one.path.parents[1] / one.path.name) for _, one in every]
     table = table[table["task"].isin(targets) & table["start"].isin(PLAIN_STARTS)]
     others = len(every) - len(table)
@@ -416,11 +418,12 @@ def find_steps(folders: Sequence[str], targets: Sequence[str]) -> tuple[pd.DataF
     runs = runs.agg({"dev": "max", "run": "first"}).reset_index()
     table = table[table["fit"].isin(choose_by_dev(runs, _RUN)["fit"])]
     table = table.sort_values("step", kind="stable", ignore_index=True)
-    held = {
-        step: {*table.loc[table["step"] == step, "task"]} for step in sorted({x for x, _ in every})
-    }
-    lacks = {step: [x for x in targets if x not in tasks] for step, tasks in held.items()}
-    if lacks := [f"step {step} lacks {listed(names)}" for step, names in lacks.items() if names]:
+    lacks = []
+    for step in sorted({step for step, _ in every}):
+        held = {*table.loc[table["step"] == step, "task"]}
+        if names := listed(x for x in targets if x not in held):
+            lacks.append(f"step {step} lacks {names}")
+    if lacks:
         raise FileNotFoundError(
             f"not every saved step has all target tasks: {listed(lacks)}; fit all from a start "
             "without transfer with the same model.save_steps (a run that patience ended has no "

@@ -243,10 +243,10 @@ def find_prompts(*places: str | Path) -> list[FoundPrompt]:
         FileNotFoundError: a place that is not there or holds no prompt.
         ValueError: a damaged file, or one of something else.
     """
-    from prompt_lab.files.peft import is_peft, load_checkpoint, load_peft
-
     found = []
     for place in map(Path, places):
+        from prompt_lab.files.peft import is_peft, load_checkpoint, load_peft  # and torch
+
         if not place.exists():
             raise FileNotFoundError(f"no prompt file or folder {place}: give {PLACES}")
         if place.suffix == ".ckpt" or is_peft(place):

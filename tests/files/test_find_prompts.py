@@ -103,6 +103,7 @@ def command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[[str, str], Done]:
     """Run a command on a place: status, output and errors, and the tensors that it wrote."""
+    monkeypatch.setattr("prompt_lab.analysis.plots.save_figure", lambda *_: [])  # takes long
 
     def run(words: str, place: str) -> Done:
         shutil.rmtree("out", ignore_errors=True)
