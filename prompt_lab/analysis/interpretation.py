@@ -53,12 +53,19 @@ def find_tuned(places: Sequence[str]) -> pd.DataFrame:
         FileNotFoundError: a place that is not there or holds no prompts.
         ValueError: a damaged file, numbers that are not finite, or several backbones.
     """
+
+    def cell(known: dict[str, Any]) -> tuple[Any, ...] | None:
+        """What the prompts of a grid share; None for one that was not tuned for a task."""
+        if not known.get("task") or known.get("made_from"):
+            return None
+        return tuple(known.get(name) for name in ("task", *_SEEDS, "start", "start_of"))
+
     found: dict[str, FoundPrompt] = {}
     left_out = 0
     for place in places:
         own = find_prompts(place)
-        best = {*best_found(own, _cell).values()}
-        chosen = [one for one in own if one in best or _cell(one.metadata) is None]
+        best = {*best_found(own, cell).values()}
+        chosen = [one for one in own if one in best or cell(one.metadata) is None]
         found |= {one.where: one for one in chosen}
         left_out += len(own) - len(chosen)
     check_compatible(*found.values(), any_length=True)
@@ -70,16 +77,10 @@ def find_tuned(places: Sequence[str]) -> pd.DataFrame:
         row |= {name: getattr(tuned, name) for name in _SEEDS}
         rows.append(row | {"file": one.where, "tuned": tuned})
     table = pd.DataFrame(rows).astype(dict.fromkeys(_SEEDS, "Int64"))
-    table = table.loc[pd.Series(pd.factorize(table["task"])[0]).sort_values(kind="stable").index]
+    first_seen = dict.fromkeys(table["task"])
+    table = table.sort_values("task", key=lambda x: x.map([*first_seen].index), kind="stable")
     table.attrs["left_out"] = left_out
     return table.reset_index(drop=True)
-
-
-def _cell(known: dict[str, Any]) -> tuple[Any, ...] | None:
-    """What the prompts of a grid have in common; None for one that was not tuned for a task."""
-    if not known.get("task") or known.get("made_from"):
-        return None
-    return tuple(known.get(name) for name in ("task", *_SEEDS, "start", "start_of"))
 
 
 def _labels(found: Sequence[FoundPrompt]) -> list[str]:
@@ -184,15 +185,11 @@ def token_table(
 
     ``measure`` is as of `closeness`; scores of "l2" are distances.
 
-    Returns:
-        Columns ``prompt``, ``task``, ``row`` (from 1); ``initial_id``, ``initial_token``,
-        ``initial_rank`` (1 is the nearest) and ``survived`` (whether it is), empty for a row that
-        started as no token; ``drift`` (Euclidean distance from the initial row), ``cosine`` (with
-        it), ``norm``, ``initial_norm``, ``relative_norm`` (over the vocabulary's median); and
-        ``id_1``, ``token_1``, ``score_1`` and so on, the nearest first.
-
-    Raises:
-        ValueError: more tokens than there are.
+    Columns: ``prompt``, ``task``, ``row`` (from 1); ``initial_id``, ``initial_token``,
+    ``initial_rank`` (1 is the nearest) and ``survived`` (whether it is), empty for a row that
+    started as no token; ``drift`` (Euclidean distance from the initial row), ``cosine`` (with it),
+    ``norm``, ``initial_norm``, ``relative_norm`` (over the vocabulary's median); and ``id_1``,
+    ``token_1``, ``score_1`` and so on. A ``ValueError`` for more tokens than there are.
     """
     import torch
 
@@ -239,8 +236,7 @@ def token_table(
 def prompt_points(prompts: pd.DataFrame, compare: str = "rows") -> Floats:
     """Each prompt as a point: all its rows (R, N D), or with ``compare`` "mean" their mean (R, D).
 
-    Raises:
-        ValueError: all rows of prompts of several lengths.
+    All rows of prompts of several lengths are a ``ValueError``.
     """
     tensors = [one.prompt.double() for one in prompts["tuned"]]
     if compare == "mean":
@@ -314,9 +310,8 @@ def read_transfer(places: Sequence[str], prompts: pd.DataFrame) -> pd.DataFrame:
     """Measured zero-shot transfer between the tasks of some prompts, from tables and from results.
 
     Of results the lines count in which ``VectorArithmetic`` has tested the vector of one task at
-    scale 1, which on its own initial prompt is the tuned prompt; beside it stands the score without
-    prompt of the same task, sample and way of answering. Tables have at least the columns
-    `TRANSFER`; a source is a task or the name of a prompt.
+    scale 1, which on its own initial prompt is the tuned prompt, beside the score without prompt.
+    Tables have at least the columns `TRANSFER`; a source is a task or the name of a prompt.
 
     Returns:
         A row for each pair of tasks that is known: ``source``, ``target``, means of ``score`` and

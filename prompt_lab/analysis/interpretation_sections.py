@@ -77,13 +77,18 @@ def _digits(values: pd.Series) -> list[str]:
 def _prompts_section(
     prompts: pd.DataFrame, tokens: pd.DataFrame, vocabulary: Vocabulary, backbone: str
 ) -> Section:
-    rows = tokens.groupby("prompt", sort=False)
-    facts = {"rows": rows.size(), "norm": prompt_norms(prompts).set_axis(prompts["prompt"])}
-    facts |= {"row_norm": rows["norm"].mean(), "relative_norm": rows["relative_norm"].mean()}
-    facts |= {"drift": rows["drift"].mean(), "most_drift": rows["drift"].max()}
-    facts |= {"cosine": rows["cosine"].mean(), "initial_tokens": rows["initial_id"].count()}
-    facts |= {"survived": rows["survived"].sum()}
-    table = prompts.drop(columns="tuned").join(pd.DataFrame(facts), on="prompt")
+    facts = tokens.groupby("prompt", sort=False).agg(
+        rows=("row", "size"),
+        row_norm=("norm", "mean"),
+        relative_norm=("relative_norm", "mean"),
+        drift=("drift", "mean"),
+        most_drift=("drift", "max"),
+        cosine=("cosine", "mean"),
+        initial_tokens=("initial_id", "count"),
+        survived=("survived", "sum"),
+    )
+    facts.insert(1, "norm", prompt_norms(prompts).to_numpy())
+    table = prompts.drop(columns="tuned").join(facts, on="prompt")
     heads = {"norm": "norm", "row_norm": "row norm", "relative_norm": "x median"}
     heads |= {"drift": "drift, mean", "most_drift": "largest", "cosine": "cosine"}
     shown = table[["prompt", *heads]].rename(columns=heads)
@@ -180,12 +185,14 @@ def _distances_section(
         texts = _cells(means, ".3g")
         figures["task-distances"] = plots.heatmap(means, f"mean {distance}", texts=texts)
     if len(prompts) >= 4 and pairs["distance"].any():
-        near, shares = principal_components(points)
-        axes = (f"first component ({shares[0]:.0%} of the variance)", f"second ({shares[1]:.0%})")
-        figures["map-pca"] = _map(prompts, near, *axes)
-        near, perplexity = tsne(points)
-        axes = ("first coordinate of t-SNE", "second coordinate")
-        figures["map-tsne"] = _map(prompts, near, *axes)
+        (pca, shares), (near, perplexity) = principal_components(points), tsne(points)
+        words = (f"first component ({shares[0]:.0%} of the variance)", f"second ({shares[1]:.0%})")
+        for name, (x, y), axes in (
+            ("map-pca", pca.T, words),
+            ("map-tsne", near.T, ("first coordinate of t-SNE", "second coordinate")),
+        ):
+            table = pd.DataFrame({"x": x, "y": y, "task": prompts["task"]})
+            figures[name] = plots.scatter(table, "x", "y", "task", *axes)
         legend += (
             " The maps show each prompt as a point: on its principal components, and by t-SNE "
             f"(perplexity {perplexity:.3g}, seed 0), where only what is near says something."
@@ -198,11 +205,6 @@ def _cells(table: pd.DataFrame, form: str) -> pd.DataFrame:
     """The numbers of a heat map as text, where there is room for them."""
     small = table.shape[1] > 16
     return table.map(lambda x: "" if small or pd.isna(x) else f"{x:{form}}")
-
-
-def _map(prompts: pd.DataFrame, points: Floats, xlabel: str, ylabel: str) -> Figure:
-    table = pd.DataFrame({"x": points[:, 0], "y": points[:, 1], "task": prompts["task"]})
-    return plots.scatter(table, "x", "y", "task", xlabel, ylabel)
 
 
 def _transfer_section(transfer: pd.DataFrame, distances: pd.DataFrame) -> Section:

@@ -1,10 +1,9 @@
 """How well a ranking of source tasks finds those that help a target task most.
 
 nDCG and Regret@k are those of Lin et al. 2024, "Exploring the Effectiveness and Consistency of Task
-Selection in Intermediate-Task Transfer Learning", equations 5 to 7. The gain of nDCG is 2^score - 1
-on scores in percent, as in the paper and its code, so a point of score doubles it and the best
-source counts most. Sources of equal similarity are in random order: every measure is its exact
-expected value over all orders of them, so RANDOM is the ranking in which all are equal.
+Selection in Intermediate-Task Transfer Learning", equations 5 to 7, on scores in percent: a point
+of score doubles the gain 2^score - 1. Sources of equal similarity are in random order: every
+measure is its exact expected value over all orders, and RANDOM the ranking in which all are equal.
 
 **Transfer** is a DataFrame with a row for each score: ``target``, ``source``, ``sample`` and
 ``seed`` (text, what tells scores of a pair apart), ``score`` in percent, ``baseline`` (mean score
@@ -73,9 +72,8 @@ _RUN = ["task", "sample", "init_seed", "order_seed"]
 def ndcg(scores: Sequence[float], similarities: Sequence[float]) -> float:
     """Normalised discounted cumulative gain of a ranking, at most 1; NaN if no score is above 0.
 
-    DCG = sum over places i = 1, 2, ... of (2^score_i - 1) / log2(i + 1); nDCG is the DCG of the
-    ranking over that of the best ranking (Lin et al. 2024, equations 5 and 6). Of S sources,
-    ``scores`` (S,) are percent, and the highest of ``similarities`` (S,) comes first.
+    DCG = sum over places i = 1, 2, ... of (2^score_i - 1) / log2(i + 1), over that of the best
+    ranking (equations 5 and 6). The highest of ``similarities`` (S,) of S sources comes first.
     """
     from sklearn.metrics import dcg_score  # its ndcg_score takes no negative gains
 
@@ -88,11 +86,10 @@ def ndcg(scores: Sequence[float], similarities: Sequence[float]) -> float:
 
 
 def best_of_top_k(scores: Sequence[float], similarities: Sequence[float], k: int) -> float:
-    """The highest score among the first k sources of a ranking.
+    """The highest score among the first k sources of a ranking; a ``ValueError`` for another k.
 
-    Where a group of equal similarities stands across place k, m places remain for its g sources,
-    and the value is the mean over all choices of m of g: the j-th smallest of them is the largest
-    chosen one with probability C(j - 1, m - 1) / C(g, m).
+    Where g sources of equal similarity stand across place k, it is the mean over all choices of the
+    m that still fit: the j-th smallest is the largest of them with C(j - 1, m - 1) / C(g, m).
     """
     score, likeness = np.asarray(scores, float), np.asarray(similarities, float)
     sure, left = -math.inf, k
@@ -111,10 +108,9 @@ def judge(
 ) -> dict[str, float]:
     """All measures of one ranking, in percent; ``baseline`` is the score without transfer.
 
-    ``nDCG``; and for each k from 1 to S ``score@k`` of the best of the first k, ``Regret@k``, (max
-    over all sources - max over the first k) / max over all (Lin et al. 2024, equation 7), and
-    ``gain@k``, (score@k - baseline) / baseline. Regret is NaN where no score is above 0, gain where
-    no baseline is.
+    ``nDCG``; for each k from 1 to S ``score@k`` of the best of the first k, ``Regret@k``, (max over
+    all - score@k) / max over all (equation 7), NaN where no score is above 0, and ``gain@k``,
+    (score@k - baseline) / baseline, NaN where no baseline is.
     """
     found, highest = {"nDCG": 100 * ndcg(scores, similarities)}, max(scores)
     for k in range(1, len(scores) + 1):
@@ -128,9 +124,9 @@ def judge(
 def evaluate(transfer: pd.DataFrame, rankings: pd.DataFrame, seeds: Seeds = "mean") -> pd.DataFrame:
     """Judge rankings of sources by measured transfer; both are tables as in the module.
 
-    Scores of several seeds are averaged before ranking ("mean": the equations), or each seed is
-    judged by itself and the measures are averaged ("each": the authors' code and published
-    figures; a seed counts for a target where all its sources have it).
+    Scores of seeds are averaged before ranking ("mean": the equations), or each seed is judged by
+    itself and the measures are averaged ("each": the authors' code and published figures; a seed
+    counts for a target where all its sources have it).
 
     Returns:
         A row for each ranking and target: ``sources``, ``first`` (the name), ``baseline``, and the
@@ -179,10 +175,9 @@ def evaluate(transfer: pd.DataFrame, rankings: pd.DataFrame, seeds: Seeds = "mea
 def read_transfer(places: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
     """Measured transfer from CSV tables and from results of fits.
 
-    In results, a run is a transfer if it starts from the prompt of another task; of the runs of one
-    source, task, sample and seeds, the one that dev chose counts. Runs without transfer are those
-    that start from no other task. A task as its own source is left out. ``places`` are CSV tables,
-    results.csv files, folders with such, or "paper", Table 7 of Lin et al.
+    In results, a run is a transfer if it starts from the prompt of another task, and without
+    transfer if from none; the one that dev chose counts. A task as its own source is left out.
+    ``places`` are CSV tables, results.csv files, folders with such, or "paper", for its table 7.
 
     Returns:
         Transfer, as in the module; and notes on what was left out, and what is missing.
@@ -339,11 +334,9 @@ def rank_by_prompts(
     """How alike source tasks are to target tasks by their prompts.
 
     Tasks that have samples in common are compared on those, sample by sample; others by all pairs
-    of their prompts (N, D). ``subspace`` are ``energy`` and ``rank`` of `core.similarity`.
-
-    Returns:
-        A row for each target and source: ``similarity`` (mean), ``std`` (ddof 1), ``count`` of
-        pairs, and ``same_sample``.
+    of their prompts (N, D). ``subspace`` are ``energy`` and ``rank`` of `core.similarity`. A row
+    for each target and source has ``similarity`` (mean), ``std`` (ddof 1), ``count`` of pairs, and
+    ``same_sample``.
 
     Raises:
         ValueError: prompts that cannot be compared so, or a rank or an energy out of range.
@@ -392,9 +385,8 @@ def prompt_rankings(targets: Mapping[Key, Tensor], sources: Mapping[Key, Tensor]
 def find_steps(folders: Sequence[str], targets: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
     """The prompts of target tasks that fits with ``model.save_steps`` kept.
 
-    Of several runs of one task, sample and seeds, such as those of a grid of learning rates, the
-    one with the best dev score at any step counts at all steps. Prompts of other tasks, and those
-    that start from another task, are left out.
+    Of a grid, the run with the best dev score at any step counts at all steps. Prompts of other
+    tasks, and those that start from another task, are left out.
 
     Returns:
         A row for each ``step``, ``task``, ``sample`` (-1 for none), ``init_seed`` and
@@ -413,19 +405,19 @@ def find_steps(folders: Sequence[str], targets: Sequence[str]) -> tuple[pd.DataF
                 "model.save_steps"
             )
         every += [(step, one) for step in sorted(places) for one in find_prompts(places[step])]
-    rows = []
-    for step, one in every:
-        place = {"step": step, "fit": one.path.parents[1], "file": one.path.name}
-        row = {name: one.metadata.get(name) for name in (*_RUN, "start", "run")}
-        rows.append({**row, **place, "dev": one.dev, "found": one})
-    table = pd.DataFrame(rows)
+    rows = [
+        {**one.metadata, "step": step, "dev": one.dev, "found": one, "file": one.path.name}
+        for step, one in every
+    ]
+    table = pd.DataFrame(rows, columns=[*_RUN, "start", "run", "step", "dev", "file", "found"])
+    table["fit"] = [str(one.path.parents[1] / one.path.name) for _, one in every]
     table = table[table["task"].isin(targets) & table["start"].isin(PLAIN_STARTS)]
     others = len(every) - len(table)
     table[_RUN[1:]] = table[_RUN[1:]].fillna(-1).astype(int)
-    runs = table.groupby([*_RUN, "fit", "file"], sort=False)[["dev", "run"]]
+    runs = table.groupby([*_RUN, "fit"], sort=False)[["dev", "run"]]
     runs = runs.agg({"dev": "max", "run": "first"}).reset_index()
-    table = table.merge(choose_by_dev(runs, _RUN)[["fit", "file"]], on=["fit", "file"])
-    table = table.sort_values("step", kind="stable")
+    table = table[table["fit"].isin(choose_by_dev(runs, _RUN)["fit"])]
+    table = table.sort_values("step", kind="stable", ignore_index=True)
     lacks = []
     for step in sorted({step for step, _ in every}):
         held = {*table.loc[table["step"] == step, "task"]}
@@ -451,31 +443,22 @@ def evaluate_steps(
     """Judge the rankings by the target prompts of each step (Lin et al. 2024, section 6).
 
     With "mean" the similarities of a target's prompts are averaged, and the ranking is judged by
-    the transfer scores averaged over seeds. With "each" every prompt is judged by the scores of its
-    own sample (their means over seeds), and the measures are averaged. A prompt is compared with
-    the best source prompt of its sample, or with all of them where the source has none of that.
-
-    Args:
-        transfer: as in the module.
-        steps: as `find_steps` gives them.
-        sources: the best source prompts by task and sample.
-        seeds: "mean" or "each".
-
-    Returns:
-        As `evaluate`, with a column ``step``.
+    the mean scores. With "each" every prompt is judged by the scores of its own sample (their means
+    over seeds), and the measures are averaged. ``steps`` are as `find_steps` gives them,
+    ``sources`` the best prompts by task and sample. As `evaluate`, with a column ``step``.
 
     Raises:
         ValueError: prompts of several backbones or lengths, with NaN, or all zeros; with "each" a
             sample of which a source has no score.
     """
-    own = {(x.found.where, x.sample): x.found for x in steps.itertuples()}
+    steps = steps.assign(prompt=[x.where for x in steps["found"]])
+    own = {(x.prompt, x.sample): x.found for x in steps.itertuples()}
     used = {key: one for key, one in sources.items() if key[0] in {*transfer["source"]}}
     prompts = load_prompts(own | used)
-    bank = {key: prompts[key] for key in used}
-    steps = steps.assign(prompt=[x.where for x in steps["found"]])
-    judged = []
+    bank, judged = {key: prompts[key] for key in used}, []
     for step, of_step in steps.groupby("step"):
-        targets = {(x.prompt, x.sample): prompts[x.prompt, x.sample] for x in of_step.itertuples()}
+        keys = of_step[["prompt", "sample"]].itertuples(index=False, name=None)
+        targets = {key: prompts[key] for key in keys}
         rankings = prompt_rankings(targets, bank).rename(columns={"target": "prompt"})
         rankings = rankings.merge(of_step[["prompt", "task", "sample"]], on="prompt")
         rankings = rankings.rename(columns={"task": "target"})

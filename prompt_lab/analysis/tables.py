@@ -14,9 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from prompt_lab.files.results import BASELINES, choose_by_dev
+from prompt_lab.files.results import BASELINES, COLUMNS, choose_by_dev
 
 AXES = ["variant", "stage", "start", "start_of", "intrinsic_dim", "shots"]
 POINT = ["line", "label", "name", "family", *AXES]
@@ -33,12 +34,11 @@ NUMBERS = [
     *("dev", "test", "test_rows", "cut_train", "cut_dev", "cut_test", "best_step", "seconds"),
     "run",
 ]
-NEEDED = [
-    *("fit_id", "method", "variant", "stage", "backbone", "task", "ontology", "sample", "shots"),
-    *(*SEEDS, "start", "start_of", "expression", "optimizer", "decoding", "metric"),
-    *("metric_variant", "status", "prompt_file", "settings", "version", *NUMBERS),
-]
+NEEDED = [name for name in COLUMNS if name not in ("start_file", "template", "label_score")]
 """Columns of ``results.csv`` that a report reads."""
+
+FAILED = r"(?i)failed|diverged"
+"""What the status of a run that has no good prompt begins with."""
 
 GROUPS = ("cls", "qa", "cg", "other")
 """Groups of CrossFit's ontology, in the order of tables."""
@@ -60,6 +60,9 @@ _FILES = {
 }
 """Flags that name files, which may be others for each task, seed and point."""
 
+_CELL = ["line", *AXES, "expression", "task", "sample", *SEEDS]
+"""What is one score once dev has chosen among rates and batch sizes."""
+
 
 # ---- reading -------------------------------------------------------------------------------------
 
@@ -73,7 +76,7 @@ def find_results(place: str | Path) -> list[Path]:
     place = Path(place)
     if not place.exists():
         raise FileNotFoundError(f"no file or folder {place}: name the run_dir of a fit")
-    files = [file for file in ([place] if place.is_file() else sorted(place.rglob("results.csv")))]
+    files = [place] if place.is_file() else sorted(place.rglob("results.csv"))
     if not files:
         raise FileNotFoundError(
             f"no results.csv in {place} or below: prompt-lab test writes it; name its run_dir"
@@ -104,14 +107,14 @@ def read_results(file: str | Path) -> pd.DataFrame:
             f"{file} lacks the columns {', '.join(lacking)}: another version of prompt-lab wrote "
             f"it ({versions}); run prompt-lab test again"
         )
-    if short := [*frame.index[frame["version"].fillna("") == ""]]:  # the last column
-        raise ValueError(f"{file}, line {short[0] + 2}: fewer cells than columns; is it whole?")
+    for line in frame.index[frame["version"].fillna("") == ""] + 2:  # the last column
+        raise ValueError(f"{file}, line {line}: fewer cells than columns; is it whole?")
     for name in NUMBERS:
-        numbers = pd.to_numeric(frame[name].replace("", None), errors="coerce")
-        if wrong := [*frame.index[numbers.isna() & (frame[name] != "")]]:
-            what = f"{name} is {frame.loc[wrong[0], name]!r}, not a number"
-            raise ValueError(f"{file}, line {wrong[0] + 2}: {what}; correct it or test again")
-        frame[name] = numbers.astype(float).replace([float("inf"), float("-inf")], float("nan"))
+        numbers = pd.to_numeric(frame[name].replace("", None), errors="coerce").astype(float)
+        for at, word in frame.loc[numbers.isna() & (frame[name] != ""), name].items():
+            what = f"{name} is {word!r}, not a number; correct it or test again"
+            raise ValueError(f"{file}, line {at + 2}: {what}")
+        frame[name] = numbers.where(np.isfinite(numbers))
     for name in ("sample", "shots", *SEEDS):
         frame[name] = frame[name].str.removesuffix(".0")
     return frame.assign(folder=str(Path(file).parent))
@@ -153,41 +156,26 @@ def read_lines(places: Mapping[str, str | Path]) -> pd.DataFrame:
 
 def _refuse_mixtures(runs: pd.DataFrame) -> None:
     """Stop where the runs of a line differ in a column or flag that is no axis."""
-    for line, of_line in runs.groupby("line", sort=False):
-        own = of_line[~of_line["variant"].isin(SHARED)]
-        flags = flag_table(own)
-        for name in _PER_LINE:
-            _refuse(f"{line}: {name}", own[name], own["folder"])
-        for name in _PER_TASK:
-            for task, of_task in own.groupby("task", sort=False):
-                _refuse(f"{line}: {name} on {task}", of_task[name], own["folder"])
-        for name in flags:
-            if name in _FILES:
-                cells = flags.groupby([own[x] for x in _CELL], dropna=False)[name]
-                differs = cells.transform("nunique") > 1
-                for _, cell in cells if differs.any() else ():
-                    _refuse(f"{line}: {name}", cell, own["folder"])
-            elif name not in _TOLD:
-                _refuse(f"{line}: {name}", flags[name], own["folder"])
-
-
-def _refuse(what: str, values: pd.Series, folders: pd.Series) -> None:
-    """Stop where the values of a setting differ."""
-    known = values[values.notna() & (values.astype(str) != "")].astype(str)
-    if known.nunique() < 2:
-        return
-    where = [f"{value} ({folders[at]})" for at, value in known.drop_duplicates().items()]
-    more = f" and {len(where) - 4} more" if len(where) > 4 else ""
-    raise ValueError(
-        f"{what} differs within the line: {', '.join(where[:4])}{more}; name a line for each, as "
-        "in: report a=FOLDER b=FOLDER"
-    )
-
-
-_CELL = ["line", *AXES, "expression", "task", "sample", *SEEDS]
-"""What is one score once dev has chosen."""
-
-_GRID = ["learning_rate", "batch_size"]
+    own = runs[~runs["variant"].isin(SHARED)]
+    table = own.join(flags := flag_table(own))
+    facts = {x: ["line"] for x in _PER_LINE} | {x: ["line", "task"] for x in _PER_TASK}
+    facts |= {x: _CELL if x in _FILES else ["line"] for x in flags if x not in _TOLD}
+    for name, by in facts.items():
+        known = table[table[name].notna() & (table[name].astype(str) != "")]
+        values = known.groupby(by, dropna=False)[name]
+        mixed = known[values.transform("nunique") > 1]
+        if mixed.empty:
+            continue
+        first = mixed.iloc[0]
+        mixed = mixed[values.ngroup()[mixed.index] == values.ngroup()[first.name]]
+        mixed = mixed.drop_duplicates(name)
+        where = [f"{x} ({y})" for x, y in mixed[[name, "folder"]].astype(str).to_numpy()]
+        more = f" and {len(where) - 4} more" if len(where) > 4 else ""
+        task = f" on {first['task']}" if name in _PER_TASK else ""
+        raise ValueError(
+            f"{first['line']}: {name}{task} differs within the line: {', '.join(where[:4])}{more}; "
+            "name a line for each, as in: report a=FOLDER b=FOLDER"
+        )
 
 
 def flag_table(runs: pd.DataFrame) -> pd.DataFrame:
@@ -207,22 +195,20 @@ def flag_table(runs: pd.DataFrame) -> pd.DataFrame:
 def _tell_starts(runs: pd.DataFrame) -> None:
     """Empty ``start_of`` where no task of a point has several, so that it is no axis."""
     rest = ["line", "variant", "stage", "start", "intrinsic_dim", "shots"]
-    sums = runs["variant"].isin(SUMS)
     several = runs.groupby([*rest, "task"], dropna=False)["start_of"].transform("nunique") > 1
-    learned = runs["start"].isin(["meta", "multitask"])
     tells = several.groupby([runs[x] for x in rest], dropna=False).transform("any")
-    runs["start_of"] = runs["start_of"].where((tells | learned) & ~sums, "")
+    tells |= runs["start"].isin(["meta", "multitask"])
+    runs["start_of"] = runs["start_of"].where(tells & ~runs["variant"].isin(SUMS), "")
 
 
 def _without_repeats(runs: pd.DataFrame) -> pd.DataFrame:
     """Runs that stand twice with the same scores once; other scores stop the report."""
-    keys = [*_CELL, *_GRID]
-    again = runs.duplicated([*keys, "dev", "test"], keep="first")
-    runs = runs[~again]
+    keys = [*_CELL, "learning_rate", "batch_size"]
+    runs = runs[~runs.duplicated([*keys, "dev", "test"])]
     clash = runs[runs.duplicated(keys, keep=False)]
     if len(clash):
-        first = clash.iloc[0]
-        same = clash.merge(first[keys].to_frame().T.astype(clash[keys].dtypes), on=keys)
+        first, groups = clash.iloc[0], clash.groupby(keys, dropna=False).ngroup()
+        same = clash[groups == groups.iloc[0]]
         raise ValueError(
             f"{first['line']}: {len(same)} scores of one run (task {first['task']}, sample "
             f"{first['sample']}, seed {first['init_seed'] or '-'}) in "
@@ -233,15 +219,15 @@ def _without_repeats(runs: pd.DataFrame) -> pd.DataFrame:
 
 def _share_baselines(runs: pd.DataFrame) -> None:
     """Give the baselines that need no method a line of their own, where all lines agree."""
-    blank = ["method", "stage", "start", "start_of", "settings", "fit_id"]
+    keys = ["task", "sample", "shots"]
     for variant in SHARED:
         own = runs["variant"] == variant
-        keys = ["task", "sample", "shots"]
-        if own.any() and (runs[own].groupby(keys)["test"].nunique(dropna=False) == 1).all():
-            runs.loc[own, "line"] = variant
-            runs.loc[own, blank] = ""
-            runs.loc[own, "order"] = len(runs)
-            runs.loc[own, "dev"] = runs[own].groupby(keys)["dev"].transform("first")
+        of_cell = runs[own].groupby(keys)
+        if own.any() and (of_cell["test"].nunique(dropna=False) == 1).all():
+            dev = of_cell["dev"].transform("first")
+            runs.loc[own, ["method", "stage", "start", "start_of", "settings", "fit_id"]] = ""
+            runs.loc[own, ["line", "order"]] = [variant, len(runs)]
+            runs.loc[own, "dev"] = dev
 
 
 def _labels(runs: pd.DataFrame, without: str) -> pd.Series:
@@ -299,6 +285,20 @@ def group_rank(ontology: str) -> tuple[int, str]:
     return (GROUPS.index(group) if group in GROUPS else len(GROUPS), group)
 
 
+def prompt_arrays(folder: str, file: object, *names: str) -> list[np.ndarray]:
+    """Tensors of a prompt file beside the results, in float64; none where they are not there."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(folder) / str(file)
+    if not path.is_file():
+        return []
+    try:
+        with safe_open(path, "np") as found:
+            return [found.get_tensor(name).astype(np.float64) for name in names]
+    except SafetensorError:
+        return []
+
+
 # ---- averages ------------------------------------------------------------------------------------
 
 
@@ -316,7 +316,7 @@ def task_scores(runs: pd.DataFrame) -> pd.DataFrame:
     """
     by, how = [*POINT, *TASK], {"dropna": False, "sort": False}
     chosen = chosen_runs(runs)
-    chosen = chosen.assign(failed=chosen["status"].str.match(r"(?i)failed|diverged"))
+    chosen = chosen.assign(failed=chosen["status"].str.match(FAILED))
     groups, samples = chosen.groupby(by, **how), chosen.groupby([*by, "sample"], **how)
     table = samples["test"].mean().groupby(by, **how).mean().to_frame("score")
     table["std"], table["scored"] = groups["test"].std(), groups["test"].count()
@@ -352,16 +352,15 @@ def relate(scores: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Every task's score beside that of a reference: ``ratio`` is what E_rel is the mean of.
 
     A task is left out, and ``left_out`` says why, where its score or its reference is missing, and
-    where its reference is zero or negative, for which a ratio says nothing. The reference is the
-    name of a line; where it is itself in a subspace, of one dimension.
+    where its reference is zero or negative, for which a ratio says nothing.
 
     Raises:
         ValueError: no such line, or several of its points have a score of one task and K.
     """
     base = scores[(scores["line"] == reference) & is_method(scores)]
     if base.empty:
-        labels = ", ".join(dict.fromkeys(scores["line"]))
-        raise ValueError(f"no reference {reference!r} among the lines {labels}")
+        known = ", ".join(scores["line"].unique())
+        raise ValueError(f"no reference {reference!r} among the lines {known}")
     keys = ["task", "shots", "metric"]
     if len(twice := base[base.duplicated(keys)]):
         task = twice["task"].iloc[0]

@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 
 from prompt_lab.analysis import plots
-from prompt_lab.analysis.curves import tensors
 from prompt_lab.analysis.sections import (
     Section,
     counted,
@@ -25,7 +24,7 @@ from prompt_lab.analysis.sections import (
     span,
 )
 from prompt_lab.analysis.statistics import LEVEL, holm, t_test
-from prompt_lab.analysis.tables import count_out
+from prompt_lab.analysis.tables import count_out, prompt_arrays
 from prompt_lab.core.vectors import parse_expression
 from prompt_lab.files.prompts import FoundPrompt
 
@@ -136,7 +135,7 @@ def _cross_section(cross: pd.DataFrame, alone: pd.DataFrame) -> Section:
 
 def _norm_ratio(row: Any) -> float:
     """Norm of a prompt file's vector / that of its init; NaN without the file."""
-    found = tensors(str(row.folder), row.prompt_file or "", "prompt", "init")
+    found = prompt_arrays(str(row.folder), row.prompt_file or "", "prompt", "init")
     size = np.linalg.norm(found[1]) if found else 0
     return float(np.linalg.norm(found[0] - found[1]) / size) if size else np.nan
 
@@ -256,13 +255,10 @@ def _expression_section(table: pd.DataFrame) -> Section:
 def cosine_table(groups: Mapping[int | None, Sequence[FoundPrompt]]) -> pd.DataFrame:
     """Cosines of all numbers of every two prompts of a sample, of their vectors, and of inits.
 
-    Prompts (N, D) of one shape come by their few-shot sample; no two of a sample have one task and
-    one initial prompt.
-
-    Returns:
-        A row for each pair: ``what`` ("prompts", "vectors", "init"), ``task`` and ``other`` in the
-        order of their names, ``same_init``, whether both started from the same numbers, and
-        ``cosine``, NaN where one side is zero. Each initial prompt counts once, without tasks.
+    Prompts (N, D) of one shape come by their few-shot sample. A row for each pair has ``what``
+    ("prompts", "vectors", "init"), ``task`` and ``other`` in the order of their names,
+    ``same_init``, whether both started from the same numbers, and ``cosine``, NaN where one side is
+    zero. Each initial prompt counts once, without tasks.
     """
     rows = []
     for sources in groups.values():

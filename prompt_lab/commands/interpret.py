@@ -47,7 +47,7 @@ def interpret_command(
     """
     from prompt_lab.analysis.interpretation import find_tuned, prompt_points, read_transfer
     from prompt_lab.analysis.interpretation_sections import interpret_prompts
-    from prompt_lab.analysis.report import check_folder, markdown, write_report
+    from prompt_lab.analysis.sections import check_folder, markdown, write_report
     from prompt_lab.core.backbone import Backbone
 
     folder = check_folder(out)

@@ -263,7 +263,7 @@ def compare_vectors(prompts: list[str], *, out: str) -> list[Path]:
     Raises:
         FileNotFoundError, ValueError, NotADirectoryError: what lacks or is wrong, in a sentence.
     """
-    from prompt_lab.analysis.report import check_folder, markdown, write_report
+    from prompt_lab.analysis.sections import check_folder, markdown, write_report
     from prompt_lab.analysis.vectors import cosine_sections
 
     folder = check_folder(out)

@@ -30,7 +30,8 @@ def report_command(
     Raises:
         FileNotFoundError, ValueError, NotADirectoryError: what lacks or is wrong, in a sentence.
     """
-    from prompt_lab.analysis.report import check_folder, make_report, markdown, write_report
+    from prompt_lab.analysis.report import make_report
+    from prompt_lab.analysis.sections import check_folder, markdown, write_report
     from prompt_lab.analysis.tables import read_lines
     from prompt_lab.data.partitions import partition as find_partition
 

@@ -198,7 +198,7 @@ def evaluate_command(
     import pandas as pd
 
     from prompt_lab.analysis import selection, selection_sections
-    from prompt_lab.analysis.report import check_folder, write_report
+    from prompt_lab.analysis.sections import check_folder, write_report
 
     if out is not None:
         check_folder(out)

@@ -8,9 +8,7 @@ front of the decoder's input, which this package does not do and warns of. PEFT 
 prompt's start nor digests of the model, so a prompt that is read has itself as ``init`` and empty
 digests. A chat template and its system text stand in the metadata of the tensor's file.
 
-A plain tensor is a file with one (N, D). A checkpoint of ``PromptTuning`` holds the bank of a fit,
-its runs, and the digests of backbone and tokenizer. Nothing is unpickled but tensors and plain
-values.
+A plain tensor is a file with one (N, D). Nothing is unpickled but tensors and plain values.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from torch import Tensor
 
 from prompt_lab.core.run import Run
 from prompt_lab.files.prompts import Prompt, load_prompt
-from prompt_lab.files.tensors import FORMAT, write_atomically
+from prompt_lab.files.tensors import FORMAT, read_safetensors, write_atomically
 
 PEFT_VERSION = "0.21.2"
 """The version of PEFT whose keys are written."""
@@ -40,7 +38,6 @@ WEIGHTS = "adapter_model.safetensors"
 _CONFIG, _MULTITASK = "adapter_config.json", "MULTITASK_PROMPT_TUNING"
 _FINISHED = ("PROMPT_TUNING", "P_TUNING")
 _PICKLES = (".pt", ".pth", ".bin")
-_BANK = ("init", "keeper.kept_bank", "keeper.score", "keeper.step")
 _MISFIT = (ValueError, LookupError, TypeError, AttributeError)
 _DAMAGE = (UnpicklingError, OSError, RuntimeError, EOFError, *_MISFIT)
 
@@ -62,8 +59,6 @@ def save_peft(
     Three files, each whole or not at all, the config last: without it there is no PEFT folder.
     The prompt's ``backbone`` becomes the base model; its ``init`` and digests are lost.
     """
-    from safetensors.torch import save
-
     count, width = prompt.prompt.shape
     config = {
         **{"peft_type": "PROMPT_TUNING", "peft_version": PEFT_VERSION, "task_type": task_type},
@@ -74,13 +69,26 @@ def save_peft(
         **dict.fromkeys(("prompt_tuning_init_text", "tokenizer_kwargs", "tokenizer_name_or_path")),
         **dict.fromkeys(("auto_mapping", "modules_to_save")),
     }
-    values = prompt.prompt.detach().to("cpu", torch.float32, copy=True).contiguous()
     folder = Path(folder)
-    metadata = {"format": "pt", **_frame(prompt)}
-    write_atomically(folder / WEIGHTS, save({"prompt_embeddings": values}, metadata))
+    _save(folder / WEIGHTS, "prompt_embeddings", prompt)
     write_atomically(folder / "README.md", _model_card(prompt, task_type).encode())
     text = json.dumps(config, indent=2, sort_keys=True)
     write_atomically(folder / _CONFIG, f"{text}\n".encode())
+
+
+def save_plain(path: Path, prompt: Prompt) -> None:
+    """Write one tensor ``prompt_embeds`` (N, D) float32, and which model and task it is for."""
+    _save(path, "prompt_embeds", prompt, backbone=prompt.backbone, task=prompt.task)
+
+
+def _save(path: Path, name: str, prompt: Prompt, **metadata: str) -> None:
+    from safetensors.torch import save
+
+    if prompt.template != "plain":
+        metadata["template"] = prompt.template
+        metadata |= {} if prompt.system is None else {"system": prompt.system}
+    values = prompt.prompt.detach().to("cpu", torch.float32, copy=True).contiguous()
+    write_atomically(path, save({name: values}, {"format": "pt", **metadata}))
 
 
 def load_peft(folder: str | Path, task: int | None = None) -> Prompt:
@@ -113,44 +121,17 @@ def load_peft(folder: str | Path, task: int | None = None) -> Prompt:
             stacklevel=2,
         )
     name = folder.resolve().name + ("" if task is None else f"_{task}")
-    backbone = str(config.get("base_model_name_or_path") or "")
-    return _foreign(rows[:count], name, backbone, folder, metadata)
+    metadata["backbone"], metadata["task"] = str(config.get("base_model_name_or_path") or ""), ""
+    return _foreign(rows[:count], name, folder, metadata)
 
 
-def _foreign(
-    tensor: Tensor, name: str, backbone: str, file: Path, metadata: dict[str, str], task: str = ""
-) -> Prompt:
+def _foreign(tensor: Tensor, name: str, file: Path, metadata: dict[str, str]) -> Prompt:
     """A prompt of which neither its start nor the digests of its model are known."""
-    prompt = tensor.detach().float().clone()
+    prompt, task = tensor.detach().float().clone(), metadata.get("task", "")
     known: dict[str, Any] = {"start": "prompt", "start_of": task, "start_file": str(file)}
     known |= {name: metadata[name] for name in ("template", "system") if name in metadata}
-    return Prompt(prompt, prompt.clone(), name, backbone, "", "", task=task, **known)
-
-
-def _frame(prompt: Prompt) -> dict[str, str]:
-    """A chat template and its system text, as files of others keep them."""
-    if prompt.template == "plain":
-        return {}
-    system = {} if prompt.system is None else {"system": prompt.system}
-    return {"template": prompt.template, **system}
-
-
-def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file; damaged, or another kind of file.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path}")
-    try:
-        with safe_open(str(path), "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged or not a safetensors file ({error})") from error
+    made_for = metadata.get("backbone", "")
+    return Prompt(prompt, prompt.clone(), name, made_for, "", "", task=task, **known)
 
 
 def _read_rows(
@@ -210,12 +191,6 @@ inputs = tokenizer.apply_chat_template(
 """
 
 
-def _turns(prompt: Prompt) -> str:
-    if prompt.system is None:
-        return ""
-    return f'{{"role": "system", "content": {json.dumps(prompt.system)}}}, '
-
-
 def _model_card(prompt: Prompt, task_type: TaskType) -> str:
     auto = f"AutoPeftModelFor{'Seq2SeqLM' if task_type == 'SEQ_2_SEQ_LM' else 'CausalLM'}"
     count, width = prompt.prompt.shape
@@ -225,7 +200,9 @@ def _model_card(prompt: Prompt, task_type: TaskType) -> str:
     facts |= {f"dev {prompt.metric}".strip(): prompt.dev_score}
     facts |= {f"test {prompt.metric}".strip(): prompt.test_score}
     trained = "".join(f"- {label}: {x}\n" for label, x in facts.items() if x is not None)
-    caution = "" if prompt.template == "plain" else _CHAT.format(turns=_turns(prompt))
+    system = prompt.system and f'{{"role": "system", "content": {json.dumps(prompt.system)}}}, '
+    turns = "" if prompt.system is None else system
+    caution = "" if prompt.template == "plain" else _CHAT.format(turns=turns)
     if task_type == "CAUSAL_LM":
         caution += (
             "\nPEFT puts the prompt in front of the padding: inputs that are padded on\n"
@@ -251,16 +228,7 @@ model = {auto}.from_pretrained("this folder")
 {caution}"""
 
 
-# ---- plain tensors -------------------------------------------------------------------------------
-
-
-def save_plain(path: Path, prompt: Prompt) -> None:
-    """Write one tensor ``prompt_embeds`` (N, D) float32, and which model and task it is for."""
-    from safetensors.torch import save
-
-    values = prompt.prompt.float().clone().contiguous()
-    metadata = {"format": "pt", "backbone": prompt.backbone, "task": prompt.task, **_frame(prompt)}
-    write_atomically(path, save({"prompt_embeds": values}, metadata))
+# ---- plain tensors and checkpoints --------------------------------------------------------------
 
 
 def read_prompt(source: Path) -> Prompt:
@@ -296,11 +264,7 @@ def read_prompt(source: Path) -> Prompt:
             f"{source}: a prompt is one tensor of floats (N, D); the file holds {len(tensors)} "
             f"things: {', '.join(kinds)}"
         )
-    made_for, task = metadata.get("backbone", ""), metadata.get("task", "")
-    return _foreign(whole[0], source.stem, made_for, source, metadata, task)
-
-
-# ---- checkpoints ---------------------------------------------------------------------------------
+    return _foreign(whole[0], source.stem, source, metadata)
 
 
 def load_checkpoint(path: str | Path) -> list[Prompt]:
@@ -312,10 +276,10 @@ def load_checkpoint(path: str | Path) -> list[Prompt]:
         FileNotFoundError, ValueError: no such file; no checkpoint, damaged, of another method.
     """
     saved = read_pickle(path)
-    saved = saved if isinstance(saved, dict) else {}
     try:
         state, settings = saved["state_dict"], saved["hyper_parameters"]
-        init, best, score, step = (state[name] for name in _BANK)
+        init, best = state["init"], state["keeper.kept_bank"]
+        score, step = state["keeper.score"], state["keeper.step"]
         prompt = state.get("prompt", best)  # in a subspace there are codes instead
         backbone, starts = str(settings["backbone"]["name"]), saved["starts"]
         digest, tokenizer = str(saved["backbone_digest"]), str(saved["tokenizer_digest"])

@@ -243,22 +243,22 @@ def find_prompts(*places: str | Path) -> list[FoundPrompt]:
         FileNotFoundError: a place that is not there or holds no prompt.
         ValueError: a damaged file, or one of something else.
     """
-    return [found for place in places for found in _found(Path(place))]
+    found = []
+    for place in map(Path, places):
+        from prompt_lab.files.peft import is_peft, load_checkpoint, load_peft  # and torch
 
-
-def _found(place: Path) -> list[FoundPrompt]:
-    from prompt_lab.files.peft import is_peft, load_checkpoint, load_peft
-
-    if not place.exists():
-        raise FileNotFoundError(f"no prompt file or folder {place}: give {PLACES}")
-    if place.suffix == ".ckpt" or is_peft(place):
-        read = load_checkpoint(place) if place.is_file() else [load_peft(place)]
-        return [FoundPrompt(place, prompt.metadata(), prompt) for prompt in read]
-    store = place / "prompts" if (place / "prompts").is_dir() else place
-    files = sorted(store.glob("*.safetensors")) if place.is_dir() else [place]
-    if not files:
-        raise FileNotFoundError(f"{place} holds no prompts: give {PLACES}")
-    return [FoundPrompt(file, _known(read_metadata(file, "prompt"))) for file in files]
+        if not place.exists():
+            raise FileNotFoundError(f"no prompt file or folder {place}: give {PLACES}")
+        if place.suffix == ".ckpt" or is_peft(place):
+            read = load_checkpoint(place) if place.is_file() else [load_peft(place)]
+            found += [FoundPrompt(place, prompt.metadata(), prompt) for prompt in read]
+            continue
+        store = place / "prompts" if (place / "prompts").is_dir() else place
+        files = sorted(store.glob("*.safetensors")) if place.is_dir() else [place]
+        if not files:
+            raise FileNotFoundError(f"{place} holds no prompts: give {PLACES}")
+        found += [FoundPrompt(file, _known(read_metadata(file, "prompt"))) for file in files]
+    return found
 
 
 def is_single(place: str | Path) -> bool:
@@ -279,15 +279,11 @@ def best_found(
     import pandas as pd
 
     known = [(key, one) for one in found if (key := key_of(one.metadata)) is not None]
-    if not known:
-        return {}
     place = {key: at for at, key in enumerate(dict.fromkeys(key for key, _ in known))}
-    frame = pd.DataFrame(
-        [(place[key], one.dev, one.metadata.get("run")) for key, one in known],
-        columns=["key", "dev", "run"],
-    )
-    chosen = [known[at] for at in choose_by_dev(frame, ["key"]).index]
-    return dict(sorted(chosen, key=lambda pair: place[pair[0]]))
+    rows = [(place[key], one.dev, one.metadata.get("run")) for key, one in known]
+    frame = pd.DataFrame(rows, columns=["key", "dev", "run"])
+    chosen = choose_by_dev(frame, ["key"]).sort_values("key").index
+    return dict(known[at] for at in chosen)
 
 
 def best_prompts(places: Sequence[str]) -> dict[TaskSample, FoundPrompt]:
@@ -310,8 +306,7 @@ def source_prompts(
         ValueError: a damaged file, or prompts of another backbone or another N; both sides named.
     """
     best = best_prompts(places)
-    missing = [f"{task} {sample}" for task, sample in keys if (task, sample) not in best]
-    if missing:
+    if missing := [f"{task} {sample}" for task, sample in keys if (task, sample) not in best]:
         raise FileNotFoundError(
             f"{len(missing)} of {len(keys)} source prompts are not in {', '.join(places)}: "
             f"{', '.join(missing)}; tune them first, or leave their tasks out"
@@ -355,8 +350,7 @@ class PromptStore:
             FileNotFoundError: naming every prompt that is missing.
             ValueError: a damaged file, or one made for another backbone.
         """
-        missing = [name for name in names if not self.path(name).is_file()]
-        if missing:
+        if missing := [name for name in names if not self.path(name).is_file()]:
             raise FileNotFoundError(
                 f"{len(missing)} of {len(names)} prompts are not in {self.folder}: "
                 f"{', '.join(missing)}"

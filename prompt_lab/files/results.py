@@ -184,10 +184,9 @@ def best_by_dev(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The run that :func:`choose_by_dev` takes of each task, sample, seed and start of a fit."""
     import pandas as pd
 
-    known = list(rows)
-    keys = ["task", "sample", "init_seed", *STARTS[:3]]
-    frame = pd.DataFrame([{name: row.get(name) for name in (*keys, "dev", "run")} for row in known])
-    return [known[place] for place in choose_by_dev(frame, keys).index] if known else []
+    known, keys = list(rows), ["task", "sample", "init_seed", *STARTS[:3]]
+    frame = pd.DataFrame(known, columns=[*keys, "dev", "run"])
+    return [known[place] for place in choose_by_dev(frame, keys).index]
 
 
 def summary_table(rows: Sequence[Mapping[str, Any]]) -> str:

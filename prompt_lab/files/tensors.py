@@ -74,16 +74,34 @@ def load_tensors(
     Raises:
         FileNotFoundError, ValueError: as :func:`read_metadata`, or made for another backbone.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
     metadata = read_metadata(path, kind)
     if backbone is not None:
         check_backbone(metadata, backbone, path)
+    return read_safetensors(path)[0], metadata
+
+
+def read_safetensors(path: str | Path, whole: bool = True) -> tuple[dict[str, Tensor], dict]:
+    """The tensors, on the CPU, and the metadata as text of any safetensors file.
+
+    With ``whole`` false no tensor is read.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file; damaged, or another kind of file.
+    """
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {path}")
     try:
-        return load(Path(path).read_bytes()), metadata
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+        # Not by safe_open, whose tensors lie in the file: it may be replaced meanwhile.
+        return load(Path(path).read_bytes()) if whole else {}, metadata
     except (SafetensorError, LookupError) as error:
-        raise ValueError(f"{path}: damaged or not a safetensors file ({error})") from error
+        raise ValueError(
+            f"{path}: damaged or not a safetensors file ({error}); get or make it again"
+        ) from error
 
 
 def read_metadata(path: str | Path, kind: str) -> dict[str, Any]:
@@ -94,17 +112,9 @@ def read_metadata(path: str | Path, kind: str) -> dict[str, Any]:
         ValueError: damaged, of another kind or a newer format, or without the fields of its kind;
             naming file and reason.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not Path(path).is_file():
         raise FileNotFoundError(f"no {kind} file {path}")
-    try:
-        with safe_open(str(path), "pt") as file:
-            raw = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path}: damaged or not a safetensors file ({error}); get or make it again"
-        ) from error
+    raw = read_safetensors(path, whole=False)[1]
     own = raw.pop("format", None) == FORMAT
     found, version = raw.pop("kind", None), raw.pop("format_version", "")
     if not own or (found != kind and found is not None):
@@ -175,16 +185,10 @@ def load_network(
     tensors, metadata = load_tensors(path, kind.KIND, backbone)
     try:
         network = kind(**{name: metadata[name] for name in kind.SIZES}, seed=None)
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged, {error}") from None
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    if found != expected:
-        raise ValueError(
-            f"{path}: damaged: tensors {found}, but the metadata's sizes mean {expected}"
-        )
-    floats = {name: tensor.float() for name, tensor in tensors.items()}
-    network.load_state_dict(floats, assign=True)
+        floats = {name: tensor.float() for name, tensor in tensors.items()}
+        network.load_state_dict(floats, assign=True)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: damaged: {' '.join(str(error).split())}") from None
     network.metadata = metadata
     return network.requires_grad_(False)
 
@@ -240,15 +244,10 @@ def held(folder: Path, by: str, job: str = "", first: bool = True) -> Iterator[i
     """Hold a folder, so that no other process that asks for it gets it.
 
     The system lets go of it when the process ends, however it ends; where it has no such locks the
-    folder is not held. The folder is made if it is not there; its file ``.lock`` stays.
-
-    Args:
-        folder: the folder.
-        by: who else may hold it, for the message.
-        job: what the processes of one job have in common.
-        first: whether this is the process of its job that holds the folder. The others go on if
-            nobody holds it, or their own job; so they do not wait in vain for a first one that was
-            refused.
+    folder is not held. The folder is made if it is not there; its file ``.lock`` stays. ``by`` says
+    who else may hold it, ``job`` what the processes of one job have in common. Only the ``first``
+    of them holds the folder; the others go on if nobody holds it, or their own job, so that they do
+    not wait in vain for a first one that was refused.
 
     Yields:
         Descriptor of the lock file, which holds the number of the process and the job.

@@ -147,17 +147,11 @@ def combine(
     """A prompt made from prompts, with where it comes from in ``made_from``.
 
     A sum is an initial prompt + scale * sum of factor * task prompt vector (arXiv 2408.01119). A
-    mixture is the sum of factor * prompt, for a target prompt (arXiv 2110.07904).
-
-    Args:
-        name: its name.
-        factors: by task.
-        sources: by task, prompts that :func:`check_compatible` lets pass, as is ``base``.
-        base: what gives the initial prompt of a sum, None for zeros; the target of a mixture.
-        role: which of the two.
-        expression: the sum, as it was asked for.
-        scale: factor of the whole sum, lambda.
-        further: other fields of :class:`Prompt`, which count before those that are made here.
+    mixture is the sum of factor * prompt, for a target prompt (arXiv 2110.07904). ``factors`` and
+    ``sources`` come by task; ``base`` gives the initial prompt of a sum, None for zeros, or is the
+    target of a mixture; :func:`check_compatible` lets all pass. ``expression`` is the sum as it was
+    asked for, ``scale`` its lambda, and ``further`` are other fields of :class:`Prompt`, which
+    count before those that are made here.
 
     Raises:
         ValueError: numbers too large for float32.

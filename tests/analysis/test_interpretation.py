@@ -37,10 +37,8 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def prompts_of(*tensors: Tensor, init: Tensor | None = None, tasks: str = "a") -> pd.DataFrame:
     """Prompts as `find_tuned` gives them, of one letter a task."""
-    made = [
-        Prompt(x, x if init is None else init, f"p{i}", "b", "d", "t")
-        for i, x in enumerate(tensors)
-    ]
+    pairs = [(x, x if init is None else init) for x in tensors]
+    made = [Prompt(*pair, f"p{i}", "b", "d", "t") for i, pair in enumerate(pairs)]
     rows = {"prompt": [one.name for one in made], "task": [*tasks] * (len(made) // len(tasks))}
     return pd.DataFrame(rows | {"tuned": made})
 
@@ -63,9 +61,8 @@ def reference(prompt: Tensor, table: Tensor, measure: str) -> tuple[np.ndarray, 
 # ---- tokens --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunk", [7, 8192])
+@pytest.mark.parametrize(("chunk", "kind"), [(7, torch.float32), (8192, torch.bfloat16)])
 @pytest.mark.parametrize("measure", MEASURES)
-@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_nearest_tokens_and_places_are_those_of_all_distances(measure, chunk, kind, monkeypatch):
     monkeypatch.setattr(interpretation, "_CHUNK", chunk)
     table = (normal(V, D, seed=1) * torch.linspace(0.1, 3, V)[:, None]).to(kind)
@@ -203,13 +200,8 @@ def test_the_spread_of_runs_and_distances_of_tasks_are_those_of_naive_loops():
     for task, other in itertools.product("abc", repeat=2):
         own = flat[[x == task for x in tasks]]
         others = flat[[x == other for x in tasks]]
-        wanted = (
-            cdist(own, others).mean()
-            if task != other
-            else pdist(own).mean()
-            if len(own) > 1
-            else np.nan
-        )
+        far = cdist(own, others) if task != other else pdist(own)
+        wanted = far.mean() if far.size else np.nan
         assert means.loc[task, other] == pytest.approx(wanted, nan_ok=True)
     for task, row in spread.iterrows():
         own = flat[[x == task for x in tasks]]
@@ -225,12 +217,7 @@ def test_the_spread_of_runs_and_distances_of_tasks_are_those_of_naive_loops():
             assert row[f"{name}_mean"] == pytest.approx(mean, nan_ok=True)
             assert row[f"{name}_variance"] == pytest.approx(variance, nan_ok=True)
             assert row.get(f"{name}_pairs", len(numbers)) == len(numbers)
-
-
-def test_one_task_alone_has_no_distance_to_others():
-    prompts = prompts_of(*normal(2, N, D))
-    (row,) = spread_table(prompts, distance_table(prompts, prompt_points(prompts))).to_dict(
-        "records"
-    )
-    assert np.isnan(row["between_mean"])
-    assert (row["within_pairs"], row["between_pairs"]) == (1, 0)
+    one = prompts_of(*normal(2, N, D))
+    alone = spread_table(one, distance_table(one, prompt_points(one))).iloc[0]
+    assert np.isnan(alone["between_mean"])
+    assert (alone["within_pairs"], alone["between_pairs"]) == (1, 0)

@@ -14,7 +14,6 @@ from conftest import result_line
 from sklearn.metrics import ndcg_score
 
 from prompt_lab.analysis.selection import (
-    PAPER_TABLE,
     best_of_top_k,
     evaluate,
     judge,
@@ -104,16 +103,6 @@ def test_extreme_scores_and_a_single_source_have_their_right_values():
         best_of_top_k([1, 2], [1, 2], 3)
 
 
-def test_only_the_order_of_similarities_counts_and_the_order_of_sources_does_not():
-    draw = np.random.default_rng(0)
-    scores, likeness = draw.uniform(50, 100, 9), draw.normal(size=9)
-    mixed, wanted = draw.permutation(9), judge(scores, likeness)
-    for other in (np.exp(likeness), 1e-9 * likeness - 4):
-        assert judge(scores, other) == pytest.approx(wanted, nan_ok=True)
-    assert judge(scores[mixed], likeness[mixed]) == pytest.approx(wanted, nan_ok=True)
-    assert ndcg(scores / 100, likeness) != pytest.approx(ndcg(scores, likeness))  # unlike Regret
-
-
 # ---- evaluation ----------------------------------------------------------------------------------
 
 
@@ -157,21 +146,14 @@ def test_a_seed_counts_where_all_sources_have_it():
     apart = drawn(*(("b", "x", seed) for seed in "12"), *(("a", "x", seed) for seed in "0"))
     with pytest.raises(ValueError, match="x: no seed that all its sources have"):
         evaluate(apart, RATING, "each")
-
-
-def test_fewer_sources_than_k_have_no_regret_at_k():
-    table = drawn().query("source in ('a', 'b')")
-    found = evaluate(table, RATING)
-    assert found["sources"].tolist() == [2, 2]
-    assert found["Regret@2"].tolist() == [0, 0]
-    assert found["Regret@3"].isna().all()
+    few = evaluate(drawn().query("source in ('a', 'b')"), RATING)  # fewer sources than k
+    assert few[["sources", "Regret@2"]].to_numpy().tolist() == [[2, 0], [2, 0]]
+    assert few["Regret@3"].isna().all()
 
 
 def test_similarities_that_are_missing_are_named():
     lacking = RATING.assign(similarity=RATING["similarity"].mask(RATING.index == 6))[:-1]
-    with pytest.raises(
-        ValueError, match=r"mine: no similarity of 2 of 10 pairs .*: b for y, e for y"
-    ):
+    with pytest.raises(ValueError, match=r"mine: no similarity of 2 of 10 pairs .*: b for y, e fo"):
         evaluate(drawn(), lacking)
 
 
@@ -199,12 +181,8 @@ def test_long_and_wide_tables_are_the_same(tmp_path):
         assert {*table.dropna(subset="size")["source"]} == {"A"}
     seeded = "source,target,score,seed\nA,x,70,1\nA,x,71,2\nB,x,60,1\nB,x,61,2\n"
     transfer, notes = read_transfer([write(tmp_path / "t.csv", seeded)])
-    assert scores_of(transfer) == {
-        ("A", "x", "1", 70.0),
-        ("A", "x", "2", 71.0),
-        ("B", "x", "1", 60.0),
-        ("B", "x", "2", 61.0),
-    }
+    wanted = {("A", "x", "1", 70.0), ("A", "x", "2", 71.0), ("B", "x", "1", 60.0)}
+    assert scores_of(transfer) == wanted | {("B", "x", "2", 61.0)}
     assert notes == []
 
 
@@ -226,6 +204,7 @@ def test_own_tasks_missing_pairs_and_missing_seeds_are_told(tmp_path):
     ("text", "reason"),
     [
         ("", "t.csv is no CSV table: No columns to parse from file"),
+        ("source,x\n\udcff,1\n", "t.csv is no CSV table"),
         ("source,x\n", "no source has a score for any target"),
         ("source,x\nA,good\n", "t.csv: score of A for x is 'good', not a finite number"),
         ("source,x\nA,nan\nB,inf\n", "t.csv: score of A for x is 'nan', not a finite number"),
@@ -244,16 +223,11 @@ def test_own_tasks_missing_pairs_and_missing_seeds_are_told(tmp_path):
     ],
 )
 def test_tables_that_are_no_transfer_are_refused(tmp_path, text, reason):
+    (tmp_path / "t.csv").write_text(text, errors="surrogateescape")
     with pytest.raises(ValueError, match=reason):
-        read_transfer([write(tmp_path / "t.csv", text)])
-
-
-def test_files_that_are_not_there_or_not_text_are_refused(tmp_path):
+        read_transfer([str(tmp_path / "t.csv")])
     with pytest.raises(FileNotFoundError, match=r"no file .*nothing.csv: give a CSV table"):
         read_transfer([str(tmp_path / "nothing.csv")])
-    (tmp_path / "binary.csv").write_bytes(b"source,x\n\xff,1\n")
-    with pytest.raises(ValueError, match=r"binary.csv is no CSV table"):
-        read_table(tmp_path / "binary.csv")
 
 
 # ---- results of fits -----------------------------------------------------------------------------
@@ -263,13 +237,10 @@ def results(folder: Path, *lines: dict[str, Any]) -> str:
     """A results.csv of lines, each with ``of``: the source, or a plain start."""
     rows = []
     for line in lines:
-        of = line.pop("of")
-        start = (
-            {"start": of}
-            if of in ("vocab", "text", "meta")
-            else {"start": "prompt", "start_of": of}
-        )
-        rows.append(result_line(fit_id="f", **{"task": "x", **start, **line}))
+        own = line | {"start": "prompt", "start_of": line["of"], "task": line.get("task", "x")}
+        if line["of"] in ("vocab", "text", "meta"):
+            own |= {"start": line["of"], "start_of": ""}
+        rows.append(result_line(**own))
     write_csv(folder / "results.csv", RESULT_COLUMNS, rows)
     return str(folder)
 
@@ -291,12 +262,8 @@ def test_runs_that_start_from_the_prompt_of_another_task_are_transfers(tmp_path)
     ]
     folder = results(tmp_path / "fits", *lines)
     transfer, notes = read_transfer([folder])
-    assert scores_of(transfer.round(9)) == {
-        ("a", "x", "0/0", 70.0),
-        ("a", "x", "1/0", 80.0),
-        ("b", "x", "0/0", 60.0),
-        ("b", "x", "1/0", 70.0),
-    }
+    wanted = {("a", "x", "0/0", 70.0), ("a", "x", "1/0", 80.0), ("b", "x", "0/0", 60.0)}
+    assert scores_of(transfer.round(9)) == wanted | {("b", "x", "1/0", 70.0)}
     assert (transfer["baseline"].round(9).unique(), transfer["sample"].unique()) == ([60], ["100"])
     assert notes == [
         "left out, 2 tuned runs of other tasks or other starts",
@@ -313,7 +280,7 @@ def test_runs_that_start_from_the_prompt_of_another_task_are_transfers(tmp_path)
 def test_the_files_that_transfers_started_from_are_not_read(tmp_path, monkeypatch):
     """B15: their paths are as the fits named them, in folders that may be gone."""
     lines = [{"of": of, "test": 0.5 + 0.1 * at} for at, of in enumerate(("vocab", "a", "b"))]
-    here, _ = read_transfer([results(tmp_path / "one", *({**line} for line in lines))])
+    here, _ = read_transfer([results(tmp_path / "one", *lines)])
     gone = [{**line, "start_file": f"runs/gone/prompts/{line['of']}.st"} for line in lines]
     results(tmp_path / "two", *gone)
     monkeypatch.chdir(tmp_path / "two")
@@ -330,14 +297,8 @@ def test_each_target_may_have_a_start_of_its_own_without_transfer(tmp_path):
 @pytest.mark.parametrize(
     ("other", "sentence"),
     [
-        (
-            {"backbone": "large"},
-            r"all tasks differ in backbone \(large, t5-base\): give the result",
-        ),
-        (
-            {"shots": 64},
-            r"the transfer runs of x differ in shots \(16, 64\): give the result files",
-        ),
+        ({"backbone": "large"}, r"all tasks differ in backbone \(large, t5-base\): give the res"),
+        ({"shots": 64}, r"the transfer runs of x differ in shots \(16, 64\): give the result f"),
         ({"metric_variant": "corrected"}, "differ in metric_variant"),
         ({"of": "text"}, r"the transfer runs of x differ in start \(text, vocab\)"),
     ],
@@ -365,23 +326,15 @@ def test_the_typed_table_has_the_papers_tasks_means_and_best_sources(paper):
     grid = paper.pivot(index="source", columns="target", values="score")
     grid = grid.loc[[*tasks.source], [*tasks.target]]
     assert len(paper) == grid.size == 130
+    assert '"data/*.csv"' in (Path(__file__).parents[2] / "pyproject.toml").read_text()
     base = paper.groupby("target")["baseline"].first()
     assert base.mean() == pytest.approx(77.204)  # Table 4: 77.2
     assert grid.loc["selection-mnli"].mean() == pytest.approx(77.584)  # Table 4: 77.58
     assert grid.loc["selection-cxc", "selection-copa"] - 60 == 8  # appendix C
     best = {x[10:]: " ".join(s[10:] for s in grid.index[grid[x] == grid[x].max()]) for x in grid}
-    assert best == {
-        "boolq": "qnli squad",
-        "cola": "hellaswag",
-        "stsb": "hellaswag",
-        "wic": "cosmosqa",
-        "cr": "qnli",
-        "mrpc": "drop",
-        "rte": "cosmosqa",
-        "wsc": "qqp",
-        "copa": "cxc multirc race",
-        "cb": "record",
-    }
+    wanted = {"boolq": "qnli squad", "cola": "hellaswag", "stsb": "hellaswag", "wic": "cosmosqa"}
+    wanted |= {"cr": "qnli", "mrpc": "drop", "rte": "cosmosqa", "wsc": "qqp", "cb": "record"}
+    assert best == wanted | {"copa": "cxc multirc race"}
     sizes = paper.groupby("source", sort=False)["size"].first()
     assert (*sizes.sort_values(ascending=False, kind="stable").index,) == tasks.source  # Table 2
 
@@ -403,22 +356,3 @@ def test_size_and_random_on_the_published_means(paper):
     assert chance["nDCG"].mean() == pytest.approx(86.54, abs=0.005)
     regrets = 100 * (1 - scores.mean() / scores.max())
     assert chance.set_index("target")["Regret@1"].to_dict() == pytest.approx(regrets.to_dict())
-
-
-def test_the_random_value_is_the_mean_of_many_draws(paper):
-    """The mean over 4,000 random rankings lies within five standard errors."""
-    draw = np.random.default_rng(0)
-    scores = paper.loc[paper["target"] == "selection-cb", "score"].tolist()
-    rows = [draw.permutation(scores) for _ in range(4000)]
-    ideal = paper_dcg(sorted(scores)[::-1])
-    for values, wanted in (
-        ([paper_dcg(row) / ideal for row in rows], ndcg(scores, [0] * 13)),
-        ([1 - max(row[:3]) / max(scores) for row in rows], regret(scores, [0] * 13, 3)),
-    ):
-        assert abs(np.mean(values) - wanted) < 5 * np.std(values) / np.sqrt(len(rows))
-
-
-def test_the_table_ships_with_the_package():
-    assert PAPER_TABLE.parent == Path(read_table.__code__.co_filename).parents[1] / "data"
-    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    assert '"data/*.csv"' in text

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import HIDDEN
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from prompt_lab.files.tensors import (
     load_network,
     load_tensors,
     read_metadata,
+    read_safetensors,
     save_network,
     save_tensors,
 )
@@ -82,9 +82,9 @@ def written(kind: Kind, tmp_path: Path) -> Path:
 
 def rewrite(path: Path, tensors: dict[str, Tensor] | None = None, **metadata: str | None) -> None:
     """The same file with other tensors, or with metadata changed, or left out where None."""
-    with safe_open(str(path), "pt") as file:
-        new = {k: v for k, v in {**file.metadata(), **metadata}.items() if v is not None}
-    save_file(load_file(path) if tensors is None else tensors, path, new)
+    old, known = read_safetensors(path)
+    new = {k: v for k, v in {**known, **metadata}.items() if v is not None}
+    save_file(old if tensors is None else tensors, path, new)
 
 
 def refused(kind: Kind, path: Path, reason: str) -> None:
@@ -95,43 +95,34 @@ def refused(kind: Kind, path: Path, reason: str) -> None:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_network_is_read_as_it_was_written_and_frozen(tmp_path: Path, name: str) -> None:
-    path, network = tmp_path / "x", NETWORKS[name]
-    Kind(name).write(path)
+def test_a_network_is_read_as_it_was_written_in_single_precision_and_frozen(tmp_path, name):
+    path, network = Kind(name).write(tmp_path / "x"), NETWORKS[name]
     found = load_network(path, type(network))
     assert MADE_FOR.items() <= found.metadata.items()
-    assert found.metadata["tasks"] == ["a", "b"]
-    assert found.metadata["version"] == __version__
+    assert (found.metadata["tasks"], found.metadata["version"]) == (["a", "b"], __version__)
     assert [getattr(found, n) for n in found.SIZES] == [getattr(network, n) for n in network.SIZES]
-    assert found.state_dict().keys() == network.state_dict().keys()
-    for name, tensor in network.state_dict().items():
-        assert torch.equal(found.state_dict()[name], tensor)
+    own = network.state_dict()
+    assert found.state_dict().keys() == own.keys()
+    assert all(found.state_dict()[name].equal(own[name]) for name in own)
     assert not any(weight.requires_grad for weight in found.parameters())
+    save_network(path, Subspace(4, HIDDEN, 3, 7).double(), MADE_FOR)
+    assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float32}
 
 
-def test_weights_of_a_network_are_written_in_single_precision(tmp_path: Path) -> None:
-    made = Subspace(4, HIDDEN, 3, 7).double()
-    save_network(tmp_path / "x", made, MADE_FOR)
-    assert {tensor.dtype for tensor in load_file(tmp_path / "x").values()} == {torch.float32}
-
-
-def test_tensors_keep_their_dtype_and_metadata_are_json(tmp_path: Path) -> None:
+def test_tensors_keep_their_dtype_and_metadata_are_json(tmp_path):
     bank = torch.randn(3, 4, dtype=torch.bfloat16, requires_grad=True)
     facts = {**MADE_FOR, "best_step": 1, "status": 0, "seconds": 0.5, "more": ["x", None, 1 / 3]}
     save_tensors(tmp_path / "x", "weights", {"a": bank.T}, facts)  # not contiguous
     tensors, metadata = load_tensors(tmp_path / "x", "weights")
-    assert torch.equal(tensors["a"], bank.T)
+    assert tensors["a"].equal(bank.T)
     assert metadata == facts
-    with safe_open(str(tmp_path / "x"), "pt") as file:
-        raw = file.metadata()
+    raw = read_safetensors(tmp_path / "x")[1]
     assert (raw["format"], raw["kind"], raw["format_version"]) == ("prompt_lab", "weights", "1")
     assert json.loads(raw["more"]) == facts["more"]
 
 
 @pytest.mark.parametrize("where", ["write", "replace"])
-def test_a_failed_write_leaves_the_old_file_and_no_part(
-    kind: Kind, written: Path, monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
+def test_a_failed_write_leaves_the_old_file_and_no_part(kind, written, monkeypatch, where):
     """The disk fills up in the middle of the bytes, or the last step fails."""
     old = written.read_bytes()
 
@@ -153,9 +144,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_part(
     assert [path.name for path in written.parent.iterdir()] == [written.name]
 
 
-def test_file_and_folder_are_forced_to_the_disk_before_and_after_the_move(
-    kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_and_folder_are_synced_before_and_after_the_move(kind, tmp_path, monkeypatch):
     """A power failure leaves the old file or the whole new one."""
     done, sync, replace = [], os.fsync, os.replace
 
@@ -173,46 +162,28 @@ def test_file_and_folder_are_forced_to_the_disk_before_and_after_the_move(
     assert done == [".part", "move", ""]
 
 
-def test_a_missing_file_is_named(kind: Kind, tmp_path: Path) -> None:
-    for read in (kind.read, lambda path: read_metadata(path, kind.name)):
-        with pytest.raises(FileNotFoundError, match=f"^no {kind.name} file .*absent$"):
-            read(tmp_path / "absent")
-
-
-@pytest.mark.parametrize("kept", [0, 1, 8, 20, 300, -1])
-def test_a_truncated_file_is_refused(kind: Kind, written: Path, kept: int) -> None:
-    """Cut in the length, in the header, and in the numbers."""
-    written.write_bytes(written.read_bytes()[:kept])
-    refused(kind, written, "damaged or not a safetensors file")
-
-
-def test_pickled_and_other_files_are_refused(kind: Kind, tmp_path: Path) -> None:
+def test_files_that_are_missing_cut_short_or_of_others_are_refused(kind, written, tmp_path):
     """Nothing is unpickled: a file that would run code on loading only gives an error."""
 
     class Bomb:
         def __reduce__(self) -> Any:
             return os.mkdir, (str(tmp_path / "exploded"),)
 
-    path = tmp_path / "x"
-    for content in (pickle.dumps(Bomb()), b"some words\n" * 40):
+    for read in (kind.read, lambda path: read_metadata(path, kind.name)):
+        with pytest.raises(FileNotFoundError, match=f"^no {kind.name} file .*absent$"):
+            read(tmp_path / "absent")
+    whole, path = written.read_bytes(), tmp_path / "x"
+    torch.save({"prompt": torch.zeros(2, 2)}, path)
+    cut = [whole[:kept] for kept in (0, 1, 8, 20, 300, -1)]
+    for content in (path.read_bytes(), pickle.dumps(Bomb()), b"some words\n" * 40, *cut):
         path.write_bytes(content)
         refused(kind, path, "damaged or not a safetensors file")
-    torch.save({"prompt": torch.zeros(2, 2)}, path)
-    refused(kind, path, "damaged or not a safetensors file")
     assert not (tmp_path / "exploded").exists()
-
-
-@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"kind": "prompt"}], ids=str)
-def test_safetensors_of_others_are_refused(
-    kind: Kind, tmp_path: Path, metadata: dict[str, str] | None
-) -> None:
-    save_file({"prompt": torch.zeros(4, 3), "init": torch.zeros(4, 3)}, tmp_path / "x", metadata)
-    refused(kind, tmp_path / "x", rf"not a {kind.name} file of prompt_lab \(no such metadata\)")
-
-
-def test_another_kind_is_refused(kind: Kind, tmp_path: Path) -> None:
+    for metadata in (None, {"format": "pt"}, {"kind": "prompt"}):
+        save_file({"prompt": torch.zeros(4, 3), "init": torch.zeros(4, 3)}, path, metadata)
+        refused(kind, path, rf"not a {kind.name} file of prompt_lab \(no such metadata\)")
     for other in KINDS.keys() - {kind.name}:
-        path = Kind(other).write(tmp_path / other)
+        Kind(other).write(path)
         refused(kind, path, rf"not a {kind.name} file of prompt_lab \(a file of kind '{other}'\)")
 
 
@@ -230,21 +201,16 @@ def test_another_kind_is_refused(kind: Kind, tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_damaged_metadata_is_told(
-    kind: Kind, written: Path, changes: dict[str, str | None], reason: str
-) -> None:
+def test_damaged_metadata_is_told(kind, written, changes, reason):
     rewrite(written, **changes)
     refused(kind, written, reason)
-
-
-def test_every_field_of_a_kind_is_needed(kind: Kind, written: Path) -> None:
-    for name in KINDS[kind.name]:
+    for name in KINDS[kind.name]:  # every field is needed
         rewrite(kind.write(written), **{name: None})
         refused(kind, written, f"damaged, in its metadata no {name}")
 
 
 @pytest.mark.parametrize("name", ["prompt", *NETWORKS])
-def test_tensors_that_disagree_with_the_metadata_are_refused(tmp_path: Path, name: str) -> None:
+def test_tensors_that_disagree_with_the_metadata_are_refused(tmp_path, name):
     kind, path = Kind(name), tmp_path / "x"
     size = next(n for n, what in KINDS[name].items() if what is int and n != "bottleneck")
     for changes in ({size: "5"}, {size: "0"}, {size: "-1"}):
@@ -262,9 +228,7 @@ def test_tensors_that_disagree_with_the_metadata_are_refused(tmp_path: Path, nam
             kind.read(path)
 
 
-def test_another_backbone_is_refused_with_both_sides(
-    kind: Kind, tmp_path: Path, backbone: Factory
-) -> None:
+def test_another_backbone_is_refused_with_both_sides(kind, tmp_path, backbone):
     ours, path = backbone("t5"), tmp_path / "x"
     kind.write(path, backbone=ours.name, backbone_digest=ours.digest)
     kind.read(path, ours)
