@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from prompt_lab.__main__ import COMMANDS, TRAINER_COMMANDS, make_parser
-from prompt_lab.commands.cli import ParseOnly
+from prompt_lab.commands.fit import ParseOnly
 
 tomllib = pytest.importorskip("tomllib", reason="the pins are for Python 3.11 and newer")
 

@@ -106,7 +106,7 @@ def test_lower_layers_load_no_heavy_library() -> None:
 def test_the_walk_sees_every_form_of_import() -> None:
     """Guards the two tests above: absolute, from, relative, inside functions; not for typing."""
     text = """
-import prompt_lab.commands.cli
+import prompt_lab.commands.fit
 from prompt_lab.core.bank import x
 from prompt_lab import Backbone, __version__
 from . import a
@@ -125,7 +125,7 @@ except ImportError:
 """
     found = [(name, load) for name, _, load in _walk(ast.parse(text), ["prompt_lab", "data"], True)]
     assert found == [
-        ("prompt_lab.commands.cli", True),
+        ("prompt_lab.commands.fit", True),
         ("prompt_lab.core.bank", True),
         ("prompt_lab.core.backbone", True),
         ("prompt_lab.data", True),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prompt_lab.commands import cli
+from prompt_lab.commands import fit as cli
 from prompt_lab.commands.report import report_command
 from prompt_lab.core.subspace import Subspace
 from prompt_lab.files.results import read_csv

@@ -13,7 +13,7 @@ from conftest import HIDDEN, POSITIONS, make_backbone, word_backbone
 
 import prompt_lab
 from prompt_lab.__main__ import main
-from prompt_lab.commands import cli
+from prompt_lab.commands import fit as cli
 from prompt_lab.commands import predict as predict_command
 from prompt_lab.commands.predict import read_lines
 from prompt_lab.core.prediction import label_scores, predict
@@ -78,13 +78,6 @@ def test_spaces_around_inputs_and_labels_are_dropped(backbone, kind):
     assert kind == "t5" or (found[0] - wrong).abs().max() > 0.01  # a space is a token here
 
 
-def test_a_bank_tensor_is_as_good_as_a_list(backbone):
-    prompts = bank(4, 4)
-    of_list = predict(backbone("t5"), prompts, TEXTS, max_new_tokens=4)
-    assert predict(backbone("t5"), torch.stack(prompts), TEXTS, max_new_tokens=4) == of_list
-    assert predict(backbone("t5"), prompts, []) == []
-
-
 @pytest.mark.parametrize("kind", ["gpt2", "bart"])
 def test_an_input_is_cut_to_what_the_positions_leave(backbone, kind):
     """Reference: the same input cut by its number of tokens."""
@@ -126,14 +119,6 @@ def test_wrong_arguments_are_named(backbone, wrong, sentence):
             label_scores(backbone("t5"), **({"labels": LABELS} | given))
 
 
-def test_the_public_name_is_the_function_whatever_is_imported_first():
-    assert prompt_lab.predict is predict
-    assert prompt_lab.label_scores is label_scores
-    from prompt_lab import predict as again
-
-    assert again is predict
-
-
 # ---- reading -------------------------------------------------------------------------------------
 
 
@@ -141,13 +126,6 @@ def test_lines_keep_their_number_and_what_belongs_to_the_text():
     raw = ["\ufeff one \r\n", "\n", " \u2028 \n", "zwei\u2028drei\n", "last"]
     lines = list(read_lines(text.encode() for text in raw))
     assert [line.text for line in lines] == ["one", "", "", "zwei\u2028drei", "last"]
-
-
-def test_jsonl_lines_pass_their_other_fields_on():
-    raw = [b'{"id": 1, "input": " a\\tb "}\n', b"\n"]
-    first, second = read_lines(raw, Path("x.jsonl"))
-    assert (first.text, first.fields) == ("a\tb", {"id": 1, "input": " a\tb "})
-    assert second.text == ""
 
 
 @pytest.mark.parametrize(
@@ -331,16 +309,6 @@ def test_out_is_written_whole_or_not_at_all(store, capsys):
     assert sorted(path.name for path in Path().iterdir()) == ["in.txt", "out.txt"]
 
 
-def test_prompts_of_the_same_name_are_told_apart_by_their_files(store, capsys, monkeypatch):
-    shutil.copytree(store, "copy")
-    give(monkeypatch, b"a dog\n")
-    paths = [str(folder / "glue-sst2.safetensors") for folder in (store, Path("copy"))]
-    assert run(*paths, "--format=jsonl") == 0
-    first, second = map(json.loads, capsys.readouterr().out.splitlines())
-    assert [first["prompt"], second["prompt"]] == paths
-    assert first["scores"] == second["scores"]
-
-
 def test_prompts_of_several_backbones_are_refused_unless_they_are_one(
     store, model_folder, capsys, monkeypatch
 ):
@@ -383,13 +351,6 @@ def test_what_cannot_be_done_is_one_sentence(words, sentence, capsys, monkeypatc
     error = capsys.readouterr().err
     assert error.startswith(f"prompt-lab: {sentence}")
     assert error.count("\n") == 1
-
-
-def test_a_terminal_is_not_waited_for(store, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO())
-    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    assert run(store) == 1
-    assert "name a file with --input, or pipe lines in" in capsys.readouterr().err
 
 
 def test_labels_that_are_one_to_the_backbone_are_told_or_refused() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -15,12 +14,10 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 
-from prompt_lab.commands import cli
-from prompt_lab.commands.cli import ParseOnly
+from prompt_lab.commands import fit as cli
+from prompt_lab.commands.fit import ParseOnly
 from prompt_lab.commands.sweep_trials import make_trials, read_sweep
-from prompt_lab.core.optim import OptimConfig
 from prompt_lab.data.datamodule import CrossFitDataModule
-from prompt_lab.methods.prompt_tuning import PromptTuning
 
 SET = {
     "model": {
@@ -108,13 +105,6 @@ def test_null_replaces_a_value_in_every_way_to_give_it(way, base):
             words += f"--{way.format(name)}".split()
     config = parsed(*base, *words)
     assert [name for name in NULLABLE if found(config, name) is not None] == []
-
-
-def test_the_values_that_null_replaces_were_there():
-    config = parsed("-c", "set.yaml")
-    assert [name for name in NULLABLE if found(config, name) is None] == []
-    inner = "model.subspace.intrinsic_dim"
-    assert found(parsed("-c", "set.yaml", f"--{inner}=null"), inner) is None
 
 
 def nullable(kind: Any, prefix: str) -> list[str]:
@@ -223,12 +213,6 @@ def test_null_of_a_flag_reaches_method_file_and_checkpoint(model_folder, fewshot
     assert again.model.init_args.optim.clip is None
 
 
-def test_none_in_python_is_null():
-    method = PromptTuning(optim=OptimConfig(clip=None), patience=None, subspace=None)
-    assert method.optim_config.clip is None
-    assert method.hparams["optim"]["clip"] is method.hparams["subspace"] is None
-
-
 @pytest.mark.parametrize(
     "parameters",
     [
@@ -322,15 +306,3 @@ def test_only_what_was_given_is_told(words, said, capsys):
     parsed(*words)
     lines = [line for line in capsys.readouterr().err.splitlines() if "instead of" in line]
     assert lines == [said] * bool(said)
-
-
-def test_only_the_first_process_tells(monkeypatch, capsys):
-    monkeypatch.setattr(cli.rank_zero_only, "rank", 1, raising=False)
-    parsed("--model.patience=3", "--model=MetaPrompt")
-    assert "instead of" not in capsys.readouterr().err
-
-
-def test_an_inline_config_is_read_too(capsys):
-    text = json.dumps({"model": {"class_path": "PromptTuning", "init_args": {"patience": 3}}})
-    parsed("-c", text, "--model=MetaPrompt")
-    assert f"{SWITCHED}patience" in capsys.readouterr().err
