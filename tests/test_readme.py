@@ -182,8 +182,7 @@ def test_commands_parse(words, tmp_path, monkeypatch):
             return
     monkeypatch.chdir(ROOT)
     words = ["configs/quickstart.yaml" if "config-fit.yaml" in word else word for word in words]
-    cli = ParseOnly(words)
-    assert cli.config.subcommand == words[0]
+    assert ParseOnly(words).config.subcommand == words[0]
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))

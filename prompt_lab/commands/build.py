@@ -62,10 +62,6 @@ def build_tasks(
             finished lines: no header, input, tab, answers. Train and dev are drawn from the pool of
             train.tsv and dev.tsv.
         task_file: YAML file with rows for your own tasks.
-
-    Raises:
-        FileNotFoundError, OSError, ValueError: no such task file, a folder that cannot be written
-            to, an unknown task, K or sample, or no worker.
     """
     from datasets import disable_progress_bars
     from tqdm import tqdm

@@ -102,9 +102,6 @@ def predict_command(
         tokens_per_forward: most padded tokens of one forward pass; bounds memory, not results; by
             default 2048 on a CPU and 16384 on a GPU.
         device: where it runs; auto takes a GPU where there is one.
-
-    Raises:
-        FileNotFoundError, ValueError: what lacks, does not fit or cannot be read, in a sentence.
     """
     numbers = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
     numbers |= {"max_input_length": max_input_length, "tokens_per_forward": tokens_per_forward}

@@ -87,10 +87,6 @@ def sweep_command(
             the name of the parameter only.
         run_cap: most trials; by default the file's run_cap. Method random needs one.
         dry_run: print the commands, one per fit, and run nothing.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, something in it that cannot be run here, or a
-            folder that is in use.
     """
     sweep = read_sweep(Path(file))
     trials = make_trials(sweep, seed, run_cap)

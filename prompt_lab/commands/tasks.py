@@ -52,10 +52,6 @@ def list_tasks(
             crossfit/random/target.
         root: only tasks with files in this folder; sandbox for the package's own.
         task_file: YAML file with rows for your own tasks.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file or folder; a kind, metric or partition that is
-            not known; or no task that fits all.
     """
     from prompt_lab.data.tasks import load_tasks
 
@@ -107,9 +103,6 @@ def show_task(
         count: how many rows to print.
         shots: K of the file names, or all; the table's if left out.
         task_file: YAML file with rows for your own tasks.
-
-    Raises:
-        FileNotFoundError, ValueError: what lacks, is unknown or cannot be read, in a sentence.
     """
     if count < 1:
         raise ValueError(f"count is {count}: give at least 1")
@@ -158,10 +151,6 @@ def check_tasks(
         tasks: only these tasks; by default all known ones that have a folder there.
         shots: K of the file names, or all; the table's if left out.
         task_file: YAML file with rows for your own tasks.
-
-    Raises:
-        FileNotFoundError, ValueError: no such folder or file, an unknown task, or a folder without
-            that of a known one.
     """
     from prompt_lab.data.tasks import load_tasks
 
