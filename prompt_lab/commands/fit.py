@@ -186,8 +186,8 @@ class PromptLabCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Settings beside model, data and trainer."""
         parser.set_defaults({"model": {"class_path": "PromptTuning"}})
-        # In --help, what is Lightning's comes last.
-        parser._action_groups.sort(key=lambda group: "training via flags" in (group.title or ""))
+        groups: Any = parser._action_groups  # in --help, what is Lightning's comes last
+        groups.sort(key=lambda group: "training via flags" in (group.title or ""))
         parser.add_argument(
             "--run_dir",
             type=str | None,

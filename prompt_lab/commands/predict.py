@@ -105,9 +105,10 @@ def predict_command(
     """
     numbers = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
     numbers |= {"max_input_length": max_input_length, "tokens_per_forward": tokens_per_forward}
-    given = {**numbers, "truncation_side": truncation_side, "template": template, "system": system}
-    given = {k: v for k, v in (given | {"label_score": label_score}).items() if v is not None}
-    check_at_least_one(**{name: given[name] for name in numbers if name in given})
+    check_at_least_one(**{k: number for k, number in numbers.items() if number is not None})
+    given: dict[str, Any] = {**numbers, "truncation_side": truncation_side, "template": template}
+    given |= {"system": system, "label_score": label_score}
+    given = {name: value for name, value in given.items() if value is not None}
     if labels is not None:
         labels = tidy_labels(labels)
         if decoding == "generate":

@@ -257,8 +257,8 @@ def _train_rows(root: str, task: Task, sample: int) -> list[tuple[str, list[str]
 def _print_field(name: str, text: str) -> None:
     """Print a name and a text beside it, wrapped to the terminal."""
     start, width = f"  {name:<10}", max(shutil.get_terminal_size((100, 24)).columns, 40)
-    indents = {"initial_indent": start, "subsequent_indent": " " * len(start)}
-    print(textwrap.fill(text, width, break_on_hyphens=False, **indents))
+    wrapper = textwrap.TextWrapper(width, start, " " * len(start), break_on_hyphens=False)
+    print(wrapper.fill(text))
 
 
 def shorten(text: str) -> str:
@@ -370,8 +370,7 @@ def _check_shots(
             if split != "test" and (what := _off_counts(splits[split], task, shots)):
                 yield at(what, is_error=False)
         for split, lines, what in overlaps(splits):
-            place = {"shots": shots, "sample": sample, "split": split, "line": lines[0]}
-            yield Finding(task.name, _counted(what, lines), **place)
+            yield Finding(task.name, _counted(what, lines), True, shots, sample, split, lines[0])
         if "test" in splits:
             rows = zip(splits["test"].inputs, splits["test"].references, strict=True)
             if readable := sorted(row for row in rows if row[1]):

@@ -180,20 +180,6 @@ def test_a_printed_config_parses_back_to_itself(tiny_file, capsys):
     assert printed_config(capsys, "-c", "printed.yaml") == first
 
 
-def test_later_configs_and_flags_win():
-    Path("a.yaml").write_text(
-        "model: {class_path: PromptTuning, init_args: {learning_rate: 1.0, batch_size: 1}}\n"
-        "data: {tasks: [boolq], samples: [13]}\ntrainer: {max_steps: 10}\n"
-    )
-    Path("b.yaml").write_text("model: {init_args: {batch_size: 2}}\ndata: {samples: [42]}\n")
-    words = ["-c", "a.yaml", "-c", "b.yaml", "--trainer.max_steps=30", "--model.batch_size=3"]
-    config = ParseOnly(["fit", *words]).config.fit
-    assert config.model.init_args.learning_rate == 1.0  # from the first alone
-    assert config.data.samples == [42]  # the second over the first
-    assert config.model.init_args.batch_size == 3  # the flag over both
-    assert config.trainer.max_steps == 30
-
-
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_every_shipped_config_is_parsed(path):
     config = ParseOnly(["fit", "-c", str(path)]).config.fit
@@ -540,12 +526,6 @@ def test_resume_refuses_other_settings_and_names_them(fit, two_steps, capsys, wo
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(told)
     assert contents(Path("r")) == contents(two_steps)
-
-
-def test_resume_does_not_ask_for_settings_that_change_no_number(fit, two_steps):
-    shutil.copytree(two_steps, "r")
-    words = ("--trainer.logger=true", "--trainer.log_every_n_steps=1")
-    assert fit("--run_dir=r", "--resume", "--trainer.max_steps=3", *words) == 0
 
 
 @pytest.mark.parametrize(

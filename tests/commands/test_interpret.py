@@ -121,18 +121,6 @@ def test_the_report_shows_all_figures_and_tokens(made):
     assert "report.html" in printed
 
 
-def test_of_a_grid_the_best_is_read_and_files_that_are_named_are_all(model):
-    grid = [
-        prompt(model, "one", 0, name=f"lr{rate}", learning_rate=rate, dev_score=dev)
-        for rate, dev in ((0.1, 0.4), (0.2, 0.9), (0.3, None))
-    ]
-    PromptStore("fit/prompts").save(grid)
-    save_prompt("lr0.2.safetensors", replace(grid[1], name="lr0.2"))
-    assert command("fit", "lr0.2.safetensors", "--out", "out") == 0
-    assert "2 prompts with a lower dev score are left out" in Path("out/report.md").read_text()
-    assert pd.read_csv("out/prompts.csv")["prompt"].tolist() == ["fit/lr0.2", "lr0.2"]
-
-
 def test_prompts_of_unequal_lengths_are_refused_with_the_choices_and_compared_by_mean(
     model, capsys
 ):

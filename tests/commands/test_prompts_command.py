@@ -15,17 +15,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import HIDDEN
-from lightning.pytorch import Trainer
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from prompt_lab.commands.prompts import export_prompts, import_prompts
 from prompt_lab.core.backbone import Backbone
-from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.files.peft import load_checkpoint, load_peft, save_peft
 from prompt_lab.files.prompts import Prompt, PromptStore, load_prompt, save_prompt
 from prompt_lab.files.results import read_csv
-from prompt_lab.methods.configs import BackboneConfig
 from prompt_lab.methods.prompt_tuning import PromptTuning
 
 Factory = Callable[..., Backbone]
@@ -103,16 +100,6 @@ def test_a_backbone_that_is_given_becomes_the_base_model(
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(model_folder("gpt2"))
     assert config["task_type"] == "CAUSAL_LM"
-
-
-def test_sandbox_prompts_are_exported_by_the_sandbox_config(tmp_path: Path) -> None:
-    model = Backbone.load("sandbox")
-    values = torch.zeros(N, model.hidden_size)
-    save_prompt(tmp_path / "p.safetensors", make(prompt=values, init=values, backbone="sandbox"))
-    (folder,) = export_prompts(str(tmp_path / "p.safetensors"), str(tmp_path / "out"))
-    config = json.loads((folder / "adapter_config.json").read_text())
-    assert config["num_layers"] == model.model.config.num_layers
-    assert config["num_attention_heads"] == model.model.config.num_heads
 
 
 @pytest.mark.parametrize(
@@ -286,34 +273,15 @@ def test_sources_that_are_no_single_prompt_are_refused(
 
 @pytest.fixture(scope="module")
 def fitted(
-    fewshot_root: Path, model_folder: Folders, tmp_path_factory: pytest.TempPathFactory
+    fewshot_root: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[PromptTuning, Path]:
     """Two tasks x two samples x two rates, trained for two steps, and the checkpoint of the fit."""
     folder = tmp_path_factory.mktemp("fit")
-    method = PromptTuning(
-        backbone=BackboneConfig(str(model_folder("t5"))),
-        num_virtual_tokens=N,
-        learning_rate=[0.03, 0.01],
-        batch_size=4,
-    )
-    method.run_dir = folder
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=-1,
-        max_steps=2,
-        val_check_interval=1,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        inference_mode=False,
-        logger=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        default_root_dir=folder,
-    )
-    tasks = ["glue-sst2", "emotion"]
-    trainer.fit(method, datamodule=CrossFitDataModule(tasks, str(fewshot_root), samples=[13, 42]))
+    settings = {"num_virtual_tokens": N, "learning_rate": [0.03, 0.01]}
+    method = make_method(backbone=make_backbone("t5"), **settings)
+    trainer = make_trainer(folder, steps=2, every=1)
+    data = make_data(fewshot_root, ["glue-sst2", "emotion"], [13, 42])
+    trainer.fit(method, datamodule=data)
     trainer.save_checkpoint(folder / "last.ckpt")
     return method, folder / "last.ckpt"
 

@@ -276,16 +276,6 @@ def test_the_list_of_a_partition_names_the_set_of_each_task(capsys):
     assert names == {name for name in found.target if load_tasks()[name].metric == "EM"}
 
 
-def test_tasks_of_a_partition_that_the_table_lacks_are_named(capsys, monkeypatch):
-    """Here two of its tasks are taken out of the table."""
-    lacking = partition("crossfit/random").target[:2]
-    table = {name: task for name, task in load_tasks().items() if name not in lacking}
-    monkeypatch.setattr("prompt_lab.data.tasks.load_tasks", lambda _: table)
-    assert command("list", "--partition", "crossfit/random") == 0
-    error = capsys.readouterr().err
-    assert error == f"prompt-lab: not in the task table: {', '.join(sorted(lacking))}\n"
-
-
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

@@ -152,16 +152,6 @@ def test_of_a_file_that_was_made_to_start_from_the_prompt_itself_is_the_init():
 # ---- apply: which prompts take part --------------------------------------------------------------
 
 
-def test_of_a_grid_the_best_by_dev_takes_part_and_of_equal_ones_the_first():
-    grid = [
-        tuned("emotion", name=name, prompt=draw(at), dev_score=dev)
-        for at, (name, dev) in enumerate([("a", None), ("b", 0.3), ("c", 0.8), ("d", 0.8)], 10)
-    ]
-    save("store", *grid)
-    apply_vectors("emotion", prompts=["store"], out="out")
-    assert written()["emotion_13_seed0"].prompt.equal(draw(12))
-
-
 def test_samples_and_seeds_that_lack_a_task_are_left_out_and_named(capsys):
     save(
         "store", tuned("emotion"), tuned("glue-qnli"), tuned("emotion", 42), tuned("glue-mnli", 87)
