@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import HIDDEN
+from conftest import HIDDEN, make_data, make_trainer
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -23,6 +23,7 @@ from prompt_lab.core.backbone import Backbone
 from prompt_lab.files.peft import load_checkpoint, load_peft, save_peft
 from prompt_lab.files.prompts import Prompt, PromptStore, load_prompt, save_prompt
 from prompt_lab.files.results import read_csv
+from prompt_lab.methods.configs import BackboneConfig
 from prompt_lab.methods.prompt_tuning import PromptTuning
 
 Factory = Callable[..., Backbone]
@@ -273,12 +274,12 @@ def test_sources_that_are_no_single_prompt_are_refused(
 
 @pytest.fixture(scope="module")
 def fitted(
-    fewshot_root: Path, tmp_path_factory: pytest.TempPathFactory
+    fewshot_root: Path, model_folder: Folders, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[PromptTuning, Path]:
     """Two tasks x two samples x two rates, trained for two steps, and the checkpoint of the fit."""
     folder = tmp_path_factory.mktemp("fit")
-    settings = {"num_virtual_tokens": N, "learning_rate": [0.03, 0.01]}
-    method = make_method(backbone=make_backbone("t5"), **settings)
+    settings = {"num_virtual_tokens": N, "learning_rate": [0.03, 0.01], "batch_size": 4}
+    method = PromptTuning(backbone=BackboneConfig(str(model_folder("t5"))), **settings)
     trainer = make_trainer(folder, steps=2, every=1)
     data = make_data(fewshot_root, ["glue-sst2", "emotion"], [13, 42])
     trainer.fit(method, datamodule=data)
