@@ -262,7 +262,7 @@ def test_tags_of_python_in_other_files_are_refused(words, capsys):
 
 
 def test_words_of_a_command_in_a_sweep_file_reach_no_shell(capsys):
-    """Its values are the matter of ``test_sweep_command.py``."""
+    """Its values are the matter of ``test_sweep.py``."""
     stub = "import json, sys; print(json.dumps(sys.argv[1:]), file=open('words.json', 'w'))"
     sweep = {
         "name": SHELL,
