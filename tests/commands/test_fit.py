@@ -20,7 +20,6 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -53,33 +52,22 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny(model_folder: Callable[[str], Path], fewshot_root: Path) -> dict[str, Any]:
-    """Settings of a small fit: one GPT-2 prompt, two steps, an evaluation after each."""
-    return {
-        "model": {
-            "class_path": "PromptTuning",
-            "init_args": {
-                "backbone": {"name": str(model_folder("gpt2"))},
-                "num_virtual_tokens": 4,
-                "learning_rate": 0.05,
-                "batch_size": 4,
-            },
-        },
-        "data": {"root": str(fewshot_root), "tasks": ["glue-sst2"], "samples": [13]},
-        "trainer": {
-            "accelerator": "cpu",
-            "max_steps": 2,
-            "val_check_interval": 1,
-            "logger": False,
-        },
-    }
-
-
-@pytest.fixture(scope="session")
-def tiny_file(tiny: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The settings as a YAML file."""
+def tiny_file(
+    model_folder: Callable[[str], Path],
+    fewshot_root: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> str:
+    """The config of a small fit: one GPT-2 prompt, two steps, an evaluation after each."""
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"
-    path.write_text(yaml.safe_dump(tiny))
+    model = {"backbone": {"name": str(model_folder("gpt2"))}, "num_virtual_tokens": 4}
+    model |= {"learning_rate": 0.05, "batch_size": 4}
+    trainer = {"accelerator": "cpu", "max_steps": 2, "val_check_interval": 1, "logger": False}
+    content = {
+        "model": {"class_path": "PromptTuning", "init_args": model},
+        "data": {"root": str(fewshot_root), "tasks": ["glue-sst2"], "samples": [13]},
+        "trainer": trainer,
+    }
+    path.write_text(yaml.safe_dump(content))
     return str(path)
 
 

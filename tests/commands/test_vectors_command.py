@@ -89,15 +89,6 @@ def test_the_expression_is_evaluated_for_every_sample_and_seed():
         assert prompt.init.equal(qnli.init)
 
 
-def test_the_vector_of_one_task_gives_its_tuned_prompt_and_0_times_it_the_init():
-    apply_vectors("emotion", prompts=[store()], out="one")
-    apply_vectors("emotion", prompts=["store"], out="none", scale=0)
-    for prompt in written("one").values():
-        assert prompt.prompt.equal(tuned("emotion", prompt.sample, prompt.init_seed).prompt)
-    for prompt in written("none").values():
-        assert prompt.prompt.equal(draw(prompt.init_seed or 0))
-
-
 def test_vectors_apply_to_every_different_init_of_another_store():
     """The cross-initialisation matrix: vectors of two seeds, on nine files of three inits."""
     save("vectors", tuned("emotion", 13, 0), tuned("emotion", 13, 1))
@@ -306,17 +297,12 @@ def test_prompts_that_do_not_fit_are_refused_naming_both(change, sentence):
         (("emotion", "--scale", "1e999"), "scale is inf: give a finite number"),
         (("emotion", "--out", "file"), "out is the file file: give a folder"),
         (("emotion", "--out", "foreign"), "damaged or not a safetensors file"),
-        (("emotion", "--prompts", "nowhere"), "no prompt file or folder nowhere: give"),
-        (("emotion", "--prompts", "empty"), "empty holds no prompts: give"),
-        (("emotion", "--init", "nowhere"), "no prompt file or folder nowhere: give"),
-        (("emotion", "--init", "empty"), "empty holds no prompts: give"),
         (("emotion", "--init", "file"), "file: damaged or not a safetensors file"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_1(words, sentence, capsys):
     store()
     Path("file").write_text("text")
-    Path("empty").mkdir()
     Path("foreign").mkdir()
     Path("foreign/x.safetensors").write_text("text")
     given = ["vectors", "apply", words[0], "--prompts", "store", "--out", "out", *words[1:]]
@@ -351,17 +337,6 @@ def test_show_lists_norms_and_cosines(capsys):
             assert cells.pop() == "-"
         numbers = [norm, start, norm / start, cosine][: len(cells)]
         np.testing.assert_allclose([float(cell) for cell in cells], numbers, rtol=1e-3)
-
-
-def test_show_has_no_cosine_or_ratio_where_a_norm_is_0(capsys):
-    flat = torch.zeros(N, HIDDEN)
-    save("store", tuned("a", prompt=flat, init=flat), tuned("b", None, None))
-    save("store", tuned("b", init=flat))
-    show_vectors(["store"])
-    rows = [text.split() for text in capsys.readouterr().out.splitlines()[1:]]
-    assert rows[0] == ["a", "13", "0", "0", "0", "-", "-"]
-    assert rows[1][:3] == ["b", "-", "-"]
-    assert rows[2][-3:] == ["0", "-", "-"]
 
 
 # ---- mix -----------------------------------------------------------------------------------------
@@ -425,8 +400,6 @@ def test_what_cannot_be_mixed_is_refused(capsys):
     for words, sentence in (
         ((file, "--sources", "trec"), "no source prompt of sample 13 in store for trec: tune them"),
         ((file, "--sample", "99"), "no source prompt of sample 99 in store for any task: tune"),
-        (("nowhere",), "no prompt file or folder nowhere: give a prompt file"),
-        ((file, "--prompts", "nowhere"), "no prompt file or folder nowhere: give a prompt file"),
         ((file, "--prompts", "others"), "do not combine: backbone 'someone/some-model' with wei"),
         ((file, "--prompts", "short"), "do not combine: shape 4 x 32 and 3 x 32"),
         ((file, "--prompts", "against"), f"{file}: none of 1 source prompts has a positive simil"),

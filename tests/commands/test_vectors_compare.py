@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prompt_lab.__main__ import main
-from prompt_lab.analysis.vectors import cosine_sections, cosine_table, norm_table
+from prompt_lab.analysis.vectors import cosine_sections, norm_table
 from prompt_lab.files.prompts import FoundPrompt, Prompt, PromptStore
 
 N, D = 4, 6
@@ -77,24 +77,6 @@ def test_entries_are_means_over_pairs_as_in_a_plain_loop(what, same):
             assert row["mean"] == pytest.approx(np.mean(values), rel=1e-9)
             assert row["std"] == pytest.approx(np.std(values, ddof=1), rel=1e-9)
             assert row["pairs"] == len(values)
-
-
-def test_equal_initial_prompts_are_told_by_their_numbers_and_samples_are_not_mixed():
-    init = draw(99, 0)
-    prompts = [tuned("mnli", 0), replace(tuned("mnli", 1), init=init), tuned("mnli", 2)]
-    found = cosine_table({13: sources(*prompts), 42: sources(tuned("mnli", 0, 42))})
-    counts = found.groupby(["what", "same_init"]).size()
-    assert counts["prompts", True] == 1
-    assert counts["prompts", False] == 2
-    (between,) = found.loc[found["what"] == "init", "cosine"]
-    assert between == pytest.approx(
-        cosine(
-            *(
-                flat(tuned("mnli", x), "prompts") * 0 + draw(99, x).double().numpy().ravel()
-                for x in (0, 2)
-            )
-        )
-    )
 
 
 def test_norms_are_those_of_numpy():
