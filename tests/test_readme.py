@@ -113,7 +113,7 @@ def example(words: str) -> str:
 
 
 def test_a_table_of_ones_own_is_that_of_the_report(capsys):
-    folder = ROOT / "tests" / "data" / "report" / "pins" / "prompts"
+    folder = ROOT / "tests" / "analysis" / "report" / "pins" / "prompts"
     code = example("read_csv")
     exec(code.replace("runs/quickstart", str(folder)), {})
     printed = capsys.readouterr().out.split()

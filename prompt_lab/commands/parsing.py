@@ -49,7 +49,8 @@ class PlainHelp(DefaultHelpFormatter):
             return text
         facts = ["required"] if action.required and action.option_strings else []
         plain = r"(Path|(str|int|float|bool)( \| null)?|Optional\[(str|int|float|bool)\]|Literal.*)"
-        if kind and not re.fullmatch(plain, kind):
+        is_shown = kind.startswith("Optional[Literal") and str(action.metavar)[0] == "{"
+        if kind and not is_shown and not re.fullmatch(plain, kind):
             facts.append("type: %(type)s")
         if str(action.default) not in ("None", "False", "", "[]", "Unset"):
             facts.append("default: %(default)s")

@@ -106,7 +106,6 @@ def test_a_backbone_that_is_given_becomes_the_base_model(
 @pytest.mark.parametrize(
     ("source", "settings", "message"),
     [
-        ("store", {"format": "onnx"}, "format is 'onnx'; allowed: peft, tensor"),
         ("nowhere", {}, "no prompt file or folder .*nowhere: give"),
         ("nowhere.ckpt", {}, "no prompt file or folder .*nowhere.ckpt: give"),
         ("empty", {}, "empty holds no prompts: give a prompt file"),

@@ -555,9 +555,9 @@ WITHOUT = ["aim", "--sources", "a", "b", "--number", "1", "--method"]
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ([*ONE, "lost"], "1 of 2 target tasks have no prompt in store: lost; tune them first"),
+        (["lost", *ONE], "1 of 2 target tasks have no prompt in store: lost; tune them first"),
         ([*ONE, "--sources", "near", "aim"], "source and target at once: aim; take it out of one"),
-        ([*ONE, *SOURCES, "odd"], "store hold no task but the targets: name tasks with"),
+        ([*SOURCES, "odd", *ONE], "store hold no task but the targets: name tasks with"),
         ([*ONE, "--number", "9"], "--number is 9, and there are 4 source tasks: give 1 to 4"),
         ([*ONE, "--rank=4"], "rank is 4, but a prompt spans 3 dimensions"),
         (

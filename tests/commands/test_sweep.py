@@ -475,10 +475,10 @@ def planned(values: dict[str, list[Any]], **changes: Any) -> list[Any]:
 
 
 def test_a_grid_is_one_bank_for_each_setting_of_the_rest():
-    lists = {RATE: [0.1, 0.3], SEED: [0, 1, 2], SIZE: [4, 8]}
+    lists = {RATE: [0.1, 0.3], SIZE: [4, 8]}
     found = planned(lists | {TOKENS: [5, 6]})
     assert [fit.whole.settings for fit in found] == [lists | {TOKENS: n} for n in (5, 6)]
-    assert [len(fit.trials) for fit in found] == [12, 12]
+    assert [len(fit.trials) for fit in found] == [4, 4]
 
 
 def test_lists_are_joined_unless_they_share_a_value():
