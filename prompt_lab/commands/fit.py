@@ -85,6 +85,7 @@ METHODS = {
         *(AdapterSubspace, AdapterTuning, FineTuning, VectorArithmetic),
     )
 }
+WORDS = "--config FILE.yaml [--run_dir DIR] [--any.setting value ...]"
 DESCRIPTIONS = {
     "fit": "Train a bank of prompts, or what another method trains, from a YAML config.",
     "validate": "Score the best prompts of a fit on dev.",
@@ -152,15 +153,8 @@ class PromptLabCLI(LightningCLI):
             seed_everything_default=0,
             parser_class=PromptLabParser,
             parser_kwargs={
-                "prog": "prompt-lab",
-                **{
-                    name: {
-                        "usage": f"prompt-lab {name} --config FILE.yaml [--run_dir DIR] "
-                        "[--any.setting value ...]",
-                        "description": text,
-                    }
-                    for name, text in DESCRIPTIONS.items()
-                },
+                name: {"usage": f"prompt-lab {name} {WORDS}", "description": text}
+                for name, text in DESCRIPTIONS.items()
             },
             trainer_defaults={
                 "max_epochs": -1,

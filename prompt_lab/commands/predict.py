@@ -103,6 +103,10 @@ def predict_command(
             default 2048 on a CPU and 16384 on a GPU.
         device: where it runs; auto takes a GPU where there is one.
     """
+    import torch
+
+    from prompt_lab.core.backbone import Backbone
+
     numbers = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
     numbers |= {"max_input_length": max_input_length, "tokens_per_forward": tokens_per_forward}
     check_at_least_one(**{k: number for k, number in numbers.items() if number is not None})
@@ -125,7 +129,12 @@ def predict_command(
     if len({*names}) < len(names):  # then they are told apart by their places
         names = [one.where for one in found]
     ways = _ways(found, labels, decoding, given)
-    model = _load(backbone or _common_backbone(names, found), dtype, device)
+    has_gpu = torch.cuda.is_available()
+    if device == "cuda" and not has_gpu:
+        raise ValueError("device is cuda, but there is no GPU that torch can use: use cpu or auto")
+    if device == "auto":
+        device = "cuda" if has_gpu else "cpu"
+    model = Backbone.load(backbone or _common_backbone(names, found), dtype).to(device)
     bank = [one.load(model).prompt for one in found]
     as_json = format == "jsonl" or (format == "auto" and (out or "").endswith(".jsonl"))
     with nullcontext(sys.stdin.buffer) if source is None else source.open("rb") as raw:
@@ -199,7 +208,7 @@ def _fields(text: str) -> dict[str, Any]:
     return fields
 
 
-# ---- prompts and backbone ------------------------------------------------------------------------
+# ---- answers -------------------------------------------------------------------------------------
 
 
 def _ways(
@@ -255,18 +264,6 @@ def _common_backbone(names: Sequence[str], found: Sequence[FoundPrompt]) -> str:
     if not name:
         raise ValueError(f"{first[name]} does not name its model: give it with --backbone")
     return name
-
-
-def _load(name: str, dtype: Literal["float32", "bfloat16"], device: str) -> Backbone:
-    import torch
-
-    from prompt_lab.core.backbone import Backbone
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is cuda, but there is no GPU that torch can use: use cpu or auto")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Backbone.load(name, dtype).to(device)
 
 
 def _answers(
