@@ -122,8 +122,8 @@ def build_tasks(
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             print(
-                f"interrupted; {bar.n} of {len(chosen)} tasks are finished, run the command again "
-                "for the rest",
+                f"interrupted; {len({built.task for built in done})} of {len(chosen)} tasks are "
+                "finished, run the command again for the rest",
                 file=sys.stderr,
             )
             os._exit(INTERRUPTED)  # threads in a download would hold the process

@@ -162,17 +162,6 @@ def test_faults_of_a_kind_are_counted_once_per_file(root):
     ]
 
 
-def test_a_k_that_the_table_does_not_name_must_be_the_only_one(root):
-    for path in sorted((root / "loose").glob("*_13_*")):
-        shutil.copy(path, str(path).replace("loose_2", "loose_3"))
-    first, *rest = map(str, findings(root, "loose"))
-    which = "say which with data.shots, or shots in its row"
-    assert first == f"error: loose: files for K = 2, 3: {which}"
-    assert {line.split(":")[0] for line in rest} == {"note"}  # two rows where K is 3
-    with pytest.raises(DataError, match="holds files for K = 2, 3"):
-        read_task(root, load_tasks("tasks.yaml")["loose"], 13)
-
-
 def test_where_k_is_all_any_number_of_rows_will_do(root, capsys):
     """Everything else is checked as ever; labels may have unequal numbers of rows, but not none."""
     Path("tasks.yaml").write_text(TABLE.replace("shots: 2", "shots: all"))

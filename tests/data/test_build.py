@@ -339,7 +339,7 @@ def test_a_rare_label_without_a_training_row_is_told(tmp_path, colors):
 
 
 def test_a_k_that_fails_does_not_lose_the_others(tmp_path, task_file, own, capsys):
-    settings = {"sampling": "stratified", "shots": ["2", "6"], "samples": ["100"]}
+    settings = {"sampling": "stratified", "shots": ["2", "6"], "samples": [100]}
     assert build(tmp_path / "out", own, task_file, tasks=["colors"], **settings) == 1
     assert {name.split("_")[1] for name in contents(tmp_path / "out")} == {"6"}
     assert "colors: 2 rows cannot hold all 3 labels" in capsys.readouterr().err
