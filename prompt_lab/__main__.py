@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser, Namespace
@@ -24,9 +24,9 @@ from jsonargparse import ArgumentParser, Namespace
 from prompt_lab.commands.parsing import NULLS, PlainParser, plain_warnings
 
 TRAINER_COMMANDS = {
-    "fit": ("cli.run", "train a bank of prompts from a YAML config"),
-    "validate": ("cli.run", "score the best prompts of a fit on dev"),
-    "test": ("cli.run", "score the best prompts of a fit on test, write results.csv"),
+    "fit": ("fit.run", "train a bank of prompts from a YAML config"),
+    "validate": ("fit.run", "score the best prompts of a fit on dev"),
+    "test": ("fit.run", "score the best prompts of a fit on test, write results.csv"),
 }
 USAGES = {
     "COMMAND --config FILE.yaml [--run_dir DIR] [--any.setting value ...]": TRAINER_COMMANDS,
@@ -119,14 +119,9 @@ def _function(command: str) -> Callable[..., Any]:
 def _run(command: str, words: list[str]) -> int:
     """Run a function with the settings that the words give it."""
     plain_warnings()
-    function = _function(command)
     settings = vars(make_parser(command).parse_args(words))
-    parameters = inspect.signature(function, eval_str=True).parameters
-    for name, value in settings.items():  # a list takes any words, which the parser does not read
-        if type(None) in get_args(parameters[name].annotation) and value in [[w] for w in NULLS]:
-            settings[name] = None
     try:
-        done = function(**settings)
+        done = _function(command)(**settings)
         for path in done if isinstance(done, list) else [done]:
             if isinstance(path, Path):
                 print(path)
@@ -147,6 +142,9 @@ class _FunctionParser(PlainParser):
 
     def validate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> None:
         """As always but for null, which was checked when its flag was read."""
+        for name, value in vars(namespace).items():  # the words of a list, which nobody read
+            if value in [[word] for word in NULLS] and self.get_default(name) is None:
+                namespace[name] = None
         given = {name: value for name, value in vars(namespace).items() if value is not None}
         super().validate(Namespace(given), *args, **kwargs)
 
@@ -162,18 +160,28 @@ def make_parser(command: str) -> ArgumentParser:
         allow_abbrev=False,
     )
     parameters = inspect.signature(function, eval_str=True).parameters
+    needed = []  # words that the usage shows
     for place, (name, parameter) in enumerate(parameters.items()):
-        settings: dict[str, Any] = {"type": parameter.annotation, "help": helps[name]}
-        if list[str] in (parameter.annotation, *get_args(parameter.annotation)):
-            settings |= {"type": str, "nargs": "+"}
-        elif parameter.annotation is bool:
-            settings |= {"nargs": "?", "const": True}
+        kind, flag = parameter.annotation, f"--{name}"
+        settings: dict[str, Any] = {"type": kind, "help": helps[name]}
+        for option in (kind, *get_args(kind)):
+            if get_origin(option) is list:
+                settings |= {"type": get_args(option)[0], "nargs": "+"}
+            elif option is not kind and get_origin(option) is Literal:  # or null
+                settings["metavar"] = f"{{{','.join(get_args(option))}}}"
+        if kind is bool:
+            settings |= {"nargs": "?", "const": True, "metavar": "true"}
         if parameter.default is not parameter.empty:
-            parser.add_argument(f"--{name}", default=parameter.default, **settings)
+            settings["default"] = parameter.default
         elif place == 0 and parameter.kind is not parameter.KEYWORD_ONLY:
-            parser.add_argument(name, metavar=name.upper().removesuffix("S"), **settings)
+            flag = name
+            settings["metavar"] = name.upper().removesuffix("S")
+            needed.append(settings["metavar"] + " ..." * ("nargs" in settings))
         else:
-            parser.add_argument(f"--{name}", required=True, **settings)
+            settings["required"] = True
+            needed.append(f"{flag} {name.upper()}")
+        parser.add_argument(flag, **settings)
+    parser.usage = " ".join([parser.prog, *needed, "[--setting value ...]"])
     return parser
 
 

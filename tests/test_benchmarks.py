@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from prompt_lab.commands.cli import METHODS
+from prompt_lab.commands.fit import METHODS
 
 FOLDER = Path(__file__).parent / "benchmarks"
 GOALS = {

@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from prompt_lab.__main__ import COMMANDS, TRAINER_COMMANDS, make_parser
-from prompt_lab.commands.cli import ParseOnly
+from prompt_lab.commands.fit import ParseOnly
 
 tomllib = pytest.importorskip("tomllib", reason="the pins are for Python 3.11 and newer")
 
@@ -117,39 +117,32 @@ def test_no_secret_is_written_down():
 # ---- the constraints -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dependency", dependencies(), ids=lambda dependency: dependency.name)
-def test_every_dependency_is_pinned_within_its_bounds(dependency):
-    pin = pins()[canonicalize_name(dependency.name)]
-    assert dependency.specifier.contains(pin)
-    assert pin.local is None  # so that it fits the CUDA build and the CPU build of torch
+def test_dependencies_and_what_they_need_are_pinned_within_their_bounds():
+    """Reference: the requirements of those of the pinned libraries that are installed here."""
+    versions, waiting, seen = pins(), dependencies(), set()
+    for dependency in waiting:
+        pin = versions[canonicalize_name(dependency.name)]
+        assert dependency.specifier.contains(pin)
+        assert pin.local is None  # so that it fits the CUDA build and the CPU build of torch
+    while waiting:
+        requirement = waiting.pop()
+        name, extras = canonicalize_name(requirement.name), ("", *sorted(requirement.extras))
+        assert name in versions
+        if (name, extras) in seen or not is_installed(name, versions[name]):
+            continue
+        seen.add((name, extras))
+        waiting += [
+            other
+            for other in map(Requirement, requires(name) or [])
+            if other.marker is None or any(other.marker.evaluate({"extra": e}) for e in extras)
+        ]
 
 
-def _is_installed(name: str, pin: Version) -> bool:
+def is_installed(name: str, pin: Version) -> bool:
     try:
         return Version(version(name)).public == pin.public
     except PackageNotFoundError:
         return False
-
-
-def test_what_the_dependencies_need_is_pinned_too():
-    """Reference: the requirements of those of the pinned libraries that are installed here."""
-    versions, waiting, seen = pins(), dependencies(), set()
-    while waiting:
-        requirement = waiting.pop()
-        name = canonicalize_name(requirement.name)
-        extras = ("", *sorted(requirement.extras))
-        if (name, extras) in seen:
-            continue
-        seen.add((name, extras))
-        assert name in versions
-        if not _is_installed(name, versions[name]):
-            continue
-        needed = [Requirement(line) for line in requires(name) or []]
-        waiting += [
-            other
-            for other in needed
-            if other.marker is None or any(other.marker.evaluate({"extra": e}) for e in extras)
-        ]
 
 
 # ---- the commands --------------------------------------------------------------------------------
@@ -162,21 +155,16 @@ def documented() -> list[str]:
     return re.findall(r"^docker run .* prompt-lab:local (.*)", text, re.MULTILINE)
 
 
-def commands() -> list[list[str]]:
+def test_every_command_parses(monkeypatch):
     """The words that the services and the comments give to ``prompt-lab``."""
-    own = [service["command"] for service in SERVICES.values() if "entrypoint" not in service]
-    return [*own, *(shlex.split(line) for line in documented())]
-
-
-@pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_every_command_parses(words, monkeypatch):
     monkeypatch.chdir(ROOT)
-    if words[0] in COMMANDS.keys() - TRAINER_COMMANDS.keys():
-        parsed = make_parser(words[0]).parse_args(words[1:])
-        assert Path(parsed.file).is_file()
-        return
-    config = ParseOnly(words).config
-    assert config[config.subcommand].run_dir.startswith("runs/")
+    own = [service["command"] for service in SERVICES.values() if "entrypoint" not in service]
+    for words in [*own, *map(shlex.split, documented())]:
+        if words[0] in COMMANDS.keys() - TRAINER_COMMANDS.keys():
+            assert Path(make_parser(words[0]).parse_args(words[1:]).file).is_file()
+        else:
+            config = ParseOnly(words).config
+            assert config[config.subcommand].run_dir.startswith("runs/")
 
 
 def test_there_are_services_for_one_gpu_several_gpus_and_sweeps():

@@ -27,7 +27,7 @@ import yaml
 from safetensors.torch import save_file
 
 from prompt_lab.__main__ import main
-from prompt_lab.commands import cli
+from prompt_lab.commands import fit as cli
 from prompt_lab.commands.sweep import make_trials, read_sweep, sweep_command, trial_folder
 from prompt_lab.files.peft import load_checkpoint
 from prompt_lab.files.prompts import PromptStore, load_prompt

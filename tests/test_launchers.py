@@ -21,7 +21,7 @@ from conftest import make_backbone, make_data, make_method, make_trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 
-from prompt_lab.commands import cli
+from prompt_lab.commands import fit as cli
 from prompt_lab.files.results import read_csv
 
 OWN = [sys.executable, "-m", "prompt_lab"]

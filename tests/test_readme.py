@@ -166,7 +166,7 @@ def test_commands_on_the_prompts_of_the_quickstart_run(quickstart):
 def test_commands_parse(words, tmp_path, monkeypatch):
     """Every command is understood by the real command line, up to running it."""
     from prompt_lab.__main__ import COMMANDS, TRAINER_COMMANDS, make_parser
-    from prompt_lab.commands.cli import ParseOnly
+    from prompt_lab.commands.fit import ParseOnly
 
     program, *words = words
     if program != "prompt-lab":  # its files are there
@@ -182,8 +182,7 @@ def test_commands_parse(words, tmp_path, monkeypatch):
             return
     monkeypatch.chdir(ROOT)
     words = ["configs/quickstart.yaml" if "config-fit.yaml" in word else word for word in words]
-    cli = ParseOnly(words)
-    assert cli.config.subcommand == words[0]
+    assert ParseOnly(words).config.subcommand == words[0]
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))

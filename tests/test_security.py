@@ -1,7 +1,7 @@
 """What comes from strangers does not run code, reach a shell, or leave its folder.
 
 Every payload makes a folder ``exploded`` in the current folder when it runs. What a config may name
-is told in the docstring of ``prompt_lab.commands.cli``.
+is told in the docstring of ``prompt_lab.commands.fit``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import yaml
 
 import prompt_lab
 from prompt_lab.__main__ import main
-from prompt_lab.commands import cli
+from prompt_lab.commands import fit as cli
 from prompt_lab.commands.sweep import sweep_command
 from prompt_lab.files.prompts import Prompt, PromptStore, save_prompt
 
@@ -262,7 +262,7 @@ def test_tags_of_python_in_other_files_are_refused(words, capsys):
 
 
 def test_words_of_a_command_in_a_sweep_file_reach_no_shell(capsys):
-    """Its values are the matter of ``test_sweep_command.py``."""
+    """Its values are the matter of ``test_sweep.py``."""
     stub = "import json, sys; print(json.dumps(sys.argv[1:]), file=open('words.json', 'w'))"
     sweep = {
         "name": SHELL,

@@ -65,24 +65,19 @@ class EvaluationLines(Callback):
 
 
 class FitReport(Callback):
-    """Prints and logs at the end of a fit how fast it was, and its peak memory.
+    """Prints and logs at the end of a fit how fast it was, and its peak memory (``figures``).
 
-    The figures are of the steps that this call of ``fit`` made; one that made none, or that was
+    They are of the steps that this call of ``fit`` made; one that made none, or that was
     interrupted, prints nothing.
 
-    - Tokens are those of the inputs and targets of the steps' rows, without padding and prompts.
-      Each row that a method reads counts once, however many passes it makes over it. Processes of
-      a job sum theirs.
+    - Tokens are those of the inputs and targets of the steps' rows, without padding and prompts,
+      each row once, however many passes a method makes over it; processes of a job sum theirs.
     - Steps and tokens per second are over the time from the first step to the last, evaluations
       left out; making batches and writing checkpoints is in it.
-    - Runs per second are over the whole fit: steps, evaluations, and writing what was trained, but
-      not loading backbone and data. A fit that was resumed did not train whole runs and has none,
-      as methods that train something else than runs.
-    - Memory is what tensors took on a GPU, else the peak resident size of the process, which
-      Python and its libraries are part of; of several processes, that of the largest.
-
-    Attributes:
-        figures: what is logged; empty before the end of a fit.
+    - Runs per second are over the whole fit but loading backbone and data. A fit that was resumed
+      has none, as methods that train something else than runs.
+    - Memory is what tensors took on a GPU, else the peak resident size of the process, libraries
+      included; of several processes, that of the largest.
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -149,17 +144,16 @@ class FitReport(Callback):
         }
         what = f"{self.runs} {'run' if self.runs == 1 else 'runs'} " if self.runs else ""
         start = f"from step {self.first_step} " if self.first_step else ""
-        whole = ""
         if self.runs and not self.first_step:
             rates["runs_per_second"] = self.runs / seconds
-            whole = f", {_short(rates['runs_per_second'])} runs/s"
+        said = {name: _short(rate) for name, rate in rates.items()}
+        whole = f", {said['runs_per_second']} runs/s" if "runs_per_second" in said else ""
         self.figures = {f"fit/{name}": rate for name, rate in rates.items()}
         print(
             f"trained {what}{start}in {_short(seconds)} s{whole}: {self.steps} steps in "
-            f"{_short(self.training)} s, {_short(rates['steps_per_second'])} steps/s, "
-            f"{_short(rates['tokens_per_second'])} tokens/s; evaluation "
-            f"{_short(self.evaluating)} s; peak memory {'' if self.on_gpu else 'of the process '}"
-            f"{_short(rates['peak_memory_gb'])} GB",
+            f"{_short(self.training)} s, {said['steps_per_second']} steps/s, "
+            f"{said['tokens_per_second']} tokens/s; evaluation {_short(self.evaluating)} s; peak "
+            f"memory {'' if self.on_gpu else 'of the process '}{said['peak_memory_gb']} GB",
             flush=True,
         )
         for logger in trainer.loggers:

@@ -1,4 +1,4 @@
-"""What the parsers of all commands share: null in every spelling, and errors of one sentence.
+"""What the parsers of all commands share: null in every spelling, short errors, plain help.
 
 By flag, in a file or in a sweep, ``null``, ``~`` and ``None`` are null, also where a setting may be
 any text; what cannot be null refuses it. jsonargparse alone passes the value of a nested flag on as
@@ -8,13 +8,16 @@ Python's ``str`` of it, as a wandb agent does with all values: null as the text 
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 import warnings
+from argparse import Action
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, get_loader, set_loader
 
+USAGE = "prompt-lab COMMAND [--setting value ...]"
 NULLS = ("null", "Null", "NULL", "~", "None")
 """The words for null."""
 
@@ -33,16 +36,44 @@ def _load_with_null(text: str) -> Any:
 set_loader("yaml", _load_with_null, (yaml.YAMLError,))
 
 
+class PlainHelp(DefaultHelpFormatter):
+    """Paragraphs stay; types and defaults are told where they say something, classes by name."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        parts = text.split("\n\n")
+        return "\n\n".join(super(PlainHelp, self)._fill_text(x, width, indent) for x in parts)
+
+    def _get_help_string(self, action: Action) -> str:
+        text, kind = super()._get_help_string(action), self._get_type_str(action) or ""
+        if not text.endswith(")") or text == action.help:
+            return text
+        facts = ["required"] if action.required and action.option_strings else []
+        plain = r"(Path|(str|int|float|bool)( \| null)?|Optional\[(str|int|float|bool)\]|Literal.*)"
+        is_shown = kind.startswith("Optional[Literal") and str(action.metavar)[0] == "{"
+        if kind and not is_shown and not re.fullmatch(plain, kind):
+            facts.append("type: %(type)s")
+        if str(action.default) not in ("None", "False", "", "[]", "Unset"):
+            facts.append("default: %(default)s")
+        classes = re.findall(r"[\w.]+\.\w+", text.partition("known subclasses: ")[2])
+        known = [name.rpartition(".")[2] for name in classes if ".commands." not in name]
+        facts += [f"known: {', '.join(known)}"] * bool(known)
+        return f"{action.help} ({', '.join(facts)})" if facts else action.help or ""
+
+    def _expand_help(self, action: Action) -> str:
+        marks = r":\w+:`[~.]?(?:[\w.]+\.)?(\w+)`|``(.+?)``"  # of reStructuredText
+        return re.sub(marks, lambda found: found[1] or found[2], super()._expand_help(action))
+
+
 class PlainParser(ArgumentParser):
     """Says what is wrong in one sentence instead of the whole usage, with the nearest flag."""
 
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **{"formatter_class": PlainHelp, "usage": USAGE, **settings})
+
     def validate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> None:
-        """As always, and refuse null where the parser lets it through.
+        """As always, and refuse null where the parser lets it through (``TypeError``).
 
         It gives the word to settings of any text, and does not check a group of settings.
-
-        Raises:
-            TypeError: naming the setting.
         """
         super().validate(namespace, *args, **kwargs)
         groups = [name for name in self.groups or () if namespace.get(name, "") is None]

@@ -13,23 +13,18 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
-from prompt_lab.core.prediction import (
-    check_at_least_one,
-    label_scores,
-    predict,
-    tidy_labels,
-)
+from prompt_lab.core.prediction import check_at_least_one, label_scores, predict, tidy_labels
 from prompt_lab.core.text import check_template
 from prompt_lab.data.files import BREAK
+from prompt_lab.files.prompts import FoundPrompt, find_prompts
 from prompt_lab.files.tensors import write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from prompt_lab.core.backbone import Backbone
-    from prompt_lab.files.prompts import FoundPrompt
 
 CHUNK = 1024
 """Lines that are answered at a time; within them rows are sorted by length."""
@@ -38,23 +33,19 @@ OUTPUT_FIELDS = ("prompt", "prediction", "scores")
 """What is added to the fields of a jsonl input."""
 
 DEFAULTS = {
-    **{"max_new_tokens": 64, "num_beams": 1},
+    **{"max_new_tokens": 64, "num_beams": 1, "label_score": "sum"},
     **{"max_input_length": 512, "truncation_side": "right", "template": "plain"},
 }
 """Of prompts whose files do not say, such as imported ones."""
+
+Line = tuple[str, dict[str, Any]]
+"""An input without spaces around it, and the fields that a jsonl output repeats."""
 
 Way = tuple[list[str] | None, dict[str, Any]]
 """How a prompt answers: labels, None for generation, and the other arguments of predict."""
 
 Answer = tuple[str | None, dict[str, float | None] | None]
 """The text, and the log-likelihood of every label where labels were scored and are asked for."""
-
-
-class Line(NamedTuple):
-    """One line of input: its text without spaces around it, and what a jsonl output repeats."""
-
-    text: str
-    fields: dict[str, Any]
 
 
 def predict_command(
@@ -110,42 +101,48 @@ def predict_command(
             default as tested, or else sum.
         tokens_per_forward: most padded tokens of one forward pass; bounds memory, not results; by
             default 2048 on a CPU and 16384 on a GPU.
-        device: auto takes a GPU where there is one.
-
-    Raises:
-        FileNotFoundError, ValueError: what lacks, does not fit or cannot be read, in a sentence.
+        device: where it runs; auto takes a GPU where there is one.
     """
-    given: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
-    given["max_input_length"] = max_input_length
-    numbers = {"tokens_per_forward": tokens_per_forward, **given}
-    check_at_least_one(**{name: number for name, number in numbers.items() if number is not None})
-    given |= {"truncation_side": truncation_side, "template": template, "system": system}
-    given["label_score"] = label_score
+    import torch
+
+    from prompt_lab.core.backbone import Backbone
+
+    numbers = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
+    numbers |= {"max_input_length": max_input_length, "tokens_per_forward": tokens_per_forward}
+    check_at_least_one(**{k: number for k, number in numbers.items() if number is not None})
+    given: dict[str, Any] = {**numbers, "truncation_side": truncation_side, "template": template}
+    given |= {"system": system, "label_score": label_score}
     given = {name: value for name, value in given.items() if value is not None}
     if labels is not None:
         labels = tidy_labels(labels)
         if decoding == "generate":
             raise ValueError("labels are scored and decoding is generate: leave one of them out")
-    if label_score is not None:
-        from prompt_lab.core.candidates import check_label_score
-
-        check_label_score(label_score, decoding == "generate")
     if template == "plain":
         check_template(template, system)
     source = _check_input(input)
     if out is not None and Path(out).is_dir():
         raise ValueError(f"out is the folder {out}: give a file")
-    names, found = _find_prompts(prompts)
+    found = find_prompts(*prompts)
+    for one in found:
+        one.check_answers_alone()
+    names = [str(one.metadata["name"]) for one in found]
+    if len({*names}) < len(names):  # then they are told apart by their places
+        names = [one.where for one in found]
     ways = _ways(found, labels, decoding, given)
-    model = _load(backbone or _common_backbone(names, found), dtype, device)
+    has_gpu = torch.cuda.is_available()
+    if device == "cuda" and not has_gpu:
+        raise ValueError("device is cuda, but there is no GPU that torch can use: use cpu or auto")
+    if device == "auto":
+        device = "cuda" if has_gpu else "cpu"
+    model = Backbone.load(backbone or _common_backbone(names, found), dtype).to(device)
     bank = [one.load(model).prompt for one in found]
     as_json = format == "jsonl" or (format == "auto" and (out or "").endswith(".jsonl"))
     with nullcontext(sys.stdin.buffer) if source is None else source.open("rb") as raw:
         lines, written = list(read_lines(raw, source)), []
     for at in range(0, len(lines), CHUNK):
         chunk = lines[at : at + CHUNK]
-        texts = [line.text for line in chunk if line.text]
-        answers = _answers(model, bank, ways, texts, tokens_per_forward, with_scores=as_json)
+        texts = [text for text, _ in chunk if text]
+        answers = _answers(model, bank, ways, texts, with_scores=as_json)
         written += _written(names, chunk, answers, as_json)
         if out is None:
             print("".join(written), end="", flush=True)
@@ -154,52 +151,11 @@ def predict_command(
         write_atomically(out, "".join(written).encode())
 
 
-def read_lines(raw: Iterable[bytes], path: Path | None = None) -> Iterator[Line]:
-    r"""The inputs of a file or stream whose lines end in ``\n`` or ``\r\n``.
-
-    They are bytes, JSON objects if ``path`` ends with .jsonl; without it from standard input.
-
-    Raises:
-        ValueError: a line that is not UTF-8, has a tab (text) or is not an object with the text
-            "input" (jsonl); naming file, line and reason.
-    """
-    parse = _parse_json if path is not None and path.suffix == ".jsonl" else _parse_text
-    for number, data in enumerate(raw, 1):
-        try:
-            text = data.decode("utf-8").removesuffix("\n").removesuffix("\r")
-            line = parse(text.removeprefix("\ufeff") if number == 1 else text)
-            line.text.encode()  # JSON can hold half a character
-        except ValueError as error:
-            reason = "not valid UTF-8" if isinstance(error, UnicodeError) else error
-            raise ValueError(f"{path or 'standard input'}, line {number}: {reason}") from None
-        yield line
-
-
-def _parse_text(text: str) -> Line:
-    if "\t" in text:
-        raise ValueError(
-            "the line holds a tab, so it may be a row with answers: give inputs only (cut -f1), or "
-            "a .jsonl file"
-        )
-    return Line(text.replace(BREAK, "\n").strip(), {"input": text})
-
-
-def _parse_json(text: str) -> Line:
-    if not text.strip():
-        return Line("", {"input": ""})
-    try:
-        fields = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON ({error.msg}, column {error.colno})") from None
-    if not isinstance(fields, dict) or not isinstance(fields.get("input"), str):
-        raise ValueError('not an object with a text "input", such as {"input": "some text"}')
-    taken = [name for name in OUTPUT_FIELDS if name in fields]
-    if taken:
-        raise ValueError(f"the field {taken[0]!r} would be overwritten by the answer: rename it")
-    return Line(fields["input"].strip(), fields)
+# ---- input ---------------------------------------------------------------------------------------
 
 
 def _check_input(given: str | None) -> Path | None:
+    """The file of the inputs, None for standard input."""
     if given is None and sys.stdin.isatty():
         raise ValueError("no input: name a file with --input, or pipe lines in")
     if given is None or given == "-":
@@ -212,15 +168,47 @@ def _check_input(given: str | None) -> Path | None:
     return path
 
 
-def _find_prompts(given: Sequence[str]) -> tuple[list[str], list[FoundPrompt]]:
-    """Names and prompts; where names repeat, prompts are named by their places."""
-    from prompt_lab.files.prompts import find_prompts
+def read_lines(raw: Iterable[bytes], path: Path | None = None) -> Iterator[Line]:
+    r"""The inputs of a file or stream whose lines end in ``\n`` or ``\r\n``.
 
-    found = find_prompts(*given)
-    for one in found:
-        one.check_answers_alone()
-    names = [str(one.metadata["name"]) for one in found]
-    return (names if len({*names}) == len(names) else [one.where for one in found]), found
+    They are bytes, JSON objects if ``path`` ends with .jsonl; without it from standard input.
+
+    Raises:
+        ValueError: a line that is not UTF-8, has a tab (text) or is not an object with the text
+            "input" (jsonl); naming file, line and reason.
+    """
+    is_json = path is not None and path.suffix == ".jsonl"
+    for number, data in enumerate(raw, 1):
+        try:
+            text = data.decode("utf-8").removesuffix("\n").removesuffix("\r")
+            text = text.removeprefix("\ufeff") if number == 1 else text
+            fields = _fields(text) if is_json else {"input": text.replace(BREAK, "\n")}
+            if not is_json and "\t" in text:
+                raise ValueError(
+                    "the line holds a tab, so it may be a row with answers: give inputs only (cut "
+                    "-f1), or a .jsonl file"
+                )
+            fields["input"].encode()  # JSON can hold half a character
+        except ValueError as error:
+            reason = "not valid UTF-8" if isinstance(error, UnicodeError) else error
+            raise ValueError(f"{path or 'standard input'}, line {number}: {reason}") from None
+        yield fields["input"].strip(), fields if is_json else {"input": text}
+
+
+def _fields(text: str) -> dict[str, Any]:
+    """The fields of a line of JSON."""
+    try:
+        fields = json.loads(text) if text.strip() else {"input": ""}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON ({error.msg}, column {error.colno})") from None
+    if not isinstance(fields, dict) or not isinstance(fields.get("input"), str):
+        raise ValueError('not an object with a text "input", such as {"input": "some text"}')
+    if taken := [name for name in OUTPUT_FIELDS if name in fields]:
+        raise ValueError(f"the field {taken[0]!r} would be overwritten by the answer: rename it")
+    return fields
+
+
+# ---- answers -------------------------------------------------------------------------------------
 
 
 def _ways(
@@ -243,9 +231,8 @@ def _ways(
         own["system"] = given.get("system", kept)
         scored = (decoding or row.get("decoding") or "score") == "score"
         choice = labels or ((row.get("labels") or (known and known.labels)) if scored else None)
-        score = given.get("label_score") or row.get("label_score") or "sum"
-        check_label_score(score, not choice and "label_score" in given)
-        own["label_score"] = score if choice else "sum"
+        check_label_score(own["label_score"], not choice and "label_score" in given)
+        own |= {} if choice else {"label_score": "sum"}
         ways.append((list(choice) if choice else None, own))
         if task and known is None and not row.get("decoding"):
             unknown.add(task)
@@ -279,40 +266,26 @@ def _common_backbone(names: Sequence[str], found: Sequence[FoundPrompt]) -> str:
     return name
 
 
-def _load(name: str, dtype: Literal["float32", "bfloat16"], device: str) -> Backbone:
-    import torch
-
-    from prompt_lab.core.backbone import Backbone
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is cuda, but there is no GPU that torch can use: use cpu or auto")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Backbone.load(name, dtype).to(device)
-
-
 def _answers(
     model: Backbone,
     bank: Sequence[Tensor],
     ways: Sequence[Way],
     texts: Sequence[str],
-    tokens_per_forward: int | None,
     with_scores: bool,
 ) -> list[list[Answer]]:
     """For every text its R answers; prompts that answer in one way do so together."""
     answers: list[list[Answer]] = [[(None, None)] * len(bank) for _ in texts]
     for at, (labels, own) in enumerate(ways):
-        if ways[at] in ways[:at] or not texts:
+        if (labels, own) in ways[:at] or not texts:
             continue
-        places = [place for place, way in enumerate(ways) if way == ways[at]]
+        places = [place for place, way in enumerate(ways) if way == (labels, own)]
         prompts = [bank[place] for place in places]
-        settings = {"tokens_per_forward": tokens_per_forward, **own}
         if labels is not None and with_scores:
-            del settings["max_new_tokens"], settings["num_beams"]
-            scores = label_scores(model, prompts, texts, labels, **settings).tolist()
+            own = {k: v for k, v in own.items() if k not in ("max_new_tokens", "num_beams")}
+            scores = label_scores(model, prompts, texts, labels, **own).tolist()
             found = [[_best(labels, row) for row in of_text] for of_text in scores]
         else:
-            plain = predict(model, prompts, texts, labels, **settings)
+            plain = predict(model, prompts, texts, labels, **own)
             found = [[(text, None) for text in of_text] for of_text in plain]
         for whole, part in zip(answers, found, strict=True):
             for place, answer in zip(places, part, strict=True):
@@ -331,13 +304,12 @@ def _written(
 ) -> Iterator[str]:
     """A line per input, a column per prompt; or a JSON object per input and prompt."""
     found = iter(found)
-    for line in chunk:
-        answers = next(found) if line.text else [(None, None)] * len(names)
+    for line, fields in chunk:
+        answers = next(found) if line else [(None, None)] * len(names)
         if not as_json:
             yield "\t".join(" ".join((text or "").split()) for text, _ in answers) + "\n"
             continue
         for name, (text, scores) in zip(names, answers, strict=True):
-            row = {**line.fields, "prompt": name, "prediction": text}
-            yield (
-                json.dumps(row | ({"scores": scores} if scores else {}), ensure_ascii=False) + "\n"
-            )
+            row = {**fields, "prompt": name, "prediction": text}
+            row |= {"scores": scores} if scores else {}
+            yield json.dumps(row, ensure_ascii=False) + "\n"

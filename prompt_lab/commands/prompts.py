@@ -1,4 +1,4 @@
-"""``export``, ``import`` and ``vectors show | compare | apply | mix``: prompts in, prompts out.
+"""The commands ``export``, ``import`` and ``vectors show | compare | apply | mix``.
 
 ``vectors apply`` makes sums of task prompt vectors (Belanec et al. 2024, arXiv 2408.01119), ``mix``
 a start for a target task from source prompts (SPoT, Vu et al. 2022, arXiv 2110.07904, section 3).
@@ -53,10 +53,10 @@ def export_prompts(
 ) -> list[Path]:
     """Write prompts for PEFT, or as plain tensors for servers that take prompt embeddings.
 
-    A single prompt file becomes the PEFT folder ``out``; of a store, a fit or a checkpoint each
-    prompt becomes the folder ``out/NAME``. As a tensor a prompt becomes ``out/NAME.safetensors``
-    with one tensor ``prompt_embeds`` (N, D) float32; a single prompt file also ``out`` itself, if
-    that ends with .safetensors.
+    A single prompt file becomes the PEFT folder OUT; of a store, a fit or a checkpoint each prompt
+    becomes the folder OUT/NAME. As a tensor a prompt becomes OUT/NAME.safetensors with one tensor
+    prompt_embeds (N, D) float32; a single prompt file also OUT itself, if that ends with
+    .safetensors.
 
     Args:
         source: prompt file, prompt store, folder of a fit, PEFT folder, or checkpoint of a fit.
@@ -64,16 +64,9 @@ def export_prompts(
         format: peft for a folder that PEFT loads, tensor for one plain tensor.
         names: only the prompts of these names; all by default.
         backbone: hub id or folder to write as the base model; by default the one of each prompt.
-
-    Raises:
-        FileNotFoundError: a source or a prompt that is not there.
-        ValueError: a source of another kind, a prompt that does not answer alone, a target that
-            exists, or a backbone whose config cannot be had or that has another width.
     """
     from prompt_lab.files.peft import save_peft, save_plain
 
-    if format not in ("peft", "tensor"):
-        raise ValueError(f"format is {format!r}; allowed: peft, tensor")
     single = is_single(source)
     known = {one.metadata["name"] if single else one.stem: one for one in find_prompts(source)}
     chosen = dict.fromkeys(known if names is None else names)
@@ -86,19 +79,31 @@ def export_prompts(
     prompts = [replace(known[name].load(), name=name) for name in chosen]
     if backbone is not None:
         prompts = [replace(prompt, backbone=backbone) for prompt in prompts]
-    targets = _targets(prompts, Path(out), format, single)
-    facts = {name: _model_facts(name) for name in {p.backbone for p in prompts} if format == "peft"}
+    folder, is_file = Path(out), out.endswith(".safetensors")
+    if is_file and not (single and format == "tensor"):
+        raise ValueError(f"{out}: give a folder; only a single prompt as a tensor becomes a file")
+    targets = [PromptStore(folder).path(name) for name in chosen]  # refuses bad names
+    if single and (is_file or format == "peft"):
+        targets = [folder]
+    elif format == "peft":
+        targets = [target.with_suffix("") for target in targets]
+    for target in targets:
+        if any(target.iterdir()) if target.is_dir() else target.exists():
+            raise ValueError(f"{target}: there already and not overwritten; choose another folder")
+    if format == "tensor":
+        for prompt, target in zip(prompts, targets, strict=True):
+            save_plain(target, prompt)
+        return targets
+    facts = {name: _model_facts(name) for name in {prompt.backbone for prompt in prompts}}
     for prompt in prompts:
-        if facts and (width := prompt.prompt.shape[1]) != facts[prompt.backbone][0]:
+        width, needed = prompt.prompt.shape[1], facts[prompt.backbone][0]
+        if width != needed:
             raise ValueError(
                 f"{prompt.name}: prompt of width {width}, but backbone {prompt.backbone!r} has "
-                f"hidden size {facts[prompt.backbone][0]}"
+                f"hidden size {needed}"
             )
     for prompt, target in zip(prompts, targets, strict=True):
-        if format == "peft":
-            save_peft(target, prompt, *facts[prompt.backbone][1:])
-        else:
-            save_plain(target, prompt)
+        save_peft(target, prompt, *facts[prompt.backbone][1:])
     return targets
 
 
@@ -130,11 +135,6 @@ def import_prompts(
         template: chat for a prompt that was trained on chats by the tokenizer's template; by
             default what the source says, or else plain.
         system: system text of those chats.
-
-    Raises:
-        FileNotFoundError: no such source.
-        ValueError: a source that holds no single prompt, a backbone that is not known, cannot be
-            loaded or does not fit, or a target that exists.
     """
     from prompt_lab.core.backbone import Backbone
     from prompt_lab.files.peft import is_peft, load_peft, read_prompt
@@ -174,22 +174,8 @@ def import_prompts(
     return path
 
 
-def _targets(prompts: Sequence[Prompt], out: Path, format: str, single: bool) -> list[Path]:
-    is_file = out.suffix == ".safetensors"
-    if is_file and not (single and format == "tensor"):
-        raise ValueError(f"{out}: give a folder; only a single prompt as a tensor becomes a file")
-    targets = [PromptStore(out).path(prompt.name) for prompt in prompts]  # refuses bad names
-    if single and (is_file or format == "peft"):
-        targets = [out]
-    elif format == "peft":
-        targets = [target.with_suffix("") for target in targets]
-    for target in targets:
-        if any(target.iterdir()) if target.is_dir() else target.exists():
-            raise ValueError(f"{target}: there already and not overwritten; choose another folder")
-    return targets
-
-
 def _model_facts(name: str) -> tuple[int, Literal["SEQ_2_SEQ_LM", "CAUSAL_LM"], int, int]:
+    """Width, kind for PEFT, layers and heads of a backbone, by its config."""
     from transformers import AutoConfig
 
     from prompt_lab.sandbox import ASSETS, SANDBOX
@@ -217,9 +203,6 @@ def show_vectors(prompts: list[str]) -> None:
 
     Args:
         prompts: prompt stores, folders of fits, prompt files or checkpoints.
-
-    Raises:
-        FileNotFoundError, ValueError: no tuned prompts there, or such as do not combine.
     """
     import pandas as pd
     import torch
@@ -230,13 +213,12 @@ def show_vectors(prompts: list[str]) -> None:
     for (sample, seed), own in groups.items():
         for task, one in own.items():
             others = [other.vector for name, other in own.items() if name != task]
-            vector, init, cosine = one.vector, one.prompt.init.double().norm().item(), math.nan
-            if others:
-                mean = torch.stack(others).mean(0)
-                cosine = ((vector * mean).sum() / (vector.norm() * mean.norm())).item()
-            size = vector.norm().item()
-            ratio = size / init if init > 0 else math.nan
-            rows.append((task, sample, seed, size, init, ratio, cosine))
+            vector, init = one.vector, one.prompt.init.double().norm()
+            mean = torch.stack(others or [0 * vector]).mean(0)
+            cosine = (vector * mean).sum() / (vector.norm() * mean.norm())  # NaN where one is 0
+            ratio = vector.norm() / init if init > 0 else torch.tensor(math.nan)
+            numbers = (vector.norm(), init, ratio, cosine)
+            rows.append((task, sample, seed, *(number.item() for number in numbers)))
     names = ["task", "sample", "seed", "vector", "init", "ratio", "cosine to others"]
     table = pd.DataFrame(rows, columns=names).astype({"sample": "Int64", "seed": "Int64"})
     table = table.sort_values("task", kind="stable").astype(object).where(table.notna(), "-")
@@ -259,9 +241,6 @@ def compare_vectors(prompts: list[str], *, out: str) -> list[Path]:
         prompts: prompt stores, folders of fits, prompt files or checkpoints, with tuned prompts of
             several tasks or seeds.
         out: folder for pictures and tables.
-
-    Raises:
-        FileNotFoundError, ValueError, NotADirectoryError: what lacks or is wrong, in a sentence.
     """
     from prompt_lab.analysis.sections import check_folder, markdown, write_report
     from prompt_lab.analysis.vectors import cosine_sections
@@ -314,9 +293,6 @@ def apply_vectors(
         scale: factor of the whole expression, the paper's lambda.
         task: task that the written prompts are for; by default the one of the expression, and none
             where there are several.
-
-    Raises:
-        FileNotFoundError, ValueError: what lacks, does not combine or is there already.
     """
     factors = parse_expression(expression)
     if not math.isfinite(scale):
@@ -392,9 +368,6 @@ def mix_prompts(
         out: prompt store to write to; made if it is not there.
         sources: source tasks, or sets of partitions; by default all of the stores but the target.
         sample: few-shot sample of the source prompts; by default that of the target prompt.
-
-    Raises:
-        FileNotFoundError, ValueError: what lacks, does not combine or is there already.
     """
     import torch
 

@@ -1,9 +1,8 @@
 """The commands ``prompt-lab select`` and ``select evaluate``: which source tasks to learn from.
 
-The rankings are those of `prompt_lab.core.similarity` on tuned prompts, and three that need none
-(Lin et al. 2024): SIZE, the rows of the source's training set; SEMB, the cosine of mean sentence
-embeddings of training inputs (section 4.2, after Poth et al. 2021); RANDOM. No model is loaded but
-SEMB's sentence encoder. How well rankings predict transfer is in `prompt_lab.analysis.selection`.
+Rankings by tuned prompts and measures of rankings are in `prompt_lab.analysis.selection`, rankings
+that need no prompts in `prompt_lab.analysis.data_rankings`. No model is loaded but a sentence
+encoder.
 """
 
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportReturnType=false
@@ -18,12 +17,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from prompt_lab.data.files import list_files, read_lines
 from prompt_lab.data.partitions import expand_sets
 from prompt_lab.files.prompts import FoundPrompt, TaskSample, best_prompts
 from prompt_lab.files.results import text_table
 from prompt_lab.files.tensors import write_atomically
-from prompt_lab.sandbox import SANDBOX, TASKS, rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,10 +31,7 @@ Method = Literal[
     "frobenius", "size", "semb", "random",
 ]  # fmt: skip
 
-CHUNK = 1024
-"""Inputs that are embedded at a time."""
-
-_MOST_STEPS, _SANDBOX_SAMPLE = 10, 100
+_MOST_STEPS = 10
 
 
 def select_command(
@@ -78,21 +72,17 @@ def select_command(
         sources: tasks or sets to choose among; without it all tasks of the stores but the targets.
         method: what ranks the sources.
         number: how many source tasks to choose.
-        choose: highest, lowest or random.
-        seed: seed of random.
+        choose: which of the ranking - the highest, the lowest, or random ones.
+        seed: seed of random choices and of the method random.
         rank: dimensions of each subspace; without it as many as energy needs.
         energy: share of a prompt's squared norm that its subspace keeps, above 0 and at most 1.
         root: folder of few-shot files, or sandbox, for size and semb.
         encoder: id or folder of a sentence-transformers model, for semb.
         out: YAML file to write with the chosen tasks as data.tasks, a further --config of a fit.
-
-    Raises:
-        FileNotFoundError, ValueError, IsADirectoryError: tasks or files that lack, in a sentence.
     """
-    import pandas as pd
     import yaml
 
-    from prompt_lab.analysis.selection import PROMPT_RANKINGS, rank_by_prompts
+    from prompt_lab.analysis.selection import PROMPT_RANKINGS
 
     if out is not None and Path(out).is_dir():
         raise IsADirectoryError(f"--out {out} is a folder: name a file")
@@ -113,23 +103,17 @@ def select_command(
             f"--number is {number}, and there are {len(names)} source tasks: give 1 to {len(names)}"
         )
     if method in PROMPT_RANKINGS:
-        sides = _loaded(files, wanted, names)
-        flags = {"energy": energy, "rank": rank} if method == "subspace" else {}
-        ranked, legend = rank_by_prompts(method, *sides, **flags), PROMPT_RANKINGS[method][2]
-        if method == "subspace":
-            legend += _chance(sides, flags)
+        subspace = {"energy": energy, "rank": rank} if method == "subspace" else {}
+        ranked, legend = _by_prompts(method, _loaded(files, wanted, names), subspace)
     else:
-        pairs = pd.MultiIndex.from_product([wanted, names], names=["target", "source"])
-        ranked = pairs.to_frame(index=False).assign(std=math.nan, count=1, same_sample=True)
-        ranked["similarity"], legend = _without_prompts(method, ranked, root, encoder, seed)
+        ranked, legend = _by_data(method, wanted, names, root, encoder, seed)
     means = ranked.groupby("source")["similarity"].agg(similarity="mean", std="std", count="size")
     means = _sorted(means.reset_index().assign(same_sample=True))
     order = means["source"].tolist()
-    chosen = {
-        "highest": order[:number],
-        "lowest": order[::-1][:number],
-        "random": random.Random(seed).sample(sorted(order), number),
-    }[choose]
+    chosen = order[::-1] if choose == "lowest" else order
+    if choose == "random":
+        chosen = random.Random(seed).sample(sorted(order), number)
+    chosen = chosen[:number]
     print(f"{legend}\n")
     for target in wanted:
         print(f"{target}\n{_ranking_text(_sorted(ranked[ranked['target'] == target]))}\n")
@@ -179,29 +163,26 @@ def evaluate_command(
 
     Args:
         transfer: CSV tables, results.csv files, folders with such, or paper.
-        prompts: prompt stores, folders of fits, prompt files or checkpoints: adds all rankings by
+        prompts: prompt stores, folders of fits, prompt files or checkpoints; adds all rankings by
             prompts.
-        similarity: CSV tables as of transfer, with similarities instead of scores: adds a ranking
+        similarity: CSV tables as of transfer, with similarities instead of scores; adds a ranking
             for each, by the name of its file.
-        root: folder of few-shot files, or sandbox: adds size, where no table has it.
-        encoder: id or folder of a sentence-transformers model: adds semb, on the files of root.
-        steps: folders of fits of the target tasks with model.save_steps: the target prompts of each
-            step rank the source prompts too; then the targets need no prompt among prompts.
+        root: folder of few-shot files, or sandbox; adds size, where no table has it.
+        encoder: id or folder of a sentence-transformers model; adds semb, on the files of root.
+        steps: folders of fits of the target tasks with model.save_steps; the target prompts of each
+            step rank the source prompts too, and the targets need no prompt among prompts.
         seeds: mean judges the scores averaged over seeds, as the paper's equations; each judges
             every seed by itself and averages the measures, as its code. At saved steps, each judges
             every target prompt by the scores of its own sample.
         out: folder for the report.
-
-    Raises:
-        FileNotFoundError, ValueError, NotADirectoryError: what lacks or is wrong, in a sentence.
     """
     import pandas as pd
 
     from prompt_lab.analysis import selection, selection_sections
+    from prompt_lab.analysis.data_rankings import rank_by_data
     from prompt_lab.analysis.sections import check_folder, write_report
 
-    if out is not None:
-        check_folder(out)
+    folder = None if out is None else check_folder(out)
     if steps and not prompts:
         raise ValueError("--steps needs prompts of the source tasks: give their stores: --prompts")
     table, notes = selection.read_transfer(transfer)
@@ -212,11 +193,10 @@ def evaluate_command(
     if sizes:
         found.append(pairs.assign(ranking="size", similarity=pairs["source"].map(sizes)))
     for method in ["size"] * bool(root and not sizes) + ["semb"] * bool(encoder):
-        found.append(pairs.assign(ranking=method))
-        found[-1]["similarity"], _ = _without_prompts(method, pairs, root, encoder)
+        values, _ = rank_by_data(method, pairs, root, encoder)
+        found.append(pairs.assign(ranking=method, similarity=values))
     files = best_prompts(prompts or [])
-    tuned = {task for task, _ in files}
-    untuned = [target for target in targets if steps and target not in tuned]
+    untuned = [task for task in targets if steps and task not in {tuned for tuned, _ in files}]
     if prompts:
         _check_prompts("evaluate", [] if untuned else targets, sources, files, prompts)
     if prompts and not untuned:
@@ -228,8 +208,7 @@ def evaluate_command(
         means = selection.read_table(file).groupby(["target", "source"])["score"].mean()
         found.append(means.rename("similarity").reset_index().assign(ranking=name))
     rankings = pd.concat(found, ignore_index=True)
-    judged = selection.evaluate(table, rankings, seeds)
-    by_step = None
+    judged, by_step, more = selection.evaluate(table, rankings, seeds), None, []
     if steps:
         saved, more = selection.find_steps(steps, targets)
         by_step = selection.evaluate_steps(table, saved, files, seeds)
@@ -250,22 +229,14 @@ def evaluate_command(
         print(f"without a final prompt, so judged at saved steps alone: {', '.join(untuned)}")
     if by_step is not None:
         _tell_steps(selection_sections.mean_measures(by_step, ("step", "ranking"))[0], more)
-    if out is None:
+    if folder is None:
         return []
-    shown = files if prompts and not untuned else None
-    sections = selection_sections.selection_sections(table, rankings, judged, by_step, shown)
-    return write_report([*sections], Path(out))
+    tuned = files if prompts and not untuned else None
+    sections = selection_sections.selection_sections(table, rankings, judged, by_step, tuned)
+    return write_report([*sections], folder)
 
 
-def _loaded(
-    files: dict[TaskSample, FoundPrompt], *sides: list[str]
-) -> list[dict[TaskSample, Tensor]]:
-    """The prompts of targets and of sources."""
-    from prompt_lab.analysis.selection import load_prompts
-
-    asked = {task for side in sides for task in side}
-    found = load_prompts({key: one for key, one in files.items() if key[0] in asked})
-    return [{key: x for key, x in found.items() if key[0] in side} for side in sides]
+# ---- rankings ------------------------------------------------------------------------------------
 
 
 def _check_prompts(
@@ -286,79 +257,56 @@ def _check_prompts(
             )
 
 
-# ---- without prompts -----------------------------------------------------------------------------
+def _loaded(
+    files: dict[TaskSample, FoundPrompt], *sides: list[str]
+) -> list[dict[TaskSample, Tensor]]:
+    """The prompts of targets and of sources."""
+    from prompt_lab.analysis.selection import load_prompts
+
+    asked = {task for side in sides for task in side}
+    found = load_prompts({key: one for key, one in files.items() if key[0] in asked})
+    return [{key: x for key, x in found.items() if key[0] in side} for side in sides]
 
 
-def _without_prompts(
-    method: str, pairs: pd.DataFrame, root: str | None, encoder: str | None, seed: int = 0
-) -> tuple[pd.Series, str]:
-    """Similarities of pairs by size, sentence embeddings or at random; and how to read them."""
-    if method == "size":
-        rows = _training_inputs(root, [*pairs["source"].unique()])
-        return pairs["source"].map(lambda x: len(rows[x])), "rows of the source's training file"
-    if method == "random":
-        legend = f"random numbers of seed {seed}, which know nothing of the tasks"
-        return pairs["source"].map(lambda x: random.Random(f"{seed} {x}").random()), legend
+def _by_prompts(
+    method: str, sides: list[dict[TaskSample, Tensor]], subspace: dict[str, Any]
+) -> tuple[pd.DataFrame, str]:
+    """The pairs of targets and sources with their similarity, and how to read it."""
     import numpy as np
 
-    if encoder is None:
-        raise ValueError("semb needs a sentence encoder: give its id or folder with --encoder")
-    texts = _training_inputs(root, list(dict.fromkeys([*pairs["target"], *pairs["source"]])))
-    try:
-        import sentence_transformers  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ValueError(
-            "semb needs the package sentence-transformers: pip install 'prompt-lab[semb]'"
-        ) from None
-    model, units = sentence_transformers.SentenceTransformer(encoder), {}
-    for task, rows in texts.items():
-        parts = [rows[at : at + CHUNK] for at in range(0, len(rows), CHUNK)]
-        sums = [np.sum(model.encode(x, show_progress_bar=False), 0, dtype=float) for x in parts]
-        units[task] = np.sum(sums, 0) / np.linalg.norm(np.sum(sums, 0))
-    values = pairs.apply(lambda x: float(units[x["target"]] @ units[x["source"]]), axis=1)
-    return values, f"cosine of the mean embeddings of training inputs by {encoder}, -1 to 1"
+    from prompt_lab.analysis.selection import PROMPT_RANKINGS, rank_by_prompts
+    from prompt_lab.core.similarity import subspaces
 
-
-def _training_inputs(root: str | None, tasks: Sequence[str]) -> dict[str, list[str]]:
-    """Inputs of the training file of each task: that of the largest K, of its samples the first."""
-    if root is None:
-        raise ValueError("size and semb read training files: name their folder with --root")
-    found: dict[str, list[str]] = {}
-    if root != SANDBOX and not Path(root).is_dir():
-        raise FileNotFoundError(f"no folder {root}: name the data root with --root")
-    for task in tasks:
-        folder = Path(root) / task
-        if root == SANDBOX and task in TASKS:
-            found[task] = [row[0] for row in rows(task, _SANDBOX_SAMPLE, "train")]
-        files = list_files(folder) if root != SANDBOX and folder.is_dir() else []
-        if files := [(k, sample) for k, sample, split in files if split == "train"]:
-            k, sample = next(one for one in files if one[0] == files[-1][0])
-            path = folder / f"{task}_{k}_{sample}_train.tsv"
-            found[task] = [fields[0] for fields in read_lines(path, path.read_bytes())]
-    if missing := [task for task in tasks if task not in found]:
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(tasks)} tasks have no training file in {root}: "
-            f"{', '.join(missing)}; prompt-lab tasks build makes them"
+    ranked, legend = rank_by_prompts(method, *sides, **subspace), PROMPT_RANKINGS[method][2]
+    if subspace:
+        ours, theirs = (
+            [subspaces(prompt[None], **subspace)[0].shape for prompt in side.values()]
+            for side in sides
         )
-    return found
+        width, sizes = ours[0][0], sorted({size for _, size in (*ours, *theirs)})
+        largest = np.maximum.outer([size for _, size in ours], [size for _, size in theirs])
+        legend += (
+            f": {' to '.join(map(str, dict.fromkeys((sizes[0], sizes[-1]))))} of {width} "
+            "dimensions; between random subspaces of these sizes about "
+            f"{math.sqrt(largest.mean() / width):.3f}"
+        )
+    return ranked, legend
+
+
+def _by_data(
+    method: str, targets: list[str], sources: list[str], root: str | None, *given: Any
+) -> tuple[pd.DataFrame, str]:
+    import pandas as pd
+
+    from prompt_lab.analysis.data_rankings import rank_by_data
+
+    pairs = pd.MultiIndex.from_product([targets, sources], names=["target", "source"])
+    ranked = pairs.to_frame(index=False).assign(std=math.nan, count=1, same_sample=True)
+    ranked["similarity"], legend = rank_by_data(method, ranked, root, *given)
+    return ranked, legend
 
 
 # ---- what is told --------------------------------------------------------------------------------
-
-
-def _chance(sides: Sequence[dict[TaskSample, Tensor]], flags: dict[str, Any]) -> str:
-    import numpy as np
-
-    from prompt_lab.core.similarity import subspaces
-
-    found = [[subspaces(x[None], **flags)[0] for x in side.values()] for side in sides]
-    one, other = ([len(x.T) for x in side] for side in found)
-    width, sizes = len(found[0][0]), sorted({*one, *other})
-    chance = math.sqrt(np.maximum.outer(one, other).mean() / width)
-    return (
-        f": {' to '.join(map(str, sizes[:1] + sizes[1:][-1:]))} of {width} dimensions; between "
-        f"random subspaces of these sizes about {chance:.3f}"
-    )
 
 
 def _sorted(ranked: pd.DataFrame) -> pd.DataFrame:

@@ -3,20 +3,19 @@
 It starts each trial (``sweep_trials.py``) with the words that a wandb agent would give it, plus a
 folder of its own by ``--run_dir``. The folder has a digest of the settings as name and holds a
 marker once the fit has ended, so that the same command run again skips what is done, resumes a fit
-that was interrupted and goes on. Trials run one at a time. The digest does not cover the content of
-a config file that the command names: after a change of it take another folder.
+that was interrupted and goes on. The digest does not cover the content of a config file that the
+command names: after a change of it take another folder.
 
-``PromptTuning`` trains a bank: tasks, samples, initialisation seeds, learning rates, batch sizes
-and source tasks may be lists, and every run of their product follows the run alone, up to the
-rounding of float32. So trials that are equal in all other settings and a full product of these are
-one fit with lists. It is itself a trial, and is done, interrupted or failed as one; its folder
-keeps in ``bank.json`` whose runs are whose. Where the command line's own parser does not say that
-the bank is the same as its trials, each trial is a fit.
+``PromptTuning`` trains a bank: every run of the product of its lists follows the run alone, up to
+the rounding of float32. So trials that are equal in all but :data:`AXES`, and a full product of
+these, are one fit with lists, where the command line's own parser says that its runs are theirs. It
+is itself a trial, done, interrupted or failed as one; ``bank.json`` tells whose runs are whose.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -25,33 +24,24 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 from prompt_lab.commands.sweep_trials import Sweep, Trial, make_trial, make_trials, read_sweep
-from prompt_lab.core.run import grid
-from prompt_lab.files.results import (
-    BASELINES,
-    RESULT_COLUMNS,
-    best_by_dev,
-    read_csv,
-    text_table,
-)
+from prompt_lab.files.results import BASELINES, RESULT_COLUMNS, best_by_dev, read_csv, text_table
 from prompt_lab.files.tensors import held, write_atomically, write_csv
 
-BANK, MARKER = "bank.json", "trial.json"
+BANK, MARKER, LOG = "bank.json", "trial.json", "log.txt"
 AXES = ("data.tasks", "data.samples", "model.init_seed", "model.learning_rate")
 AXES += ("model.batch_size", "model.init.source_tasks")
-"""The settings that may be lists in a bank, in the order of :func:`prompt_lab.core.run.grid`."""
+"""The settings that may be lists in a bank."""
 PROMPT_TUNING = ("prompt_lab.PromptTuning", "prompt_lab.methods.prompt_tuning.PromptTuning")
 COUPLING = ("callbacks", "plugins", "max_time", "detect_anomaly")
 COUPLING += ("limit_test_batches", "overfit_batches", "fast_dev_run")
 """Settings of the trainer by which a run could feel the others."""
-LOG = "log.txt"
 TAIL_LINES, TAIL_BYTES = 10, 20_000
 PATIENCE = 10.0
 """Seconds that a trial has to end after SIGTERM."""
@@ -87,22 +77,16 @@ def sweep_command(
     fit with lists, in one folder, where they make a full product. Run again, the command skips what
     is done, resumes a fit that was interrupted from its last checkpoint, and runs those that failed
     again. At the end sweep.csv has a line per trial, with its own scores and the seconds of its
-    fit, and results.csv the lines of all fits' results.csv.
+    fit, and results.csv the lines of all fits' results.csv. The exit status is 0 if all trials are
+    done, 1 if some are not, 130 after Ctrl-C.
 
     Args:
         file: the sweep file.
         run_dir: folder of the sweep; by default runs/ and the name of the file without its ending.
-        seed: of the draws of method random; the draws of a trial depend on it and on the trial's
-            number only.
+        seed: seed of the draws of method random; a draw depends on it, on the trial's number and on
+            the name of the parameter only.
         run_cap: most trials; by default the file's run_cap. Method random needs one.
-        dry_run: true prints the commands, one per fit, and runs nothing.
-
-    Returns:
-        0 if all trials are done, 1 if some are not, 130 after Ctrl-C.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: something in the file that cannot be run here, or a folder that is in use.
+        dry_run: print the commands, one per fit, and run nothing.
     """
     sweep = read_sweep(Path(file))
     trials = make_trials(sweep, seed, run_cap)
@@ -115,35 +99,22 @@ def sweep_command(
     if shutil.which(program) is None:
         raise ValueError(f"no program {program!r}: command begins with it in {file}")
     with held(root, "another sweep, or by a trial that one left behind") as lock:
-        return _run_all(sweep, trials, plan_fits(sweep, trials, root), root, lock)
-
-
-# ---- folders -------------------------------------------------------------------------------------
+        fits = plan_fits(sweep, trials, root)
+        stopped = not _run_all(sweep, trials, fits, root, lock)
+        return _report(sweep, trials, fits, root, stopped)
 
 
 def trial_folder(root: Path, trial: Trial) -> Path:
-    """The folder of a trial: the one that has its digest already, or else a new one's name.
-
-    Args:
-        root: folder of the sweep.
-        trial: the trial; after a change of the file it may have had another number.
-    """
+    """The folder of a trial: the one that has its digest, whatever its number, or a new one's."""
     found = sorted(root.glob(f"*-{trial.digest}"))
     return found[0] if found else root / f"{trial.number}-{trial.digest}"
 
 
 def trial_state(folder: Path) -> tuple[str, float | None]:
-    """State of a trial and the seconds that its last process took, as its folder tells them.
+    """State of a trial by its folder, and the seconds that its last process took if it ended.
 
-    Args:
-        folder: the folder of the trial.
-
-    Returns:
-        ``done`` (ended with status 0), ``failed`` (another status), ``interrupted`` (started, did
-        not end by itself) or ``not run``; the seconds of the first two.
-
-    Raises:
-        ValueError: a marker that is damaged.
+    The state is ``done`` (ended with status 0), ``failed`` (another status), ``interrupted``
+    (started, did not end by itself) or ``not run``. A ``ValueError`` for a damaged marker.
     """
     path = folder / MARKER
     if not path.is_file():
@@ -161,28 +132,17 @@ def trial_state(folder: Path) -> tuple[str, float | None]:
 
 
 def plan_fits(sweep: Sweep, trials: Sequence[Trial], root: Path) -> list[Fit]:
-    """The fits that train the trials, each trial in one of them.
+    """The fits that train the trials, each trial in one of them, in the order of the trials.
 
-    Banks and trials that have a folder there keep it, whatever else the file asks for by now; a
-    bank only while all its trials are in the file. The trials of a bank that failed are then alone,
-    since one of them may have failed it.
-
-    Args:
-        sweep: the file.
-        trials: its trials.
-        root: folder of the sweep; it need not be there.
-
-    Returns:
-        The fits in the order of their first trials.
-
-    Raises:
-        ValueError: a ``bank.json`` that is damaged.
+    Banks and trials that have a folder below ``root`` keep it, whatever else the file asks for by
+    now; a bank only while all its trials are in the file. The trials of a bank that failed are then
+    alone, since one of them may have failed it. A ``ValueError`` for a damaged ``bank.json``.
     """
     fits, failed = _kept_banks(sweep, trials, root)
     kept = {trial.digest for fit in fits for trial in fit.trials}
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
-        rest = {n: value for n, value in trial.settings.items() if _axis(n) not in AXES}
+        rest = {n: v for n, v in trial.settings.items() if n.replace(".init_args", "") not in AXES}
         is_alone = trial.digest in failed or trial_folder(root, trial).is_dir()
         if trial.digest not in kept:
             key = trial.digest if is_alone else json.dumps(rest)
@@ -223,25 +183,16 @@ def _kept_banks(sweep: Sweep, trials: Sequence[Trial], root: Path) -> tuple[list
     return fits, failed
 
 
-def _axis(name: str) -> str:
-    """The setting that a parameter sets, by its short name."""
-    return name.replace("model.init_args.", "model.", 1)
-
-
-def _items(value: Any) -> list[Any]:
-    """The values of a list, or the one value."""
-    return value if isinstance(value, list) else [value]
-
-
 def _bank(sweep: Sweep, members: Sequence[Trial]) -> Fit | None:
-    """The bank of trials that are equal in all but the axes; None where there is none."""
-    settings, size = dict(members[0].settings), 1
+    """The bank of trials that are equal in all but the axes, if they are a full product."""
+    settings, sizes = dict(members[0].settings), []
     for name in settings:
-        values = {str(trial.settings[name]): trial.settings[name] for trial in members}
-        size *= len(values)
+        values = {str(trial.settings[name]): trial.settings[name] for trial in members}.values()
+        sizes.append(len(values))
         if len(values) > 1:
-            settings[name] = [item for value in values.values() for item in _items(value)]
-    if len(members) == 1 or size != len(members):
+            lists = [value if isinstance(value, list) else [value] for value in values]
+            settings[name] = [item for own in lists for item in own]
+    if len(members) == 1 or math.prod(sizes) != len(members):
         return None
     whole = make_trial(sweep, members[0].number, list(settings.values()))
     runs = runs_of_trials(whole, members)
@@ -251,71 +202,36 @@ def _bank(sweep: Sweep, members: Sequence[Trial]) -> Fit | None:
 def runs_of_trials(whole: Trial, members: Sequence[Trial]) -> dict[str, list[str]] | None:
     """Names of the runs of each trial of a bank, by its digest.
 
-    Args:
-        whole: the bank, with lists as settings.
-        members: trials that differ from it in these settings only.
-
-    Returns:
-        The names, of which each is one trial's, or None where the bank would not be the same as its
-        trials alone, or nobody can say.
+    None where they are not, together, those of the bank, or nobody can say.
     """
-    config = _parsed(whole.words)
-    if config is None or config.model.class_path not in PROMPT_TUNING or config.ckpt_path:
+    every = _run_names(whole.words)
+    own = [_run_names(trial.words) for trial in members] if every else []
+    if not every or None in own or sorted(n for runs in own for n in runs or ()) != sorted(every):
         return None
-    if any(config.trainer[name] not in (None, [], False) for name in COUPLING):
-        return None
-    model = config.model.init_args
-    sources = None if model.subspace else model.init.source_tasks  # a subspace knows none
-    sources = [""] if sources is None else [" ".join(source.split()) for source in sources]
-    runs_over = (model.init_seed, model.learning_rate, model.batch_size)
-    values = (config.data.tasks, config.data.samples, *map(_items, runs_over), sources)
-    axes: dict[str, list[Any]] = dict(zip(AXES, values, strict=True))
-    own = {trial.digest: dict(axes) for trial in members}
-    try:
-        for name, given in whole.settings.items():
-            axis = _axis(name)
-            if axis not in AXES or given is None:
-                continue
-            parsed = axes[axis]
-            typed = {str(g): p for g, p in zip(_items(given), parsed, strict=True)}
-            if [type(p)(g) for g, p in zip(_items(given), parsed, strict=True)] != parsed:
-                return None  # another word of the command sets it
-            for trial in members:
-                value = trial.settings[name]
-                if axis in ("data.tasks", "data.samples") or axis == AXES[-1]:
-                    value = value if isinstance(value, list) else None  # which is refused
-                own[trial.digest][axis] = [typed[str(v)] for v in _items(value)]
-        runs = {digest: _run_names(axes) for digest, axes in own.items()}
-        every = _run_names(axes)
-    except (ValueError, TypeError, KeyError):  # a value out of range, twice, or without a name
-        return None
-    return runs if sorted(name for own in runs.values() for name in own) == sorted(every) else None
+    return {trial.digest: runs or [] for trial, runs in zip(members, own, strict=True)}
 
 
-def _parsed(words: Sequence[str]) -> Any:
-    """The settings of a fit as the real command line parses them; None where it is no such fit."""
+def _run_names(words: Sequence[str]) -> list[str] | None:
+    """The names of the runs of a fit of ``PromptTuning``, as the real command line makes them."""
     program = [sys.executable, "-m", "prompt_lab"]
-    if words[0] != "prompt-lab" and list(words[:3]) != program:
+    launched = _launched(words)
+    if launched[:3] != program:
         return None
-    arguments = words[1:] if words[0] == "prompt-lab" else words[3:]
-    from prompt_lab.commands.cli import ParseOnly
+    from prompt_lab.commands.fit import ParseOnly
+    from prompt_lab.data.datamodule import CrossFitDataModule
+    from prompt_lab.methods.prompt_tuning import PromptTuning
 
-    silent = StringIO()  # what is wrong is told when the trial is run
     try:
-        with redirect_stdout(silent), redirect_stderr(silent):
-            config = ParseOnly([*arguments, "--seed_everything=false"]).config
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # said when it is run
+            config = ParseOnly(launched[3:]).config.fit
+            is_alone = any(config.trainer[name] not in (None, [], False) for name in COUPLING)
+            if is_alone or config.ckpt_path or config.model.class_path not in PROMPT_TUNING:
+                return None
+            data = CrossFitDataModule(**config.data.as_dict())
+            method = PromptTuning(**config.model.init_args.as_dict())
+            return [run.name for run in method.make_runs(data)]
     except (Exception, SystemExit):
         return None
-    return config.fit if config.subcommand == "fit" else None
-
-
-def _run_names(axes: Mapping[str, list[Any]]) -> list[str]:
-    """The names of all runs of a bank; a value out of range or a set not known: ValueError."""
-    from prompt_lab.data.partitions import expand_sets
-
-    tasks, samples, seeds, rates, sizes, sources = (axes[name] for name in AXES)
-    runs = grid(expand_sets(tasks), samples, seeds, rates, sizes, expand_sets(sources))
-    return [run.name for run in runs]
 
 
 # ---- running -------------------------------------------------------------------------------------
@@ -323,10 +239,9 @@ def _run_names(axes: Mapping[str, list[Any]]) -> list[str]:
 
 def _run_all(
     sweep: Sweep, trials: Sequence[Trial], fits: Sequence[Fit], root: Path, lock: int
-) -> int:
-    """Run what is not done, print and write the tables; returns the exit status."""
-    folders = [trial_folder(root, fit.whole) for fit in fits]
-    placed = list(zip(fits, folders, strict=True))
+) -> bool:
+    """Run what is not done, and tell; whether nobody stopped it."""
+    placed = [(fit, trial_folder(root, fit.whole)) for fit in fits]
     done = sum(len(fit.trials) for fit, folder in placed if trial_state(folder)[0] == "done")
     count = "1 fit" if len(fits) == 1 else f"{len(fits)} fits"
     banks = f" in {count}" if len(fits) < len(trials) else ""
@@ -335,12 +250,10 @@ def _run_all(
         f"{done} done before"
     )
     print("".join(f"{note}\n" for note in sweep.notes), end="", flush=True)
-    varying = _varying(trials)
-    stopped = False
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for place, (fit, folder) in enumerate(placed, 1):
-            settings = " ".join(f"{name}={fit.whole.settings[name]}" for name in varying)
+            settings = " ".join(f"{name}={fit.whole.settings[name]}" for name in _varying(trials))
             print(f"{place}/{len(fits)}  {settings}  ", end="", flush=True)
             if trial_state(folder)[0] == "done":
                 print(f"{_outcome(fit, folder)} (before)", flush=True)
@@ -349,12 +262,12 @@ def _run_all(
             print(_outcome(fit, folder), flush=True)
             if trial_state(folder)[0] != "done":
                 print(f"{ended}; its last lines in {folder / LOG}:\n{_tail(folder / LOG)}")
+        return True
     except KeyboardInterrupt:
-        stopped = True
         print("stopped")
+        return False
     finally:
         signal.signal(signal.SIGTERM, before)
-    return _report(sweep, trials, fits, root, stopped)
 
 
 def _run_fit(fit: Fit, folder: Path, lock: int) -> str:
@@ -362,10 +275,9 @@ def _run_fit(fit: Fit, folder: Path, lock: int) -> str:
 
     Only a fit that was interrupted is resumed: what led a failed one astray may be in its state.
     """
-    trial = fit.whole
     again = {"interrupted": ["--resume=true"], "failed": ["--overwrite=true"]}
-    words = [*trial.words, f"--run_dir={folder}"]
-    if "fit" in trial.words:
+    words = [*fit.whole.words, f"--run_dir={folder}"]
+    if "fit" in fit.whole.words:
         words += again.get(trial_state(folder)[0], [])
     (folder / MARKER).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -425,16 +337,10 @@ def read_scores(
 ) -> tuple[float | None, float | None]:
     """Mean dev and test score of a trial: over its tasks, samples and seeds, the run best on dev.
 
-    Args:
-        folder: of its fit.
-        runs: names of the trial's runs in a bank of several trials; None for all.
-
-    Returns:
-        The scores in ``results.csv``; without it those that a fit keeps in its prompt store, which
-        has no test score unless the prompts were tested. None where there is no score.
-
-    Raises:
-        ValueError: a file that is damaged.
+    They are those of ``results.csv`` in the folder of its fit; without it those of its prompt
+    store, which has no test score unless the prompts were tested. None where there is no score.
+    ``runs`` are the names of the trial's runs in a bank, None for all. A ``ValueError`` for a
+    damaged file.
     """
     try:
         rows = [row for row in _rows(folder / "results.csv") if row["variant"] not in BASELINES]
@@ -454,7 +360,6 @@ def read_scores(
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file, none where there is no file."""
     return read_csv(path) if path.is_file() else []
 
 
@@ -469,9 +374,9 @@ def _outcome(fit: Fit, folder: Path) -> str:
     state, seconds = trial_state(folder)
     cells = [state] if seconds is None else [state, f"{seconds:.0f} s"]
     if fit.runs is not None:
-        return "  ".join([*cells, f"{len(fit.trials)} trials"])
-    scores = zip(("dev", "test"), read_scores(folder), strict=True)
-    if state == "done":
+        cells.append(f"{len(fit.trials)} trials")
+    elif state == "done":
+        scores = zip(("dev", "test"), read_scores(folder), strict=True)
         cells += [f"{name} {score:.3f}" for name, score in scores if score is not None]
     return "  ".join(cells)
 
@@ -498,16 +403,16 @@ def _report(
             dev, test = read_scores(folder, runs) if state == "done" else (None, None)
             row = {"trial": trial.number, **trial.settings, "dev": dev, "test": test}
             rows.append(row | {"state": state, "seconds": seconds, "folder": folder.name})
-        if state == "done":
-            for line in _rows(folder / "results.csv"):
-                name = line.get("prompt_file")  # as seen from the folder of the sweep
-                results.append({**line, "prompt_file": f"{folder.name}/{name}" if name else ""})
+        for line in _rows(folder / "results.csv") if state == "done" else ():
+            name = line.get("prompt_file")  # as seen from the folder of the sweep
+            results.append({**line, "prompt_file": f"{folder.name}/{name}" if name else ""})
     rows.sort(key=lambda row: row["trial"])
     head = ["trial", *_varying(trials), "dev", "test", "state"]
     write_csv(root / "sweep.csv", [*head, "seconds", "folder"], rows)
     if results:
         write_csv(root / "results.csv", RESULT_COLUMNS, results)
-    cells = [[_cell(name, row[name]) for name in head] for row in rows]
+    shown = {name: lambda score: f"{score:.3f}" for name in ("dev", "test")}
+    cells = [["-" if r[n] is None else shown.get(n, str)(r[n]) for n in head] for r in rows]
     print(f"\n{text_table(head, cells)}\n")
     done = sum(row["state"] == "done" for row in rows)
     files = f"{root / 'sweep.csv'} and {root / 'results.csv'}" if results else root / "sweep.csv"
@@ -518,10 +423,3 @@ def _report(
         print("stopped: the same command goes on from here", flush=True)
         return 130
     return int(done < len(rows))
-
-
-def _cell(name: str, value: Any) -> str:
-    """A cell of the printed table."""
-    if value is None:
-        return "-"
-    return f"{value:.3f}" if name in ("dev", "test") else str(value)

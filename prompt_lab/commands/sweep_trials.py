@@ -3,6 +3,9 @@
 It is the YAML that ``wandb sweep FILE`` reads. A trial gets the words that a wandb agent would give
 it, of null the word ``None``, which this package's commands read as null. Left out: Bayesian
 search, early termination and targets, which need the service (``wandb agent``).
+
+scikit-learn's ``ParameterSampler`` is not used: it draws all parameters from one stream, while here
+a draw stays the same when a parameter or a trial is added, so that what is done stays done.
 """
 
 from __future__ import annotations
@@ -44,13 +47,7 @@ DISTRIBUTIONS = {
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of a sweep.
-
-    Attributes:
-        path: its name; several where it is nested.
-        distribution: one of ``DISTRIBUTIONS``.
-        given: what the file says of it, by key.
-    """
+    """One parameter: the words of its name, its distribution, what the file says of it by key."""
 
     path: tuple[str, ...]
     distribution: str
@@ -64,16 +61,10 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file that was read and checked.
+    """A sweep file that was read and checked; ``program`` stands for its macro.
 
-    Attributes:
-        name: the file's own, or else that of the file.
-        method: grid or random.
-        command: words and macros.
-        program: what stands for ``${program}``.
-        parameters: sorted by name, level by level, as wandb sorts them.
-        run_cap: most trials.
-        notes: lines that tell what has no effect here.
+    ``parameters`` are sorted by name, level by level, as wandb sorts them; ``notes`` are lines that
+    tell what has no effect here.
     """
 
     name: str
@@ -108,9 +99,6 @@ class Trial:
 def read_sweep(path: Path) -> Sweep:
     """Read and check a sweep file.
 
-    Args:
-        path: a YAML file.
-
     Raises:
         FileNotFoundError: no such file.
         ValueError: not YAML, an unknown key, or something that only the service can do.
@@ -125,10 +113,9 @@ def read_sweep(path: Path) -> Sweep:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no keys: a sweep file has method and parameters")
     try:
-        unknown = [key for key in content if key not in READ_KEYS + SERVICE_KEYS]
-        if unknown:
-            known = ", ".join(READ_KEYS + SERVICE_KEYS)
-            raise ValueError(f"unknown key {', '.join(unknown)}; known: {known}")
+        known = READ_KEYS + SERVICE_KEYS
+        if unknown := [key for key in content if key not in known]:
+            raise ValueError(f"unknown key {', '.join(unknown)}; known: {', '.join(known)}")
         method = content.get("method")
         if method == "bayes":
             raise ValueError("method bayes needs the service: use wandb sweep and wandb agent")
@@ -141,7 +128,7 @@ def read_sweep(path: Path) -> Sweep:
             program=content.get("program"),
             parameters=tuple(_parameters(content.get("parameters"), method)),
             run_cap=_run_cap(content.get("run_cap")),
-            notes=_notes(content),
+            notes=tuple(_notes(content)),
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -159,40 +146,31 @@ def _parameters(section: Any, method: str, outer: tuple[str, ...] = ()) -> Itera
             raise ValueError(f"{place}: {name} is set for each trial by the sweep; leave it out")
         if not isinstance(given, dict):
             raise ValueError(f"{place}.{name} is {given!r}: write value: or values: before it")
-        if "parameters" in given and len(given) > 1:
-            raise ValueError(f"{place}.{name}: beside nested parameters nothing else can stand")
         if "parameters" in given:
+            if len(given) > 1:
+                raise ValueError(f"{place}.{name}: beside nested parameters nothing else can stand")
             yield from _parameters(given["parameters"], method, (*outer, name))
             continue
-        kind = str(given.get("distribution", _inferred(given)))
         try:
-            _check(kind, given, method)
+            yield Parameter((*outer, name), _distribution(given, method), given)
         except ValueError as error:
             raise ValueError(f"{place}.{name}: {error}") from None
-        yield Parameter((*outer, name), kind, given)
 
 
-def _inferred(given: Mapping[str, Any]) -> str:
-    """The distribution of a parameter that names none, as wandb infers it."""
+def _distribution(given: Mapping[str, Any], method: str) -> str:
+    """The distribution of a parameter, as named or inferred by wandb, which can be drawn here."""
     if "value" in given:
-        return "constant"
-    if "values" in given:
-        return "categorical_w_probabilities" if "probabilities" in given else "categorical"
-    whole = all(isinstance(given.get(key), int) for key in ("min", "max"))
-    return "int_uniform" if whole else "uniform"
-
-
-def _is_number(value: Any, kind: Any = (int, float)) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check(kind: str, given: Mapping[str, Any], method: str) -> None:
-    """Refuse a parameter that cannot be set or drawn here."""
+        kind = "constant"
+    elif "values" in given:
+        kind = "categorical_w_probabilities" if "probabilities" in given else "categorical"
+    else:
+        whole = all(isinstance(given.get(key), int) for key in ("min", "max"))
+        kind = "int_uniform" if whole else "uniform"
+    kind = str(given.get("distribution", kind))
     if kind not in DISTRIBUTIONS:
-        known = ", ".join(DISTRIBUTIONS)
         raise ValueError(
-            f"distribution {kind} is not among those that are drawn here: {known}; or use wandb "
-            "agent"
+            f"distribution {kind} is not among those that are drawn here: "
+            f"{', '.join(DISTRIBUTIONS)}; or use wandb agent"
         )
     keys = DISTRIBUTIONS[kind]
     wrong = [f"lacks {key}" for key in keys if key not in given and key != "q"]
@@ -202,18 +180,27 @@ def _check(kind: str, given: Mapping[str, Any], method: str) -> None:
     if method == "grid" and kind not in ("constant", "categorical"):
         raise ValueError(f"a grid needs a list of values, not {kind}")
     if "min" in keys:
-        _check_range(kind, given["min"], given["max"], given.get("q", 1))
+        _check_range(kind, {key: given.get(key, 1) for key in ("min", "max", "q")})
     elif "values" in keys:
-        _check_values(given["values"], given.get("probabilities"))
+        values, shares = given["values"], given.get("probabilities")
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"values is {values!r}: give a list")
+        known = shares if isinstance(shares, list) and all(map(_is_number, shares)) else []
+        is_whole = len(known) == len(values) and math.isclose(sum(known), 1, abs_tol=1e-6)
+        if shares is not None and not (is_whole and min(known) >= 0):
+            raise ValueError(
+                f"probabilities is {shares!r}: give {len(values)} numbers from 0, of sum 1"
+            )
+    return kind
 
 
-def _check_range(kind: str, low: Any, high: Any, q: Any) -> None:
-    """Refuse a range that is empty or not of numbers."""
-    for key, number in {"min": low, "max": high, "q": q}.items():
+def _check_range(kind: str, numbers: Mapping[str, Any]) -> None:
+    for key, number in numbers.items():
         if kind == "int_uniform" and not _is_number(number, int):
             raise ValueError(f"{key} is {number!r}: give a whole number")
         if not _is_number(number):
             raise ValueError(f"{key} is {number!r}: give a number (YAML needs the dot in 1.0e-3)")
+    low, high, q = numbers.values()
     if low > high:
         raise ValueError(f"min {low} is above max {high}")
     if "log" in kind and low <= 0:
@@ -222,18 +209,8 @@ def _check_range(kind: str, low: Any, high: Any, q: Any) -> None:
         raise ValueError(f"q is {q}: give a number above 0")
 
 
-def _check_values(values: Any, shares: Any) -> None:
-    """Refuse values, or their probabilities, that cannot be passed or drawn."""
-    if not isinstance(values, list) or not values:
-        raise ValueError(f"values is {values!r}: give a list")
-    if shares is None:
-        return
-    if not isinstance(shares, list) or not all(_is_number(s) and s >= 0 for s in shares):
-        raise ValueError(f"probabilities is {shares!r}: give numbers from 0 to 1")
-    if len(shares) != len(values):
-        raise ValueError(f"{len(shares)} probabilities for {len(values)} values")
-    if not math.isclose(sum(shares), 1, abs_tol=1e-6):
-        raise ValueError(f"the probabilities sum to {sum(shares):g}, not to 1")
+def _is_number(value: Any, kind: Any = (int, float)) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _command(content: Mapping[str, Any]) -> tuple[str, ...]:
@@ -241,80 +218,62 @@ def _command(content: Mapping[str, Any]) -> tuple[str, ...]:
     command, program = content.get("command", list(MACROS)), content.get("program")
     if not isinstance(command, list) or not command:
         raise ValueError(f"command is {command!r}: give a list of words")
-    words = tuple(str(word) for word in command)
+    words = tuple(map(str, command))
     for word in (*words, str(program)):
         if "${" in word and (word not in MACROS or word == program):
-            known = ", ".join(MACROS)
-            raise ValueError(f"{word} in the command is not filled in here; allowed words: {known}")
+            raise ValueError(
+                f"{word} in the command is not filled in here; allowed words: {', '.join(MACROS)}"
+            )
         if word.startswith("--") and word[2:].split("=")[0] in OF_TRIAL:
             raise ValueError(f"the sweep sets {word.split('=')[0]} for each trial; leave it out")
     if "${program}" in words and not isinstance(program, str):
         raise ValueError(f"program is {program!r}, and the command needs it: give a text")
     if "${args}" not in words:
         raise ValueError("the command has no ${args}: all trials would be the same")
-    if all(word in ("${env}", "${args}") for word in words):
+    if not {*words} - {"${env}", "${args}"}:
         raise ValueError("the command has no program: write prompt-lab, fit before ${args}")
     return words
 
 
 def _run_cap(given: Any) -> int | None:
-    """A number of trials, at least one."""
     if given is not None and (not _is_number(given, int) or given < 1):
         raise ValueError(f"run_cap is {given!r}: give a whole number, at least 1")
     return given
 
 
-def _notes(content: Mapping[str, Any]) -> tuple[str, ...]:
-    """What of the file has no effect here, in lines."""
-    notes, metric = [], content.get("metric")
+def _notes(content: Mapping[str, Any]) -> Iterator[str]:
+    metric = content.get("metric")
     if metric is not None:
         if not isinstance(metric, dict) or not isinstance(metric.get("name"), str):
             raise ValueError(f"metric is {metric!r}: give a mapping with name and goal")
         goal = metric.get("goal", "minimize")
-        notes.append(f"metric for the service: {metric['name']} ({goal}); here all trials are run")
-    unused = [key for key in SERVICE_KEYS if key in content]
-    if unused:
-        notes.append(f"without effect here: {', '.join(unused)}")
-    return tuple(notes)
+        yield f"metric for the service: {metric['name']} ({goal}); here all trials are run"
+    if unused := [key for key in SERVICE_KEYS if key in content]:
+        yield f"without effect here: {', '.join(unused)}"
 
 
 # ---- the trials ----------------------------------------------------------------------------------
 
 
 def make_trials(sweep: Sweep, seed: int = 0, run_cap: int | None = None) -> list[Trial]:
-    """The trials of a sweep.
+    """The trials of a sweep, at least one; ``run_cap`` is by default the file's.
 
     A grid has wandb's order: parameters sorted by name, the last one fastest. Each random draw
     depends on seed, number of the trial and name of the parameter only. Equal settings, which
-    draws of few values give, are one trial.
-
-    Args:
-        sweep: the file.
-        seed: of random draws.
-        run_cap: most trials; by default the file's.
-
-    Returns:
-        At least one trial; numbers of trials that would be equal to an earlier one are left out.
-
-    Raises:
-        ValueError: a bad number of trials, or none for random draws.
+    draws of few values give, are one trial, and the later numbers are left out. A ``ValueError``
+    for a bad number of trials, or none for random draws.
     """
     cap = sweep.run_cap if run_cap is None else _run_cap(run_cap)
     if sweep.method == "random" and cap is None:
         raise ValueError("method random never ends by itself: give run_cap")
     if sweep.method == "random":
         points = (
-            [
-                draw(parameter, random.Random(f"{seed}/{number}/{parameter.name}").random())
-                for parameter in sweep.parameters
-            ]
+            [draw(p, random.Random(f"{seed}/{number}/{p.name}").random()) for p in sweep.parameters]
             for number in itertools.count(1)
         )
     else:
-        points = itertools.product(
-            *(p.given["values"] if "values" in p.given else [p.given["value"]]
-              for p in sweep.parameters)
-        )  # fmt: skip
+        values = (p.given.get("values") or [p.given["value"]] for p in sweep.parameters)
+        points = itertools.product(*values)
     trials: dict[str, Trial] = {}
     for number, point in enumerate(itertools.islice(points, cap), 1):
         trial = make_trial(sweep, number, point)
@@ -323,14 +282,9 @@ def make_trials(sweep: Sweep, seed: int = 0, run_cap: int | None = None) -> list
 
 
 def draw(parameter: Parameter, u: float) -> Any:
-    """The value of a parameter at a quantile: the inverse of its distribution function.
+    """The value of a parameter at a quantile from 0 to below 1: the inverse of its distribution.
 
-    Args:
-        parameter: any parameter.
-        u: at least 0 and below 1.
-
-    Returns:
-        A value; of quantised distributions the multiple of q that is nearest to the one without q.
+    Of quantised distributions it is the multiple of q that is nearest to the one without q.
     """
     given, kind = parameter.given, parameter.distribution
     if kind == "constant":

@@ -12,12 +12,13 @@ import shutil
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from prompt_lab.files.vectors import listed
 from prompt_lab.sandbox import SANDBOX
 
 if TYPE_CHECKING:
@@ -29,35 +30,6 @@ HEAD, TAIL = 200, 100
 
 MOST_ANSWERS = 3
 """Accepted answers of a row that ``show`` prints."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing to know about a data folder; as text it is one line.
-
-    Attributes:
-        task: name of the task, which is its folder.
-        what: what was found, in words.
-        is_error: whether a fit refuses it; otherwise it is a note.
-        shots: K, where the finding is about one K; the same holds for sample, split and line.
-        sample: few-shot sample.
-        split: "train", "dev" or "test".
-        line: first line that shows it, counted from 1.
-    """
-
-    task: str
-    what: str
-    is_error: bool = True
-    shots: Shots | None = None
-    sample: int | None = None
-    split: str | None = None
-    line: int | None = None
-
-    def __str__(self) -> str:
-        kind = "error" if self.is_error else "note"
-        parts = {"K": self.shots, "sample": self.sample, "split": self.split, "line": self.line}
-        place = [f"{word} {value}" for word, value in parts.items() if value is not None]
-        return f"{kind}: {', '.join([self.task, *place])}: {self.what}"
 
 
 def list_tasks(
@@ -80,11 +52,6 @@ def list_tasks(
             crossfit/random/target.
         root: only tasks with files in this folder; sandbox for the package's own.
         task_file: YAML file with rows for your own tasks.
-
-    Raises:
-        FileNotFoundError: no such root or task file.
-        ValueError: an ontology or metric that no task has, an unknown partition, or no task that
-            fits all.
     """
     from prompt_lab.data.tasks import load_tasks
 
@@ -100,11 +67,13 @@ def list_tasks(
     names = {task.name: "" for task in tasks}
     sets = names if partition is None else _sets(partition, set(table))
     held = names if root is None else _held(root, tasks)
-    rows = [
-        (*_facts(task), sets[task.name], held[task.name])
-        for task in tasks
-        if task.name in sets and task.name in held
-    ]
+    rows = []
+    for task in tasks:
+        if task.name in sets and task.name in held:
+            shots = "any K" if task.shots is None else f"K {task.shots}"
+            labels = "open" if task.labels is None else f"{len(task.labels)} labels"
+            facts = (task.name, task.ontology, task.metric, shots, labels)
+            rows.append((*facts, sets[task.name], held[task.name]))
     if not rows:
         raise ValueError("no task fits all that was asked for: leave a setting out")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -131,13 +100,9 @@ def show_task(
         root: folder that holds one folder per task, or sandbox for the package's own; without it
             no rows are printed.
         sample: few-shot sample, the second number in the file names.
-        count: rows to print.
+        count: how many rows to print.
         shots: K of the file names, or all; the table's if left out.
         task_file: YAML file with rows for your own tasks.
-
-    Raises:
-        FileNotFoundError: no such root, task folder, sample or task file.
-        ValueError: an unknown task, a count below 1, or a file that cannot be read.
     """
     if count < 1:
         raise ValueError(f"count is {count}: give at least 1")
@@ -148,13 +113,12 @@ def show_task(
         _print_field(name, text)
     if rows is None:
         return
-    inputs, references = rows
-    count = min(count, len(inputs))
-    print(f"\n{count} of the {len(inputs)} rows of train, sample {sample}")
-    for place in (number * len(inputs) // count for number in range(count)):
+    count = min(count, len(rows))
+    print(f"\n{count} of the {len(rows)} rows of train, sample {sample}")
+    for place in (number * len(rows) // count for number in range(count)):
+        text, answers = rows[place]
         print(f"\nline {place + 1}")
-        _print_field("input", shorten(inputs[place]))
-        answers = references[place]
+        _print_field("input", shorten(text))
         for number, answer in enumerate(answers[:MOST_ANSWERS]):
             _print_field("or" if number else "answer", shorten(answer))
         if len(answers) > MOST_ANSWERS:
@@ -179,27 +143,20 @@ def check_tasks(
     samples whose test rows differ; files of another K (which a fit reads with data.shots), files
     with other names, and folders of no known task, which are not checked.
 
-    Findings of one kind in one file are one line, with the first place and their number.
+    Findings of one kind in one file are one line, with the first place and their number. The exit
+    status is 1 if there is an error.
 
     Args:
         root: folder that holds one folder per task.
         tasks: only these tasks; by default all known ones that have a folder there.
         shots: K of the file names, or all; the table's if left out.
         task_file: YAML file with rows for your own tasks.
-
-    Returns:
-        1 if there is an error, otherwise 0: the exit status.
-
-    Raises:
-        FileNotFoundError: no such root or task file.
-        ValueError: an unknown task, or a root without a folder of a known one.
     """
     from prompt_lab.data.tasks import load_tasks
 
     known = load_tasks(task_file)
     folders = _folders(root)
-    named = tasks or [name for name in folders if name in known]
-    chosen = _with_shots(named, shots, task_file)
+    chosen = _with_shots(tasks or [n for n in folders if n in known], shots, task_file)
     if not chosen:
         raise ValueError(f"{root} has no folder of a known task: give the folder that holds them")
     errors = notes = 0
@@ -210,48 +167,12 @@ def check_tasks(
     return int(errors > 0)
 
 
-def check_folder(root: Path, tasks: Sequence[Task], folders: Sequence[str]) -> Iterator[Finding]:
-    """Everything that is wrong or worth knowing in a data folder (see `check_tasks`).
-
-    Args:
-        root: the data folder.
-        tasks: the tasks whose files are checked.
-        folders: names of folders, which are noted where they are none of the tasks.
-
-    Yields:
-        Findings, task by task, in the order of K, sample and split.
-    """
-    names = {task.name for task in tasks}
-    for folder in folders:
-        if folder not in names:
-            yield Finding(folder, "no known task, not read; --task_file can add one", False)
-    for task in tasks:
-        yield from _check_task(root / task.name, task)
-
-
-def shorten(text: str) -> str:
-    """A text without the middle, if it is long; marks no terminal shows become spaces."""
-    text = "".join(mark if mark.isprintable() else " " for mark in text)
-    left_out = len(text) - HEAD - TAIL
-    if left_out <= 0:
-        return text
-    return f"{text[:HEAD]} [... {left_out} characters left out ...] {text[-TAIL:]}"
-
-
 # ---- list and show -------------------------------------------------------------------------------
 
 
 def _check_known(flag: str, given: str, known: set[str]) -> None:
-    """Refuse a value that no task has."""
     if given not in known:
         raise ValueError(f"--{flag} is {given!r}; allowed: {', '.join(sorted(known))}")
-
-
-def _facts(task: Task) -> tuple[str, ...]:
-    """The cells of a task's line: name, ontology, metric, K, number of labels."""
-    shots = "any K" if task.shots is None else f"K {task.shots}"
-    labels = "open" if task.labels is None else f"{len(task.labels)} labels"
-    return task.name, task.ontology, task.metric, shots, labels
 
 
 def _with_shots(names: Sequence[str], shots: str | None, task_file: str | None) -> list[Task]:
@@ -275,12 +196,10 @@ def _facts_of(task: Task) -> Iterator[tuple[str, str]]:
     yield "labels", "none, answers are open" if task.labels is None else ", ".join(task.labels)
     source = task.source
     if source is not None:
-        hub = source.hub or "not on the hub"
-        yield "data set", hub if source.config is None else f"{hub}, {source.config}"
-        if source.train == source.test:
-            yield "splits", f"train and test are drawn from {source.train}"
-        else:
-            yield "splits", f"train {source.train}, test {source.test}"
+        yield "data set", ", ".join(filter(None, (source.hub or "not on the hub", source.config)))
+        is_one = source.train == source.test
+        both = f"train {source.train}, test {source.test}"
+        yield "splits", f"train and test are drawn from {source.train}" if is_one else both
         yield "template", source.input
         yield "target", source.target or f"the label in {source.label}"
         if source.prepare is not None:
@@ -299,14 +218,9 @@ def _sets(reference: str, known: set[str]) -> dict[str, str]:
     name, _, only = reference.rpartition("/")
     sets = ("source", "dev", "target")
     found = partition(name if only in sets else reference)
-    members = {
-        task: which
-        for which in sets
-        if only == which or only not in sets
-        for task in getattr(found, which)
-    }
-    lacking = sorted(members.keys() - known)
-    if lacking:
+    asked = (only,) if only in sets else sets
+    members = {task: which for which in asked for task in getattr(found, which)}
+    if lacking := sorted(members.keys() - known):
         print(f"prompt-lab: not in the task table: {', '.join(lacking)}", file=sys.stderr)
     return members
 
@@ -317,8 +231,7 @@ def _held(root: str, tasks: Sequence[Task]) -> dict[str, str]:
         from prompt_lab.sandbox import TASKS
 
         return {task.name: "any sample" for task in tasks if task.name in TASKS}
-    folders = set(_folders(root))
-    found = {}
+    folders, found = _folders(root), {}
     for task in tasks:
         held = _few_shot_files(Path(root, task.name))[0] if task.name in folders else []
         splits = Counter((shots, sample) for shots, sample, _ in held)
@@ -328,36 +241,70 @@ def _held(root: str, tasks: Sequence[Task]) -> dict[str, str]:
     return found
 
 
-def _train_rows(root: str, task: Task, sample: int) -> tuple[list[str], list[list[str]]]:
-    """Inputs and references of the training rows of a sample."""
+def _train_rows(root: str, task: Task, sample: int) -> list[tuple[str, list[str]]]:
+    """Input and references of the training rows of a sample."""
     from prompt_lab.data.files import read_split
+    from prompt_lab.sandbox import TASKS, rows
 
     if root != SANDBOX:
         split = read_split(root, task, sample, "train")
-        return split.inputs, split.references
-    from prompt_lab.sandbox import TASKS, rows
-
+        return list(zip(split.inputs, split.references, strict=True))
     if task.name not in TASKS:
         raise ValueError(f"{task.name} is not in the sandbox: give the folder of its files as root")
-    pairs = rows(task.name, sample, "train")
-    return [text for text, _ in pairs], [[answer] for _, answer in pairs]
+    return [(text, [answer]) for text, answer in rows(task.name, sample, "train")]
 
 
 def _print_field(name: str, text: str) -> None:
     """Print a name and a text beside it, wrapped to the terminal."""
-    start = f"  {name:<10}"
-    print(
-        textwrap.fill(
-            text,
-            max(shutil.get_terminal_size((100, 24)).columns, 40),
-            initial_indent=start,
-            subsequent_indent=" " * len(start),
-            break_on_hyphens=False,
-        )
-    )
+    start, width = f"  {name:<10}", max(shutil.get_terminal_size((100, 24)).columns, 40)
+    wrapper = textwrap.TextWrapper(width, start, " " * len(start), break_on_hyphens=False)
+    print(wrapper.fill(text))
+
+
+def shorten(text: str) -> str:
+    """A text without the middle, if it is long; marks no terminal shows become spaces."""
+    text = "".join(mark if mark.isprintable() else " " for mark in text)
+    left_out = len(text) - HEAD - TAIL
+    if left_out <= 0:
+        return text
+    return f"{text[:HEAD]} [... {left_out} characters left out ...] {text[-TAIL:]}"
 
 
 # ---- check ---------------------------------------------------------------------------------------
+
+
+class Finding(NamedTuple):
+    """One thing to know about a data folder: where, what, and whether a fit refuses it.
+
+    ``line`` is the first that shows it, counted from 1. As text it is one line.
+    """
+
+    task: str
+    what: str
+    is_error: bool = True
+    shots: Shots | None = None
+    sample: int | None = None
+    split: str | None = None
+    line: int | None = None
+
+    def __str__(self) -> str:
+        parts = {"K": self.shots, "sample": self.sample, "split": self.split, "line": self.line}
+        place = [f"{word} {value}" for word, value in parts.items() if value is not None]
+        kind = "error" if self.is_error else "note"
+        return f"{kind}: {', '.join([self.task, *place])}: {self.what}"
+
+
+def check_folder(root: Path, tasks: Sequence[Task], folders: Sequence[str]) -> Iterator[Finding]:
+    """All that is wrong or worth knowing in a data folder, by task, K, sample and split.
+
+    ``folders`` are noted where they are none of the tasks.
+    """
+    names = {task.name for task in tasks}
+    for folder in folders:
+        if folder not in names:
+            yield Finding(folder, "no known task, not read; --task_file can add one", False)
+    for task in tasks:
+        yield from _check_task(root / task.name, task)
 
 
 def _folders(root: str) -> list[str]:
@@ -375,31 +322,26 @@ def _few_shot_files(folder: Path) -> tuple[list[tuple[Shots, int, str]], list[st
         f"{folder.name}_{k}_{sample}_{split}.tsv": (k, sample, split)
         for k, sample, split in list_files(folder)
     }
-    there = {
-        path.name
-        for path in folder.iterdir()
-        if not path.name.startswith(".") and not path.name.endswith("_build.json")
-    }
-    held = [key for name, key in keys.items() if (folder / name).is_file()]
-    return held, sorted(there - keys.keys())
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    others = {name for name in names - keys.keys() if not name.endswith("_build.json")}
+    return [key for name, key in keys.items() if (folder / name).is_file()], sorted(others)
 
 
 def _check_task(folder: Path, task: Task) -> Iterator[Finding]:
-    """Findings in the folder of a task."""
     if not folder.is_dir():
         yield Finding(task.name, f"no folder {folder}")
         return
     held, others = _few_shot_files(folder)
     form = f"{task.name}_{task.shots or '<K>'}_<sample>_<split>.tsv"
     if others:
-        yield Finding(task.name, f"not of the form {form}, not read: {_some(others)}", False)
+        yield Finding(task.name, f"not of the form {form}, not read: {listed(others)}", False)
     found: list[Shots] = list(dict.fromkeys(shots for shots, _, _ in held))
     read = [shots for shots in found if task.shots in (None, shots)]
     if not read:
         yield Finding(task.name, f"no file {form}")
     if len(read) > 1:
-        what = f"files for K = {_some(read)}: say which with data.shots, or shots in its row"
-        yield Finding(task.name, what)
+        which = "say which with data.shots, or shots in its row"
+        yield Finding(task.name, f"files for K = {listed(map(str, read))}: {which}")
     for shots in found:
         if shots in read:
             yield from _check_shots(folder, task, shots, held)
@@ -425,19 +367,17 @@ def _check_shots(
                 continue
             splits[split], findings = _check_rows(path, task, at)
             yield from findings
-            if split != "test":
-                yield from _check_counts(splits[split], task, shots, at)
+            if split != "test" and (what := _off_counts(splits[split], task, shots)):
+                yield at(what, is_error=False)
         for split, lines, what in overlaps(splits):
-            what = _counted(what, lines)
-            yield Finding(task.name, what, True, shots, sample, split, lines[0])
+            yield Finding(task.name, _counted(what, lines), True, shots, sample, split, lines[0])
         if "test" in splits:
             rows = zip(splits["test"].inputs, splits["test"].references, strict=True)
             if readable := sorted(row for row in rows if row[1]):
                 tests[sample] = readable
     first = min(tests, default=0)
-    other = [sample for sample in tests if tests[sample] != tests[first]]
-    if other:
-        what = f"rows differ from those of sample {first} in samples {_some(other)}"
+    if other := [str(sample) for sample in tests if tests[sample] != tests[first]]:
+        what = f"rows differ from those of sample {first} in samples {listed(other)}"
         yield Finding(task.name, what, False, shots, split="test")
 
 
@@ -461,35 +401,22 @@ def _check_rows(path: Path, task: Task, at: Callable[..., Finding]) -> tuple[Spl
     return Split(inputs, references, path, ""), findings
 
 
-def _check_counts(
-    split: Split, task: Task, shots: Shots, at: Callable[..., Finding]
-) -> Iterator[Finding]:
-    """A note where there are neither K rows of each label nor K in all, or no row of a label.
+def _off_counts(split: Split, task: Task, shots: Shots) -> str:
+    """Where there are neither K rows of each label nor K in all, or no row of a label.
 
     Where K is all, only the latter.
     """
     rows = [answers[0] for answers in split.references if answers]
-    counts = Counter(rows)
-    labels = task.labels or ()
+    counts, labels = Counter(rows), task.labels or ()
     if shots in ("all", len(rows)):
         off = [label for label in labels if not counts[label]]
-        what = f"{len(rows)} rows, none with the label {_some(off)}"
-    else:
-        off = [f"{label} {counts[label]}" for label in labels if counts[label] != shots]
-        what = f"{len(rows)} rows, not {shots} of each label: {_some(off)}"
+        return f"{len(rows)} rows, none with the label {listed(off)}" if off else ""
+    off = [f"{label} {counts[label]}" for label in labels if counts[label] != shots]
     if off:
-        yield at(what, is_error=False)
-    elif not labels and shots not in ("all", len(rows)):
-        yield at(f"{len(rows)} rows, not {shots}", is_error=False)
+        return f"{len(rows)} rows, not {shots} of each label: {listed(off)}"
+    return "" if labels else f"{len(rows)} rows, not {shots}"
 
 
 def _counted(what: str, lines: Sequence[int]) -> str:
     """What was found, with the number of lines if there is more than one."""
     return what if len(lines) == 1 else f"{what} ({len(lines)} lines)"
-
-
-def _some(words: Iterable[object], most: int = 6) -> str:
-    """The first words of a list, and how many more there are."""
-    texts = list(map(str, words))
-    more = f" and {len(texts) - most} more" if len(texts) > most else ""
-    return ", ".join(texts[:most]) + more

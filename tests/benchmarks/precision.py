@@ -44,7 +44,7 @@ from steps import make_groups
 from torch import Tensor
 
 from prompt_lab import vocabulary_prompt
-from prompt_lab.commands.cli import run as command_line
+from prompt_lab.commands.fit import run as command_line
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import bank_gradient
 from prompt_lab.core.batch import Batch, default_tokens_per_forward

@@ -109,7 +109,7 @@ FIRST_STEP = """
 import os, sys
 from prompt_lab.methods.method import PromptMethod
 PromptMethod.on_train_batch_start = lambda *args: os._exit(0)
-from prompt_lab.commands import cli
+from prompt_lab.commands import fit as cli
 sys.argv = ["prompt-lab", *sys.argv[1:]]
 sys.exit(cli.run() or 1)
 """

@@ -15,18 +15,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_data, make_trainer, result_line
+from conftest import result_line
 from scipy.spatial.distance import cdist
 from scipy.stats import spearmanr
 
 from prompt_lab.__main__ import main
-from prompt_lab.commands import cli
+from prompt_lab.commands import fit as cli
 from prompt_lab.core.backbone import Backbone
-from prompt_lab.data.tasks import find_tasks
 from prompt_lab.files.prompts import Prompt, PromptStore, save_prompt
 from prompt_lab.files.results import RESULT_COLUMNS
 from prompt_lab.files.tensors import write_csv
-from prompt_lab.methods.vector_arithmetic import VectorArithmetic
 
 N = 4
 TASKS = ("one", "two")
@@ -123,43 +121,6 @@ def test_the_report_shows_all_figures_and_tokens(made):
     assert "report.html" in printed
 
 
-def test_of_a_grid_the_best_is_read_and_files_that_are_named_are_all(model):
-    grid = [
-        prompt(model, "one", 0, name=f"lr{rate}", learning_rate=rate, dev_score=dev)
-        for rate, dev in ((0.1, 0.4), (0.2, 0.9), (0.3, None))
-    ]
-    PromptStore("fit/prompts").save(grid)
-    save_prompt("lr0.2.safetensors", replace(grid[1], name="lr0.2"))
-    assert command("fit", "lr0.2.safetensors", "--out", "out") == 0
-    assert "2 prompts with a lower dev score are left out" in Path("out/report.md").read_text()
-    assert pd.read_csv("out/prompts.csv")["prompt"].tolist() == ["fit/lr0.2", "lr0.2"]
-
-
-def test_repeated_fits_of_a_task_are_told_apart_by_their_folders_and_are_one_group(model):
-    """As a loop over data.order_seed leaves them: the same file names, a folder each."""
-    for order in range(2):
-        own = prompt(model, "one", order, name="one_13_lr0.1", init_seed=0, order_seed=order)
-        PromptStore(f"runs/one-{order}/prompts").save([own])
-    assert command("runs/one-0", "runs/one-1", "--out", "out") == 0
-    rows = pd.read_csv("out/prompts.csv")
-    assert rows["prompt"].tolist() == ["one-0/one_13_lr0.1", "one-1/one_13_lr0.1"]
-    assert rows["order_seed"].tolist() == [0, 1]
-    assert pd.read_csv("out/spread.csv")[["runs", "within_pairs"]].to_numpy().tolist() == [[2, 1]]
-
-
-def test_one_prompt_from_noise_alone_is_enough(model):
-    given = prompt(model, "one", 0)
-    noise = torch.randn(given.init.shape, generator=torch.Generator().manual_seed(0))
-    save_prompt("a.safetensors", replace(given, init=noise))
-    Path("t.csv").write_text("source,target,score,no_prompt\none,one,0.5,0.1\n")
-    words = ["--out", "out", "--measure", "l2", "--transfer", "t.csv"]
-    assert command("a.safetensors", *words) == 0
-    assert {path.stem for path in Path("out").glob("*.png")} == {"drift", "norms", "transfer"}
-    facts = ["initial_id", "initial_rank", "survived"]
-    assert pd.read_csv("out/tokens.csv")[facts].isna().all(axis=None)
-    assert "No rank correlation" in Path("out/report.md").read_text()
-
-
 def test_prompts_of_unequal_lengths_are_refused_with_the_choices_and_compared_by_mean(
     model, capsys
 ):
@@ -201,15 +162,6 @@ def test_what_cannot_be_read_is_refused_in_a_sentence(store, model, words, said,
     assert not Path("out").exists()
 
 
-def test_an_out_that_is_a_file_and_unknown_choices_are_refused(store, capsys):
-    Path("out").write_text("")
-    assert command(store, "--out", "out") == 1
-    assert "--out out is a file" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        command(store, "--out", "new", "--measure", "angle")
-    assert "'cosine', 'l2', 'dot'" in capsys.readouterr().err
-
-
 # ---- transfer ------------------------------------------------------------------------------------
 
 
@@ -240,20 +192,6 @@ def test_transfer_is_averaged_and_its_correlation_with_distance_told(model, caps
     assert f"Spearman's rho {rho:+.3f}, p = " in said
     assert "6 pairs of different tasks, 5 permutations of the tasks, all others" in said
     assert Path("out/transfer.png").is_file()
-
-
-@pytest.mark.parametrize(
-    ("lines", "said"),
-    [
-        ((), "lacks the columns source, target, score, no_prompt, or has no lines"),
-        (("one,two,high,0",), "line 2, score is 'high'"),
-        (("one,two,0.5,",), "line 2, no_prompt is ''"),
-        (("x,y,0.5,0",), "are tasks of these prompts (one, two)"),
-    ],
-)
-def test_tables_of_transfer_that_say_nothing_are_refused(store, lines, said, capsys):
-    assert command(store, "--out", "out", "--transfer", write_transfer(*lines)) == 1
-    assert said in capsys.readouterr().err
 
 
 def result(task: str, test: float | str, variant: str = "vectors", **cells: Any) -> dict[str, Any]:
@@ -309,76 +247,29 @@ def test_results_give_the_gain_of_each_pair_averaged_over_runs_and_folders(store
     assert found["lines"].tolist() == [1, 3, 1]
 
 
-def test_scores_without_prompt_may_come_from_the_fits(store):
-    write_results("fit", result("two", 0.25, "no_prompt", method="PromptTuning"))
-    write_results("test", result("two", 0.5, expression="one"))
-    assert command(store, "--out", "out", "--transfer", "test", "fit/results.csv") == 0
-    assert gains()["gain"].tolist() == [0.25]
+RESULT = result("two", 0.5, expression="one")
 
 
 @pytest.mark.parametrize(
-    ("lines", "digest", "said"),
+    ("lines", "said"),
     [
-        ([result("two", 0.5, expression="one")], "f" * 64, "weights ffffffffffff, the prompts are"),
-        ([result("two", 0.5, expression="one")], "", "no score without prompt"),
-        (
-            [*NO_PROMPT, result("two", 0.5, expression="one", decoding="greedy")],
-            *("", "(variant no_prompt) of two, answered in the same way"),
-        ),
-        ([*NO_PROMPT, result("two", 0.5, "single", expression="a + b")], "", "no line of Vector"),
-        ([*NO_PROMPT, result("x", 0.5, "single")], "", "no score without prompt"),
-        ([*NO_PROMPT, result("two", "", expression="one")], "", "score is nan"),
+        ((), "lacks the columns source, target, score, no_prompt, or has no lines"),
+        (("one,two,high,0",), "line 2, score is 'high'"),
+        (("x,y,0.5,0",), "are tasks of these prompts (one, two)"),
+        ([RESULT], "no score without prompt"),
+        ([*NO_PROMPT, RESULT], "weights ffffffffffff, the prompts are"),
+        ([*NO_PROMPT, RESULT | {"decoding": "greedy"}], "of two, answered in the same way"),
+        ([*NO_PROMPT, result("two", 0.5, "single", expression="a + b")], "no line of Vector"),
     ],
 )
-def test_results_that_say_nothing_of_transfer_are_refused(store, lines, digest, said, capsys):
-    folder = write_results("run", *lines, digest=digest)
-    assert command(store, "--out", "out", "--transfer", folder) == 1
+def test_what_says_nothing_of_transfer_is_refused(store, lines, said, capsys):
+    if lines and isinstance(lines[0], dict):
+        place = write_results("run", *lines, digest="f" * 64 if "weights" in said else "")
+    else:
+        place = write_transfer(*lines)
+    assert command(store, "--out", "out", "--transfer", place) == 1
     assert said in capsys.readouterr().err
     assert not Path("out").exists()
-
-
-def test_prompts_of_unequal_lengths_go_from_their_tests_to_a_correlation(
-    backbone, fewshot_root, capsys, monkeypatch
-):
-    """One test for each length, as the paper's written prompts need it. Reference: SciPy."""
-    model = backbone("gpt2")
-    monkeypatch.setattr(Backbone, "load", lambda name: model)
-    tasks = ["glue-sst2", "glue-cola", "emotion"]
-    means = []
-    for at, task in enumerate(tasks):
-        own = random_prompt(model, task, N + at)
-        means.append(own.prompt.double().mean(dim=0).numpy())
-        PromptStore(f"fits/{task}/prompts").save([own])
-        method = VectorArithmetic(*(f"fits/{task}", "expressions", [task], "all"), scales=[1.0])
-        method.backbone = model
-        data = make_data(fewshot_root, tasks, [13])
-        make_trainer(Path("tests") / task).test(method, datamodule=data, verbose=False)
-    fits = [f"fits/{task}" for task in tasks]
-    given = ["--compare", "mean", "--out", "out", "--transfer", "tests"]
-    assert command(*fits, *given) == 0
-    found = gains()
-    assert [*found.index] == [(a, b) for a in tasks for b in tasks]
-    for (source, target), row in found.iterrows():
-        lines = pd.read_csv(Path("tests") / source / "results.csv")
-        lines = lines[lines["task"] == target]
-        (score,) = lines.loc[lines["expression"] == source, "test"]
-        (without,) = lines.loc[lines["variant"] == "no_prompt", "test"]
-        assert row["gain"] == pytest.approx(score - without)
-    off = np.array([a != b for a, b in found.index])
-    far = cdist(means, means).ravel()[off]
-    np.testing.assert_allclose(found["distance"][off], far)
-    # The same distance in both directions ties, whatever the last bit of NumPy's.
-    rho = spearmanr(far.round(9), found["gain"][off]).statistic
-    assert f"Spearman's rho {rho:+.3f}, p = " in " ".join(capsys.readouterr().out.split())
-
-
-def random_prompt(model: Backbone, task: str, length: int) -> Prompt:
-    """A prompt of random rows."""
-    drawn = torch.Generator().manual_seed(length)
-    rows = torch.randn(2, length, model.hidden_size, generator=drawn)
-    facts: dict[str, Any] = {"tokenizer_digest": model.tokenizer_digest, "task": task}
-    facts |= {"backbone": model.name, "backbone_digest": model.digest}
-    return Prompt(rows[0], rows[1], f"{task}_13", sample=13, init_seed=0, dev_score=0.5, **facts)
 
 
 # ---- the configs ---------------------------------------------------------------------------------
@@ -410,28 +301,3 @@ def few_rows(root: Path) -> Path:
     for path in [*copied.glob("*/*_dev.tsv"), *copied.glob("*/*_test.tsv")]:
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:11]))
     return copied
-
-
-@pytest.mark.parametrize(("task", "rows"), [("cb", 15), ("rte", 14), ("copa", 12), ("wsc", 20)])
-def test_the_configs_of_the_paper_are_read_with_the_text_of_a_task(task, rows, monkeypatch):
-    """Lengths are those that the paper states; a whole number of evaluations fits the budget."""
-    monkeypatch.setattr(cli.PromptLabCLI, "instantiate_classes", lambda self: None)
-    monkeypatch.setattr(cli.PromptLabCLI, "_run_subcommand", lambda self, *given: None)
-    monkeypatch.setattr(cli.PromptLabCLI, "before_instantiate_classes", lambda self: None)
-    configs = [f"--config={CONFIGS}/{name}.yaml" for name in ("bloomz-560m", task)]
-    own = cli.PromptLabCLI(["fit", *configs, "--data.order_seed=3"]).config.fit
-    settings = own.model.init_args
-    assert own.data.tasks == [f"interpretation-{task}"]
-    assert (own.data.shots, own.data.order_seed) == ("all", 3)
-    assert (settings.num_virtual_tokens, settings.patience) == (rows, 5)
-    note = find_tasks([f"interpretation-{task}"])[0].note
-    assert settings.init.text.replace("`", "").rstrip("?.") in " ".join(note.split())
-    assert own.trainer.max_steps == 50 * own.trainer.val_check_interval
-    if task == "cb":  # stands in the first file, too
-        assert (
-            cli.PromptLabCLI(["fit", configs[0], "--data.order_seed=3"]).config.fit.model
-            == own.model
-        )
-    transfer = cli.PromptLabCLI(["test", f"--config={CONFIGS}/bloomz-560m_transfer.yaml"]).config
-    assert f"interpretation-{task}" in transfer.test.data.tasks
-    assert transfer.test.model.init_args.evaluate_on == "all"

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from prompt_lab.commands import cli
+from prompt_lab.commands import fit as cli
 from prompt_lab.commands.report import report_command
 from prompt_lab.core.subspace import Subspace
 from prompt_lab.files.results import read_csv
 from prompt_lab.files.tensors import load_network
+from prompt_lab.sandbox.tasks import SPLIT_ROWS
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "intrinsic"
 QUICK = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.accelerator=cpu"]
@@ -35,6 +36,8 @@ def test_prompts_subspace_tuning_and_prompts_again_run_one_after_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(SPLIT_ROWS, "test", 24)  # to save time
+    monkeypatch.setitem(SPLIT_ROWS, "dev", 8)
     stage("prompts", "runs/prompts")
     unseen = ("--model.unseen_tasks=[sandbox-sst]", "--model.intrinsic_dim=[2, 3]")
     found = stage("subspace", "runs/subspace", *unseen)

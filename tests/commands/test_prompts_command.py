@@ -6,8 +6,6 @@ The references are safetensors, NumPy and the state of a fit itself.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,21 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import HIDDEN, make_backbone
-from lightning.pytorch import Trainer
+from conftest import HIDDEN, make_data, make_trainer
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from prompt_lab.commands.prompts import export_prompts, import_prompts
 from prompt_lab.core.backbone import Backbone
-from prompt_lab.core.run import Run
-from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.files.peft import load_checkpoint, load_peft, save_peft
-from prompt_lab.files.prompts import Prompt, PromptStore, check_prompt, load_prompt, save_prompt
+from prompt_lab.files.prompts import Prompt, PromptStore, load_prompt, save_prompt
 from prompt_lab.files.results import read_csv
 from prompt_lab.methods.configs import BackboneConfig
 from prompt_lab.methods.prompt_tuning import PromptTuning
-from prompt_lab.methods.starts import InitConfig, initial_prompts
 
 Factory = Callable[..., Backbone]
 Folders = Callable[[str], Path]
@@ -55,10 +49,6 @@ def store(model_folder: Folders, tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
-def run(task: str, sample: int = 13, seed: int = 0, rate: float = 0.03) -> Run:
-    return Run(task, sample, seed, rate, 4)
-
-
 # ---- export -------------------------------------------------------------------------------------
 
 
@@ -70,13 +60,6 @@ def test_each_prompt_of_a_store_becomes_a_folder(store: Path, tmp_path: Path) ->
         found = load_peft(folder)
         assert torch.equal(found.prompt, original.prompt)
         assert (found.name, found.backbone) == (original.name, original.backbone)
-
-
-def test_a_single_file_becomes_the_folder_itself(store: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()  # empty: may be used
-    written = export_prompts(str(store / "b.safetensors"), str(tmp_path / "out"))
-    assert written == [tmp_path / "out"]
-    assert (tmp_path / "out" / "adapter_config.json").is_file()
 
 
 def test_only_named_prompts_are_written_in_the_order_named(store: Path, tmp_path: Path) -> None:
@@ -96,15 +79,6 @@ def test_a_tensor_file_holds_one_tensor_and_what_it_is_for(store: Path, tmp_path
     assert found.dtype == torch.float32
     assert torch.equal(found, load_prompt(store / "a.safetensors").prompt)
     assert metadata == {"format": "pt", "backbone": "someone/model", "task": "emotion"}
-
-
-@pytest.mark.parametrize(("out", "file"), [("x", "x/a.safetensors"), ("x.safetensors",) * 2])
-def test_a_single_tensor_goes_into_a_folder_or_a_named_file(
-    store: Path, tmp_path: Path, out: str, file: str
-) -> None:
-    source = str(store / "a.safetensors")
-    assert export_prompts(source, str(tmp_path / out), "tensor") == [tmp_path / file]
-    assert (tmp_path / file).is_file()
 
 
 def test_nothing_is_overwritten_and_nothing_is_half_done(store: Path, tmp_path: Path) -> None:
@@ -129,20 +103,9 @@ def test_a_backbone_that_is_given_becomes_the_base_model(
     assert config["task_type"] == "CAUSAL_LM"
 
 
-def test_sandbox_prompts_are_exported_by_the_sandbox_config(tmp_path: Path) -> None:
-    model = Backbone.load("sandbox")
-    values = torch.zeros(N, model.hidden_size)
-    save_prompt(tmp_path / "p.safetensors", make(prompt=values, init=values, backbone="sandbox"))
-    (folder,) = export_prompts(str(tmp_path / "p.safetensors"), str(tmp_path / "out"))
-    config = json.loads((folder / "adapter_config.json").read_text())
-    assert config["num_layers"] == model.model.config.num_layers
-    assert config["num_attention_heads"] == model.model.config.num_heads
-
-
 @pytest.mark.parametrize(
     ("source", "settings", "message"),
     [
-        ("store", {"format": "onnx"}, "format is 'onnx'; allowed: peft, tensor"),
         ("nowhere", {}, "no prompt file or folder .*nowhere: give"),
         ("nowhere.ckpt", {}, "no prompt file or folder .*nowhere.ckpt: give"),
         ("empty", {}, "empty holds no prompts: give a prompt file"),
@@ -252,14 +215,6 @@ def test_a_prompt_file_keeps_what_it_knows_under_another_name(store: Path, tmp_p
         import_prompts(source, str(tmp_path / "more"), original.backbone)
 
 
-@pytest.mark.parametrize("out", ["there.safetensors", "store"])
-def test_imports_overwrite_nothing(store: Path, peft: Path, tmp_path: Path, out: str) -> None:
-    (tmp_path / "there.safetensors").write_text("precious")
-    with pytest.raises(ValueError, match=r"is there and is not overwritten"):
-        import_prompts(str(peft), str(tmp_path / out), name="a")
-    assert (tmp_path / "there.safetensors").read_text() == "precious"
-
-
 def bad_sources(folder: Path) -> None:
     """Files that hold no single prompt."""
     values = make().prompt
@@ -313,40 +268,6 @@ def test_sources_that_are_no_single_prompt_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("source", "out", "settings", "message"),
-    [
-        ("unnamed.npy", "out", {}, "does not name its model: give it with backbone"),
-        ("unnamed.npy", "out", {"backbone": "nobody/nothing"}, "no backbone 'nobody/nothing'"),
-        ("unnamed.npy", "out", {"task_index": 0}, "a task index is for multitask PEFT folders"),
-        ("unnamed.npy", "out", {"name": "../x"}, "cannot be the name of a prompt"),
-        ("peft", "text.txt", {}, "out is the file .*text.txt: give a folder"),
-        ("peft", "peft", {}, "not a prompt file of prompt_lab"),
-        ("peft", "out", {"task_index": 1}, "this is PROMPT_TUNING: leave it out"),
-    ],
-)
-def test_bad_imports_are_refused(
-    peft: Path, tmp_path: Path, source: str, out: str, settings: dict[str, Any], message: str
-) -> None:
-    bad_sources(tmp_path)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        import_prompts(str(tmp_path / source), str(tmp_path / out), **settings)
-    assert not (tmp_path / "out").exists()
-
-
-def test_only_the_width_of_a_prompt_without_digests_is_checked(backbone: Factory) -> None:
-    model, prompt = backbone("t5"), make(backbone="someone/else", backbone_digest="")
-    check_prompt(prompt, model, "there")
-    with pytest.raises(ValueError, match=r"there: width 3 made for 'someone/else'"):
-        check_prompt(replace(prompt, prompt=prompt.prompt[:, :3]), model, "there")
-
-
-def test_importing_the_module_loads_no_torch() -> None:
-    """The command line builds its flags from the signatures; ``--help`` stays fast."""
-    code = "import sys, prompt_lab.commands.prompts; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 # ---- checkpoints --------------------------------------------------------------------------------
 
 
@@ -356,30 +277,11 @@ def fitted(
 ) -> tuple[PromptTuning, Path]:
     """Two tasks x two samples x two rates, trained for two steps, and the checkpoint of the fit."""
     folder = tmp_path_factory.mktemp("fit")
-    method = PromptTuning(
-        backbone=BackboneConfig(str(model_folder("t5"))),
-        num_virtual_tokens=N,
-        learning_rate=[0.03, 0.01],
-        batch_size=4,
-    )
-    method.run_dir = folder
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=-1,
-        max_steps=2,
-        val_check_interval=1,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        inference_mode=False,
-        logger=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        default_root_dir=folder,
-    )
-    tasks = ["glue-sst2", "emotion"]
-    trainer.fit(method, datamodule=CrossFitDataModule(tasks, str(fewshot_root), samples=[13, 42]))
+    settings = {"num_virtual_tokens": N, "learning_rate": [0.03, 0.01], "batch_size": 4}
+    method = PromptTuning(backbone=BackboneConfig(str(model_folder("t5"))), **settings)
+    trainer = make_trainer(folder, steps=2, every=1)
+    data = make_data(fewshot_root, ["glue-sst2", "emotion"], [13, 42])
+    trainer.fit(method, datamodule=data)
     trainer.save_checkpoint(folder / "last.ckpt")
     return method, folder / "last.ckpt"
 
@@ -439,60 +341,4 @@ def test_checkpoints_of_something_else_are_refused(
         load_checkpoint(altered(fitted[1], tmp_path / "x.ckpt", change))
 
 
-def test_damaged_checkpoints_are_refused(fitted: tuple[PromptTuning, Path], tmp_path: Path) -> None:
-    content = fitted[1].read_bytes()
-    for kept in (0, 10, len(content) // 2):
-        (tmp_path / "x.ckpt").write_bytes(content[:kept])
-        with pytest.raises(ValueError, match=r"x.ckpt: not a file of tensors and plain values"):
-            load_checkpoint(tmp_path / "x.ckpt")
-    torch.save(torch.zeros(3), tmp_path / "x.ckpt")
-    with pytest.raises(ValueError, match=r"x.ckpt: not a checkpoint of PromptTuning"):
-        load_checkpoint(tmp_path / "x.ckpt")
-    fewer = altered(fitted[1], tmp_path / "y.ckpt", lambda saved: saved["runs"].pop())
-    with pytest.raises(ValueError, match=r"not a checkpoint .* 7 runs, 8 prompts"):
-        load_checkpoint(fewer)
-
-
 # ---- initial prompts from them ------------------------------------------------------------------
-
-
-def initial(path: Path, model: Backbone, runs: list[Run], count: int = N) -> torch.Tensor:
-    return initial_prompts(InitConfig("file", path=str(path)), model, runs, {}, count)[0]
-
-
-def test_a_peft_folder_initialises_every_run(backbone: Factory, peft: Path) -> None:
-    """Whatever weights it was made for; of another width it is refused."""
-    made = initial(peft, backbone("t5"), [run("a"), run("b")])
-    assert torch.equal(made, make().prompt.expand(2, -1, -1))
-    with pytest.raises(ValueError, match=r"has 4 virtual tokens, model.num_virtual_tokens is 5"):
-        initial(peft, backbone("t5"), [run("a")], 5)
-    values = load_file(peft / "adapter_model.safetensors")["prompt_embeddings"][:, :31]
-    narrow = make(prompt=values, backbone="someone/narrow")
-    save_peft(peft, narrow, "SEQ_2_SEQ_LM", 2, 4)
-    with pytest.raises(ValueError, match=r"width 31 made for 'someone/narrow'.* hidden size 32"):
-        initial(peft, backbone("t5"), [run("a")])
-
-
-def test_each_run_takes_the_prompt_of_its_task_from_a_checkpoint(
-    fitted: tuple[PromptTuning, Path], tmp_path: Path
-) -> None:
-    """One rate, so that task and sample name one prompt; other weights are refused."""
-
-    def first_rate(saved: dict[str, Any]) -> None:
-        for name, value in saved["state_dict"].items():
-            if value.dim():
-                saved["state_dict"][name] = value[::2]
-        saved["runs"] = saved["runs"][::2]
-        saved["starts"] = saved["starts"][::2]
-
-    method, path = fitted
-    single = altered(path, tmp_path / "single.ckpt", first_rate)
-    runs = [run("emotion", 42, seed=5), run("glue-sst2", 13, rate=9.0)]
-    made = initial(single, make_backbone("t5"), runs)
-    assert torch.equal(made, method.best[[6, 0]])
-    with pytest.raises(ValueError, match=r"single.ckpt .*: made for backbone .* with weights"):
-        initial(single, make_backbone("t5", seed=1), runs)
-    with pytest.raises(ValueError, match=r"has no prompt for 2 runs: x_13.*, y_13"):
-        initial(single, make_backbone("t5"), [run("x"), run("emotion"), run("y")])
-    with pytest.raises(ValueError, match=r"several prompts for emotion_21"):
-        initial(single, make_backbone("t5"), [run("emotion", 21)])

@@ -5,13 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 import re
-import shutil
-import subprocess
 import sys
 import types
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,12 +22,10 @@ from scipy.linalg import subspace_angles
 from scipy.stats import bootstrap
 
 from prompt_lab.__main__ import main
-from prompt_lab.analysis import plots
+from prompt_lab.analysis import data_rankings, plots
 from prompt_lab.analysis.selection import PROMPT_RANKINGS, find_steps
-from prompt_lab.commands import select
-from prompt_lab.commands.cli import ParseOnly
+from prompt_lab.commands.fit import ParseOnly
 from prompt_lab.core import similarity
-from prompt_lab.data.partitions import partition
 from prompt_lab.files.prompts import Prompt, PromptStore
 
 N, D = 3, 24
@@ -119,57 +115,6 @@ def test_the_written_file_is_a_further_config_of_a_fit(store, capsys):
     assert yaml.safe_load(text) == {"data": {"tasks": SOURCES}}
 
 
-def test_several_targets_have_their_tables_and_the_mean_of_them_chooses(store, capsys):
-    save(prompt("goal", rows(6, 7, 0)))
-    assert command("aim", "goal", "--prompts", store, "--energy", "1", "--number", "1") == 0
-    out = capsys.readouterr().out
-    assert out.index("\naim\n") < out.index("\ngoal\n") < out.index("\nmean over 2 targets\n")
-    table = out[out.index("mean over") :].splitlines()[1:6]
-    del table[1]  # dashes
-    shares = {"near": (1, 1 / 3), "half": (2 / 3, 1 / 3), "far": (0, 2 / 3)}
-    wanted = {task: np.sqrt(both) for task, both in shares.items()}
-    assert [line.split()[1:] for line in table] == [
-        ["source", "similarity", "targets"],
-        *(
-            [task, f"{values.mean():.3f}", "±", f"{values.std(ddof=1):.3f}", "2"]
-            for task, values in wanted.items()
-        ),
-    ]
-    assert out.endswith("--data.tasks '[near]'\n")
-
-
-def test_random_sources_come_with_their_similarities_and_depend_on_the_seed_alone(store, capsys):
-    words = ("aim", "--prompts", store, "--energy", "1", "--number", "2", "--choose", "random")
-    drawn = set()
-    for seed in map(str, range(8)):
-        assert command(*words, "--seed", seed) == 0
-        out = capsys.readouterr().out
-        assert f"2 of 3 source tasks, random with seed {seed}, for aim\n" in out
-        assert command(*words, "--seed", seed, "--sources", *SOURCES[::-1]) == 0
-        assert capsys.readouterr().out == out
-        drawn.add(out.splitlines()[-1])
-        for line in out.splitlines()[-3:-1]:
-            assert line in (
-                "  near: rank 1, similarity 1.000",
-                "  half: rank 2, similarity 0.816",
-                "  far: rank 3, similarity 0.000",
-            )
-    assert len(drawn) > 1
-
-
-def test_the_best_prompt_of_a_task_and_sample_counts_over_all_stores(store, capsys):
-    save(prompt("far", rows(0, 1, 2), dev_score=0.9), folder="run/prompts")
-    save(prompt("near", rows(9, 10, 11), dev_score=0.1), folder="run/prompts")
-    assert command("aim", "--prompts", store, "run", "--energy", "1", "--number", "2") == 0
-    assert capsys.readouterr().out.endswith("--data.tasks '[far, near]'\n")
-
-
-def test_prompts_without_a_task_are_no_sources(store, capsys):
-    save(prompt("", rows(0, 1, 2), name="nameless"))
-    assert command("aim", "--prompts", store, "--number", "3") == 0
-    assert "3 of 3 source tasks" in capsys.readouterr().out
-
-
 def test_samples_are_compared_one_by_one_and_otherwise_all_with_all(capsys):
     """Reference: a loop over pairs of prompts."""
     samples = {"aim": (13, 21, 42), "both": (13, 42, 87), "other": (87, 100), "none": (None,)}
@@ -201,140 +146,6 @@ def test_samples_are_compared_one_by_one_and_otherwise_all_with_all(capsys):
         numbers = f"{values.mean():.3f} ± {values.std(ddof=1):.3f}"
         assert line.split()[1:] == [task, *numbers.split(), *count.split()]
     assert lines[start + 3].startswith("pairs: no sample in common")
-
-
-def test_sets_of_partitions_stand_for_their_tasks(capsys):
-    found = partition("sandbox/12_to_4")
-    tensors = [rows(at, at + 1, at + 2) for at in range(16)]
-    tasks = [*found.source, *found.target]
-    save(*(prompt(task, own) for task, own in zip(tasks, tensors, strict=True)))
-    both = [f"sandbox/12_to_4/{which}" for which in ("source", "target")]
-    assert command(both[1], "--prompts", "store", "--sources", both[0], "--number", "12") == 0
-    out = capsys.readouterr().out
-    assert [line for line in out.splitlines() if line in found.target] == list(found.target)
-    chosen = yaml.safe_load(out.splitlines()[-1].split(" ", 1)[1].strip("'"))
-    assert sorted(chosen) == sorted(found.source)
-
-
-def test_a_given_rank_stands_for_the_energy(store, capsys):
-    assert command("aim", "--prompts", store, "--rank", "2", "--number", "1") == 0
-    assert "0 to 1: 2 of 24 dimensions" in capsys.readouterr().out
-
-
-def test_neither_transformers_nor_lightning_is_loaded(store):
-    """Reading prompts needs no model; the command starts as fast as torch does."""
-    code = (
-        "import sys\n"
-        "from prompt_lab.__main__ import main\n"
-        "main(['select', 'aim', '--prompts', 'store', '--number', '1'])\n"
-        "print(sorted({'transformers', 'lightning', 'datasets'} & set(sys.modules)))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1] == "[]", done.stderr
-
-
-# ---- bad input -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (["aim", "lost"], "1 of 2 target tasks have no prompt in store: lost; tune them first"),
-        (
-            ["aim", "--sources", "near", "gone", "lost"],
-            "2 of 3 source tasks have no prompt in store: gone, lost; tune them first",
-        ),
-        (["aim", "--sources", "near", "aim"], "source and target at once: aim; take it out of one"),
-        (
-            ["aim", *SOURCES],
-            "store hold no task but the targets: name tasks with",
-        ),
-        (["aim"], "--number is 5, and there are 3 source tasks: give 1 to 3"),
-        (["aim", "--number", "0"], "--number is 0, and there are 3 source tasks"),
-        (["aim", "--number=1", "--rank=4"], "rank is 4, but a prompt spans 3 dimensions"),
-        (["aim", "--number=1", "--energy=0"], "energy is 0.0: give a share above 0 and at most 1"),
-        (["aim/x", "--number=1"], "'aim/x' is neither a task nor a set of a partition"),
-        (["aim", "--number=1", "--out", "."], "--out . is a folder: name a file"),
-    ],
-)
-def test_what_cannot_be_chosen_from_is_refused_in_one_sentence(store, words, sentence, capsys):
-    assert command(*words, "--prompts", store) == 1
-    captured = capsys.readouterr()
-    assert sentence in captured.err
-    assert (captured.err.count("\n"), captured.out) == (1, "")
-
-
-@pytest.mark.parametrize(
-    ("other", "sentence"),
-    [
-        (
-            {"tensor": torch.full((N, D), math.nan)},
-            "store/odd-13.safetensors: the prompt holds",
-        ),
-        ({"tensor": torch.zeros(N, D)}, "store/odd-13.safetensors is all zeros: tune it again or"),
-        (
-            {"tensor": torch.ones(N, D), "backbone": "large", "backbone_digest": "c" * 64},
-            "store/aim-13.safetensors and store/odd-13.safetensors do not combine: backbone 'tiny' "
-            "with weights aaaaaaaaaaaa and 'large' with weights cccccccccccc",
-        ),
-        (
-            {"tensor": torch.ones(N, D + 1)},
-            "store/aim-13.safetensors and store/odd-13.safetensors do not combine: width 24 and 25",
-        ),
-    ],
-)
-def test_prompts_that_cannot_be_compared_are_named(store, other, sentence, capsys):
-    save(prompt("odd", **other))
-    assert command("aim", "--prompts", store, "--number", "1") == 1
-    captured = capsys.readouterr()
-    assert captured.err.startswith(f"prompt-lab: {sentence}")
-    assert captured.err.count("\n") == 1
-    assert captured.out == ""
-    words = ("aim", "--prompts", store, "--sources", *SOURCES, "--number", "1")
-    assert command(*words) == 0  # prompts that were not asked for are not read
-
-
-def test_a_folder_that_is_not_there_and_one_without_prompts_are_refused(capsys):
-    assert command("aim", "--prompts", "nowhere") == 1
-    assert capsys.readouterr().err.startswith("prompt-lab: no prompt file or folder nowhere")
-    Path("empty").mkdir()
-    assert command("aim", "--prompts", "empty") == 1
-    assert "empty holds no prompts: give" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (["--energy", "much"], "\"energy\": Expected a <class 'float'>. Got value: much"),
-        (["--number", "few"], "\"number\": Expected a <class 'int'>. Got value: few"),
-        (["--choose", "best"], "['highest', 'lowest', 'random']. Got value: best"),
-    ],
-)
-def test_wrong_flags_are_one_sentence(words, sentence, capsys):
-    with pytest.raises(SystemExit):
-        command("aim", "--prompts", "store", *words)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("prompt-lab: ")
-    assert sentence in line
-
-
-def test_lengths_may_differ_where_rows_are_not_compared_one_by_one(store, capsys):
-    """Reference: the similarity of the pair alone."""
-    longer = torch.randn(N + 2, D, generator=torch.Generator().manual_seed(5))
-    save(prompt("odd", longer))
-    for method in get_args(select.Method)[:9]:
-        status = command("aim", "--prompts", store, "--number", "1", "--method", method)
-        captured = capsys.readouterr()
-        if method in ("unigram", "unigram-unit", "cosine", "frobenius"):
-            assert status == 1
-            assert captured.err == (
-                f"prompt-lab: {method} compares prompts row by row, and these have several lengths "
-                "(far 3, odd 5): give prompts of one length\n"
-            )
-        else:
-            name, flags, _ = PROMPT_RANKINGS[method]
-            value = getattr(similarity, name)(rows(0, 1, 2)[None], longer[None], **flags).item()
-            assert f"odd     {value:.3f} " in captured.out
 
 
 # ---- other methods -------------------------------------------------------------------------------
@@ -383,16 +194,6 @@ def data(**sizes: int) -> str:
     return "root"
 
 
-def test_size_ranks_by_the_rows_of_the_whole_training_sets_without_prompts(capsys):
-    root = data(small=2, large=12, middle=7)
-    words = ("aim", "--method", "size", "--root", root, "--number", "2")
-    assert command(*words, "--sources", "small", "middle", "large") == 0
-    out = capsys.readouterr().out
-    assert ranking(out) == {"large": 12, "middle": 7, "small": 2}
-    assert "1     large   12          1  " in out
-    assert out.endswith("--data.tasks '[large, middle]'\n")
-
-
 def test_size_and_random_take_the_other_tasks_of_the_stores_as_sources(store, capsys):
     words = ("aim", "--prompts", store, "--number", "1", "--method")
     assert command(*words, "size", "--root", data(near=1, half=2, far=3)) == 0
@@ -405,14 +206,6 @@ def test_size_and_random_take_the_other_tasks_of_the_stores_as_sources(store, ca
         assert capsys.readouterr().out == out
         seen.add(tuple(ranking(out)))
     assert len(seen) > 1
-
-
-def test_the_embedded_sandbox_is_a_root(capsys):
-    words = ("--method", "size", "--root", "sandbox", "--number", "1")
-    assert command("aim", "--sources", "sandbox-sst", "sandbox-gender", *words) == 0
-    assert ranking(capsys.readouterr().out) == {"sandbox-gender": 512, "sandbox-sst": 512}
-    assert command("aim", "--sources", "sandbox-sst", "other", *words) == 1
-    assert "1 of 2 tasks have no training file in sandbox: other" in capsys.readouterr().err
 
 
 class Encoder:
@@ -440,7 +233,7 @@ def encoder(monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_semb_is_the_cosine_of_the_mean_embeddings_of_all_inputs(encoder, capsys, monkeypatch):
     """Reference: NumPy on all rows at once."""
-    monkeypatch.setattr(select, "CHUNK", 4)
+    monkeypatch.setattr(data_rankings, "CHUNK", 4)
     sizes = {"aim": 11, "abacus": 3, "cab": 9, "dd": 4}
     words = ("--method", "semb", "--root", data(**sizes), "--encoder", encoder, "--number", "1")
     assert command("aim", *words, "--sources", "abacus", "cab", "dd") == 0
@@ -457,39 +250,6 @@ def test_semb_is_the_cosine_of_the_mean_embeddings_of_all_inputs(encoder, capsys
     }
     assert ranking(out) == pytest.approx(wanted, abs=6e-4)
     assert list(ranking(out)) == sorted(wanted, key=lambda task: -wanted[task])
-
-
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (["--method", "max"], "max compares tuned prompts: give their stores with --prompts"),
-        (["--method", "size"], "size and semb read training files: name their folder with --root"),
-        (["--method", "size", "--root", "no"], "no folder no: name the data root with --root"),
-        (
-            ["--method", "size", "--root", "root"],
-            "1 of 2 tasks have no training file in root: b; prompt-lab tasks build makes them",
-        ),
-        (["--method", "semb", "--root", "root"], "semb needs a sentence encoder: give its id or"),
-        (
-            ["--method", "semb", "--root", "root", "--encoder", "x", "--sources", "c"],
-            "semb needs the package sentence-transformers: pip install 'prompt-lab[semb]'",
-        ),
-        (["--method", "random", "--sources", "aim"], "source and target at once: aim"),
-    ],
-)
-def test_what_a_method_lacks_is_one_sentence(words, sentence, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    data(a=1, aim=1, c=2)
-    given = [] if "--sources" in words else ["--sources", "a", "b"]
-    assert command("aim", *words, *given, "--number", "1") == 1
-    captured = capsys.readouterr()
-    assert captured.err.startswith(f"prompt-lab: {sentence}")
-    assert (captured.err.count("\n"), captured.out) == (1, "")
-
-
-def test_sources_are_needed_from_somewhere(capsys):
-    assert command("aim", "--method", "random") == 1
-    assert "no source tasks: name tasks with --sources" in capsys.readouterr().err
 
 
 # ---- evaluate ------------------------------------------------------------------------------------
@@ -526,10 +286,6 @@ def write(name: str, *lines: str) -> str:
     return name
 
 
-def test_the_method_flag_knows_all_rankings():
-    assert get_args(select.Method) == (*PROMPT_RANKINGS, "size", "semb", "random")
-
-
 def test_the_published_table_is_evaluated_without_any_model(capsys):
     assert command("evaluate", "paper", "--out", "found") == 0
     out = capsys.readouterr().out
@@ -556,17 +312,6 @@ def test_the_published_table_is_evaluated_without_any_model(capsys):
     assert [summary.loc["size", x] for x in parts] == pytest.approx(wanted)
 
 
-def test_a_table_is_evaluated_without_loading_torch():
-    code = (
-        "import sys\n"
-        "from prompt_lab.__main__ import main\n"
-        "main(['select', 'evaluate', 'paper'])\n"
-        "print(sorted({'torch', 'matplotlib', 'lightning'} & set(sys.modules)))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1] == "[]", done.stderr
-
-
 def test_rankings_come_from_prompts_and_from_files(store, capsys):
     """Prompts rank near, half, far; the table has the best source last."""
     write("t.csv", "source,aim", "near,70", "half,75", "far,80")
@@ -579,60 +324,6 @@ def test_rankings_come_from_prompts_and_from_files(store, capsys):
     assert table["mine"] == ["100.00", "0.00", "0.00", "1"]
     assert table["subspace"][1] == "12.50"
     assert table["size"][1] == f"{100 * 2.5 / 80:.2f}"  # half and far are equal
-
-
-def test_semb_is_judged_too(encoder, capsys):
-    write("t.csv", "source,aim", "cab,70", "dd,75")
-    words = ("--root", data(aim=4, cab=3, dd=4), "--encoder", encoder)
-    assert command("evaluate", "t.csv", *words) == 0
-    assert list(qualities(capsys.readouterr().out))[2:] == ["random", "size", "semb"]
-
-
-def test_seeds_are_judged_by_themselves_on_request(capsys):
-    write("t.csv", "source,target,score,seed", "a,x,70,1", "b,x,80,1", "a,x,80,2", "b,x,60,2")
-    write("mine.csv", "source,x", "a,1", "b,0")
-    regrets = []
-    for seeds in ("mean", "each"):
-        words = ("t.csv", "--similarity", "mine.csv", "--seeds", seeds)
-        assert command("evaluate", *words) == 0
-        out = capsys.readouterr().out
-        assert "1 targets, 2 seeds (" in out
-        regrets.append(qualities(out)["mine"][1])
-    assert regrets == ["0.00", f"{100 * (10 / 80 + 0) / 2:.2f}"]
-
-
-def test_a_single_source_and_targets_that_nothing_helps_are_right(capsys, figures):
-    write("t.csv", "source,x,y", "a,0,70", "no-transfer,0,50")
-    assert command("evaluate", "t.csv", "--out", "found") == 0
-    out = capsys.readouterr().out
-    assert "\nno source scores above 0, so not judged: x\n" in out
-    assert qualities(out)["random"] == ["100.00", "0.00", "–", "40.00", "–", "1"]
-
-
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (["nothing.csv"], "no file nothing.csv: give a CSV table"),
-        (["t.csv", "--similarity", "few.csv"], "few: no similarity of 1 of 2 pairs"),
-        (["t.csv", "--similarity", "random.csv"], "random.csv: there is a method random already"),
-        (["t.csv", "--prompts", "store"], "1 of 1 target tasks have no prompt in store: x"),
-        (["t.csv", "--root", "nowhere"], "no folder nowhere: name the data root with --root"),
-        (["t.csv", "--encoder", "e"], "size and semb read training files: name their folder"),
-        (["t.csv", "--out", "t.csv"], "--out t.csv is a file: name a folder"),
-        (["t.csv", "--steps", "fits"], "--steps needs prompts of the source tasks: give their"),
-        (["t.csv", "t.csv"], "2 scores stand more than once, such as that of a for x"),
-        (["store"], "no results.csv in store or below"),
-    ],
-)
-def test_what_cannot_be_evaluated_is_refused_in_one_sentence(words, sentence, capsys):
-    save(prompt("a", torch.ones(N, D)))
-    write("t.csv", "source,x", "a,70", "b,75")
-    write("few.csv", "source,x", "a,1")
-    write("random.csv", "source,x", "a,1", "b,2")
-    assert command("evaluate", *words) == 1
-    captured = capsys.readouterr()
-    assert captured.err.startswith(f"prompt-lab: {sentence}")
-    assert (captured.err.count("\n"), captured.out) == (1, "")
 
 
 # ---- the report ----------------------------------------------------------------------------------
@@ -711,17 +402,6 @@ def test_the_best_of_the_first_k_is_the_mean_over_all_orders_of_equal_sources(se
         assert row["gain"] == pytest.approx(100 * (np.mean(best) / 50 - 1))
 
 
-def test_a_target_with_fewer_sources_keeps_the_best_of_all_in_the_mean(figures):
-    write("t.csv", "source,x,y", "a,70,50", "b,80,60", "c,90,")
-    assert command("evaluate", "t.csv", "--out", "found") == 0
-    table = pd.read_csv("found/top_k.csv").query("ranking == 'random'")
-    assert table["k"].tolist() == [1, 2, 3]
-    assert table["score"].iloc[2] == pytest.approx((90 + 60) / 2)
-    assert table["gain"].isna().all()
-    assert [*figures] == ["transfer", "top-k"]
-    assert not Path("found/relative_transfer.csv").exists()
-
-
 def test_prompts_add_maps_of_similarities_and_of_the_rows_of_prompts(store, figures):
     """The target has sample 13; pairs that are missing stay empty."""
     save(prompt("half-2", rows(3, 4, 5), sample=21))
@@ -750,13 +430,6 @@ def test_prompts_add_maps_of_similarities_and_of_the_rows_of_prompts(store, figu
     assert points.groupby(["target", "prompt"], sort=False).size().tolist() == [N] * 7
     first = pd.read_csv("found/similarities.csv").query("ranking == 'subspace' and target == 'aim'")
     assert first["source"].tolist() == ["near", "half", "far", "half-2"]
-
-
-def test_short_prompts_have_no_map_of_rows(figures):
-    write("t.csv", "source,aim", "a,70", "b,75")
-    save(*(prompt(task, torch.ones(1, D) * at) for at, task in enumerate(("a", "b", "aim"), 2)))
-    assert command("evaluate", "t.csv", "--prompts", "store", "--out", "found") == 0
-    assert not [x for x in figures if x.startswith("tokens")]
 
 
 # ---- over steps ----------------------------------------------------------------------------------
@@ -858,52 +531,6 @@ def test_the_prompts_of_every_step_are_judged(seeds, capsys, figures):
     assert not [x for x in figures if x.startswith("similarity")]
 
 
-def test_each_needs_transfer_scores_of_the_prompts_own_sample(capsys):
-    lines = [x for x in Path(table()).read_text().splitlines() if not re.match("b,x,.*,21,", x)]
-    words = (write("t.csv", *lines), "--prompts", sources(), "--steps", fits())
-    assert command("evaluate", *words) == 0
-    capsys.readouterr()
-    assert command("evaluate", *words, "--seeds", "each") == 1
-    assert capsys.readouterr().err == (
-        "prompt-lab: a prompt of x is judged by the transfer scores of its sample, 21, and b have "
-        "none: add them, or take the mean over seeds\n"
-    )
-
-
-def test_final_prompts_of_the_targets_are_ranked_too_where_they_are_there(capsys):
-    save(*(step_prompt(task, 100, 13) for task in TARGETS), folder="final")
-    words = (table(), "--prompts", sources(), "final", "--steps", fits())
-    assert command("evaluate", *words) == 0
-    out = capsys.readouterr().out
-    assert "\ncosine" in out.partition("by step of")[0]
-    assert "without a final prompt" not in out
-
-
-def test_a_source_may_be_a_target_as_well(figures):
-    """Its saved prompt ranks; its best prompt is what others are compared with."""
-    write("t.csv", "source,x,a", "a,70,", "b,75,60", "c,60,70")
-    both = {"x": drawn(5, 0, 0), "a": drawn(6, 0, 0)}
-    save(*(step_prompt(x, 5, 13, tensor=own) for x, own in both.items()), folder="f/steps/5")
-    assert command("evaluate", "t.csv", "--prompts", sources(), "--steps", "f", "--out", "o") == 0
-    rows = pd.read_csv("o/steps.csv").query("ranking == 'cosine'").set_index("target")
-    for target, of_source in {"x": {"a": 70, "b": 75, "c": 60}, "a": {"b": 60, "c": 70}}.items():
-        likeness = np.array([cosine(both[target], source) for source in of_source])
-        scores = np.array([*of_source.values()], float)
-        assert rows.loc[target, "nDCG"] == pytest.approx(quality(scores, likeness)[0])
-
-
-def test_of_a_grid_the_run_with_the_best_dev_score_at_any_step_counts_at_all():
-    for step, devs in ((1, (0.4, 0.9)), (2, (0.8, 0.3)), (3, (math.nan, None))):
-        for rate, dev in zip((0.1, 0.3), devs, strict=True):
-            made = step_prompt("x", step, 13, name=f"x_{rate}", learning_rate=rate, dev_score=dev)
-            save(made, folder=f"f/steps/{step}")
-    steps, notes = find_steps(["f"], ["x"])
-    assert [(x.step, x.file) for x in steps.itertuples()] == [
-        (step, "x_0.3.safetensors") for step in (1, 2, 3)
-    ]
-    assert notes == []
-
-
 def test_transfers_and_other_tasks_are_left_out_and_missing_runs_are_told():
     folder = f"{fits()}/steps/20"
     save(step_prompt("z", 20, 13), folder=folder)
@@ -919,58 +546,90 @@ def test_transfers_and_other_tasks_are_left_out_and_missing_runs_are_told():
     ]
 
 
-def drop(step: int, task: str) -> None:
-    """Remove the prompts of a task from a step of the fit."""
-    for path in Path(FIT, "steps", str(step)).glob(f"{task}_*"):
-        path.unlink()
+# ---- what is refused -----------------------------------------------------------------------------
+
+ONE = ["aim", "--prompts", "store", "--number", "1"]
+WITHOUT = ["aim", "--sources", "a", "b", "--number", "1", "--method"]
 
 
 @pytest.mark.parametrize(
-    ("spoil", "sentence"),
+    ("words", "sentence"),
     [
-        (lambda: shutil.rmtree(FIT), "no saved steps in runs/fit: give folders of fits of the tar"),
+        (["lost", *ONE], "1 of 2 target tasks have no prompt in store: lost; tune them first"),
+        ([*ONE, "--sources", "near", "aim"], "source and target at once: aim; take it out of one"),
+        ([*SOURCES, "odd", *ONE], "store hold no task but the targets: name tasks with"),
+        ([*ONE, "--number", "9"], "--number is 9, and there are 4 source tasks: give 1 to 4"),
+        ([*ONE, "--rank=4"], "rank is 4, but a prompt spans 3 dimensions"),
         (
-            lambda: drop(100, "y"),
-            "not every saved step has all target tasks: step 100 lacks y; fit all from a start",
+            [*ONE, "--method", "unigram"],
+            "unigram compares prompts row by row, and these have several lengths (far 3, odd 5)",
+        ),
+        ([*ONE, "--energy=0"], "energy is 0.0: give a share above 0 and at most 1"),
+        ([*ONE, "--out", "."], "--out . is a folder: name a file"),
+        ([*WITHOUT, "max"], "max compares tuned prompts: give their stores with --prompts"),
+        ([*WITHOUT, "size"], "size and semb read training files: name their folder with --root"),
+        ([*WITHOUT, "size", "--root", "no"], "no folder no: name the data root with --root"),
+        (
+            [*WITHOUT, "size", "--root", "root"],
+            "1 of 2 tasks have no training file in root: b; prompt-lab tasks build makes them",
+        ),
+        ([*WITHOUT, "semb", "--root", "root"], "semb needs a sentence encoder: give its id or"),
+        (
+            [*WITHOUT, "semb", "--root", "root", "--encoder", "x", "--sources", "a"],
+            "semb needs the package sentence-transformers: pip install 'prompt-lab[semb]'",
+        ),
+        (["aim", "--method", "random"], "no source tasks: name tasks with --sources"),
+        (["evaluate", "nothing.csv"], "no file nothing.csv: give a CSV table"),
+        (["evaluate", "t.csv", "--similarity", "few.csv"], "few: no similarity of 1 of 2 pairs"),
+        (
+            ["evaluate", "t.csv", "--similarity", "random.csv"],
+            "random.csv: there is a method random already",
+        ),
+        (["evaluate", "t.csv", "--prompts", "store"], "1 of 1 target tasks have no prompt in"),
+        (["evaluate", "t.csv", "--out", "t.csv"], "--out t.csv is a file: name a folder"),
+        (["evaluate", "t.csv", "--steps", "f"], "--steps needs prompts of the source tasks: give"),
+        (["evaluate", "store"], "no results.csv in store or below"),
+        (["evaluate", "s.csv", "--prompts", "store", "--steps", "f"], "no saved steps in f: give"),
+        (
+            ["evaluate", "s.csv", "--prompts", "store", "--steps", FIT],
+            "not every saved step has all target tasks: step 20 lacks z, step 100 lacks z; fit all",
         ),
         (
-            lambda: [drop(step, "x") for step in STEPS],
-            "not every saved step has all target tasks: step 20 lacks x, step 100 lacks x; fit",
-        ),
-        (
-            lambda: save(
-                step_prompt("x", 20, 13, tensor=torch.ones(N + 1, D)), folder=f"{FIT}/steps/20"
-            ),
-            "unigram compares prompts row by row, and these have several lengths (runs/fit/steps/",
-        ),
-        (
-            lambda: Path(FIT, "steps/20/x_13.safetensors").write_text("junk"),
-            "runs/fit/steps/20/x_13.safetensors: damaged or not a safetensors file",
-        ),
-        (lambda: shutil.rmtree("store"), "no prompt file or folder store: give"),
-        (
-            lambda: Path("store/c-13.safetensors").unlink(),
-            "1 of 3 source tasks have no prompt in store: c; tune them first",
+            ["evaluate", "k.csv", "--prompts", "store", "--steps", FIT, "--seeds", "each"],
+            "a prompt of x is judged by the transfer scores of its sample, 21, and near have none",
         ),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_steps_lack_is_one_sentence(spoil, sentence, capsys):
+def test_what_cannot_be_done_is_one_sentence(store, words, sentence, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    data(a=1, aim=1)
     fits()
-    sources()
-    spoil()
-    assert command("evaluate", table(), "--prompts", "store", "--steps", FIT) == 1
+    save(prompt("odd", torch.ones(N + 2, D)))
+    write("t.csv", "source,x", "near,70", "half,75")
+    write("s.csv", "source,x,z", "near,70,70", "half,75,75")
+    write("k.csv", "source,target,score,sample", "near,x,70,13", "half,x,70,13", "half,x,70,21")
+    write("few.csv", "source,x", "near,1")
+    write("random.csv", "source,x", "near,1", "half,2")
+    assert command(*words) == 1
     captured = capsys.readouterr()
     assert captured.err.startswith(f"prompt-lab: {sentence}")
     assert (captured.err.count("\n"), captured.out) == (1, "")
 
 
-def test_many_steps_are_shown_in_part(capsys):
-    for step in range(1, 31):
-        save(*(step_prompt(task, step, 13) for task in TARGETS), folder=f"f/steps/{step}")
-    assert command("evaluate", table(), "--prompts", sources(), "--steps", "f") == 0
+def test_a_prompt_of_zeros_is_named_and_what_was_not_asked_for_is_not_read(store, capsys):
+    save(prompt("odd", torch.zeros(N, D)))
+    assert command(*ONE) == 1
+    assert "store/odd-13.safetensors is all zeros: tune it again or" in capsys.readouterr().err
+    assert command(*ONE, "--sources", *SOURCES) == 0
+
+
+def test_the_mean_over_several_targets_chooses(store, capsys):
+    save(prompt("goal", rows(6, 7, 0)))
+    assert command("aim", "goal", "--prompts", store, "--energy", "1", "--number", "1") == 0
     out = capsys.readouterr().out
-    assert "by step of the target prompts (10 of 30); percent" in out
-    (line,) = [line for line in out.splitlines() if line.startswith("nDCG ")]
-    shown = list(map(int, line.split()[1:]))
-    assert (len(shown), shown[0], shown[-1]) == (10, 1, 30)
-    assert shown == sorted(set(shown))
+    assert out.index("\naim\n") < out.index("\ngoal\n") < out.index("\nmean over 2 targets\n")
+    both = np.sqrt((1, 1 / 3))
+    text = f"1     near    {both.mean():.3f} ± {both.std(ddof=1):.3f}  2"
+    assert text in out.partition("mean over")[2]
+    assert out.endswith("--data.tasks '[near]'\n")

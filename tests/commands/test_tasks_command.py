@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import SAMPLES, TASKS
+from conftest import TASKS
 
-from prompt_lab import __main__
 from prompt_lab.__main__ import main
-from prompt_lab.commands.tasks import HEAD, TAIL, Finding, check_folder, shorten
+from prompt_lab.commands.tasks import HEAD, TAIL, Finding, check_folder
 from prompt_lab.data.files import SPLITS, DataError, read_task
 from prompt_lab.data.partitions import partition
 from prompt_lab.data.tasks import load_tasks
@@ -164,36 +162,6 @@ def test_faults_of_a_kind_are_counted_once_per_file(root):
     ]
 
 
-def test_lines_keep_their_numbers_after_a_line_that_cannot_be_read(root):
-    edit(DEV, "dev of 13, row 0\tgood", "")(root)
-    edit(DEV, "2\tbad", "2\tBad")(root)
-    assert [found.line for found in findings(root) if found.is_error] == [1, 3]
-
-
-def test_a_k_that_the_table_does_not_name_must_be_the_only_one(root):
-    for path in sorted((root / "loose").glob("*_13_*")):
-        shutil.copy(path, str(path).replace("loose_2", "loose_3"))
-    first, *rest = map(str, findings(root, "loose"))
-    which = "say which with data.shots, or shots in its row"
-    assert first == f"error: loose: files for K = 2, 3: {which}"
-    assert {line.split(":")[0] for line in rest} == {"note"}  # two rows where K is 3
-    with pytest.raises(DataError, match="holds files for K = 2, 3"):
-        read_task(root, load_tasks("tasks.yaml")["loose"], 13)
-
-
-def test_a_task_without_files_for_its_k_is_an_error(root):
-    shutil.rmtree(root / "mine")
-    for path in list((root / "free").iterdir()):
-        path.rename(str(path).replace("free_3", "free_03"))
-    for path in (root / "loose").iterdir():
-        path.unlink()
-    lines = list(map(str, findings(root)))
-    assert lines[0] == f"error: mine: no folder {root / 'mine'}"
-    assert lines[1].startswith("note: free: not of the form free_3_<sample>_<split>.tsv, not read")
-    assert lines[2] == "error: free: no file free_3_<sample>_<split>.tsv"
-    assert lines[3:] == ["error: loose: no file loose_<K>_<sample>_<split>.tsv"]
-
-
 def test_where_k_is_all_any_number_of_rows_will_do(root, capsys):
     """Everything else is checked as ever; labels may have unequal numbers of rows, but not none."""
     Path("tasks.yaml").write_text(TABLE.replace("shots: 2", "shots: all"))
@@ -219,25 +187,6 @@ def test_where_k_is_all_any_number_of_rows_will_do(root, capsys):
     assert "error: free: no file free_3_<sample>_<split>.tsv" in lines
     assert "note: free, K all: not checked, but K = 3 is; data.shots all reads these" in lines
     assert any("loose: files for K = 2, all: say which" in line for line in lines)
-
-
-def test_the_command_prints_findings_and_says_by_its_status_whether_there_are_errors(root, capsys):
-    words = ("check", "data", "--task_file", "tasks.yaml")
-    edit("free/free_3_42_dev.tsv", "c\n", "c\nmore\td\n")(root)
-    (root / "fre").mkdir()
-    assert command(*words) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        "note: fre: no known task, not read; --task_file can add one",
-        "note: free, K 3, sample 42, split dev: 4 rows, not 3",
-        "3 tasks checked; errors: 0, notes: 2",
-    ]
-    remove(DEV)(root)
-    assert command(*words) == 1
-    assert capsys.readouterr().out.endswith("\n3 tasks checked; errors: 1, notes: 2\n")
-    assert command(*words, "--tasks", "free", "loose") == 0
-    assert capsys.readouterr().out.endswith("\n2 tasks checked; errors: 0, notes: 1\n")
-    assert command(*words, "--tasks", "glue-sst2") == 1
-    assert "error: glue-sst2: no folder data/glue-sst2\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -316,27 +265,6 @@ def test_the_list_of_a_partition_names_the_set_of_each_task(capsys):
     assert names == {name for name in found.target if load_tasks()[name].metric == "EM"}
 
 
-def test_tasks_of_a_partition_that_the_table_lacks_are_named(capsys, monkeypatch):
-    """Here two of its tasks are taken out of the table."""
-    lacking = partition("crossfit/random").target[:2]
-    table = {name: task for name, task in load_tasks().items() if name not in lacking}
-    monkeypatch.setattr("prompt_lab.data.tasks.load_tasks", lambda _: table)
-    assert command("list", "--partition", "crossfit/random") == 0
-    error = capsys.readouterr().err
-    assert error == f"prompt-lab: not in the task table: {', '.join(sorted(lacking))}\n"
-
-
-def test_the_list_of_a_folder_names_the_whole_samples_of_each_task(root, capsys):
-    remove(DEV)(root)
-    for path in (root / "free").iterdir():
-        path.rename(str(path).replace("free_3", "free_9"))
-    assert command("list", "--root", "data", "--task_file", "tasks.yaml") == 0
-    assert capsys.readouterr().out.splitlines() == [
-        "mine   custom  ACC  K 2    2 labels  samples 42",
-        "loose  custom  EM   any K  open      samples 13, 42",
-    ]
-
-
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -383,18 +311,6 @@ def test_a_task_is_shown_with_rows_from_all_of_its_file(root, capsys, monkeypatc
     assert lines[-1] == "  answer    bad"
 
 
-def test_several_answers_are_shown_up_to_a_number(root, capsys):
-    edit("free/free_3_13_train.tsv", "\ta\n", "\ta\tb\tc\td\te\n")(root)
-    words = ("free", "--root", "data", "--sample", "13", "--task_file", "tasks.yaml")
-    assert command("show", *words, "--count", "1") == 0
-    assert capsys.readouterr().out.splitlines()[-4:] == [
-        "  answer    a",
-        "  or        b",
-        "  or        c",
-        "            and 2 more answers",
-    ]
-
-
 def test_a_sandbox_task_is_shown_without_files(capsys):
     from prompt_lab.sandbox import rows
 
@@ -402,13 +318,6 @@ def test_a_sandbox_task_is_shown_without_files(capsys):
     text, answer = rows("sandbox-review", 100, "train")[0]
     out = capsys.readouterr().out
     assert out.endswith(f"\nline 1\n  input     {text}\n  answer    {answer}\n")
-
-
-def test_every_kind_of_task_can_be_shown(fewshot_root, capsys):
-    for task in TASKS:
-        words = ("show", task, "--root", str(fewshot_root), "--sample", str(SAMPLES[0]))
-        assert command(*words) == 0
-        assert capsys.readouterr().out.count("\n  answer ") == 3
 
 
 @pytest.mark.parametrize(
@@ -425,26 +334,4 @@ def test_what_cannot_be_shown_is_told_in_a_sentence(root, words, sentence, capsy
     assert capsys.readouterr().err.startswith(f"prompt-lab: {sentence}")
 
 
-def test_a_short_text_stays_as_it_is_and_hidden_marks_become_spaces():
-    assert shorten("x" * (HEAD + TAIL)) == "x" * (HEAD + TAIL)
-    assert shorten("x" * (HEAD + TAIL + 7)) == (
-        f"{'x' * HEAD} [... 7 characters left out ...] {'x' * TAIL}"
-    )
-    assert shorten("é \x1b[2J\u2028ö") == "é  [2J ö"
-
-
 # ---- the group -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("words", [(), ("--help",), ("-h",)])
-def test_tasks_alone_tells_its_commands(words, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["prompt-lab", "tasks", *words])
-    assert __main__.main() == 0
-    out = capsys.readouterr().out
-    assert all(name in out for name in ("tasks list", "tasks show", "tasks check"))
-
-
-def test_an_unknown_command_of_tasks_gets_the_nearest_one(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["prompt-lab", "tasks", "chek", "data"])
-    assert __main__.main() == 2
-    assert "no command 'tasks chek'; did you mean tasks check?" in capsys.readouterr().err

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,8 @@ from torch import Tensor
 
 from prompt_lab.__main__ import main
 from prompt_lab.commands.prompts import apply_vectors, mix_prompts, show_vectors
-from prompt_lab.core.backbone import Backbone
-from prompt_lab.core.run import Run
 from prompt_lab.files.prompts import Prompt, PromptStore, load_prompt, save_prompt
 from prompt_lab.files.vectors import find_vectors
-from prompt_lab.methods.starts import InitConfig, initial_prompts
 
 N = 4
 TASKS = ("glue-qnli", "glue-mnli", "emotion")
@@ -93,15 +89,6 @@ def test_the_expression_is_evaluated_for_every_sample_and_seed():
         assert prompt.init.equal(qnli.init)
 
 
-def test_the_vector_of_one_task_gives_its_tuned_prompt_and_0_times_it_the_init():
-    apply_vectors("emotion", prompts=[store()], out="one")
-    apply_vectors("emotion", prompts=["store"], out="none", scale=0)
-    for prompt in written("one").values():
-        assert prompt.prompt.equal(tuned("emotion", prompt.sample, prompt.init_seed).prompt)
-    for prompt in written("none").values():
-        assert prompt.prompt.equal(draw(prompt.init_seed or 0))
-
-
 def test_vectors_apply_to_every_different_init_of_another_store():
     """The cross-initialisation matrix: vectors of two seeds, on nine files of three inits."""
     save("vectors", tuned("emotion", 13, 0), tuned("emotion", 13, 1))
@@ -156,23 +143,6 @@ def test_of_a_file_that_was_made_to_start_from_the_prompt_itself_is_the_init():
 # ---- apply: which prompts take part --------------------------------------------------------------
 
 
-def test_of_a_grid_the_best_by_dev_takes_part_and_of_equal_ones_the_first():
-    grid = [
-        tuned("emotion", name=name, prompt=draw(at), dev_score=dev)
-        for at, (name, dev) in enumerate([("a", None), ("b", 0.3), ("c", 0.8), ("d", 0.8)], 10)
-    ]
-    save("store", *grid)
-    apply_vectors("emotion", prompts=["store"], out="out")
-    assert written()["emotion_13_seed0"].prompt.equal(draw(12))
-
-
-def test_the_folder_of_a_fit_and_several_stores_will_do():
-    save("fit/prompts", tuned("emotion"))
-    save("other", tuned("glue-qnli"))
-    apply_vectors("emotion + glue-qnli", prompts=["fit", "other"], out="out")
-    assert list(written()) == ["emotion_plus_glue-qnli_13_seed0"]
-
-
 def test_samples_and_seeds_that_lack_a_task_are_left_out_and_named(capsys):
     save(
         "store", tuned("emotion"), tuned("glue-qnli"), tuned("emotion", 42), tuned("glue-mnli", 87)
@@ -183,19 +153,6 @@ def test_samples_and_seeds_that_lack_a_task_are_left_out_and_named(capsys):
     sentence = "no sample and seed has all tasks: emotion has sample 13 seed 0, sample 42 seed 0; "
     with pytest.raises(ValueError, match=f"{sentence}glue-mnli has sample 87 seed 0"):
         apply_vectors("emotion + glue-mnli", prompts=["store"], out="other")
-
-
-def test_prompts_without_sample_and_seed_combine():
-    """As imported ones."""
-    save("store", tuned("emotion", None, None), tuned("glue-qnli", None, None))
-    apply_vectors("emotion + glue-qnli", prompts=["store"], out="out")
-    assert list(written()) == ["emotion_plus_glue-qnli"]
-
-
-def test_a_prompt_that_is_its_own_init_is_named(capsys):
-    save("store", tuned("emotion", prompt=draw(0)))
-    apply_vectors("emotion", prompts=["store"], out="out")
-    assert "store/emotion_13_seed0.safetensors adds nothing" in capsys.readouterr().err
 
 
 def test_files_that_apply_wrote_are_no_vectors():
@@ -278,21 +235,6 @@ def test_sums_answer_by_the_template_of_their_tasks_and_other_templates_are_told
         assert ("with different templates or system texts" in capsys.readouterr().err) == told
 
 
-def test_prompt_tuning_starts_from_what_is_written(backbone: Callable[..., Backbone]):
-    model = backbone("t5")
-    digests = {"backbone_digest": model.digest, "tokenizer_digest": model.tokenizer_digest}
-    seeds, tasks = (0, 1), TASKS[:2]
-    save(
-        "store", *(tuned(t, 13, seed, backbone="tiny", **digests) for t in tasks for seed in seeds)
-    )
-    paths = apply_vectors("glue-qnli + glue-mnli", prompts=["store"], out="out", task="emotion")
-    runs = [Run("emotion", 13, seed, 0.3, 8) for seed in (1, 0)]
-    made, starts = initial_prompts(InitConfig("file", path="out"), model, runs, {}, N)
-    for prompt, path, start in zip(made, paths[::-1], starts, strict=True):
-        assert prompt.equal(load_prompt(path, model).prompt)
-        assert (start.start, start.start_of) == ("sum", '[[1.0, "glue-qnli"], [1.0, "glue-mnli"]]')
-
-
 def test_names_of_files_are_safe_and_not_too_long():
     odd = [f"{at}/odd name" for at in range(40)]
     save("store", *(tuned(task, name=f"p{at}") for at, task in enumerate(odd)))
@@ -341,19 +283,6 @@ def test_prompts_that_do_not_fit_are_refused_naming_both(change, sentence):
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize("tensor", ["prompt", "init"])
-def test_numbers_that_are_not_finite_are_refused(tensor):
-    broken = draw(1)
-    broken[1, 2] = float("nan")
-    save("store", tuned("emotion", **{tensor: broken}))
-    with pytest.raises(ValueError, match=r"emotion_13_seed0.safetensors: the prompt holds numbers"):
-        apply_vectors("emotion", prompts=["store"], out="out")
-    save("large", tuned("emotion"))
-    with pytest.raises(ValueError, match=r"scale 1e\+39 make numbers too large for float32"):
-        apply_vectors("emotion", prompts=["large"], out="out", scale=1e39)
-    assert not Path("out").exists()
-
-
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -368,17 +297,12 @@ def test_numbers_that_are_not_finite_are_refused(tensor):
         (("emotion", "--scale", "1e999"), "scale is inf: give a finite number"),
         (("emotion", "--out", "file"), "out is the file file: give a folder"),
         (("emotion", "--out", "foreign"), "damaged or not a safetensors file"),
-        (("emotion", "--prompts", "nowhere"), "no prompt file or folder nowhere: give"),
-        (("emotion", "--prompts", "empty"), "empty holds no prompts: give"),
-        (("emotion", "--init", "nowhere"), "no prompt file or folder nowhere: give"),
-        (("emotion", "--init", "empty"), "empty holds no prompts: give"),
         (("emotion", "--init", "file"), "file: damaged or not a safetensors file"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_1(words, sentence, capsys):
     store()
     Path("file").write_text("text")
-    Path("empty").mkdir()
     Path("foreign").mkdir()
     Path("foreign/x.safetensors").write_text("text")
     given = ["vectors", "apply", words[0], "--prompts", "store", "--out", "out", *words[1:]]
@@ -388,33 +312,6 @@ def test_bad_input_is_one_sentence_and_status_1(words, sentence, capsys):
     assert err.count("\n") == 1
     assert sentence in err
     assert not Path("out").exists()
-
-
-@pytest.mark.parametrize("scale", ["x", "nan"])
-def test_a_scale_that_is_no_number_is_wrong_usage(scale, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(["vectors", "apply", "a", "--prompts", "s", "--out", "o", "--scale", scale])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("prompt-lab: ")
-    assert '"scale"' in line
-    assert scale in line
-
-
-def test_the_command_takes_a_leading_minus_and_prints_the_files(capsys):
-    save("store", tuned("emotion"))
-    words = ["vectors", "apply", "- emotion", "--prompts", "store", "--out", "out"]
-    assert main(words) == 0
-    assert capsys.readouterr().out == "out/minus_emotion_13_seed0.safetensors\n"
-
-
-@pytest.mark.parametrize("words", [[], ["-h"], ["--help"]])
-def test_the_group_lists_its_commands(words, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["prompt-lab", "vectors", *words])
-    assert main() == 0
-    out = capsys.readouterr().out
-    assert out.startswith("usage: prompt-lab vectors COMMAND EXPRESSION or STORE...")
-    assert "  vectors apply    add" in out
-    assert "tasks" not in out
 
 
 # ---- show ----------------------------------------------------------------------------------------
@@ -440,17 +337,6 @@ def test_show_lists_norms_and_cosines(capsys):
             assert cells.pop() == "-"
         numbers = [norm, start, norm / start, cosine][: len(cells)]
         np.testing.assert_allclose([float(cell) for cell in cells], numbers, rtol=1e-3)
-
-
-def test_show_has_no_cosine_or_ratio_where_a_norm_is_0(capsys):
-    flat = torch.zeros(N, HIDDEN)
-    save("store", tuned("a", prompt=flat, init=flat), tuned("b", None, None))
-    save("store", tuned("b", init=flat))
-    show_vectors(["store"])
-    rows = [text.split() for text in capsys.readouterr().out.splitlines()[1:]]
-    assert rows[0] == ["a", "13", "0", "0", "0", "-", "-"]
-    assert rows[1][:3] == ["b", "-", "-"]
-    assert rows[2][-3:] == ["0", "-", "-"]
 
 
 # ---- mix -----------------------------------------------------------------------------------------
@@ -514,8 +400,6 @@ def test_what_cannot_be_mixed_is_refused(capsys):
     for words, sentence in (
         ((file, "--sources", "trec"), "no source prompt of sample 13 in store for trec: tune them"),
         ((file, "--sample", "99"), "no source prompt of sample 99 in store for any task: tune"),
-        (("nowhere",), "no prompt file or folder nowhere: give a prompt file"),
-        ((file, "--prompts", "nowhere"), "no prompt file or folder nowhere: give a prompt file"),
         ((file, "--prompts", "others"), "do not combine: backbone 'someone/some-model' with wei"),
         ((file, "--prompts", "short"), "do not combine: shape 4 x 32 and 3 x 32"),
         ((file, "--prompts", "against"), f"{file}: none of 1 source prompts has a positive simil"),

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prompt_lab.__main__ import main
-from prompt_lab.analysis.vectors import cosine_sections, cosine_table, norm_table
-from prompt_lab.commands.prompts import compare_vectors
+from prompt_lab.analysis.vectors import cosine_sections, norm_table
 from prompt_lab.files.prompts import FoundPrompt, Prompt, PromptStore
 
 N, D = 4, 6
@@ -80,24 +79,6 @@ def test_entries_are_means_over_pairs_as_in_a_plain_loop(what, same):
             assert row["pairs"] == len(values)
 
 
-def test_equal_initial_prompts_are_told_by_their_numbers_and_samples_are_not_mixed():
-    init = draw(99, 0)
-    prompts = [tuned("mnli", 0), replace(tuned("mnli", 1), init=init), tuned("mnli", 2)]
-    found = cosine_table({13: sources(*prompts), 42: sources(tuned("mnli", 0, 42))})
-    counts = found.groupby(["what", "same_init"]).size()
-    assert counts["prompts", True] == 1
-    assert counts["prompts", False] == 2
-    (between,) = found.loc[found["what"] == "init", "cosine"]
-    assert between == pytest.approx(
-        cosine(
-            *(
-                flat(tuned("mnli", x), "prompts") * 0 + draw(99, x).double().numpy().ravel()
-                for x in (0, 2)
-            )
-        )
-    )
-
-
 def test_norms_are_those_of_numpy():
     prompts = everything()
     row = norm_table({13: sources(*prompts)}).set_index("task").loc["qnli"]
@@ -137,13 +118,6 @@ def test_the_command_writes_a_report_with_tables_and_heat_maps(tmp_path, capsys)
     assert f"Different initial prompts themselves: {between:.3f}" in printed
 
 
-def test_kinds_without_pairs_are_not_drawn(tmp_path):
-    PromptStore(tmp_path / "store").save([tuned("mnli", 0), tuned("qnli", 0)])
-    compare_vectors([str(tmp_path / "store")], out=str(tmp_path / "out"))
-    drawn = {path.stem for path in (tmp_path / "out").glob("*.svg")}
-    assert drawn == {"prompts-equal", "vectors-equal"}
-
-
 @pytest.mark.parametrize(
     ("other", "said"),
     [
@@ -158,11 +132,3 @@ def test_prompts_that_cannot_be_compared_are_refused_in_a_sentence(other, said, 
     assert main(["vectors", "compare", *words]) == 1
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_a_file_as_out_and_a_missing_store_are_refused(tmp_path, capsys):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(NotADirectoryError, match="is a file: name a folder"):
-        compare_vectors(["nowhere"], out=str(tmp_path / "file"))
-    assert main(["vectors", "compare", "nowhere", "--out", str(tmp_path / "o")]) == 1
-    assert "no prompt file or folder nowhere" in capsys.readouterr().err

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import CONFIGS
 
-from prompt_lab.commands import cli
+from prompt_lab.commands import fit as cli
 from prompt_lab.commands.prompts import apply_vectors
 from prompt_lab.commands.report import report_command
 from prompt_lab.commands.sweep import make_trials, read_sweep

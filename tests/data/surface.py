@@ -16,7 +16,7 @@ from typing import Any, get_args, get_type_hints
 
 import prompt_lab
 from prompt_lab.__main__ import COMMANDS, make_parser
-from prompt_lab.commands.cli import METHODS, PromptLabCLI
+from prompt_lab.commands.fit import METHODS, PromptLabCLI
 from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.files.prompts import METADATA_FIELDS, TENSORS
 from prompt_lab.files.results import CURVE_COLUMNS, RESULT_COLUMNS

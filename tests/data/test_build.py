@@ -205,7 +205,7 @@ def test_a_task_without_a_source_can_be_drawn_from_finished_lines(tmp_path, task
     lines = [f"input {n}\tanswer\tother" for n in range(12)]
     write_lines(tmp_path / "lines" / "bare", train=lines, test=lines[:2])
     source, out = tmp_path / "lines", tmp_path / "out"
-    assert build(out, source, task_file, tasks=["bare"], lines=True, samples=["7"]) == 0
+    assert build(out, source, task_file, tasks=["bare"], lines=True, samples=[7]) == 0
     assert (out / "bare" / "bare_2_7_test.tsv").read_text() == "".join(x + "\n" for x in lines[:2])
 
 
@@ -339,7 +339,7 @@ def test_a_rare_label_without_a_training_row_is_told(tmp_path, colors):
 
 
 def test_a_k_that_fails_does_not_lose_the_others(tmp_path, task_file, own, capsys):
-    settings = {"sampling": "stratified", "shots": ["2", "6"], "samples": ["100"]}
+    settings = {"sampling": "stratified", "shots": ["2", "6"], "samples": [100]}
     assert build(tmp_path / "out", own, task_file, tasks=["colors"], **settings) == 1
     assert {name.split("_")[1] for name in contents(tmp_path / "out")} == {"6"}
     assert "colors: 2 rows cannot hold all 3 labels" in capsys.readouterr().err
@@ -365,8 +365,8 @@ def test_a_task_that_fails_does_not_lose_the_others(tmp_path, task_file, own, ca
         ({"tasks": ["colrs"]}, "unknown task 'colrs': did you mean colors"),
         ({"tasks": ["colors"], "shots": ["0"]}, "shots has '0'; allowed: a whole number above 0"),
         ({"tasks": ["colors"], "shots": ["few"]}, "shots has 'few'"),
-        ({"tasks": ["colors"], "samples": ["-1"]}, "samples has '-1'; allowed: whole numbers"),
-        ({"tasks": ["colors"], "samples": ["1"], "apart_from": ["1"]}, "both name 1"),
+        ({"tasks": ["colors"], "samples": [-1]}, "samples or apart_from is below 0: give whole"),
+        ({"tasks": ["colors"], "samples": [1], "apart_from": [1]}, "both name 1"),
         ({"tasks": ["colors"], "workers": 0}, "workers is 0: give at least 1"),
         ({"tasks": ["colors"], "source": "hub", "lines": True}, "lines are read from a folder"),
     ],

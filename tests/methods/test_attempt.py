@@ -14,7 +14,7 @@ from test_intrinsic_subspace import SaveAtStepFour
 from torch import Tensor, nn
 
 from prompt_lab.__main__ import main
-from prompt_lab.commands import cli
+from prompt_lab.commands import fit as cli
 from prompt_lab.core.attention_mixture import PromptAttention
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import Prefixes

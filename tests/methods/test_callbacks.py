@@ -14,7 +14,7 @@ from conftest import make_data, make_method, make_trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 
-from prompt_lab.commands import cli
+from prompt_lab.commands import fit as cli
 from prompt_lab.commands.callbacks import FitReport
 from prompt_lab.core.batch import IGNORE
 from prompt_lab.core.meta_gradient import InnerConfig

@@ -26,7 +26,7 @@ from ddp_fits import BREAK, FITS, checkpoint, fit, make_files, run_all
 from lightning.pytorch import Trainer
 from safetensors.torch import load_file
 
-from prompt_lab.commands import cli
+from prompt_lab.commands import fit as cli
 from prompt_lab.files.prompts import load_prompt
 from prompt_lab.files.results import read_csv
 

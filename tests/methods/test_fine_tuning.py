@@ -18,7 +18,7 @@ from lightning.pytorch import Callback
 from safetensors.torch import load_file
 from transformers import get_scheduler
 
-from prompt_lab.commands import cli
+from prompt_lab.commands import fit as cli
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.batch import IGNORE
 from prompt_lab.core.optim import OptimConfig

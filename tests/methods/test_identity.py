@@ -121,7 +121,7 @@ def test_the_command_line_and_python_make_the_same_name(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from prompt_lab.commands.cli import run
+    from prompt_lab.commands.fit import run
 
     monkeypatch.chdir(tmp_path)
     words = ["fit", f"--model.backbone.name={model_folder('gpt2')}", "--run_dir=cli"]

@@ -17,7 +17,7 @@ import torch
 from conftest import make_backbone, make_data, make_trainer
 from lightning.pytorch import Callback, Trainer
 
-from prompt_lab.commands import cli
+from prompt_lab.commands import fit as cli
 from prompt_lab.core import bank
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import BankObjective, renumber

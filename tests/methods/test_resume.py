@@ -33,7 +33,7 @@ SCRIPT = '''
 import json, os, signal, sys
 import torch
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast, T5ForConditionalGeneration
-from prompt_lab.commands import cli
+from prompt_lab.commands import fit as cli
 
 def die_at(method, hook, step):
     """Let the process die when the method's hook has been called at that step."""

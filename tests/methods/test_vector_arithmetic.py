@@ -17,7 +17,7 @@ import torch
 from conftest import CONFIGS, HIDDEN, make_data, make_trainer
 from sklearn.metrics import f1_score, matthews_corrcoef
 
-from prompt_lab.commands import cli
+from prompt_lab.commands import fit as cli
 from prompt_lab.commands.report import report_command
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.files.prompts import Prompt, PromptStore, load_prompt

@@ -1,4 +1,4 @@
-"""``fit``, ``validate`` and ``test``: LightningCLI with the traps taken out.
+"""The commands ``fit``, ``validate`` and ``test``: LightningCLI with the traps taken out.
 
 Flags and files are LightningCLI's; what is different: everything of a run lands in ``--run_dir``;
 a used folder is refused without ``--resume`` or ``--overwrite``; one process at a time has it;
@@ -23,12 +23,12 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 import yaml
@@ -85,6 +85,12 @@ METHODS = {
         *(AdapterSubspace, AdapterTuning, FineTuning, VectorArithmetic),
     )
 }
+WORDS = "--config FILE.yaml [--run_dir DIR] [--any.setting value ...]"
+DESCRIPTIONS = {
+    "fit": "Train a bank of prompts, or what another method trains, from a YAML config.",
+    "validate": "Score the best prompts of a fit on dev.",
+    "test": "Score the best prompts of a fit on test, and write results.csv.",
+}
 RUN_DIR_VARIABLE = "PROMPT_LAB_RUN_DIR"
 OF_TEST = ("results.csv", "predictions.jsonl", "digests.json")
 OUTPUTS = ("prompts", "target_prompts", "steps", "checkpoints", "logs", "config-*.yaml")
@@ -97,8 +103,8 @@ OUTPUTS += tuple(
 class AtomicCheckpoints(TorchCheckpointIO):
     """Writes checkpoints whole or not at all, and reads nothing but tensors and plain values.
 
-    Lightning writes them to the system's folder for temporary files and moves them. Where that is
-    on another disk the move is a copy into place, of which a killed process leaves a part.
+    Lightning moves them from the folder for temporary files. From another disk that is a copy into
+    place, of which a killed process leaves a part.
     """
 
     def save_checkpoint(
@@ -120,13 +126,13 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
 
 class PromptLabParser(PlainParser, LightningArgumentParser):
-    """The flags of the package's commands with a trainer."""
+    """The flags of the commands with a trainer."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """As always, with the method that has nearly a name in the message, or all methods."""
-        words = sorted({*re.findall(r"\b[A-Z]\w+", message)} - METHODS.keys())
-        near = [m for word in words for m in difflib.get_close_matches(word, METHODS, 1, 0.8)]
         if "PromptMethod" in message:
+            words = sorted({*re.findall(r"\b[A-Z]\w+", message)} - METHODS.keys())
+            near = [m for word in words for m in difflib.get_close_matches(word, METHODS, 1, 0.8)]
             hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(METHODS)}"
             message = f"{message}; {hint}"
         super().error(message, ex)
@@ -146,6 +152,10 @@ class PromptLabCLI(LightningCLI):
             save_config_callback=SaveRunConfig,
             seed_everything_default=0,
             parser_class=PromptLabParser,
+            parser_kwargs={
+                name: {"usage": f"prompt-lab {name} {WORDS}", "description": text}
+                for name, text in DESCRIPTIONS.items()
+            },
             trainer_defaults={
                 "max_epochs": -1,
                 "max_steps": 1000,
@@ -165,11 +175,13 @@ class PromptLabCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """The three commands that run a trainer."""
         known = LightningCLI.subcommands()
-        return {name: known[name] for name in ("fit", "validate", "test")}
+        return {name: known[name] for name in DESCRIPTIONS}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Settings beside model, data and trainer."""
         parser.set_defaults({"model": {"class_path": "PromptTuning"}})
+        groups: Any = parser._action_groups  # in --help, what is Lightning's comes last
+        groups.sort(key=lambda group: "training via flags" in (group.title or ""))
         parser.add_argument(
             "--run_dir",
             type=str | None,
@@ -194,19 +206,23 @@ class PromptLabCLI(LightningCLI):
         given = sys.argv[1:] if args is None else list(args)
         self.config = parser.parse_args(given)
         if rank_zero_only.rank == 0 and self.config.get("subcommand"):
-            dumped = yaml.safe_load(parser.dump(self.config, skip_unset=False))
-            command = self.config.subcommand
-            for line in _dropped(_given(given, command), dumped[command]):
+            for line in _dropped(_given(given, self.config.subcommand), self._dumped()):
                 print(f"prompt-lab: {line}", file=sys.stderr)
+
+    @property
+    def _settings(self) -> Any:
+        """The settings of the command."""
+        return self.config[self.config.subcommand]
+
+    def _dumped(self) -> dict[str, Any]:
+        """The same as plain values."""
+        dumped = self.parser.dump(self.config, skip_unset=False)
+        return yaml.safe_load(dumped)[self.config.subcommand]
 
     def _parse_ckpt_path(self) -> None:
         """Find the checkpoint; keep the flags where it holds other settings, and tell them.
 
         LightningCLI would silently take the checkpoint's.
-
-        Raises:
-            ValueError: a checkpoint that is not there, damaged, or not one of a fit; or settings
-                other than those of the fit to resume.
         """
         config = self._settings
         if self.config.subcommand == "fit" and config.resume:
@@ -229,18 +245,10 @@ class PromptLabCLI(LightningCLI):
         if changed and rank_zero_only.rank == 0:
             print(f"the checkpoint had other settings: {', '.join(changed)}", file=sys.stderr)
 
-    def _dumped(self) -> dict[str, Any]:
-        """The settings of the command as plain values."""
-        return yaml.safe_load(self.parser.dump(self.config, skip_unset=False))[
-            self.config.subcommand
-        ]
-
     def _resume(self, config: Any) -> None:
         """Go on from the last checkpoint of ``run_dir``, if there is one and it is of this fit.
 
-        Raises:
-            ValueError: no folder, a checkpoint besides, or settings that differ in more than a
-                larger ``trainer.max_steps``.
+        A larger ``trainer.max_steps`` is allowed; all other settings must be those of the fit.
         """
         if config.run_dir is None or config.get("ckpt_path") or config.overwrite:
             raise ValueError(
@@ -269,11 +277,6 @@ class PromptLabCLI(LightningCLI):
             )
         timed = settings["trainer"].get("max_time")  # which may have ended it before its end
         self.is_finished = record.is_file() and not more and not timed
-
-    @property
-    def _settings(self) -> Any:
-        """The settings of the command."""
-        return self.config[self.config.subcommand]
 
     def before_instantiate_classes(self) -> None:
         """Put the run folder where trainer and logger look for it."""
@@ -321,40 +324,28 @@ class PromptLabCLI(LightningCLI):
         return made
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run the command while the first process of the job holds the run folder.
-
-        Raises:
-            ValueError: another process holds it, or an earlier fit is in it.
-        """
+        """Run the command while the first process of the job holds the run folder."""
         config = self._settings
         run_dir = Path(config.trainer.default_root_dir)
         # A job whose processes something else than the first one starts has an id.
         job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID") or ""
-        by = "another prompt-lab fit, validate or test"
-        is_dry = subcommand == "fit" and config.dry_run
-        if is_dry or rank_zero_only.rank != 0:
-            if job and not is_dry:
-                with held(run_dir, by, job, first=False):
-                    pass
-            self._train_or_test(subcommand)
-            return
-        with held(run_dir, by, job):
-            for folder in ("checkpoints", "prompts"):
-                for draft in (run_dir / folder).glob(".*.part"):  # of a process that was killed
-                    draft.unlink()
-            if self.is_finished:
-                print(f"the fit in {run_dir} is finished: nothing is left to train")
-            elif subcommand == "fit":
-                _clear(run_dir, config.get("ckpt_path"), config.overwrite or config.resume)
-            self._train_or_test(subcommand)
-
-    def _train_or_test(self, subcommand: str) -> None:
-        """Run the command; of a finished fit what is left, its test."""
-        config = self._settings
-        if not self.is_finished or config.dry_run:
-            super()._run_subcommand(subcommand)
-        elif not Path(config.trainer.default_root_dir, OF_TEST[-1]).is_file():
-            self.after_fit()
+        is_first, is_dry = rank_zero_only.rank == 0, subcommand == "fit" and config.dry_run
+        with ExitStack() as stack:
+            if not is_dry and (is_first or job):
+                by = "another prompt-lab fit, validate or test"
+                stack.enter_context(held(run_dir, by, job, first=is_first))
+            if is_first and not is_dry:
+                for folder in ("checkpoints", "prompts"):
+                    for draft in (run_dir / folder).glob(".*.part"):  # of a process that was killed
+                        draft.unlink()
+                if self.is_finished:
+                    print(f"the fit in {run_dir} is finished: nothing is left to train")
+                elif subcommand == "fit":
+                    _clear(run_dir, config.get("ckpt_path"), config.overwrite or config.resume)
+            if not self.is_finished or is_dry:
+                super()._run_subcommand(subcommand)
+            elif not (run_dir / OF_TEST[-1]).is_file():  # what is left of it, its test
+                self.after_fit()
 
     def before_fit(self) -> None:
         """With ``--dry_run``, print the grid and leave."""
@@ -372,9 +363,20 @@ class PromptLabCLI(LightningCLI):
 
 
 class ParseOnly(PromptLabCLI):
-    """Parses the words of a command, reads no checkpoint, makes nothing and runs nothing."""
+    """Parses the words of a command, by one parser for all, and makes and runs nothing."""
+
+    _made: ClassVar[dict[str, Any]] = {}
+
+    def setup_parser(self, *args: Any) -> None:
+        """Make the parser once."""
+        if not self._made:
+            super().setup_parser(*args)
+            self._made.update(vars(self))
+        vars(self).update(self._made)
 
     def _parse_ckpt_path(self) -> None: ...
+
+    def _set_seed(self) -> None: ...
 
     def before_instantiate_classes(self) -> None:
         """Nothing."""
@@ -394,35 +396,27 @@ def run(args: list[str] | None = None) -> int:
     except SIGTERMException:  # a SystemExit without a status, which would count as success
         print("prompt-lab: ended by SIGTERM; a fit goes on with --resume", file=sys.stderr)
         return 128 + signal.SIGTERM
-    except (ValueError, OSError, MisconfigurationException) as error:
+    except (ValueError, OSError, MisconfigurationException, RuntimeError) as error:
+        said = str(error)
+        if isinstance(error, RuntimeError):
+            of_gloo = re.search("gloo.*(closed|reset by peer|Timed out|timeout)", said, re.DOTALL)
+            if not (of_gloo or isinstance(error, torch.distributed.DistBackendError)):
+                raise
+            said = (
+                "another process of this job is gone or cannot be reached (what it said may tell "
+                "why). A fit can go on from its last evaluation: --resume and the same --run_dir. "
+                f"{' '.join(said.split())}"
+            )
         if os.environ.get("PROMPT_LAB_TRACEBACK"):
             raise
         # What a constructor said, without the parser's account of all types that it tried.
-        own = re.search(r"^Errors:\n  - (?!Expected a )(.+)$", str(error), re.MULTILINE)
-        print(f"prompt-lab: {own[1] if own else error}", file=sys.stderr)
-    except RuntimeError as error:
-        said = " ".join(str(error).split())
-        of_gloo = "gloo" in said and re.search(
-            "closed by peer|reset by peer|Timed out|timeout", said
-        )
-        is_lost = isinstance(error, torch.distributed.DistBackendError) or of_gloo
-        if os.environ.get("PROMPT_LAB_TRACEBACK") or not is_lost:
-            raise
-        print(
-            "prompt-lab: another process of this job is gone or cannot be reached (what it said "
-            "may tell why). A fit can go on from its last evaluation: --resume and the same "
-            f"--run_dir. {said}",
-            file=sys.stderr,
-        )
-    return 1
+        own = re.search(r"^Errors:\n  - (?!Expected a )(.+)$", said, re.MULTILINE)
+        print(f"prompt-lab: {own[1] if own else said}", file=sys.stderr)
+        return 1
 
 
 def _new_run_dir() -> str:
-    """A new folder below ``runs/``, the same on all processes of a job.
-
-    Raises:
-        ValueError: processes that torchrun started without an id for the job.
-    """
+    """A new folder below ``runs/``, the same on all processes of a job."""
     if "LOCAL_RANK" in os.environ and RUN_DIR_VARIABLE in os.environ:
         return os.environ[RUN_DIR_VARIABLE]  # this process was started by the first one
     names = ("WANDB_RUN_ID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
@@ -440,11 +434,7 @@ def _of_fit(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _clear(run_dir: Path, checkpoint: str | None, allowed: bool) -> None:
-    """Delete the outputs of an earlier fit; of one that goes on, what it left at its end.
-
-    Raises:
-        ValueError: there are some, and nothing allows it.
-    """
+    """Delete what an earlier fit left, if it is allowed; of one that goes on, what its end left."""
     goes_on = checkpoint and Path(checkpoint).resolve().is_relative_to(run_dir.resolve())
     names = (FIT_RECORD, *OF_TEST) if goes_on else OUTPUTS
     found = [path for name in names for path in sorted(run_dir.glob(name))]
@@ -517,16 +507,12 @@ def _quieten() -> None:
     """Silence what Lightning and transformers print that says nothing about the run."""
     plain_warnings()
 
-    class Advert(logging.Filter):
-        def filter(self, record: logging.LogRecord) -> bool:
-            """Let all but adverts, missing devices and an end as planned through."""
-            return not re.match(
-                r"💡|GPU available|TPU available|HPU available|`Trainer.fit` stopped: `max_",
-                record.getMessage(),
-            )
+    def says_something(record: logging.LogRecord) -> bool:
+        noise = r"💡|GPU available|TPU available|HPU available|`Trainer.fit` stopped: `max_"
+        return not re.match(noise, record.getMessage())
 
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(Advert())
+        logging.getLogger(name).addFilter(says_something)
     for pattern in (
         r"Found \d+ module\(s\) in eval mode",
         r".*LeafSpec.*",

@@ -1,4 +1,4 @@
-"""``prompt-lab sweep``: what a file means, which trials run, and how a sweep goes on."""
+"""``prompt-lab sweep``: what a file means, which trials run in which fits, how a sweep goes on."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 import yaml
 
+from prompt_lab import load_prompt
 from prompt_lab.__main__ import main
+from prompt_lab.commands import fit as cli
 from prompt_lab.commands.sweep import plan_fits, read_scores, sweep_command, trial_folder
-from prompt_lab.commands.sweep_trials import Parameter, draw, make_trials, read_sweep
+from prompt_lab.commands.sweep_trials import Parameter, Trial, draw, make_trials, read_sweep
 from prompt_lab.files.results import RESULT_COLUMNS, read_csv
 
 # A stand-in for prompt-lab: tells what it was given, and ends as the files around it say.
@@ -63,10 +66,25 @@ sys.exit(sweep_command("s.yaml", "r"))
 """
 
 
+RATE, SEED, SIZE, TOKENS = (
+    f"model.{name}" for name in ("learning_rate", "init_seed", "batch_size", "num_virtual_tokens")
+)
+TINY = {
+    "model": {
+        "class_path": "PromptTuning",
+        "init_args": {"backbone": {"name": "sandbox"}, "batch_size": 2, "max_new_tokens": 2},
+    },
+    "data": {"root": "sandbox", "tasks": ["sandbox-sst"]},
+    "trainer": {"accelerator": "cpu", "logger": False, "max_steps": 8, "val_check_interval": 8},
+}
+COMMAND = ["prompt-lab", "fit", "--config=tiny.yaml", "--test_after_fit=true", "${args}"]
+
+
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("stub.py").write_text(STUB)
+    Path("tiny.yaml").write_text(yaml.safe_dump(TINY))
 
 
 def write(**changes: Any) -> str:
@@ -163,21 +181,6 @@ def test_a_grid_has_all_combinations_and_the_last_name_varies_fastest():
     assert len(trials(parameters=parameters, run_cap=4)) == 4
 
 
-def test_order_and_digests_do_not_depend_on_the_order_of_the_file():
-    inner = {"p": {"values": [1, 2]}, "q": {"value": {"k": 1, "l": 2}}}
-    other = {"q": {"value": {"l": 2, "k": 1}}, "p": {"values": [1, 2]}}
-    first = trials(parameters={"a": {"parameters": inner}, "b": {"values": [3, 4]}})
-    second = trials(parameters={"b": {"values": [3, 4]}, "a": {"parameters": other}})
-    assert first == second
-    assert len({trial.digest for trial in first}) == 4
-
-
-def test_the_digest_depends_on_command_and_settings():
-    changes: list[dict[str, Any]] = [{}, {"command": ["other", "${args}"]}]
-    changes.append({"parameters": {"lr": {"value": 0.1}}})
-    assert len({trials(**change)[0].digest for change in changes}) == 3
-
-
 # ---- random draws --------------------------------------------------------------------------------
 
 RANDOM = {
@@ -211,30 +214,25 @@ def test_draws_are_the_inverse_of_the_distribution_function(given, reference):
         assert draw(parameter, float(u)) == pytest.approx(reference.ppf(u))
 
 
-@pytest.mark.parametrize("q", [0.25, 2, 2.0])
-def test_quantised_draws_are_multiples_nearest_to_the_draw(q):
-    """Reference: NumPy's rounding of the draw without q."""
-    for kind in ("uniform", "log_uniform_values"):
+def test_quantised_draws_and_shares():
+    """Reference: NumPy's rounding of the draw without q; counts."""
+    for kind, q in itertools.product(("uniform", "log_uniform_values"), (0.25, 2)):
         plain = Parameter(("x",), kind, {"min": 1, "max": 9})
         coarse = Parameter(("x",), f"q_{kind}", {"min": 1, "max": 9, "q": q})
-        for u in np.linspace(0, 0.999, 50):
-            wanted = np.round(draw(plain, float(u)) / q) * q
+        for u in np.linspace(0, 0.999, 20):
             found = draw(coarse, float(u))
-            assert found == wanted
+            assert found == np.round(draw(plain, float(u)) / q) * q
             assert isinstance(found, int) == (q == 2)
-
-
-def test_values_are_drawn_with_their_probabilities():
     given = {"values": ["a", "b", "c"], "probabilities": [0.2, 0.0, 0.8]}
     parameter = Parameter(("x",), "categorical_w_probabilities", given)
-    count = Counter(draw(parameter, u) for u in (np.arange(1000) + 0.5) / 1000)
-    assert count == {"a": 200, "c": 800}
-    even = Parameter(("x",), "categorical", {"values": ["a", "b"]})
-    assert Counter(draw(even, u) for u in (np.arange(10) + 0.5) / 10) == {"a": 5, "b": 5}
+    count = Counter(draw(parameter, u) for u in (np.arange(100) + 0.5) / 100)
+    assert count == {"a": 20, "c": 80}
 
 
-def test_draws_depend_on_seed_and_number_only():
+def test_draws_depend_on_seed_and_number_only_and_equal_ones_are_one_trial():
     """Reference: a shorter sweep, one with a parameter more, and one of another seed."""
+    twice = trials(method="random", run_cap=30, parameters={"a": {"values": [1, 2]}})
+    assert sorted(trial.settings["a"] for trial in twice) == [1, 2]
     found = trials(**RANDOM)
     assert trials(**{**RANDOM, "run_cap": 10}) == found[:10]
     more = RANDOM["parameters"] | {"z": {"min": 0.0, "max": 1.0}}
@@ -245,11 +243,6 @@ def test_draws_depend_on_seed_and_number_only():
     assert {t.settings["n"] for t in found} == {1, 2, 3}
     assert all(isinstance(t.settings["w"], float) for t in found)
     assert {t.settings["k.v"] for t in found} == {"a", "b"}
-
-
-def test_equal_draws_are_one_trial():
-    found = trials(method="random", run_cap=30, parameters={"a": {"values": [1, 2]}})
-    assert sorted(trial.settings["a"] for trial in found) == [1, 2]
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -276,17 +269,14 @@ def drawn(**given: Any) -> dict[str, Any]:
         ({"parameters": {"x": 3}}, "parameters.x is 3: write value: or values:"),
         ({"parameters": {"x y": {"value": 1}}}, "'x y' is no name of a setting"),
         ({"parameters": {"run_dir": {"value": 1}}}, "run_dir is set for each trial"),
-        ({"parameters": {"resume": {"value": True}}}, "resume is set for each trial"),
         (one(parameters={"y": {}}), "parameters.x.y: distribution uniform lacks min"),
         (one(parameters={"y": {"value": 1}}, value=3), "beside nested parameters nothing else"),
         (one(values=[]), "values is []: give a list"),
         (one(value=1, vaules=[1]), "distribution constant has no vaules; its keys: value"),
         (one(min=1, max=3), "a grid needs a list of values, not int_uniform"),
-        (one(values=[1], probabilities=[1]), "a grid needs a list of values"),
-        (drawn(values=[1, 2], probabilities=[1]), "1 probabilities for 2 values"),
-        (drawn(values=[1, 2], probabilities=[0.5, 0.6]), "the probabilities sum to 1.1, not to 1"),
+        (drawn(values=[1, 2], probabilities=[1]), "probabilities is [1]: give 2 numbers from 0"),
+        (drawn(values=[1, 2], probabilities=[0.5, 0.6]), "is [0.5, 0.6]: give 2 numbers from 0"),
         (drawn(distribution="normal", mu=0), "distribution normal is not among those"),
-        (drawn(distribution="log_uniform", min=-3, max=0), "distribution log_uniform is not among"),
         (drawn(distribution="uniform", min="1e-3", max=1), "min is '1e-3': give a number (YAML"),
         (drawn(min=3, max=1), "min 3 is above max 1"),
         (drawn(distribution="log_uniform_values", min=0, max=1), "needs numbers above 0"),
@@ -295,10 +285,8 @@ def drawn(**given: Any) -> dict[str, Any]:
         ({"command": "prompt-lab fit"}, "command is 'prompt-lab fit': give a list of words"),
         ({"command": ["prompt-lab", "fit"]}, "the command has no ${args}"),
         ({"command": ["${env}", "${args}"]}, "the command has no program"),
-        ({"command": ["a", "${args_json}", "${args}"]}, "${args_json} in the command is not fil"),
         ({"command": ["a", "--x=${envvar:HOME}", "${args}"]}, "--x=${envvar:HOME} in the command"),
         ({"command": ["a", "--run_dir", "x", "${args}"]}, "the sweep sets --run_dir"),
-        ({"command": ["a", "--overwrite=true", "${args}"]}, "the sweep sets --overwrite"),
         ({"command": None}, "program is None, and the command needs it"),
         ({"command": ["no-such-program", "${args}"]}, "no program 'no-such-program'"),
     ],
@@ -453,14 +441,6 @@ def test_a_dry_run_prints_the_commands_and_writes_nothing(capsys):
     assert sorted(Path().rglob("*")) == before
 
 
-def test_values_reach_the_program_without_a_shell():
-    value = "$(touch bad); `touch bad` ${args} 'x'"
-    sweep_command(write(parameters={"lr": {"value": 0.1}, "text": {"value": value}}), "r")
-    ((_, flags),) = calls()
-    assert flags == {"lr": "0.1", "text": value}
-    assert not Path("bad").exists()
-
-
 def test_the_score_of_a_trial_is_the_mean_of_its_best_runs_on_dev():
     """Reference: by hand. Two tasks; of the first, the run with dev 0.6 counts."""
     lines = [
@@ -483,39 +463,245 @@ def test_fits_without_a_test_show_dev_and_say_how_to_get_results(capsys):
     assert not Path("r/results.csv").exists()
 
 
+# ---- banks ---------------------------------------------------------------------------------------
+
+
+def planned(values: dict[str, list[Any]], **changes: Any) -> list[Any]:
+    """The fits of a grid of these values."""
+    parameters = {name: {"values": list(given)} for name, given in values.items()}
+    content = {"command": COMMAND, "parameters": parameters}
+    sweep = read_sweep(Path(write(**content | changes)))
+    return plan_fits(sweep, make_trials(sweep), Path("r"))
+
+
+def test_a_grid_is_one_bank_for_each_setting_of_the_rest():
+    lists = {RATE: [0.1, 0.3], SIZE: [4, 8]}
+    found = planned(lists | {TOKENS: [5, 6]})
+    assert [fit.whole.settings for fit in found] == [lists | {TOKENS: n} for n in (5, 6)]
+    assert [len(fit.trials) for fit in found] == [4, 4]
+
+
+def test_lists_are_joined_unless_they_share_a_value():
+    found = planned({"data.tasks": [["sandbox-sst"], ["sandbox-has-food", "sandbox-day"]]})
+    (fit,) = found
+    assert fit.whole.settings["data.tasks"] == ["sandbox-sst", "sandbox-has-food", "sandbox-day"]
+    assert [len(fit.runs[trial.digest]) for trial in fit.trials] == [1, 2]
+    assert len(planned({RATE: [[0.1, 0.2], [0.2, 0.3], 0.4]})) == 3
+
+
+# ---- where it is the same ------------------------------------------------------------------------
+
+
+BANKS: list[Any] = [
+    {"command": ["${env}", "${interpreter}", "-m", "prompt_lab", *COMMAND[1:]]},
+    {"command": [*COMMAND, "--model=PromptTuning", "--trainer.callbacks=null"]},
+    {"command": [*COMMAND, "--model.subspace.path=maps/8.safetensors", "--trainer.devices=2"]},
+    {"parameters": {"model": {"parameters": {"learning_rate": {"values": [0.3, "1e-1"]}}}}},
+    {"parameters": {"model.init_args.learning_rate": {"values": [1, 0.1]}}},
+    {"parameters": {"data.samples": {"values": [[13], [21, 42]]}}},
+    {"parameters": {RATE: {"values": [0.3, 0.1]}, "model.init.source_tasks": {"value": None}}},
+    {"parameters": {"data.tasks": {"values": [["sandbox/counting/target"], ["sandbox-sst"]]}}},
+]
+ALONE: list[Any] = [
+    {"command": ["env", *COMMAND]},  # a program of its own
+    {"command": ["prompt-lab", "validate", *COMMAND[2:]]},
+    {"command": [*COMMAND, "--config=other.yaml"]},  # another method
+    {"command": [*COMMAND, "--model.learning_rate=0.5"]},
+    {"command": [*COMMAND, "--trainer.callbacks+=LearningRateMonitor"]},
+    {"command": [*COMMAND, "--trainer.max_time=00:01:00:00"]},
+    {"command": [*COMMAND, "--no_such_setting=1"]},
+    {"parameters": {RATE: {"values": [0.1, 0.10000001]}}},  # one name for both
+    {"parameters": {RATE: {"values": [0.1, -0.1]}}},
+    {"parameters": {RATE: {"values": [0.1, "high"]}}},
+    {"parameters": {RATE: {"values": [0.1, [0.1, 0.3]]}}},
+    {"parameters": {"data.shots": {"values": [4, 8]}}},
+    {"parameters": {"data.tasks": {"values": ["sandbox-sst", "sandbox-day"]}}},  # no lists
+]
+
+
+@pytest.mark.parametrize("changes", BANKS, ids=str)
+def test_a_bank_is_trained_where_the_parser_says_that_it_is_the_same(changes):
+    (fit,) = planned({RATE: [0.3, 0.1]}, **changes)
+    assert len(fit.trials) == 2
+    names = [set(fit.runs[trial.digest]) for trial in fit.trials]
+    assert all(names)
+    assert not set.intersection(*names)
+
+
+@pytest.mark.parametrize("changes", ALONE, ids=str)
+def test_trials_are_alone_where_a_bank_might_differ(changes, capfd):
+    other = {"class_path": "FineTuning", "init_args": {"learning_rate": 0.1}}
+    Path("other.yaml").write_text(yaml.safe_dump({"model": other}))
+    found = planned({RATE: [0.3, 0.1]}, **changes)
+    assert [fit.runs for fit in found] == [None, None]
+    assert [fit.whole for fit in found] == [fit.trials[0] for fit in found]
+    assert capfd.readouterr() == ("", "")
+
+
+# ---- the same scores -----------------------------------------------------------------------------
+
+
+def test_a_bank_has_the_scores_and_prompts_of_its_trials_alone():
+    """Reference: the fit of a trial. Rates are far apart, so that runs are told apart."""
+    lists = {SEED: [0, 1], RATE: [[3.0, 0.03], 0.3], TOKENS: [4]}
+    (fit,) = planned(lists)
+    assert len(fit.trials) == 4
+    assert cli.run([*fit.whole.words[1:], "--run_dir=bank"]) == 0
+    seen = set()
+    for trial in fit.trials[::3]:  # two that differ in both
+        assert cli.run([*trial.words[1:], "--run_dir=alone", "--overwrite"]) == 0
+        names = fit.runs[trial.digest]
+        assert sorted(path.stem for path in Path("alone/prompts").glob("*.safetensors")) == (
+            sorted(names)
+        )
+        for name in names:
+            own, same = (
+                load_prompt(Path(folder, "prompts", f"{name}.safetensors"))
+                for folder in ("bank", "alone")
+            )
+            assert own.init.equal(same.init)
+            assert torch.allclose(own.prompt, same.prompt, atol=1e-2)
+            assert not own.prompt.equal(own.init)
+        scores = read_scores(Path("bank"), names)
+        assert scores == read_scores(Path("alone"))
+        Path("bank/results.csv").rename("kept.csv")  # then the prompt store tells the scores
+        assert read_scores(Path("bank"), names) == scores
+        Path("kept.csv").rename("bank/results.csv")
+        seen.add(scores)
+    assert len(seen) > 1
+    assert len(read_csv(Path("bank/results.csv"))) == 6
+
+
+# A stand-in for a fit: a line of results for each run, whose scores tell rate and seed.
+BANK_STUB = """
+import json, pathlib, sys, time
+flags = dict(word[2:].split("=", 1) for word in sys.argv[1:] if word.startswith("--"))
+folder = pathlib.Path(flags.pop("run_dir"))
+with open("calls.jsonl", "a") as file:
+    print(json.dumps([folder.name, flags]), file=file)
+rates, seeds = (json.loads(flags[f"model.{name}"]) for name in ("learning_rate", "init_seed"))
+pairs = [
+    (rate, seed)
+    for rate in (rates if isinstance(rates, list) else [rates])
+    for seed in (seeds if isinstance(seeds, list) else [seeds])
+]
+if pathlib.Path("broken").exists() and flags["steps"] == "6":
+    sys.exit(3)
+lines = ["method,variant,task,sample,init_seed,dev,test,prompt_file"]
+lines += [f"Stub,tuned,t,13,{s},{r},{s},prompts/lr{r}_s{s}.safetensors" for r, s in pairs]
+(folder / "results.csv").write_text("\\n".join(lines) + "\\n")
+"""
+
+
+def flags_of_calls() -> list[dict[str, str]]:
+    return [flags for _, flags in calls()]
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stub, of which banks are taken to be the same as their trials."""
+    Path("stub.py").write_text(BANK_STUB)
+
+    def names(whole: Trial, members: list[Trial]) -> dict[str, list[str]]:
+        return {t.digest: [f"lr{t.settings[RATE]}_s{t.settings[SEED]}"] for t in members}
+
+    monkeypatch.setattr("prompt_lab.commands.sweep.runs_of_trials", names)
+
+
+def swept(rates: list[float], seeds: list[int], *steps: int) -> int:
+    """Run the sweep; every trial that is done has its own scores, whatever its fit."""
+    given = {RATE: rates, SEED: seeds, "steps": list(steps)}
+    parameters = {name: {"values": values} for name, values in given.items()}
+    status = sweep_command(write(parameters=parameters), "r")
+    table = read_csv(Path("r/sweep.csv"))
+    assert len(table) == len(rates) * len(seeds) * len(steps)
+    assert [int(row["trial"]) for row in table] == list(range(1, len(table) + 1))
+    for row in table:
+        scores = [float(row[name] or "nan") for name in ("dev", "test")]
+        wanted = [float(row.get(RATE, rates[0])), float(row.get(SEED, seeds[0]))]
+        assert row["state"] != "done" or scores == wanted
+    return status
+
+
+def test_trials_of_banks_have_a_line_each_and_done_banks_are_kept(stub, capsys):
+    assert swept([0.1, 0.3], [0, 1], 5, 6) == 0
+    out = capsys.readouterr().out
+    assert "sweep s: 8 trials (grid) in 2 fits in r, 0 done before\n" in out
+    assert (
+        "1/2  model.init_seed=[0, 1] model.learning_rate=[0.1, 0.3] steps=5  done  0 s  4 t" in out
+    )
+    assert flags_of_calls() == [
+        {SEED: "[0, 1]", RATE: "[0.1, 0.3]", "steps": n} for n in ("5", "6")
+    ]
+    table = read_csv(Path("r/sweep.csv"))
+    assert Counter(row["folder"] for row in table).most_common() == [
+        (path.name, 4) for path in sorted(Path("r").glob("[12]-*"))
+    ]
+    assert len(read_csv(Path("r/results.csv"))) == 8
+
+    assert swept([0.1, 0.3], [0, 1], 5, 6) == 0
+    assert flags_of_calls() == []
+    assert "8 done before" in capsys.readouterr().out
+    assert swept([1.0, 0.3, 0.1], [0, 1], 5, 6) == 0  # the new rate alone
+    assert flags_of_calls() == [{SEED: "[0, 1]", RATE: "1.0", "steps": n} for n in ("5", "6")]
+    assert "12 trials (grid) in 4 fits in r, 8 done before" in capsys.readouterr().out
+    assert swept([0.1, 1.0], [0, 1], 5) == 0  # a bank with a trial too many is not used
+    assert flags_of_calls() == [{SEED: "[0, 1]", RATE: "0.1", "steps": "5"}]
+
+
+def test_the_trials_of_a_bank_that_failed_are_run_alone_and_an_interrupted_one_is_resumed(stub):
+    Path("broken").touch()
+    assert swept([0.1, 0.3], [0, 1], 5, 6) == 1
+    states = Counter(row["state"] for row in read_csv(Path("r/sweep.csv")))
+    assert states == {"done": 4, "failed": 4}
+    Path("broken").unlink()
+    flags_of_calls()
+    assert swept([0.3, 0.1], [1, 0], 5, 6) == 0
+    alone = sorted((flags[SEED], flags[RATE], flags["steps"]) for flags in flags_of_calls())
+    assert alone == [(seed, rate, "6") for seed in "01" for rate in ("0.1", "0.3")]
+    assert swept([0.3, 0.1], [1, 0], 5, 6) == 0
+    assert flags_of_calls() == []
+
+    (folder,) = (path.parent for path in Path("r").glob("*/trial.json") if "=5" in path.read_text())
+    (folder / "trial.json").unlink()  # as killed after a checkpoint
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "last.ckpt").touch()
+    assert swept([0.1, 0.3, 0.5], [0, 1], 5) == 0
+    assert sorted(flags_of_calls(), key=len) == [
+        {SEED: "[0, 1]", RATE: "0.5", "steps": "5"},
+        {SEED: "[0, 1]", RATE: "[0.1, 0.3]", "steps": "5", "resume": "true"},
+    ]
+
+
+def test_a_damaged_list_of_a_bank_is_told_and_can_be_deleted(stub):
+    assert swept([0.1, 0.3], [0, 1], 5) == 0
+    (path,) = Path("r").glob("*/bank.json")
+    flags_of_calls()
+    for content in ("{", "[]", '{"runs": {"a": 1}}', '{"runs": 3}', '{"runs": {}}'):
+        path.write_text(content)
+        if content == '{"runs": {}}':  # of no trial
+            break
+        with pytest.raises(ValueError, match=r"bank\.json is damaged .*: delete it") as refused:
+            sweep_command("s.yaml", "r")
+        assert "\n" not in str(refused.value)
+    path.unlink()
+    assert swept([0.1, 0.3], [0, 1], 5) == 0
+    assert flags_of_calls() == []
+
+
 # ---- the real command ----------------------------------------------------------------------------
 
 
 def test_a_grid_of_real_fits_is_killed_in_the_second_and_resumed(capsys):
     """Two banks on the sandbox: one is never touched again, the other goes on from its step."""
-    settings = {
-        "model": {
-            "class_path": "PromptTuning",
-            "init_args": {
-                "backbone": {"name": "sandbox"},
-                "batch_size": 2,
-                "max_new_tokens": 2,
-            },
-        },
-        "data": {"root": "sandbox", "tasks": ["sandbox-sst"]},
-        "trainer": {"accelerator": "cpu", "logger": False, "max_steps": 40},
-    }
+    settings = TINY | {"trainer": {"accelerator": "cpu", "logger": False, "max_steps": 40}}
     Path("tiny.yaml").write_text(yaml.safe_dump(settings))
-    command = [
-        "${env}",
-        "prompt-lab",
-        "fit",
-        "--config",
-        "tiny.yaml",
-        "--test_after_fit",
-        "${args}",
-    ]
     parameters = {
         "model.learning_rate": {"values": [0.3, 0.1]},
         "model.num_virtual_tokens": {"values": [4, 5]},
         "trainer": {"parameters": {"val_check_interval": {"value": 10}}},
     }
-    file = write(command=command, parameters=parameters)
+    file = write(command=COMMAND, parameters=parameters)
     process = subprocess.Popen([sys.executable, "-c", IN_PROCESS], stdout=subprocess.DEVNULL)
     wait_for("r/2-*/checkpoints/last.ckpt", process)
     trial = int(Path("r/.lock").read_text())
