@@ -310,16 +310,6 @@ class Attempt(PromptMethod):
             f"prompts of {self.num_virtual_tokens} virtual tokens"
         )
 
-    def described(self, data: PromptDataModule) -> list[str]:
-        numbers = sum(weight.numel() for weight in self.attention.parameters())
-        return [
-            self.summary(),
-            f"source tasks: {', '.join(self.source_tasks)}",
-            f"target tasks: {', '.join(run.task for run in self.runs)}",
-            f"trained: {numbers:,} numbers of the attention, {self.prompt.numel():,} of target "
-            f"prompts, on {self.batch_size} rows a step",
-        ]
-
 
 def _one_each(batch: Batch) -> Batch:
     """The same rows, each naming a prompt of its own, in their order."""

@@ -34,13 +34,15 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
 }
 """What settings of one number may be, whichever method has them."""
 
+BY_DEV = "prompts are kept by dev score, not averaged"
 REFUSED_CALLBACKS = {
-    "WeightAveraging": "prompts are kept by dev score, not averaged",
-    "StochasticWeightAveraging": "prompts are kept by dev score, not averaged",
-    "BaseFinetuning": "the backbone stays frozen",
-    "ModelPruning": "the backbone stays as it is, and prompts have nothing to prune",
-    "LearningRateFinder": "rates belong to runs: give several as model.learning_rate",
-    "BatchSizeFinder": "model.tokens_per_forward bounds memory; a batch size changes the result",
+    callbacks.WeightAveraging: BY_DEV,
+    callbacks.StochasticWeightAveraging: BY_DEV,
+    callbacks.BaseFinetuning: "the backbone stays frozen",
+    callbacks.ModelPruning: "the backbone stays as it is, and prompts have nothing to prune",
+    callbacks.LearningRateFinder: "rates belong to runs: give several as model.learning_rate",
+    callbacks.BatchSizeFinder: "model.tokens_per_forward bounds memory; a batch size is a result's",
+    callbacks.GradientAccumulationScheduler: "a step is cut into micro-batches anyway",
 }
 """Callbacks of Lightning that would do nothing, or change what is recorded, and why."""
 
@@ -55,7 +57,7 @@ def check_settings(given: Mapping[str, Any]) -> None:
 
 def check_trainer(method: PromptMethod) -> None:
     """Refuse (``ValueError``) trainer settings that would quietly change the result."""
-    trainer = method.trainer
+    trainer: Any = method.trainer
     strategy, whole = trainer.strategy, (SingleDeviceStrategy, DDPStrategy)
     if not isinstance(strategy, whole) or isinstance(strategy, DeepSpeedStrategy):
         refuse_strategy(type(strategy).__name__)
@@ -80,19 +82,13 @@ def check_trainer(method: PromptMethod) -> None:
             "trainer.accumulate_grad_batches is not needed: a step is cut into micro-batches "
             "of model.tokens_per_forward tokens; set model.batch_size instead"
         )
-    refused = dict(REFUSED_CALLBACKS)
-    if method.trains_a_bank:
-        refused["GradientAccumulationScheduler"] = "a step is cut into micro-batches anyway"
-    for given in getattr(trainer, "callbacks", []):
-        for kind in type(given).__mro__:
-            own = kind is getattr(callbacks, kind.__name__, None)
-            idle = isinstance(given, callbacks.GradientAccumulationScheduler) and (
-                given.scheduling == {0: 1}  # Lightning puts one into every trainer
-            )
-            if own and kind.__name__ in refused and not idle:
+    for given in trainer.callbacks:
+        for kind, why in REFUSED_CALLBACKS.items():
+            accumulates = kind is callbacks.GradientAccumulationScheduler
+            if isinstance(given, kind) and (method.trains_a_bank or not accumulates):
                 raise ValueError(
                     f"the callback {type(given).__name__} does not go with "
-                    f"{type(method).__name__}: {refused[kind.__name__]}; leave it out"
+                    f"{type(method).__name__}: {why}; leave it out"
                 )
 
 

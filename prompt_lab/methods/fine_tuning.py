@@ -284,11 +284,6 @@ class FineTuning(PromptMethod):
             return f"1 run of all {count:,} weights"
         return f"1 run of {self.intrinsic_dim:,} numbers for all {count:,} weights"
 
-    def described(self, data: PromptDataModule) -> list[str]:
-        trained = sum(value.nbytes for value in self.trained.values())
-        size = 2 * trained + self.held()["optimizer"]
-        return [f"{self.summary()}: {self.runs[0].name}", f"checkpoint: {size / 1e6:,.1f} MB"]
-
     def held(self) -> dict[str, int]:
         weights = sum(weight.nbytes for weight in self.weights.values())
         moments = 2 if self.optim_config.name == "adamw" else 0

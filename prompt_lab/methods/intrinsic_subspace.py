@@ -318,11 +318,3 @@ class IntrinsicSubspace(PromptMethod):
             f"subspaces of {', '.join(map(str, self.dims))} dimensions from {len(self.keys)} "
             f"prompts of {self.num_virtual_tokens} virtual tokens"
         )
-
-    def described(self, data: PromptDataModule) -> list[str]:
-        numbers = sum(weight.numel() for weight in self.subspaces.parameters())
-        return [
-            f"{self.summary()}: {numbers} numbers, {self.batch_size} rows a step",
-            f"source tasks: {', '.join(dict.fromkeys(task for task, _ in self.keys))}",
-            f"unseen tasks: {', '.join(self.unseen_tasks) or 'none'}",
-        ]

@@ -603,16 +603,3 @@ class MetaPrompt(PromptMethod):
             f"{self.algorithm} of one prompt of {self.num_virtual_tokens} virtual tokens on "
             f"{len(self.keys)} items of {len(self.source_tasks)} source tasks"
         )
-
-    def described(self, data: PromptDataModule) -> list[str]:
-        query = "" if self.algorithm == "reptile" else f" and {self.query_size} query rows"
-        rows = f"{self.inner.steps} x {self.support_size} support rows{query}"
-        inner = f"{self.inner.name}, learning rate {self.inner.learning_rate:g}"
-        return [
-            self.summary(),
-            f"source tasks: {', '.join(self.source_tasks)}",
-            f"validation tasks: {', '.join(self.validation_tasks) or 'none'}",
-            f"step: {self.episodes} episodes of {rows}",
-            f"inner loop: {'none' if self.algorithm == 'multitask' else inner}",
-            f"adaptation: {self.adaptation.steps} steps",
-        ]

@@ -49,7 +49,7 @@ from prompt_lab.methods.evaluation import Evaluation, Report, Way, answers
 from prompt_lab.methods.identity import trainer_settings
 from prompt_lab.methods.keeper import Keeper
 from prompt_lab.methods.logs import begin_curves, log_evaluation, log_rates, log_settings
-from prompt_lab.methods.look import check_lengths, describe, look_at_rows
+from prompt_lab.methods.look import check_lengths, look_at_rows
 from prompt_lab.methods.sharing import RunShares, left_out_of_ddp, share_runs
 from prompt_lab.methods.starts import InitConfig
 
@@ -272,10 +272,6 @@ class PromptMethod(LightningModule):
         """The table that an evaluation prints, from its lines of results."""
         return summary_table(rows)
 
-    def described(self, data: PromptDataModule) -> list[str]:
-        """What is trained and on what, the first lines of ``fit --dry_run``."""
-        return [self.summary()]
-
     def held(self) -> dict[str, int]:
         """Bytes that a fit holds beside activations, by what they are of."""
         weights = sum(weight.nbytes for weight in self.backbone.parameters())
@@ -286,10 +282,6 @@ class PromptMethod(LightningModule):
             "trained with gradient and best copy": 3 * trained,
             "optimizer": moments * trained,
         }
-
-    def describe_fit(self, data: PromptDataModule, trainer: Trainer) -> str:
-        """The text of ``fit --dry_run``; what is trained is made, and nothing is trained."""
-        return describe(self, data, trainer)
 
     # ---- the Trainer's set-up -------------------------------------------------------------------
 

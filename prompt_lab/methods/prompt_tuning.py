@@ -231,25 +231,6 @@ class PromptTuning(PromptMethod):
         """Name of what is trained, in the results."""
         return "tuned" if self.subspace_config is None else self.subspace_config.variant
 
-    def described(self, data: PromptDataModule) -> list[str]:
-        axes = {
-            "tasks": list(data.tasks),
-            "samples": data.samples,
-            "init_seed": self.init_seeds,
-            "learning_rate": self.learning_rates,
-            "batch_size": self.batch_sizes,
-            "source_tasks": self.init_config.source_tasks or [],
-        }
-        axes = {name: values for name, values in axes.items() if values}
-        sizes = " x ".join(f"{len(values)} {name}" for name, values in axes.items())
-        starts = dict.fromkeys(" ".join(filter(None, (s.start, s.start_of))) for s in self.starts)
-        return [
-            f"{len(self.all_runs)} runs = {sizes}",
-            *(f"  {name}: {', '.join(map(str, values))}" for name, values in axes.items()),
-            f"prompt: {self.num_virtual_tokens} x {self.init.shape[2]}, "
-            f"starting from {', '.join(starts)}",
-        ]
-
     def result_facts(self, run: int) -> dict[str, Any]:
         has_code = "code" in self.keeper.names
         return {

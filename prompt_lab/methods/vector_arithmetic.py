@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor
 
 from prompt_lab.core.backbone import Backbone
@@ -515,12 +514,7 @@ class VectorArithmetic(PromptMethod):
         return {**super().digests(), "prompts": files}
 
     def summary(self) -> str:
-        sums = len({trial.of for trial in self.trials})
-        return f"{sums} prompts of {self.num_virtual_tokens} virtual tokens"
-
-    def describe_fit(self, data: PromptDataModule, trainer: Trainer) -> str:
-        self.look(data, trainer)
-        lines = ["nothing is trained; prompt-lab test evaluates:"]
+        lines = []
         for variant in dict.fromkeys(trial.of.variant for trial in self.trials):
             own = [trial.of for trial in self.trials if trial.of.variant == variant]
             sums = set(own)

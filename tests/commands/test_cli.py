@@ -398,8 +398,8 @@ def test_a_dry_run_prints_the_grid_and_writes_nothing(fit, capsys):
     words = ("--model.learning_rate=[0.1, 0.2, 0.3]", "--data.samples=[13, 42]", "--dry_run")
     assert status(fit, *words, "--run_dir=r") == 0
     out = capsys.readouterr().out
-    assert out.startswith("6 runs = 1 tasks x 2 samples x 1 init_seed x 3 learning_rate x 1 batch")
-    assert "prompt: 4 x 32" in out
+    assert out.startswith("6 runs of 4 virtual tokens\n")
+    assert "  sample: 13, 42\n  init_seed: 0\n  learning_rate: 0.1, 0.2, 0.3\n" in out
     assert "first step: 24 rows" in out
     assert not list(Path().iterdir())
 
@@ -413,7 +413,7 @@ def test_a_dry_run_for_several_processes_tells_of_the_first_one(fit, capsys, dev
     words = ["--model.learning_rate=[0.1, 0.2, 0.3]", "--model.batch_size=4", "--dry_run"]
     assert status(fit, *words, f"--trainer.devices={devices}", "--run_dir=r") == 0
     out = capsys.readouterr().out
-    assert out.startswith("3 runs = ")
+    assert out.startswith("3 runs of ")
     assert f"processes: {devices}, {said}" in out
     assert f"first step: {rows} rows" in out
 

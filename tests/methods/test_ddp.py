@@ -2,7 +2,7 @@
 
 First two processes through the real command line: six runs of GPT-2, half of which diverge and all
 of which one process has; one run of T5 with one row a step, so that the second process has none.
-Then the fits of ``ddp_fits.py``, those of every method, in ``PROMPT_LAB_TEST_PROCESSES`` processes
+Then the fits of ``tiny_fits.py``, those of every method, in ``PROMPT_LAB_TEST_PROCESSES`` processes
 (2 where it is not set). Neither runs nor rows nor episodes divide evenly; dev and test have eleven
 rows. The reference is one process.
 """
@@ -22,9 +22,9 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import make_backbone, make_data, make_method, make_trainer
-from ddp_fits import BREAK, FITS, checkpoint, fit, make_files, run_all
 from lightning.pytorch import Trainer
 from safetensors.torch import load_file
+from tiny_fits import BREAK, FITS, checkpoint, fit, make_files, run_all
 
 from prompt_lab.commands import cli
 from prompt_lab.files.prompts import load_prompt
@@ -171,7 +171,7 @@ def fits(odd_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": str(PROCESSES), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     common |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MKL_CBWR": "AUTO"}
-    words = [sys.executable, str(Path(__file__).with_name("ddp_fits.py"))]
+    words = [sys.executable, str(Path(__file__).with_name("tiny_fits.py"))]
     words += [str(odd_root), str(folder / "many"), str(PROCESSES)]
     make_files(folder / "files")
     processes = [
