@@ -32,7 +32,7 @@ from prompt_lab.files.tensors import load_network, save_network, write_csv
 from prompt_lab.methods.checks import some
 from prompt_lab.methods.configs import as_config, as_list
 from prompt_lab.methods.method import PromptMethod
-from prompt_lab.methods.starts import InitConfig, initial_prompts
+from prompt_lab.methods.starts import InitConfig
 
 ATTENTION_FILE = "attention.safetensors"
 ATTENTION_COLUMNS = ("task", "sample", "source", "weight", "std")
@@ -134,18 +134,10 @@ class Attempt(PromptMethod):
 
     @torch.no_grad()
     def start(self, data: PromptDataModule) -> None:
-        init, self.starts = initial_prompts(
-            self.init_config,
-            self.backbone,
-            self.runs,
-            data.tasks,
-            self.num_virtual_tokens,
-            data.frame,
-        )
+        init, self.starts = self.initial_prompts(data, self.runs)
         self.prompt.copy_(init)
         self.init.copy_(init)
-        both = [task for task in data.tasks if task in self.source_tasks]
-        if both:
+        if both := [task for task in data.tasks if task in self.source_tasks]:
             self.warn_once(
                 "sources",
                 f"{some(both)}: a source task and a target task, so its target prompt is trained "

@@ -31,7 +31,7 @@ from prompt_lab.files.results import Start
 from prompt_lab.methods.checks import hold_out, some
 from prompt_lab.methods.configs import as_config
 from prompt_lab.methods.method import STATUS, PromptMethod
-from prompt_lab.methods.starts import InitConfig, initial_prompts
+from prompt_lab.methods.starts import InitConfig
 
 Algorithm = Literal["maml", "fomaml", "reptile", "multitask"]
 
@@ -247,14 +247,7 @@ class MetaPrompt(PromptMethod):
     @torch.no_grad()
     def start(self, data: PromptDataModule) -> None:
         alone = Run("", 0, self.init_seed, self.learning_rate, 1)
-        made, self.starts = initial_prompts(
-            self.init_config,
-            self.backbone,
-            [alone],
-            data.tasks,
-            self.num_virtual_tokens,
-            data.frame,
-        )
+        made, self.starts = self.initial_prompts(data, [alone])
         self.prompt.copy_(made)
         self.init.copy_(made)
 

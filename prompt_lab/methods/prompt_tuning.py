@@ -34,7 +34,6 @@ from prompt_lab.methods.starts import (
     InitConfig,
     SubspaceConfig,
     initial_codes,
-    initial_prompts,
     scale_ratio,
 )
 
@@ -125,20 +124,13 @@ class PromptTuning(PromptMethod):
 
     @torch.no_grad()
     def start(self, data: PromptDataModule) -> None:
-        backbone, config = self.backbone, self.subspace_config
+        config = self.subspace_config
         if config is not None:
-            subspace = config.load(backbone, self.num_virtual_tokens)
+            subspace = config.load(self.backbone, self.num_virtual_tokens)
             self.starts = [config.start(run.init_seed) for run in self.runs]
             self.trained.copy_(initial_codes(self.runs, subspace.intrinsic_dim, config.std))
         else:
-            init, self.starts = initial_prompts(
-                self.init_config,
-                backbone,
-                self.runs,
-                data.tasks,
-                self.num_virtual_tokens,
-                data.frame,
-            )
+            init, self.starts = self.initial_prompts(data, self.runs)
             self.begin(init)
             self._warn_of_starts(data, init)
         self.init.copy_(self.bank())

@@ -150,16 +150,6 @@ def test_a_found_map_is_tuned_in_only_codes_change_and_the_loss_falls(find, tune
     assert losses[-1] < losses[0] - 0.1
 
 
-def test_a_bank_of_codes_follows_the_separate_single_runs(tune, map_file):
-    trainer = {"max_steps": 12, "val_check_interval": 3}
-    bank = tune(map_file, learning_rate=[0.1, 0.02], init_seed=[0, 3], trainer=trainer)
-    for i, run in enumerate(bank.runs):
-        given = {"learning_rate": run.learning_rate, "init_seed": run.init_seed}
-        alone = tune(map_file, trainer=trainer, **given)
-        torch.testing.assert_close(bank.code[i], alone.code[0], rtol=0, atol=1e-5)
-        assert bank.keeper.step[i] == alone.keeper.step[0]
-
-
 def test_files_hold_code_and_adapters_and_a_checkpoint_needs_its_map(tune, map_file, tmp_path):
     path = tmp_path / "four.ckpt"
     method, model = tune(map_file, trainer={"callbacks": [SaveAt(path)]}), make_backbone("bart")

@@ -18,7 +18,6 @@ from prompt_lab.core.attention_mixture import PromptAttention
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import Prefixes
 from prompt_lab.core.batch import Batch
-from prompt_lab.data.sampling import mixture_draw
 from prompt_lab.files.results import read_csv
 from prompt_lab.files.tensors import load_network
 from prompt_lab.methods.attempt import Attempt
@@ -118,23 +117,6 @@ def test_answers_are_those_of_each_row_alone(fit, kind, decoding):
                 assert text == backbone.generate(made, alone, 4)[0]
 
 
-def test_rows_of_one_task_take_the_step_of_that_task_alone(fit):
-    """Reference: the single-task method with the same numbers, on the same rows."""
-    both = fit("t5")
-    alone = fit("t5", tasks=TARGETS[:1])
-    alone.prompt.data.copy_(both.prompt.data[:1])
-    alone.attention.load_state_dict(both.attention.state_dict())
-    batch = alone.datamodule.draw.batch(2, range(len(alone.runs)))
-    one, two = (method.training_step(batch, 0) for method in (alone, both))
-    assert torch.equal(one, two)
-    found = torch.autograd.grad(two, [both.prompt, *both.attention.parameters()])
-    expected = torch.autograd.grad(one, [alone.prompt, *alone.attention.parameters()])
-    assert torch.equal(found[0][:1], expected[0])
-    assert not found[0][1].any()
-    for own, other in zip(found[1:], expected[1:], strict=True):
-        assert torch.equal(own, other)
-
-
 def test_one_task_sees_the_rows_that_prompt_tuning_sees(fit, backbone, fewshot_root, tmp_path):
     drawn = fit(tasks=TARGETS[:1]).datamodule.draw
     plain = fit_in(tmp_path / "plain", make_method(backbone("gpt2"), batch_size=7), fewshot_root)
@@ -221,42 +203,6 @@ def test_the_baseline_of_initial_prompts_is_the_mixture_before_training(fit):
             for variant, prompt in (("initial_prompt", made), ("no_prompt", made[:0])):
                 choice = method.backbone.choose(prompt[None], alone, labels)[0]
                 assert said[variant, step.task, number] == labels[choice]
-
-
-def test_two_processes_sum_to_the_gradient_of_one(fit):
-    """Also where the second has no rows; the mean that DDP takes is undone in the step."""
-    method = fit(batch_size=1)
-    data, trained = method.datamodule, [method.prompt, *method.attention.parameters()]
-    rows = {
-        (run.task, run.sample): data.tokens(run.task, run.sample, "train") for run in method.runs
-    }
-
-    def gradients(size: int, rank: int, world: int) -> Any:
-        """Gradients of one process's rows."""
-        batch = mixture_draw(rows, "tasks", size, 0, data.layout, (rank, world)).batch(3, [0])
-        return torch.autograd.grad(method.training_step(batch, 0), trained)
-
-    for size in (5, 1):
-        whole, first, second = (gradients(size, *place) for place in ((0, 1), (0, 2), (1, 2)))
-        for all_, one, two in zip(whole, first, second, strict=True):
-            torch.testing.assert_close(one + two, all_, rtol=1e-4, atol=1e-6)
-
-
-def test_the_best_mean_dev_score_is_kept_and_training_lowers_the_loss(fit):
-    trainer = {"max_steps": 40, "val_check_interval": 10}
-    method = fit("t5", trainer=trainer, learning_rate=0.1, clip=1.0)
-    rows = read_csv(method.run_dir / "curves.csv")
-    losses = [float(row["train_loss"]) for row in rows]
-    assert losses[-2] < losses[0]
-    assert losses[-1] < losses[1]
-    by_step: dict[int, list[float]] = {}
-    for row in rows:
-        by_step.setdefault(int(row["step"]), []).append(float(row["dev"]))
-    means = {step: sum(values) / 2 for step, values in by_step.items()}
-    best = min(step for step, mean in means.items() if mean == max(means.values()))
-    assert list(means) == [10, 20, 30, 40]
-    assert int(method.keeper.step) == best
-    assert method.keeper.dev.tolist() == pytest.approx(by_step[best])
 
 
 def test_target_prompts_start_from_a_source_prompt(fit, tmp_path, backbone):

@@ -171,6 +171,7 @@ def fits(odd_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": str(PROCESSES), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     common |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MKL_CBWR": "AUTO"}
+    common["PYTHONPATH"] = os.pathsep.join(sys.path)
     words = [sys.executable, str(Path(__file__).with_name("tiny_fits.py"))]
     words += [str(odd_root), str(folder / "many"), str(PROCESSES)]
     make_files(folder / "files")

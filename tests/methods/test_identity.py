@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from conftest import make_method, make_trainer
-from lightning.pytorch import Trainer
 from tiny_fits import fit_in, make_subspace, run_test
 
 from prompt_lab.commands.cli import run
@@ -34,13 +33,11 @@ SHORT = {"max_steps": 2, "val_check_interval": 2}
 def tested(backbone: Callable[..., Backbone], fewshot_root: Path, tmp_path: Path) -> Any:
     """Function that fits and tests, or only tests, and returns the lines of results."""
 
-    def run(
-        folder: str = "run", fits: bool = True, ckpt: Path | None = None, **given: Any
-    ) -> list[dict[str, str]]:
+    def run(folder: str = "run", fits: bool = True, **given: Any) -> list[dict[str, str]]:
         method = make_method(backbone("gpt2"), **{**MODEL, **given})
         data = CrossFitDataModule([TASK], str(fewshot_root), [13])
         if fits:
-            fit_in(tmp_path / folder, method, fewshot_root, ckpt=ckpt, **SHORT)
+            fit_in(tmp_path / folder, method, fewshot_root, **SHORT)
         run_test(tmp_path / folder, method, data, **SHORT)
         return read_csv(tmp_path / folder / "results.csv")
 
@@ -101,19 +98,6 @@ def test_what_changes_no_number_and_moved_data_change_no_name(
     assert named(root=moved)[0] != before[0]
 
 
-def test_a_later_test_by_another_trainer_has_the_name_of_the_fit(
-    tested: Any, backbone: Callable[..., Backbone], fewshot_root: Path, tmp_path: Path
-) -> None:
-    before = tested("run")
-    (tmp_path / "run").rename(tmp_path / "moved")
-    method = make_method(backbone("gpt2"), **MODEL)
-    method.run_dir = tmp_path / "moved"
-    plain = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
-    data = CrossFitDataModule([TASK], str(fewshot_root), [13])
-    plain.test(method, datamodule=data, verbose=False)
-    assert read_csv(tmp_path / "moved" / "results.csv") == before
-
-
 def test_the_command_line_and_python_make_the_same_name_and_settings(
     model_folder: Callable[[str], Path], fewshot_root: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -132,17 +116,6 @@ def test_the_command_line_and_python_make_the_same_name_and_settings(
     found = json.loads(one[0]["settings"])
     assert found["trainer.max_steps"] == 2
     assert not [name for name in found if name.startswith("data.") or "label_smoothing" in name]
-
-
-def test_a_resumed_fit_has_the_name_of_one_without_a_break(
-    tested: Any, backbone: Callable[..., Backbone], fewshot_root: Path, tmp_path: Path
-) -> None:
-    before = tested("whole")
-    first = make_method(backbone("gpt2"), **MODEL)
-    fit_in(tmp_path / "run", first, fewshot_root, max_steps=1, val_check_interval=1)
-    first.trainer.save_checkpoint(tmp_path / "half.ckpt")
-    after = tested("run", ckpt=tmp_path / "half.ckpt")
-    assert [line["fit_id"] for line in after] == [line["fit_id"] for line in before]
 
 
 @pytest.mark.parametrize("place", ["store", "file", "subspace"])

@@ -28,6 +28,7 @@ from prompt_lab.data.datamodule import PromptDataModule, RowsDataModule
 from prompt_lab.data.sampling import EvaluationBatch
 from prompt_lab.files.results import read_csv
 from prompt_lab.methods.checks import check_settings
+from prompt_lab.methods.configs import BackboneConfig
 from prompt_lab.methods.evaluation import Way, answers
 from prompt_lab.methods.method import PromptMethod
 from prompt_lab.methods.prompt_tuning import PromptTuning
@@ -265,6 +266,92 @@ def test_rows_too_large_for_memory_are_halved_when_their_prompts_are_gone():
         ]
     assert found == alone
     assert len(seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "at"),
+    [
+        ("prompts", "prompt_lab.methods.method.bank_gradient", 3),
+        ("four episodes", "prompt_lab.core.bank.bank_product", 4),
+    ],
+)
+def test_micro_batches_are_halved_when_memory_runs_out(
+    files, fewshot_root, tmp_path, monkeypatch, name, place, at
+):
+    """Passes of more than 60 tokens fail; reference: a fit that starts with what fits."""
+    make, tasks = METHODS[name]
+    module, _, function = place.rpartition(".")
+    plain, asked, most = getattr(sys.modules[module], function), [], 60
+
+    def small(*given: Any) -> Any:
+        asked.append(given[at])
+        if given[at] > most:
+            raise torch.OutOfMemoryError("out of memory")
+        return plain(*given)
+
+    def fit(tokens: int) -> PromptMethod:
+        method = make(files)
+        method._tokens_per_forward = tokens
+        data = make_data(fewshot_root, tasks, [13])
+        trainer(tmp_path, steps=2, limit_val_batches=0).fit(method, datamodule=data)
+        return method
+
+    monkeypatch.setattr(place, small)
+    with pytest.warns(UserWarning, match=r"tokens_per_forward is 50 from step 0 on"):
+        found = fit(200)
+    assert asked[:4] == [200, 100, 50, 50]
+    assert found.prompt.equal(fit(50).prompt)
+    most = 0
+    with pytest.raises(ValueError, match="memory runs out with a single row in a forward pass"):
+        fit(200)
+
+
+@pytest.mark.parametrize("way", ["tokens_per_forward", "gradient_checkpointing"])
+@pytest.mark.parametrize("name", ["prompts", "subspaces", "four episodes", "fine-tuning"])
+def test_what_saves_memory_changes_no_result(files, fewshot_root, tmp_path, name, way):
+    """Reference: all rows in one forward pass, and the plain backward passes."""
+    made, (make, tasks) = [], METHODS[name]
+    for saves in (False, True):
+        method = make(files)
+        if name == "fine-tuning":  # since Adam magnifies rounding
+            method.backbone = make_backbone("t5", torch.float64)
+        if saves and way == "tokens_per_forward":
+            method._tokens_per_forward = 100
+        elif saves:
+            method.backbone.recompute_layers()
+        data = make_data(fewshot_root, tasks, [13])
+        trainer(tmp_path, steps=4).fit(method, datamodule=data)
+        made.append(method)
+    exact = way == "gradient_checkpointing" and name != "four episodes"
+    for one, other in zip(*(method.parameters() for method in made), strict=True):
+        if one.requires_grad:
+            torch.testing.assert_close(one, other, rtol=0, atol=0 if exact else 1e-5)
+    assert made[0].keeper.score.equal(made[1].keeper.score)
+    with pytest.raises(ValueError, match="do not go together"):
+        BackboneConfig(gradient_checkpointing=True, compile=True).load()
+
+
+@pytest.mark.parametrize("name", ["codes", "adapter codes", "decomposed"])
+def test_a_bank_of_other_parameters_follows_the_separate_single_runs(
+    files, fewshot_root, tmp_path, name
+):
+    """Reference: each of the runs alone; of prompts see ``test_prompt_tuning.py``."""
+    make, tasks = METHODS[name]
+
+    def fit(tasks: list[str], **settings: Any) -> Any:
+        method = make(files)
+        vars(method).update(settings)
+        made = trainer(tmp_path, steps=12, val_check_interval=3)
+        made.fit(method, datamodule=make_data(fewshot_root, tasks, [13]))
+        return method
+
+    bank = fit(tasks)
+    for i, run in enumerate(bank.runs):
+        one = {"init_seeds": [run.init_seed], "learning_rates": [run.learning_rate]}
+        alone = fit([run.task], **one)
+        torch.testing.assert_close(bank.bank()[i], alone.bank()[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(bank.init[i], alone.init[0])
+        assert bank.keeper.step[i] == alone.keeper.step[0]
 
 
 @pytest.mark.parametrize(

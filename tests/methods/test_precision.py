@@ -15,15 +15,12 @@ import pytest
 import torch
 from conftest import make_backbone, make_model, make_tokenizer, make_trainer
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import FLOAT16_SCALE, bank_gradient, with_gradient
 from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.methods.configs import BackboneConfig
-from prompt_lab.methods.fine_tuning import FineTuning
-from prompt_lab.methods.meta_prompt import MetaPrompt
 from prompt_lab.methods.method import FAILED
 from prompt_lab.methods.prompt_tuning import PromptTuning
 
@@ -32,8 +29,6 @@ WAYS = {
     "bfloat16 weights": {"dtype": torch.bfloat16},
     "bf16-mixed": {"precision": "bf16-mixed"},
 }
-ON_A_GPU = {"plugins": [MixedPrecision("16-mixed", "cpu")]}
-"""On a CPU Lightning makes bf16-mixed of ``precision="16-mixed"``, but not of the plugin itself."""
 
 
 class Watch(Callback):
@@ -220,37 +215,3 @@ def test_scaling_the_loss_of_a_step_comes_too_late(backbone: Callable[..., Backb
     late, early = gradient(small, True, scale), gradient(small * scale, True) / scale
     assert torch.cosine_similarity(true, early, dim=0) > 0.999
     assert torch.cosine_similarity(true, late, dim=0) < 0.9
-
-
-# ---- precisions of the trainer -------------------------------------------------------------------
-
-METHODS = {
-    "PromptTuning": PromptTuning,
-    "MetaPrompt": lambda: MetaPrompt(support_size=2, query_size=2),
-    "FineTuning": FineTuning,
-}
-
-
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        ({"precision": "bf16-true"}, "bf16-true would round the .* 32-true"),
-        ({"precision": "16-true"}, "16-true would round the .* 32-true"),
-        (ON_A_GPU, "16-mixed: .* below what float16 holds: use bf16-mixed or 32-true"),
-    ],
-    ids=["bf16-true", "16-true", "16-mixed"],
-)
-def test_precisions_that_spoil_a_training_are_refused(
-    fewshot_root: Path, tmp_path: Path, name: str, settings: dict[str, Any], reason: str
-) -> None:
-    method = METHODS[name]()
-    data = CrossFitDataModule(["glue-sst2"], root=str(fewshot_root), samples=[13])
-    with pytest.raises(ValueError, match=reason):
-        make_trainer(tmp_path, 1, 1, **settings).fit(method, datamodule=data)
-
-
-def test_on_a_cpu_16_mixed_is_bf16_mixed_by_lightnings_word(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="Using `precision='bf16-mixed'` instead"):
-        trainer = make_trainer(tmp_path, 1, 1, precision="16-mixed")
-    assert trainer.precision == "bf16-mixed"

@@ -24,7 +24,6 @@ from prompt_lab.core.subspace import Subspace
 from prompt_lab.files.peft import load_checkpoint
 from prompt_lab.files.prompts import PromptStore
 from prompt_lab.files.results import STARTS, Start, read_csv
-from prompt_lab.methods.configs import BackboneConfig
 from prompt_lab.methods.method import FAILED, FINISHED, STOPPED
 from prompt_lab.methods.prompt_tuning import PromptTuning
 from prompt_lab.methods.starts import InitConfig, SubspaceConfig
@@ -119,17 +118,6 @@ def test_runs_that_have_stopped_ask_for_no_rows(fit):
     assert len(sizes) > 2  # runs stop at different times
     assert asked.train == {step: runs for step, runs in live.items() if runs}
     assert asked.dev == evaluated
-
-
-@pytest.mark.parametrize("kind", ["t5", "gpt2"])
-def test_tokens_per_forward_bounds_memory_and_changes_no_result(fit, kind):
-    """Reference: the same fit with all rows in one forward pass."""
-    settings = {"kind": kind, "tasks": MIXED, "learning_rate": [0.01, 0.003], "batch_size": 3}
-    settings["trainer"] = {"max_steps": 4, "val_check_interval": 2}
-    whole, cut = fit(**settings), fit(**settings, tokens_per_forward=100)
-    torch.testing.assert_close(cut.prompt, whole.prompt, rtol=0, atol=1e-5)
-    assert cut.keeper.score.tolist() == whole.keeper.score.tolist()
-    assert cut.keeper.step.tolist() == whole.keeper.step.tolist()
 
 
 # ---- failures ------------------------------------------------------------------------------------
@@ -305,47 +293,6 @@ def test_a_healthy_fit_warns_of_nothing(fit):
         assert not [found for found in texts if text in found]
 
 
-# ---- memory --------------------------------------------------------------------------------------
-
-
-def test_micro_batches_are_halved_when_memory_runs_out(
-    fit: Callable[..., PromptTuning], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A forward pass of more than 60 tokens fails; reference: a fit that starts with what fits."""
-    from prompt_lab.methods import method as module
-
-    plain, asked = module.bank_gradient, []
-
-    def small(backbone, prompts, batch, tokens, smoothing):
-        asked.append(tokens)
-        if tokens > 60:
-            raise torch.OutOfMemoryError("out of memory")
-        return plain(backbone, prompts, batch, tokens, smoothing)
-
-    settings = {"kind": "gpt2", "learning_rate": [0.1, 0.03]}
-    monkeypatch.setattr(module, "bank_gradient", small)
-    with pytest.warns(UserWarning, match=r"tokens_per_forward is 50 from step 0 on"):
-        found = fit(**settings, tokens_per_forward=200)
-    assert asked[:4] == [200, 100, 50, 50]
-    expected = fit(**settings, tokens_per_forward=50)
-    assert torch.equal(found.best, expected.best)
-    monkeypatch.setattr(module, "bank_gradient", lambda *_: small(*_[:3], 61, 0.0))
-    with pytest.raises(ValueError, match="memory runs out with a single row in a forward pass"):
-        fit(**settings, tokens_per_forward=200)
-
-
-def test_gradient_checkpointing_trains_the_same_prompt(
-    fit: Callable[..., PromptTuning], model_folder: Callable[[str], Path]
-) -> None:
-    made = {}
-    for checkpointing in (False, True):
-        config = BackboneConfig(str(model_folder("llama")), gradient_checkpointing=checkpointing)
-        made[checkpointing] = fit("llama", model=config.load()).best
-    assert torch.equal(made[False], made[True])
-    with pytest.raises(ValueError, match="do not go together"):
-        BackboneConfig(gradient_checkpointing=True, compile=True).load()
-
-
 # ---- transfer, and prompts of chosen steps -------------------------------------------------------
 
 
@@ -431,17 +378,6 @@ def test_the_gradient_of_a_code_is_autograds_through_the_map(codes):
     (expected,) = torch.autograd.grad(losses.sum(), code)
     assert expected.abs().max() > 1e-4
     torch.testing.assert_close(method.code.grad, expected, rtol=1e-4, atol=1e-6)
-
-
-def test_a_bank_of_codes_follows_the_separate_single_runs(codes):
-    trainer = {"max_steps": 12, "val_check_interval": 3}
-    bank = codes(learning_rate=[0.1, 0.02], init_seed=[0, 3], trainer=trainer)
-    for i, run in enumerate(bank.runs):
-        given = {"learning_rate": run.learning_rate, "init_seed": run.init_seed}
-        alone = codes(trainer=trainer, **given)
-        torch.testing.assert_close(bank.code[i], alone.code[0], rtol=0, atol=1e-5)
-        torch.testing.assert_close(bank.init[i], alone.init[0])
-        assert bank.keeper.step[i] == alone.keeper.step[0]
 
 
 def test_a_checkpoint_holds_prompts_and_needs_its_subspace_which_is_hashed_once(

@@ -445,70 +445,45 @@ def test_dev_without_rows_of_a_class_and_other_forms_of_rows_are_told(
     assert "data.task_prefix is False, but it was True when emotion_13_seed0" in said
 
 
-ARITHMETIC = "vectors/sandbox_arithmetic"
-
-
 # ---- the command line ----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def command(model_folder, fewshot_root, tmp_path_factory) -> Callable[..., list[str]]:
-    """Function that gives the words of a command with one of the configs, on a tiny model."""
-    folder = tmp_path_factory.mktemp("cli")
-    root = folder / "root"
-    shutil.copytree(fewshot_root, root)
-    for path in [*root.glob("*/*_dev.tsv"), *root.glob("*/*_test.tsv")]:
-        path.write_text("".join(path.read_text().splitlines(keepends=True)[:11]))
-
-    def words(stage: str, config: str, run_dir: str) -> list[str]:
-        return [
-            *(stage, f"--config={CONFIGS / config}.yaml", f"--run_dir={folder / run_dir}"),
-            *(f"--model.backbone.name={model_folder('t5')}", f"--data.root={root}"),
-            *("--data.tasks=[glue-sst2, glue-cola]", "--data.samples=[13]"),
-            *("--trainer.accelerator=cpu", "--trainer.logger=false"),
-        ]
-
-    fit = [
-        *("--model.num_virtual_tokens=5", "--model.init_seed=[0, 1, 2]"),
-        *("--trainer.max_steps=4", "--trainer.val_check_interval=2", "--trainer.max_epochs=-1"),
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(cli.RUN_DIR_VARIABLE, "")
-        assert cli.run([*words("fit", "quickstart", "tuned"), *fit]) == 0
-    prompts = f"--model.prompts={folder / 'tuned'}"
-    return lambda *given: [*words(*given), prompts]
-
-
-def test_the_configs_run_from_fit_to_test(command, capsys, monkeypatch):
+@pytest.fixture
+def command(
+    model_folder, backbone, fewshot_root, tmp_path, monkeypatch
+) -> Callable[..., list[str]]:
+    """Function that gives the words of a command with the config of sums, on a tiny model."""
     monkeypatch.setenv(cli.RUN_DIR_VARIABLE, "")
+    prompts = make_tuned(tmp_path / "tuned", backbone("t5"), TASKS[:2], range(3))
+    config = CONFIGS / "vectors" / "sandbox_arithmetic.yaml"
+    return lambda stage, run_dir, *more: [
+        *(stage, f"--config={config}", f"--run_dir={tmp_path / run_dir}", *more),
+        *(f"--model.backbone.name={model_folder('t5')}", f"--data.root={fewshot_root}"),
+        *("--data.tasks=[glue-sst2, glue-cola]", "--data.samples=[13]"),
+        *("--trainer.accelerator=cpu", "--trainer.logger=false", f"--model.prompts={prompts}"),
+    ]
+
+
+def test_the_config_runs_its_studies(command, capsys, tmp_path):
     pairs = "--model.study=pairs"
-    assert cli.run([*command("validate", ARITHMETIC, "p"), pairs, "--model.scales=[0.5]"]) == 0
+    assert cli.run(command("fit", "dry", pairs)) == 1
+    assert "VectorArithmetic trains nothing" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.run(command("fit", "dry", pairs, "--dry_run"))
+    said = capsys.readouterr().out
+    assert "vectors: 3 x 20 values of lambda, 120 prompts on dev and 6 on test" in said
+    assert cli.run(command("validate", "p", pairs, "--model.scales=[0.5]")) == 0
     assert "dev scores" in capsys.readouterr().out
-    assert cli.run([*command("test", ARITHMETIC, "pairs"), pairs, "--model.scales=[0.5, 1]"]) == 0
-    assert cli.run(command("test", ARITHMETIC, "cross")) == 0
+    assert cli.run(command("test", "pairs", pairs, "--model.scales=[0.5, 1]")) == 0
+    assert cli.run(command("test", "cross")) == 0
     said = capsys.readouterr().out
     assert "glue-sst2 + glue-cola  vectors" in said
     assert "vector_alone" in said
-    unlearning = ("--model.study=expressions", "--model.evaluate_on=all", "--model.scales=[0.5]")
-    expression = "--model.expressions=['- glue-sst2']"
-    words = [*command("test", ARITHMETIC, "unlearning"), *unlearning, expression]
-    assert cli.run(words) == 0
-    run_dir = Path(words[2].removeprefix("--run_dir="))
-    (of_cola, *_) = [r for r in read_csv(run_dir / "results.csv") if r["variant"] == "vectors"]
-    assert of_cola["expression"] == "- glue-sst2"
-    assert cli.run([*words[:-1], "--model.expressions=['glue-sst2 - glue-cola']"]) == 0
-    files = {row["prompt_file"] for row in read_csv(run_dir / "results.csv")} - {""}
-    assert {path.name for path in (run_dir / "prompts").glob("*.safetensors")} == {
-        Path(file).name for file in files
-    }
-
-
-def test_fit_says_what_test_does(command, capsys, monkeypatch):
-    monkeypatch.setenv(cli.RUN_DIR_VARIABLE, "")
-    words = [*command("fit", ARITHMETIC, "dry"), "--model.study=pairs"]
-    assert cli.run(words) == 1
-    assert "VectorArithmetic trains nothing" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cli.run([*words, "--dry_run"])
-    said = capsys.readouterr().out
-    assert "vectors: 3 x 20 values of lambda, 120 prompts on dev and 6 on test" in said
+    given = ("--model.study=expressions", "--model.evaluate_on=all", "--model.scales=[0.5]")
+    for expression in ("- glue-sst2", "glue-sst2 - glue-cola"):
+        words = command("test", "sums", *given, f"--model.expressions=['{expression}']")
+        assert cli.run(words) == 0
+        rows = read_csv(tmp_path / "sums" / "results.csv")
+        assert {x["expression"] for x in rows if x["variant"] == "vectors"} == {expression}
+        stored = {path.name for path in (tmp_path / "sums" / "prompts").glob("*.safetensors")}
+        assert stored == {Path(row["prompt_file"]).name for row in rows if row["prompt_file"]}
