@@ -113,10 +113,9 @@ def hold_out(tasks: Iterable[str], setting: str, held_out: Sequence[str]) -> lis
             f"model.{setting} has {', '.join(strange)}, which data.tasks has not: add them there, "
             "since their rows are needed"
         )
-    left = [task for task in tasks if task not in held_out]
-    if not left:
-        raise ValueError(f"model.{setting} has every task of data.tasks: leave some to learn from")
-    return left
+    if left := [task for task in tasks if task not in held_out]:
+        return left
+    raise ValueError(f"model.{setting} has every task of data.tasks: leave some to learn from")
 
 
 def some(names: list[str], most: int = 3) -> str:

@@ -92,8 +92,7 @@ class FineTuning(PromptMethod):
             "model.learning_rate": self.learning_rates,
             "model.batch_size": self.batch_sizes,
         }
-        many = [f"{name} has {len(values)}" for name, values in axes.items() if len(values) > 1]
-        if many:
+        if many := [f"{name} has {len(own)}" for name, own in axes.items() if len(own) > 1]:
             raise ValueError(
                 f"FineTuning trains one run per fit, but {', '.join(many)} values: give one of "
                 "each, and run the grid one after another with prompt-lab sweep"
@@ -230,12 +229,11 @@ class FineTuning(PromptMethod):
                 "checkpoint with --ckpt_path"
             )
         tensors, facts = load_tensors(self.best_path, "weights")
-        other = [
+        if other := [
             f"{name} {facts.get(name)} there and {value} here"
             for name, value in self._belongs_to().items()
             if facts.get(name) != value
-        ]
-        if other:
+        ]:
             raise ValueError(f"{self.best_path} is of another fit: {', '.join(other)}")
         shapes, own = ({n: t.shape for n, t in x.items()} for x in (tensors, self.best_weights))
         if shapes != own:

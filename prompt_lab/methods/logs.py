@@ -125,8 +125,7 @@ def warn_of_answers(method: PromptMethod, lines: list[int]) -> None:
             "is that of a constant. Try another learning_rate",
         )
     moved = method.moved()
-    idle = shares.gather([method.runs[i].name for i in lines if moved[i] < 1e-3])
-    if idle:
+    if idle := shares.gather([method.runs[i].name for i in lines if moved[i] < 1e-3]):
         method.warn_once(
             "still",
             f"step {step}: prompts within 0.1 % of their start: {some(idle)}. Soft prompts "

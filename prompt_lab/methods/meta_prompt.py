@@ -256,8 +256,7 @@ class MetaPrompt(PromptMethod):
 
     def _sources(self, data: PromptDataModule) -> list[str]:
         sources = hold_out(data.tasks, "validation_tasks", self.validation_tasks)
-        both = [task for task in data.tasks if task in self.target_tasks]
-        if both:
+        if both := [task for task in data.tasks if task in self.target_tasks]:
             raise ValueError(
                 f"{some(both)}: in data.tasks and in model.target_tasks; a target task is not "
                 "learned from, so leave it out of one of them"
@@ -282,14 +281,13 @@ class MetaPrompt(PromptMethod):
         """Episodes of the source tasks."""
         support = {key: data.tokens(*key, "train") for key in self.keys}
         query = {key: data.tokens(*key, "dev") for key in self.keys}
-        both = (("train", support, self.support_size), ("dev", query, self.query_size))
-        small = [
+        sides = (("train", support, self.support_size), ("dev", query, self.query_size))
+        if small := [
             f"{task} {sample} ({len(rows[task, sample])} {split} rows)"
             for task, sample in self.keys
-            for split, rows, size in both
+            for split, rows, size in sides
             if len(rows[task, sample]) < size
-        ]
-        if small:
+        ]:
             raise ValueError(
                 f"too few rows for model.support_size {self.support_size} and model.query_size "
                 f"{self.query_size}: {some(small)}; lower them, or leave these tasks out"

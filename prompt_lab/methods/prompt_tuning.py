@@ -244,8 +244,7 @@ class PromptTuning(PromptMethod):
         sources = {
             task for file in files for task in read_metadata(file, "prompt")["source_tasks"] or []
         }
-        both = [task for task in data.tasks if task in sources]
-        if both:
+        if both := [task for task in data.tasks if task in sources]:
             self.warn_once(
                 "sources",
                 f"the initial prompt was learned on {some(both)}, tuned here: their scores say "

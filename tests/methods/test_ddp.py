@@ -93,15 +93,31 @@ def pair(
     return Pair(folder / "one", folder / "two", done.stdout + done.stderr)
 
 
+def without_seconds(path: Path) -> list[dict[str, str]]:
+    """The lines of results, times aside."""
+    return [{**row, "seconds": ""} for row in read_csv(path)]
+
+
+def compare_curves(one: Path, many: Path, rounding: float) -> None:
+    """Compare the curves of two fits; losses may differ by so much, relatively."""
+    rows, again = (read_csv(folder / "curves.csv") for folder in (one, many))
+    assert len(rows) == len(again) > 0
+    for row, other in zip(rows, again, strict=True):
+        for column, value in row.items():
+            if column in LOSSES and value:
+                assert float(other[column]) == pytest.approx(float(value), rel=rounding), column
+            else:
+                assert other[column] == value, column
+
+
 def test_two_processes_train_the_prompts_of_one(pair):
     names = sorted(path.name for path in (pair.one / "prompts").glob("*.safetensors"))
     assert names == sorted(path.name for path in (pair.two / "prompts").glob("*.safetensors"))
     for name in names:
         one, two = (load_prompt(folder / "prompts" / name) for folder in (pair.one, pair.two))
         torch.testing.assert_close(two.prompt, one.prompt, rtol=0, atol=1e-5)
-        assert two.status == one.status
         assert two.prompt.equal(two.init) == one.status.startswith("failed")
-        assert (two.steps, two.dev_score) == (one.steps, one.dev_score)
+        assert (two.status, two.steps, two.dev_score) == (one.status, one.steps, one.dev_score)
     last, again = (
         torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]["prompt"]
         for folder in (pair.one, pair.two)
@@ -109,37 +125,21 @@ def test_two_processes_train_the_prompts_of_one(pair):
     torch.testing.assert_close(again, last, rtol=0, atol=1e-5)
 
 
-def test_two_processes_give_the_scores_of_one(pair):
-    """Reference: results.csv but for seconds, and every evaluation in curves.csv."""
-    one, two = (
-        [{**row, "seconds": ""} for row in read_csv(folder / "results.csv")]
-        for folder in (pair.one, pair.two)
-    )
-    assert one == two
-    assert {row["variant"] for row in one} >= {"tuned", "no_prompt", "initial_prompt"}
-    curves, again = (read_csv(folder / "curves.csv") for folder in (pair.one, pair.two))
-    assert len(curves) == len(again) > 0
-    for row, other in zip(curves, again, strict=True):
-        for name in ("step", "run", "dev", "best_dev", "best_step", "status"):
-            assert row[name] == other[name]
-        assert float(row["train_loss"]) == pytest.approx(float(other["train_loss"]), rel=1e-4)
-
-
-def test_two_processes_answer_every_row_once(pair):
-    rows = [json.loads(line) for line in (pair.two / "predictions.jsonl").open()]
-    seen = [(row["variant"], row["run"], row["row"]) for row in rows]
+def test_two_processes_answer_every_row_once_score_as_one_and_speak_once(pair):
+    """Reference: the tables and files of one process, but for seconds."""
+    rows = without_seconds(pair.one / "results.csv")
+    assert rows == without_seconds(pair.two / "results.csv")
+    assert {row["variant"] for row in rows} >= {"tuned", "no_prompt", "initial_prompt"}
+    compare_curves(pair.one, pair.two, 1e-4)
+    told = (pair.two / "predictions.jsonl").read_bytes()
+    assert told == (pair.one / "predictions.jsonl").read_bytes()
+    seen = [(x["variant"], x["run"], x["row"]) for x in map(json.loads, told.splitlines())]
     tuned = {path.stem for path in (pair.two / "prompts").glob("*.safetensors")}
     wanted = [("tuned", run, n) for run in tuned for n in range(EVAL_ROWS)]
     for variant in ("no_prompt", "initial_prompt"):  # once for all rates
         runs = {run for run in tuned if "3e+38" not in run}
         wanted += [(variant, run, n) for run in runs for n in range(EVAL_ROWS)]
     assert sorted(seen) == sorted(wanted)
-    assert (pair.two / "predictions.jsonl").read_bytes() == (
-        pair.one / "predictions.jsonl"
-    ).read_bytes()
-
-
-def test_two_processes_print_and_write_once(pair):
     assert pair.said.count("test scores\n") == 1
     assert pair.said.count("on 2 x cpu, 6 steps") == 1
     assert "Traceback" not in pair.said
@@ -205,11 +205,6 @@ def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def without_seconds(path: Path) -> list[dict[str, str]]:
-    """The lines of results, times aside."""
-    return [{**row, "seconds": ""} for row in read_csv(path)]
-
-
 @pytest.mark.parametrize("name", [*FITS, "vectors"])
 def test_several_processes_equal_one(fits, name):
     one, many = (fits / folder / name / "whole" for folder in ("one", "many"))
@@ -220,18 +215,6 @@ def test_several_processes_equal_one(fits, name):
         return
     torch.testing.assert_close(tensors(many), tensors(one), rtol=0, atol=1e-5)
     compare_curves(one, many, 1e-3)
-
-
-def compare_curves(one: Path, many: Path, rounding: float) -> None:
-    """Compare the curves of two fits; losses may differ by so much, relatively."""
-    rows, again = (read_csv(folder / "curves.csv") for folder in (one, many))
-    assert len(rows) == len(again) > 0
-    for row, other in zip(rows, again, strict=True):
-        for column, value in row.items():
-            if column in LOSSES and value:
-                assert float(other[column]) == pytest.approx(float(value), rel=rounding), column
-            else:
-                assert other[column] == value, column
 
 
 @pytest.mark.parametrize("name", FITS)

@@ -341,7 +341,7 @@ def test_a_bank_of_other_parameters_follows_the_separate_single_runs(
     def fit(tasks: list[str], **settings: Any) -> Any:
         method = make(files)
         vars(method).update(settings)
-        made = trainer(tmp_path, steps=12, val_check_interval=3)
+        made = trainer(tmp_path, val_check_interval=3)
         made.fit(method, datamodule=make_data(fewshot_root, tasks, [13]))
         return method
 
