@@ -224,12 +224,6 @@ class Attempt(PromptMethod):
         return self.over_ranks(self.loss_sum) / self.over_ranks(self.weight_sum)
 
     def after_evaluation(self, scores: Tensor, lines: list[int]) -> None:
-        if not self.over_ranks(self.loss_sum).sum().isfinite():
-            self.warn_once(
-                "nan",
-                f"the loss is not finite by step {self.trainer.global_step}; the best state so far "
-                "is kept. A lower learning_rate or attention_learning_rate, or clip, may help",
-            )
         self.weight_sum.zero_()
 
     def write(self) -> None:

@@ -61,16 +61,11 @@ def check_trainer(method: PromptMethod) -> None:
     strategy, whole = trainer.strategy, (SingleDeviceStrategy, DDPStrategy)
     if not isinstance(strategy, whole) or isinstance(strategy, DeepSpeedStrategy):
         refuse_strategy(type(strategy).__name__)
-    if trainer.precision in ("bf16-true", "16-true"):
+    if trainer.precision in ("bf16-true", "16-true", "16-mixed"):
         raise ValueError(
-            f"trainer.precision {trainer.precision} would round the prompts and their "
-            "optimizer: use trainer.precision 32-true with model.backbone.dtype bfloat16"
-        )
-    if trainer.precision == "16-mixed":
-        raise ValueError(
-            "trainer.precision 16-mixed: a step makes its gradient before the trainer scales "
-            "the loss, so small gradients are below what float16 holds: use bf16-mixed or "
-            "32-true"
+            f"trainer.precision {trainer.precision} would round prompts and optimizer, or small "
+            "gradients, which a step makes before the trainer scales the loss: use bf16-mixed, or "
+            "32-true with model.backbone.dtype bfloat16"
         )
     if trainer.gradient_clip_val and method.trains_a_bank:
         raise ValueError(

@@ -165,20 +165,14 @@ class MetaPrompt(PromptMethod):
                 f"model.inner.learned is {self.inner.learned}, but {algorithm} has no query loss "
                 "to learn an inner learning rate from: use maml or fomaml, or fixed"
             )
-        config, why = self.backbone_config, ""
-        if config.attention == "flash_attention_2":
-            why = "flash_attention_2 cannot: use model.backbone.attention sdpa"
-        elif config.compile:
-            why = "torch.compile cannot: use model.backbone.compile false"
-        elif config.dtype != "float32":
-            why = (
-                f"model.backbone.dtype {config.dtype} cannot: the adapted prompt is rounded to the "
-                "weights' 8 bits, and Hessian products are off by more than what they add; use "
-                "float32"
-            )
-        if self.second_order and why:
+        config = self.backbone_config
+        given = (config.attention != "flash_attention_2", not config.compile, config.dtype)
+        if self.second_order and given != (True, True, "float32"):
             raise ValueError(
-                f"maml differentiates the backbone twice, which {why}, or model.algorithm fomaml"
+                f"maml differentiates the backbone twice, but model.backbone has attention "
+                f"{config.attention}, compile {config.compile} and dtype {config.dtype}, which is "
+                "not exact enough or not possible: use sdpa or eager, no compile and float32, or "
+                "model.algorithm fomaml"
             )
 
     @property

@@ -580,7 +580,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"precision": "bf16-true"}, "32-true with model.backbone.dtype bfloat16"),
     ({"precision": "16-true"}, "32-true with model.backbone.dtype bfloat16"),
     # on a CPU Lightning makes bf16-mixed of the word, but not of the plugin itself
-    ({"plugins": [MixedPrecision("16-mixed", "cpu")]}, "16-mixed: .* below what float16 holds"),
+    ({"plugins": [MixedPrecision("16-mixed", "cpu")]}, "16-mixed would round .*: use bf16-mixed"),
     ({"max_steps": -1, "max_epochs": -1}, "the fit has no end"),
 ]
 

@@ -185,7 +185,8 @@ def whole_runs(folder: Path) -> PromptMethod:
 
 def one_run(folder: Path) -> PromptMethod:
     """One run of one row a step, of which most processes have none."""
-    return make_method(make_backbone("t5"), learning_rate=0.003, batch_size=1)
+    given = {"learning_rate": 0.003, "batch_size": 1, "test_baselines": True}
+    return make_method(make_backbone("t5"), **given)
 
 
 def tuned_codes(folder: Path) -> PromptMethod:
