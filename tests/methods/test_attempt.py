@@ -227,9 +227,11 @@ def test_bad_settings_are_refused(fit, settings, reason):
         fit(**settings)
 
 
-def test_a_target_that_is_a_source_is_told_of(fit):
+def test_a_target_that_is_a_source_and_a_loss_that_is_not_finite_are_told_of(fit):
     with pytest.warns(UserWarning, match="glue-cola: a source task and a target task"):
         fit(tasks=["glue-cola"])
+    with pytest.warns(UserWarning, match="the loss is not finite by step 3; the best state so"):
+        fit(learning_rate=1e30)
 
 
 def test_checkpoints_and_files_of_other_sources_are_refused(fit, backbone, tmp_path):
