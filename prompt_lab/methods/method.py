@@ -964,7 +964,9 @@ class PromptMethod(LightningModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         state = super().state_dict(*args, **kwargs)
-        return {name: value for name, value in state.items() if not name.startswith(self.frozen)}
+        for name in [name for name in state if name.startswith(self.frozen)]:
+            del state[name]
+        return state
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load everything but what is frozen, which must not be there; all the rest must fit."""
