@@ -60,7 +60,7 @@ from prompt_lab.methods.configs import flag_names
 from prompt_lab.methods.fine_tuning import FineTuning
 from prompt_lab.methods.identity import TRAINER_SETTINGS
 from prompt_lab.methods.intrinsic_subspace import IntrinsicSubspace
-from prompt_lab.methods.look import look_at_rows
+from prompt_lab.methods.look import describe, look_at_rows
 from prompt_lab.methods.meta_prompt import MetaPrompt
 from prompt_lab.methods.method import FIT_RECORD, PromptMethod
 from prompt_lab.methods.prompt_tuning import PromptTuning
@@ -351,7 +351,7 @@ class PromptLabCLI(LightningCLI):
         """With ``--dry_run``, print the grid and leave."""
         if self._settings.dry_run:
             self.datamodule.setup("fit")
-            print(self.model.describe_fit(self.datamodule, self.trainer))
+            print(describe(self.model, self.datamodule, self.trainer))
             print(*look_at_rows(self.model, self.datamodule, "train", "dev", "test"), sep="\n")
             sys.exit(0)
 

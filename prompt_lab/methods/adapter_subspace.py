@@ -182,9 +182,6 @@ class AdapterSubspace(_AdapterMethod):
         self.intrinsic_dim, self.inner_size, self.bottleneck = intrinsic_dim, inner_size, bottleneck
         self.warmup, self.clip, self.seed = warmup, clip, seed
 
-    def described(self, data: PromptDataModule) -> list[str]:
-        return [self.summary()]
-
     def load_backbone(self) -> Backbone:
         if isinstance(self.backbone, AdaptedBackbone):
             return self.backbone

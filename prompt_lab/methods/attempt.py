@@ -32,7 +32,7 @@ from prompt_lab.files.tensors import load_network, save_network, write_csv
 from prompt_lab.methods.checks import some
 from prompt_lab.methods.configs import as_config, as_list
 from prompt_lab.methods.method import PromptMethod
-from prompt_lab.methods.starts import InitConfig, initial_prompts
+from prompt_lab.methods.starts import InitConfig
 
 ATTENTION_FILE = "attention.safetensors"
 ATTENTION_COLUMNS = ("task", "sample", "source", "weight", "std")
@@ -134,18 +134,10 @@ class Attempt(PromptMethod):
 
     @torch.no_grad()
     def start(self, data: PromptDataModule) -> None:
-        init, self.starts = initial_prompts(
-            self.init_config,
-            self.backbone,
-            self.runs,
-            data.tasks,
-            self.num_virtual_tokens,
-            data.frame,
-        )
+        init, self.starts = self.initial_prompts(data, self.runs)
         self.prompt.copy_(init)
         self.init.copy_(init)
-        both = [task for task in data.tasks if task in self.source_tasks]
-        if both:
+        if both := [task for task in data.tasks if task in self.source_tasks]:
             self.warn_once(
                 "sources",
                 f"{some(both)}: a source task and a target task, so its target prompt is trained "
@@ -232,12 +224,6 @@ class Attempt(PromptMethod):
         return self.over_ranks(self.loss_sum) / self.over_ranks(self.weight_sum)
 
     def after_evaluation(self, scores: Tensor, lines: list[int]) -> None:
-        if not self.over_ranks(self.loss_sum).sum().isfinite():
-            self.warn_once(
-                "nan",
-                f"the loss is not finite by step {self.trainer.global_step}; the best state so far "
-                "is kept. A lower learning_rate or attention_learning_rate, or clip, may help",
-            )
         self.weight_sum.zero_()
 
     def write(self) -> None:
@@ -309,16 +295,6 @@ class Attempt(PromptMethod):
             f"attention over {len(self.source_tasks)} source prompts and {len(self.runs)} target "
             f"prompts of {self.num_virtual_tokens} virtual tokens"
         )
-
-    def described(self, data: PromptDataModule) -> list[str]:
-        numbers = sum(weight.numel() for weight in self.attention.parameters())
-        return [
-            self.summary(),
-            f"source tasks: {', '.join(self.source_tasks)}",
-            f"target tasks: {', '.join(run.task for run in self.runs)}",
-            f"trained: {numbers:,} numbers of the attention, {self.prompt.numel():,} of target "
-            f"prompts, on {self.batch_size} rows a step",
-        ]
 
 
 def _one_each(batch: Batch) -> Batch:

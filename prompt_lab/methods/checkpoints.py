@@ -93,14 +93,12 @@ def kind_of(path: Any) -> type[PromptMethod]:
     public = name.rpartition(".")[2]
     if public in prompt_lab.__all__:
         getattr(prompt_lab, public)  # imports it
-    kinds, known = [PromptMethod], dict[str, type[PromptMethod]]()
-    while kinds:
-        kind = kinds.pop()
-        known[f"{kind.__module__}.{kind.__qualname__}"] = kind
+    kinds: list[type[PromptMethod]] = [PromptMethod]
+    for kind in kinds:  # which grows
         kinds += kind.__subclasses__()
-    if name not in known:
-        raise ValueError(
-            f"{path} is the checkpoint of {name or 'no method of prompt_lab'}; a method of one's "
-            "own is imported before, or loaded by its own class"
-        )
-    return known[name]
+        if f"{kind.__module__}.{kind.__qualname__}" == name:
+            return kind
+    raise ValueError(
+        f"{path} is the checkpoint of {name or 'no method of prompt_lab'}; a method of one's own "
+        "is imported before, or loaded by its own class"
+    )

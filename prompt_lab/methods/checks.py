@@ -34,13 +34,15 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
 }
 """What settings of one number may be, whichever method has them."""
 
+BY_DEV = "prompts are kept by dev score, not averaged"
 REFUSED_CALLBACKS = {
-    "WeightAveraging": "prompts are kept by dev score, not averaged",
-    "StochasticWeightAveraging": "prompts are kept by dev score, not averaged",
-    "BaseFinetuning": "the backbone stays frozen",
-    "ModelPruning": "the backbone stays as it is, and prompts have nothing to prune",
-    "LearningRateFinder": "rates belong to runs: give several as model.learning_rate",
-    "BatchSizeFinder": "model.tokens_per_forward bounds memory; a batch size changes the result",
+    callbacks.WeightAveraging: BY_DEV,
+    callbacks.StochasticWeightAveraging: BY_DEV,
+    callbacks.BaseFinetuning: "the backbone stays frozen",
+    callbacks.ModelPruning: "the backbone stays as it is, and prompts have nothing to prune",
+    callbacks.LearningRateFinder: "rates belong to runs: give several as model.learning_rate",
+    callbacks.BatchSizeFinder: "model.tokens_per_forward bounds memory; a batch size is a result's",
+    callbacks.GradientAccumulationScheduler: "a step is cut into micro-batches anyway",
 }
 """Callbacks of Lightning that would do nothing, or change what is recorded, and why."""
 
@@ -55,20 +57,15 @@ def check_settings(given: Mapping[str, Any]) -> None:
 
 def check_trainer(method: PromptMethod) -> None:
     """Refuse (``ValueError``) trainer settings that would quietly change the result."""
-    trainer = method.trainer
+    trainer: Any = method.trainer
     strategy, whole = trainer.strategy, (SingleDeviceStrategy, DDPStrategy)
     if not isinstance(strategy, whole) or isinstance(strategy, DeepSpeedStrategy):
         refuse_strategy(type(strategy).__name__)
-    if trainer.precision in ("bf16-true", "16-true"):
+    if trainer.precision in ("bf16-true", "16-true", "16-mixed"):
         raise ValueError(
-            f"trainer.precision {trainer.precision} would round the prompts and their "
-            "optimizer: use trainer.precision 32-true with model.backbone.dtype bfloat16"
-        )
-    if trainer.precision == "16-mixed":
-        raise ValueError(
-            "trainer.precision 16-mixed: a step makes its gradient before the trainer scales "
-            "the loss, so small gradients are below what float16 holds: use bf16-mixed or "
-            "32-true"
+            f"trainer.precision {trainer.precision} would round prompts and optimizer, or small "
+            "gradients, which a step makes before the trainer scales the loss: use bf16-mixed, or "
+            "32-true with model.backbone.dtype bfloat16"
         )
     if trainer.gradient_clip_val and method.trains_a_bank:
         raise ValueError(
@@ -80,19 +77,13 @@ def check_trainer(method: PromptMethod) -> None:
             "trainer.accumulate_grad_batches is not needed: a step is cut into micro-batches "
             "of model.tokens_per_forward tokens; set model.batch_size instead"
         )
-    refused = dict(REFUSED_CALLBACKS)
-    if method.trains_a_bank:
-        refused["GradientAccumulationScheduler"] = "a step is cut into micro-batches anyway"
-    for given in getattr(trainer, "callbacks", []):
-        for kind in type(given).__mro__:
-            own = kind is getattr(callbacks, kind.__name__, None)
-            idle = isinstance(given, callbacks.GradientAccumulationScheduler) and (
-                given.scheduling == {0: 1}  # Lightning puts one into every trainer
-            )
-            if own and kind.__name__ in refused and not idle:
+    for given in trainer.callbacks:
+        for kind, why in REFUSED_CALLBACKS.items():
+            accumulates = kind is callbacks.GradientAccumulationScheduler
+            if isinstance(given, kind) and (method.trains_a_bank or not accumulates):
                 raise ValueError(
                     f"the callback {type(given).__name__} does not go with "
-                    f"{type(method).__name__}: {refused[kind.__name__]}; leave it out"
+                    f"{type(method).__name__}: {why}; leave it out"
                 )
 
 
@@ -117,10 +108,9 @@ def hold_out(tasks: Iterable[str], setting: str, held_out: Sequence[str]) -> lis
             f"model.{setting} has {', '.join(strange)}, which data.tasks has not: add them there, "
             "since their rows are needed"
         )
-    left = [task for task in tasks if task not in held_out]
-    if not left:
-        raise ValueError(f"model.{setting} has every task of data.tasks: leave some to learn from")
-    return left
+    if left := [task for task in tasks if task not in held_out]:
+        return left
+    raise ValueError(f"model.{setting} has every task of data.tasks: leave some to learn from")
 
 
 def some(names: list[str], most: int = 3) -> str:

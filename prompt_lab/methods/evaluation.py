@@ -188,34 +188,31 @@ class Report:
 
     def write(self, scores: Tensor) -> None:
         """Print the table; on ``test`` also write results, predictions and scored prompts."""
-        method, folder = self.method, self.method.run_dir
+        method, folder = self.method, self.method.run_dir if self.testing else None
         rows = [row for row in method.shares.join(self._result_rows(scores)) if row is not None]
-        kept = "results and predictions"
-        if self.testing:
-            if method.test_baselines:
-                rows += self._baseline_rows()
-            predictions = sorted(gather_values(self.predictions))
-            if folder and method.stores_prompts:
-                method.save_prompts(method.store, method.best_prompts(scores))
-                kept = "results, predictions and prompts"
-            if folder and method.trainer.is_global_zero:
-                write_csv(folder / "results.csv", RESULT_COLUMNS, rows)
-                lines = []
-                for variant, place, row, name, text in predictions:
-                    run = method.all_runs[place]
-                    references = self.evaluation.references((run.task, run.sample))[row]
-                    told = {"variant": variant, "run": name, "task": run.task, "row": row}
-                    lines.append(told | {"prediction": text, "references": references})
-                write_predictions(folder / "predictions.jsonl", lines)
-                digests = json.dumps(self.digests, indent=1).encode()
-                write_atomically(folder / "digests.json", digests)
+        shown = rows if self.testing else [{**row, "test": row["dev"]} for row in rows]
+        if self.testing and method.test_baselines:
+            rows += self._baseline_rows()
+        predictions = sorted(gather_values(self.predictions)) if self.testing else []
+        if folder and method.stores_prompts:
+            method.save_prompts(method.store, method.best_prompts(scores))
         if not method.trainer.is_global_zero:
             return
-        shown = rows if self.testing else [{**row, "test": row["dev"]} for row in rows]
         say = method.print  # which puts a progress bar out of the way
         say(f"\n{self.evaluation.split} scores\n{method.score_table(shown)}\n", flush=True)
-        if self.testing and folder:
-            say(f"{kept} are in {folder}", flush=True)
+        if folder:
+            write_csv(folder / "results.csv", RESULT_COLUMNS, rows)
+            lines = []
+            for variant, place, row, name, text in predictions:
+                run = method.all_runs[place]
+                references = self.evaluation.references((run.task, run.sample))[row]
+                told = {"variant": variant, "run": name, "task": run.task, "row": row}
+                lines.append(told | {"prediction": text, "references": references})
+            write_predictions(folder / "predictions.jsonl", lines)
+            digests = json.dumps(self.digests, indent=1).encode()
+            write_atomically(folder / "digests.json", digests)
+            kept = "predictions and prompts" if method.stores_prompts else "predictions"
+            say(f"results, {kept} are in {folder}", flush=True)
 
     def _result_rows(self, scores: Tensor) -> list[dict[str, Any] | None]:
         """A line of results per own run; None for one that was not evaluated."""

@@ -53,7 +53,6 @@ class FineTuning(PromptMethod):
         learning_rate: peak learning rate; one value.
         batch_size: rows per step; one value.
         patience: stop after so many evaluations without a better dev score; null for never.
-        save_weights: write the best weights to ``best.safetensors`` at the end of a fit.
         kwargs: the arguments of :class:`PromptMethod`; the backbone has float32 weights.
     """
 
@@ -69,14 +68,13 @@ class FineTuning(PromptMethod):
         learning_rate: float | list[float] = 2e-5,
         batch_size: int | list[int] = 8,
         patience: int | None = None,
-        save_weights: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(num_virtual_tokens=0, **kwargs)
         self.optim_config: OptimConfig = as_config(OptimConfig, optim)
         if self.optim_config.name == "sgd":
             raise ValueError("FineTuning has no sgd: set model.optim.name to adamw or adafactor")
-        self.intrinsic_dim, self.save_weights = intrinsic_dim, save_weights
+        self.intrinsic_dim = intrinsic_dim
         self.init_seeds, self.learning_rates = as_list(init_seed), as_list(learning_rate)
         self.batch_sizes = as_list(batch_size)
         self.patience = patience
@@ -94,8 +92,7 @@ class FineTuning(PromptMethod):
             "model.learning_rate": self.learning_rates,
             "model.batch_size": self.batch_sizes,
         }
-        many = [f"{name} has {len(values)}" for name, values in axes.items() if len(values) > 1]
-        if many:
+        if many := [f"{name} has {len(own)}" for name, own in axes.items() if len(own) > 1]:
             raise ValueError(
                 f"FineTuning trains one run per fit, but {', '.join(many)} values: give one of "
                 "each, and run the grid one after another with prompt-lab sweep"
@@ -204,7 +201,7 @@ class FineTuning(PromptMethod):
             self.move_weights()
 
     def write(self) -> None:
-        if self.trainer.is_global_zero and self.save_weights:
+        if self.trainer.is_global_zero:
             facts = {**self.origin(0), **self._belongs_to(), "status": int(self.status)}
             facts["best_step"] = facts.pop("steps")
             save_tensors(self.best_path, "weights", self.best_weights, facts)
@@ -228,16 +225,15 @@ class FineTuning(PromptMethod):
     def restore(self) -> None:
         if not self.best_path.is_file():
             raise FileNotFoundError(
-                f"no best weights {self.best_path}: a fit that ends writes them unless "
-                "model.save_weights is false; or give a checkpoint with --ckpt_path"
+                f"no best weights {self.best_path}: a fit that ends writes them; or give a "
+                "checkpoint with --ckpt_path"
             )
         tensors, facts = load_tensors(self.best_path, "weights")
-        other = [
+        if other := [
             f"{name} {facts.get(name)} there and {value} here"
             for name, value in self._belongs_to().items()
             if facts.get(name) != value
-        ]
-        if other:
+        ]:
             raise ValueError(f"{self.best_path} is of another fit: {', '.join(other)}")
         shapes, own = ({n: t.shape for n, t in x.items()} for x in (tensors, self.best_weights))
         if shapes != own:
@@ -283,11 +279,6 @@ class FineTuning(PromptMethod):
         if self.intrinsic_dim is None:
             return f"1 run of all {count:,} weights"
         return f"1 run of {self.intrinsic_dim:,} numbers for all {count:,} weights"
-
-    def described(self, data: PromptDataModule) -> list[str]:
-        trained = sum(value.nbytes for value in self.trained.values())
-        size = 2 * trained + self.held()["optimizer"]
-        return [f"{self.summary()}: {self.runs[0].name}", f"checkpoint: {size / 1e6:,.1f} MB"]
 
     def held(self) -> dict[str, int]:
         weights = sum(weight.nbytes for weight in self.weights.values())

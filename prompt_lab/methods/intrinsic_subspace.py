@@ -223,13 +223,6 @@ class IntrinsicSubspace(PromptMethod):
             logged[f"train/lm_loss/{dim}"] = lm[at]
             logged[f"train/reconstruction/{dim}"] = made[at]
             logged[f"dev/mean/{dim}"] = mean.item()
-            if not (lm[at] == lm[at] and made[at] == made[at]):
-                self.warn_once(
-                    f"nan {dim}",
-                    f"the loss of intrinsic_dim {dim} is not finite by step "
-                    f"{self.trainer.global_step}; its best map so far is kept. A lower "
-                    "learning_rate may help",
-                )
         return logged
 
     def _mean_reconstruction(self) -> list[float]:
@@ -318,11 +311,3 @@ class IntrinsicSubspace(PromptMethod):
             f"subspaces of {', '.join(map(str, self.dims))} dimensions from {len(self.keys)} "
             f"prompts of {self.num_virtual_tokens} virtual tokens"
         )
-
-    def described(self, data: PromptDataModule) -> list[str]:
-        numbers = sum(weight.numel() for weight in self.subspaces.parameters())
-        return [
-            f"{self.summary()}: {numbers} numbers, {self.batch_size} rows a step",
-            f"source tasks: {', '.join(dict.fromkeys(task for task, _ in self.keys))}",
-            f"unseen tasks: {', '.join(self.unseen_tasks) or 'none'}",
-        ]

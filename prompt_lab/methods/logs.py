@@ -62,6 +62,12 @@ def log_rates(method: PromptMethod) -> None:
 def log_evaluation(method: PromptMethod, scores: Tensor, lines: list[int]) -> None:
     """Log the spread of scores (R,) over runs, and the evaluated ones' lines of ``curves.csv``."""
     shares = method.shares
+    if not method.over_ranks(method.loss_sum).isfinite().all():  # of runs that do not rest alone
+        method.warn_once(
+            "nan",
+            f"the loss is not finite by step {method.trainer.global_step}; the best state so far "
+            "is kept. A lower learning_rate, or clip, may help",
+        )
     rows = method.curve_lines(method.mean_losses().tolist(), scores, lines)
     if shares.divided:  # those of all processes, in the order of the grid
         own = dict(zip(lines, rows, strict=True))
@@ -125,8 +131,7 @@ def warn_of_answers(method: PromptMethod, lines: list[int]) -> None:
             "is that of a constant. Try another learning_rate",
         )
     moved = method.moved()
-    idle = shares.gather([method.runs[i].name for i in lines if moved[i] < 1e-3])
-    if idle:
+    if idle := shares.gather([method.runs[i].name for i in lines if moved[i] < 1e-3]):
         method.warn_once(
             "still",
             f"step {step}: prompts within 0.1 % of their start: {some(idle)}. Soft prompts "

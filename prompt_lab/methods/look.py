@@ -8,6 +8,7 @@ several processes it is the first one's.
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from lightning.pytorch import Trainer
 
 from prompt_lab.core.batch import Batch
 from prompt_lab.core.packing import padded_tokens
+from prompt_lab.core.run import Run
 from prompt_lab.data.files import SplitName
 from prompt_lab.data.sampling import Key, Rows
 from prompt_lab.data.tasks import Task
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from prompt_lab.core.backbone import Backbone
     from prompt_lab.data.datamodule import PromptDataModule
     from prompt_lab.methods.method import PromptMethod
+
+ROLES = ("source_tasks", "validation_tasks", "unseen_tasks", "target_tasks")
+"""Settings that name what tasks are for."""
 
 
 def look_at_rows(method: PromptMethod, data: PromptDataModule, *splits: SplitName) -> list[str]:
@@ -34,38 +39,41 @@ def look_at_rows(method: PromptMethod, data: PromptDataModule, *splits: SplitNam
         ValueError: rows of train or dev that do not fit, inputs without tokens, or equal labels.
     """
     keys = _own_keys(method, data)
-    tasks = {task: data.tasks[task] for task, _ in keys}
-    told = [said for task in tasks.values() for said in _look_alikes(method, task)]
-    cut, rows_of = defaultdict[str, int](int), defaultdict[str, int](int)
-    too_long = defaultdict[tuple[str, int], dict[str, list[int]]](dict)
+    told = [
+        said
+        for task in dict.fromkeys(task for task, _ in keys)
+        for said in _look_alikes(method, data.tasks[task])
+    ]
+    cut = defaultdict[str, list[int]](lambda: [0, 0])  # of so many rows
+    lost = defaultdict[str, dict[str, list[int]]](lambda: defaultdict(lambda: [0, 0]))
+    why = "" if method.max_new_tokens else ", the longest answer of train and dev"
     for task, sample in keys:
-        longest = None
-        if not method.scored(tasks[task]):
-            longest = method.max_new_tokens or data.longest_answer(task, sample)
+        most = method.max_new_tokens or data.longest_answer(task, sample)
+        beyond = (
+            f"task {task}: rows all of whose references are longer than the {most} tokens that "
+            f"are generated (model.max_new_tokens{why}), so that no answer can match in full: "
+        )
         for split in splits:
             rows = data.tokens(task, sample, split, keep=split != "test")
-            cut[f"{task} {split}"] += rows.cut
-            rows_of[f"{task} {split}"] += len(rows)
+            long = sum(length > most for length in rows.shortest_targets)
+            counted = [(cut[f"{task} {split}"], rows.cut)]
+            if not method.scored(data.tasks[task]):
+                counted.append((lost[beyond][split], long))
+            for count, new in counted:
+                count[0] += new
+                count[1] += len(rows)
             try:
                 _check_length(method, rows)
             except ValueError as error:
                 if split != "test":
                     raise
                 told.append(f"test rows will be refused: {error}")
-            if longest:
-                counts = too_long[task, longest].setdefault(split, [0, 0])
-                counts[0] += sum(length > longest for length in rows.shortest_targets)
-                counts[1] += len(rows)
-    why = "" if method.max_new_tokens else ", the longest answer of train and dev"
     told += [
-        f"task {task}: rows all of whose references are longer than the {longest} tokens that "
-        f"are generated (model.max_new_tokens{why}), so that no answer can match in full: "
-        + ", ".join(f"{split} {lost} of {rows}" for split, (lost, rows) in counts.items() if lost)
-        for (task, longest), counts in too_long.items()
-        if any(lost for lost, _ in counts.values())
+        beyond + ", ".join(f"{split} {n} of {rows}" for split, (n, rows) in counts.items() if n)
+        for beyond, counts in lost.items()
+        if any(n for n, _ in counts.values())
     ]
-    found = [f"{name} {count} of {rows_of[name]}" for name, count in cut.items() if count]
-    if found:
+    if found := [f"{name} {n} of {rows}" for name, (n, rows) in cut.items() if n]:
         end = "end" if data.truncation_side == "right" else "beginning"
         told.append(
             f"inputs of over {data.max_input_length} tokens lose their {end} "
@@ -88,24 +96,22 @@ def _own_keys(method: PromptMethod, data: PromptDataModule) -> list[Key]:
 
 
 def _look_alikes(method: PromptMethod, task: Task) -> list[str]:
-    told, labels = [], task.labels or ()
+    told, labels, name = [], task.labels or (), method.backbone.name
     if len({label.lower() for label in labels}) < len(labels):
         told = [f"task {task.name}: some labels differ by case alone: {', '.join(labels)}"]
-    alike = method.backbone.look_alikes(labels, method.datamodule.frame)
-    if not alike:
-        return told
-    groups = "; ".join(", ".join(map(repr, group)) for group in alike)
-    if len(alike[0]) == len(labels):
-        raise ValueError(
-            f"task {task.name}: all labels have the same tokens for backbone "
-            f"{method.backbone.name!r} ({groups}), so that nothing can be learned: take a "
-            "backbone whose tokenizer knows them, or other words for the labels"
+    if alike := method.backbone.look_alikes(labels, method.datamodule.frame):
+        groups = "; ".join(", ".join(map(repr, group)) for group in alike)
+        if len(alike[0]) == len(labels):
+            raise ValueError(
+                f"task {task.name}: all labels have the same tokens for backbone {name!r} "
+                f"({groups}), so that nothing can be learned: take a backbone whose tokenizer "
+                "knows them, or other words for the labels"
+            )
+        told.append(
+            f"task {task.name}: labels with the same tokens for backbone {name!r}, of which the "
+            f"first is always answered: {groups}"
         )
-    return [
-        *told,
-        f"task {task.name}: labels with the same tokens for backbone {method.backbone.name!r}, "
-        f"of which the first is always answered: {groups}",
-    ]
+    return told
 
 
 def _check_length(method: PromptMethod, rows: Rows) -> None:
@@ -125,22 +131,29 @@ def _check_length(method: PromptMethod, rows: Rows) -> None:
 
 
 def describe(method: PromptMethod, data: PromptDataModule, trainer: Trainer) -> str:
-    """The text of ``fit --dry_run``."""
-    processes = trainer.world_size
+    """The text of ``fit --dry_run``; what is trained is made, and nothing is trained."""
     method.look(data, trainer)
-    lines = [*method.described(data), f"backbone: {method.backbone.name}"]
+    lines = [method.summary()]
+    if not method.trains:
+        return "\n".join(["nothing is trained; prompt-lab test evaluates:", *lines])
+    axes = {field.name: [getattr(r, field.name) for r in method.all_runs] for field in fields(Run)}
+    axes |= {name: getattr(method, name, []) for name in ROLES}
+    lines += [
+        f"  {k}: {', '.join(map(str, dict.fromkeys(v)))}"
+        for k, v in axes.items()
+        if v and v[0] != ""
+    ]
+    lines.append(f"backbone: {method.backbone.name}")
     lines.append(f"steps: {trainer.max_steps}, evaluation every {trainer.val_check_interval}")
-    if processes > 1:
+    if (processes := trainer.world_size) > 1:
         shared = "the rows of every step shared"
         if method.shares.divided:
             shared = f"whole runs shared, {len(method.runs)} of them in the first"
         lines.append(f"processes: {processes}, {shared}; of the first process:")
-    drawn = method.draw(data)
-    batch = None if drawn is None else drawn.batch(0, method.progress.live)
+    batch = method.draw(data).batch(0, method.progress.live)
     if not isinstance(batch, Batch):
         return "\n".join(lines)
-    bank = method.bank().detach()
-    backbone, count = method.backbone, method.num_virtual_tokens
+    bank, backbone, count = method.bank().detach(), method.backbone, method.num_virtual_tokens
     parts = backbone.micro_batches(batch, method.tokens_per_forward, count)
     extra = count if backbone.is_encoder_decoder else 0
     padded = 0 if extra else len(bank) * bank.shape[1]
@@ -148,13 +161,11 @@ def describe(method: PromptMethod, data: PromptDataModule, trainer: Trainer) -> 
         width = part.input_ids.shape[1] + part.target_ids.shape[1] + extra
         padded += padded_tokens(part) if backbone.packs else len(part) * width
     prompts, smoothing = bank.requires_grad_(), method.label_smoothing
-    kept = [saved_bytes(method.backbone, prompts, part, smoothing) for part in parts]
+    kept = [saved_bytes(backbone, prompts, part, smoothing) for part in parts]
     held = method.held() | {"activations of the largest micro-batch": max(kept, default=0)}
-    lines += [
-        f"first step: {len(batch)} rows, {padded} padded tokens in {len(parts)} micro-batches",
-        f"memory: {', '.join(f'{name} {_size(count)}' for name, count in held.items())}",
-    ]
-    return "\n".join(lines)
+    memory = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in held.items())
+    rows = f"{len(batch)} rows, {padded} padded tokens in {len(parts)} micro-batches"
+    return "\n".join([*lines, f"first step: {rows}", f"memory: {memory}"])
 
 
 def saved_bytes(
@@ -175,10 +186,3 @@ def saved_bytes(
         loss = backbone.loss(prompts, batch.to(backbone.device), label_smoothing)
     del loss
     return sum(seen.values())
-
-
-def _size(count: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count} B"

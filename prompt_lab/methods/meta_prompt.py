@@ -31,7 +31,7 @@ from prompt_lab.files.results import Start
 from prompt_lab.methods.checks import hold_out, some
 from prompt_lab.methods.configs import as_config
 from prompt_lab.methods.method import STATUS, PromptMethod
-from prompt_lab.methods.starts import InitConfig, initial_prompts
+from prompt_lab.methods.starts import InitConfig
 
 Algorithm = Literal["maml", "fomaml", "reptile", "multitask"]
 
@@ -165,20 +165,14 @@ class MetaPrompt(PromptMethod):
                 f"model.inner.learned is {self.inner.learned}, but {algorithm} has no query loss "
                 "to learn an inner learning rate from: use maml or fomaml, or fixed"
             )
-        config, why = self.backbone_config, ""
-        if config.attention == "flash_attention_2":
-            why = "flash_attention_2 cannot: use model.backbone.attention sdpa"
-        elif config.compile:
-            why = "torch.compile cannot: use model.backbone.compile false"
-        elif config.dtype != "float32":
-            why = (
-                f"model.backbone.dtype {config.dtype} cannot: the adapted prompt is rounded to the "
-                "weights' 8 bits, and Hessian products are off by more than what they add; use "
-                "float32"
-            )
-        if self.second_order and why:
+        config = self.backbone_config
+        given = (config.attention != "flash_attention_2", not config.compile, config.dtype)
+        if self.second_order and given != (True, True, "float32"):
             raise ValueError(
-                f"maml differentiates the backbone twice, which {why}, or model.algorithm fomaml"
+                f"maml differentiates the backbone twice, but model.backbone has attention "
+                f"{config.attention}, compile {config.compile} and dtype {config.dtype}, which is "
+                "not exact enough or not possible: use sdpa or eager, no compile and float32, or "
+                "model.algorithm fomaml"
             )
 
     @property
@@ -247,14 +241,7 @@ class MetaPrompt(PromptMethod):
     @torch.no_grad()
     def start(self, data: PromptDataModule) -> None:
         alone = Run("", 0, self.init_seed, self.learning_rate, 1)
-        made, self.starts = initial_prompts(
-            self.init_config,
-            self.backbone,
-            [alone],
-            data.tasks,
-            self.num_virtual_tokens,
-            data.frame,
-        )
+        made, self.starts = self.initial_prompts(data, [alone])
         self.prompt.copy_(made)
         self.init.copy_(made)
 
@@ -263,8 +250,7 @@ class MetaPrompt(PromptMethod):
 
     def _sources(self, data: PromptDataModule) -> list[str]:
         sources = hold_out(data.tasks, "validation_tasks", self.validation_tasks)
-        both = [task for task in data.tasks if task in self.target_tasks]
-        if both:
+        if both := [task for task in data.tasks if task in self.target_tasks]:
             raise ValueError(
                 f"{some(both)}: in data.tasks and in model.target_tasks; a target task is not "
                 "learned from, so leave it out of one of them"
@@ -289,14 +275,13 @@ class MetaPrompt(PromptMethod):
         """Episodes of the source tasks."""
         support = {key: data.tokens(*key, "train") for key in self.keys}
         query = {key: data.tokens(*key, "dev") for key in self.keys}
-        both = (("train", support, self.support_size), ("dev", query, self.query_size))
-        small = [
+        sides = (("train", support, self.support_size), ("dev", query, self.query_size))
+        if small := [
             f"{task} {sample} ({len(rows[task, sample])} {split} rows)"
             for task, sample in self.keys
-            for split, rows, size in both
+            for split, rows, size in sides
             if len(rows[task, sample]) < size
-        ]
-        if small:
+        ]:
             raise ValueError(
                 f"too few rows for model.support_size {self.support_size} and model.query_size "
                 f"{self.query_size}: {some(small)}; lower them, or leave these tasks out"
@@ -603,16 +588,3 @@ class MetaPrompt(PromptMethod):
             f"{self.algorithm} of one prompt of {self.num_virtual_tokens} virtual tokens on "
             f"{len(self.keys)} items of {len(self.source_tasks)} source tasks"
         )
-
-    def described(self, data: PromptDataModule) -> list[str]:
-        query = "" if self.algorithm == "reptile" else f" and {self.query_size} query rows"
-        rows = f"{self.inner.steps} x {self.support_size} support rows{query}"
-        inner = f"{self.inner.name}, learning rate {self.inner.learning_rate:g}"
-        return [
-            self.summary(),
-            f"source tasks: {', '.join(self.source_tasks)}",
-            f"validation tasks: {', '.join(self.validation_tasks) or 'none'}",
-            f"step: {self.episodes} episodes of {rows}",
-            f"inner loop: {'none' if self.algorithm == 'multitask' else inner}",
-            f"adaptation: {self.adaptation.steps} steps",
-        ]

@@ -49,9 +49,9 @@ from prompt_lab.methods.evaluation import Evaluation, Report, Way, answers
 from prompt_lab.methods.identity import trainer_settings
 from prompt_lab.methods.keeper import Keeper
 from prompt_lab.methods.logs import begin_curves, log_evaluation, log_rates, log_settings
-from prompt_lab.methods.look import check_lengths, describe, look_at_rows
+from prompt_lab.methods.look import check_lengths, look_at_rows
 from prompt_lab.methods.sharing import RunShares, left_out_of_ddp, share_runs
-from prompt_lab.methods.starts import InitConfig
+from prompt_lab.methods.starts import InitConfig, initial_prompts
 
 Made = TypeVar("Made")
 
@@ -272,10 +272,6 @@ class PromptMethod(LightningModule):
         """The table that an evaluation prints, from its lines of results."""
         return summary_table(rows)
 
-    def described(self, data: PromptDataModule) -> list[str]:
-        """What is trained and on what, the first lines of ``fit --dry_run``."""
-        return [self.summary()]
-
     def held(self) -> dict[str, int]:
         """Bytes that a fit holds beside activations, by what they are of."""
         weights = sum(weight.nbytes for weight in self.backbone.parameters())
@@ -286,10 +282,6 @@ class PromptMethod(LightningModule):
             "trained with gradient and best copy": 3 * trained,
             "optimizer": moments * trained,
         }
-
-    def describe_fit(self, data: PromptDataModule, trainer: Trainer) -> str:
-        """The text of ``fit --dry_run``; what is trained is made, and nothing is trained."""
-        return describe(self, data, trainer)
 
     # ---- the Trainer's set-up -------------------------------------------------------------------
 
@@ -345,15 +337,24 @@ class PromptMethod(LightningModule):
             self.progress.live = self.evaluated_in_fit()
             return
         own, known = (
-            {(r.task, r.sample): f"{r.task} (sample {r.sample})" for r in runs}
+            list(dict.fromkeys(f"{r.task} (sample {r.sample})" for r in runs))
             for runs in (asked, self.all_runs)
         )
-        if strange := [told for key, told in own.items() if key not in known]:
+        if strange := [name for name in own if name not in known]:
             raise ValueError(
-                f"no run was trained for {some(strange)}; there are runs for "
-                f"{some([*known.values()])}: test the tasks of the fit, or fit these"
+                f"no run was trained for {some(strange)}; there are runs for {some(known)}: test "
+                "the tasks of the fit, or fit these"
             )
-        self.evaluated = [i for i, r in enumerate(self.runs) if (r.task, r.sample) in own]
+        keys = {(run.task, run.sample) for run in asked}
+        self.evaluated = [i for i, r in enumerate(self.runs) if (r.task, r.sample) in keys]
+
+    def initial_prompts(
+        self, data: PromptDataModule, runs: Sequence[Run]
+    ) -> tuple[Tensor, list[Start]]:
+        """The prompts (R, N, D) that runs start from, by ``init_config``, and whence they are."""
+        assert self.init_config is not None
+        size = self.num_virtual_tokens
+        return initial_prompts(self.init_config, self.backbone, runs, data.tasks, size, data.frame)
 
     def read_sources(self) -> None:
         """Read the tuned prompts that a fit builds on; errors as :func:`source_prompts`."""
@@ -592,8 +593,8 @@ class PromptMethod(LightningModule):
 
     def bank_gradient(self, bank: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Losses (R,) and gradient (R, N, D); micro-batches are halved when memory runs out."""
-        known = (self.backbone, bank, batch)
-        return self.within_memory(batch, lambda n: bank_gradient(*known, n, self.label_smoothing))
+        of, smoothing = self.backbone, self.label_smoothing
+        return self.within_memory(batch, lambda n: bank_gradient(of, bank, batch, n, smoothing))
 
     def within_memory(self, batch: Batch, step: Callable[[int], Made]) -> Made:
         """What ``step`` makes, given the tokens of a forward pass; fewer when memory runs out."""
@@ -968,19 +969,20 @@ class PromptMethod(LightningModule):
         return state
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Load everything but the backbone, which must not be there; anything else must fit."""
-        for name, own in self.state_dict().items():
-            given = state_dict.get(name, own)
-            if given.shape != own.shape:
-                raise ValueError(
-                    f"the checkpoint does not fit: {name} has shape {tuple(given.shape)} there and "
-                    f"{tuple(own.shape)} here; resume with the settings and the data of the fit"
-                )
-        result = super().load_state_dict(state_dict, strict=False, assign=assign)
-        missing = [name for name in result.missing_keys if not name.startswith(self.frozen)]
-        if strict and (missing or result.unexpected_keys):
+        """Load everything but what is frozen, which must not be there; all the rest must fit."""
+        own = self.state_dict()
+        wrong = [
+            f"{name} has shape {tuple(given.shape)} there and {tuple(own[name].shape)} here"
+            for name, given in state_dict.items()
+            if name in own and given.shape != own[name].shape
+        ]
+        missing = [name for name in own if name not in state_dict]
+        unexpected = [name for name in state_dict if name not in own]
+        if strict and (missing or unexpected):
+            wrong.append(f"missing {missing}, unexpected {unexpected}")
+        if wrong:
             raise ValueError(
-                f"the checkpoint does not fit: missing {missing}, unexpected "
-                f"{result.unexpected_keys}; was it made with other settings or by another method?"
+                f"the checkpoint does not fit: {wrong[0]}; was it made with other settings, with "
+                "other data or by another method?"
             )
-        return type(result)(missing, result.unexpected_keys)
+        return super().load_state_dict(state_dict, strict=False, assign=assign)

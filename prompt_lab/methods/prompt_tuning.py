@@ -34,7 +34,6 @@ from prompt_lab.methods.starts import (
     InitConfig,
     SubspaceConfig,
     initial_codes,
-    initial_prompts,
     scale_ratio,
 )
 
@@ -125,20 +124,13 @@ class PromptTuning(PromptMethod):
 
     @torch.no_grad()
     def start(self, data: PromptDataModule) -> None:
-        backbone, config = self.backbone, self.subspace_config
+        config = self.subspace_config
         if config is not None:
-            subspace = config.load(backbone, self.num_virtual_tokens)
+            subspace = config.load(self.backbone, self.num_virtual_tokens)
             self.starts = [config.start(run.init_seed) for run in self.runs]
             self.trained.copy_(initial_codes(self.runs, subspace.intrinsic_dim, config.std))
         else:
-            init, self.starts = initial_prompts(
-                self.init_config,
-                backbone,
-                self.runs,
-                data.tasks,
-                self.num_virtual_tokens,
-                data.frame,
-            )
+            init, self.starts = self.initial_prompts(data, self.runs)
             self.begin(init)
             self._warn_of_starts(data, init)
         self.init.copy_(self.bank())
@@ -231,25 +223,6 @@ class PromptTuning(PromptMethod):
         """Name of what is trained, in the results."""
         return "tuned" if self.subspace_config is None else self.subspace_config.variant
 
-    def described(self, data: PromptDataModule) -> list[str]:
-        axes = {
-            "tasks": list(data.tasks),
-            "samples": data.samples,
-            "init_seed": self.init_seeds,
-            "learning_rate": self.learning_rates,
-            "batch_size": self.batch_sizes,
-            "source_tasks": self.init_config.source_tasks or [],
-        }
-        axes = {name: values for name, values in axes.items() if values}
-        sizes = " x ".join(f"{len(values)} {name}" for name, values in axes.items())
-        starts = dict.fromkeys(" ".join(filter(None, (s.start, s.start_of))) for s in self.starts)
-        return [
-            f"{len(self.all_runs)} runs = {sizes}",
-            *(f"  {name}: {', '.join(map(str, values))}" for name, values in axes.items()),
-            f"prompt: {self.num_virtual_tokens} x {self.init.shape[2]}, "
-            f"starting from {', '.join(starts)}",
-        ]
-
     def result_facts(self, run: int) -> dict[str, Any]:
         has_code = "code" in self.keeper.names
         return {
@@ -271,8 +244,7 @@ class PromptTuning(PromptMethod):
         sources = {
             task for file in files for task in read_metadata(file, "prompt")["source_tasks"] or []
         }
-        both = [task for task in data.tasks if task in sources]
-        if both:
+        if both := [task for task in data.tasks if task in sources]:
             self.warn_once(
                 "sources",
                 f"the initial prompt was learned on {some(both)}, tuned here: their scores say "

@@ -108,25 +108,32 @@ def initial_prompts(
             "the prompt file of one source as init.path"
         )
     if config.name == "file":
-        paths = [(config.path or "").replace("{init_seed}", str(run.init_seed)) for run in runs]
-        found: dict[Run, tuple[Tensor, Start]] = {}
-        for path in dict.fromkeys(paths):
-            own = [run for run, place in zip(runs, paths, strict=True) if place == path]
-            starts = starts_of(Path(path), own)
-            read = {
-                one: (one.load(backbone).prompt, start_from(one.metadata, one.path))
-                for one in dict.fromkeys(starts)
-            }
-            found |= {run: read[start] for run, start in zip(own, starts, strict=True)}
-            if frame is not None:
-                _tell_of_other_frames(starts, frame)
+        places: dict[str, list[Run]] = {}
         for run in runs:
-            if len(found[run][0]) != num_virtual_tokens:
+            path = (config.path or "").replace("{init_seed}", str(run.init_seed))
+            places.setdefault(path, []).append(run)
+        found: dict[Run, FoundPrompt] = {}
+        for path, own in places.items():
+            found |= zip(own, starts_of(Path(path), own), strict=True)
+        each = [found[run] for run in runs]
+        read = {one: one.load(backbone).prompt for one in dict.fromkeys(each)}
+        for run, prompt in zip(runs, (read[one] for one in each), strict=True):
+            if len(prompt) != num_virtual_tokens:
                 raise ValueError(
-                    f"run {run.name}: the prompt in {config.path} has {len(found[run][0])} virtual "
+                    f"run {run.name}: the prompt in {config.path} has {len(prompt)} virtual "
                     f"tokens, model.num_virtual_tokens is {num_virtual_tokens}"
                 )
-        return torch.stack([found[run][0] for run in runs]), [found[run][1] for run in runs]
+        for one in read:
+            known = {"template": "plain", "system": None, **one.metadata}
+            if frame and (known["template"], known["system"]) != (frame.template, frame.system):
+                rank_zero_warn(
+                    f"data.template is {frame.template} and data.system {frame.system!r}, but "
+                    f"{one.where} is of template {known['template']} and system "
+                    f"{known['system']!r}"
+                )
+                break
+        starts = {one: start_from(one.metadata, one.path) for one in read}
+        return torch.stack([read[one] for one in each]), [starts[one] for one in each]
     keys = [(run.init_seed, run.task if config.name == "labels" else "") for run in runs]
     unique = {
         key: _make(config, backbone, key[0], tasks.get(key[1]), num_virtual_tokens)
@@ -135,17 +142,6 @@ def initial_prompts(
     drawn = config.name != "text"
     starts = [Start(config.name, start_seed=run.init_seed if drawn else None) for run in runs]
     return torch.stack([unique[key] for key in keys]), starts
-
-
-def _tell_of_other_frames(found: Sequence[FoundPrompt], frame: Frame) -> None:
-    for one in found:
-        known = {"template": "plain", "system": None, **one.metadata}
-        if (known["template"], known["system"]) != (frame.template, frame.system):
-            rank_zero_warn(
-                f"data.template is {frame.template} and data.system {frame.system!r}, but "
-                f"{one.where} is of template {known['template']} and system {known['system']!r}"
-            )
-            return
 
 
 def vocabulary_prompt(
@@ -205,15 +201,13 @@ def starts_of(path: Path, runs: Sequence[Run]) -> list[FoundPrompt]:
     if is_single(path) and not runs[0].source:
         return found * len(runs)
     matches = [_matches(found, run) for run in runs]
-    missing = [run.name for run, own in zip(runs, matches, strict=True) if not own]
-    if missing:
+    if missing := [run.name for run, own in zip(runs, matches, strict=True) if not own]:
         held = ", ".join(sorted({_made_for(one.metadata) for one in found}))
         raise ValueError(
             f"{path} has no prompt for {len(missing)} runs: {', '.join(missing)}; it has: "
             f"{held or 'prompts of no task'}"
         )
-    several = [run.name for run, own in zip(runs, matches, strict=True) if len(own) > 1]
-    if several:
+    if several := [run.name for run, own in zip(runs, matches, strict=True) if len(own) > 1]:
         raise ValueError(
             f"{path} has several prompts for {', '.join(several)}: use a store with one per task, "
             "sample and seed"

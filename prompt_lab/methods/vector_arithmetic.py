@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor
 
 from prompt_lab.core.backbone import Backbone
@@ -236,11 +235,10 @@ class VectorArithmetic(PromptMethod):
         if stage == "fit":
             raise ValueError(NO_FIT)
         super().setup(stage)
-        own = self.run_dir and self.run_dir.resolve()
-        for place in (Path(name).resolve() for name in self.folders):
+        for place in (Path(name).resolve() for name in self.folders if self.run_dir):
             folder = place.parent if place.is_file() else place
-            is_part = folder.name in ("prompts", "checkpoints")  # of the folder of a fit
-            if own == folder or (is_part and own == folder.parent):
+            fit = folder.parent if folder.name in ("prompts", "checkpoints") else folder
+            if self.file(".").resolve() in (folder, fit):
                 raise ValueError(
                     f"--run_dir {self.run_dir} holds the tuned prompts, whose results would be "
                     "overwritten: give another folder"
@@ -353,8 +351,7 @@ class VectorArithmetic(PromptMethod):
                 f"expression {expression!r} adds no vector, so it names no task to be evaluated "
                 "on: set model.evaluate_on to all"
             )
-        strange = [task for task in added if task not in data.tasks]
-        if strange:
+        if strange := [task for task in added if task not in data.tasks]:
             raise ValueError(
                 f"expression {expression!r} is evaluated on {', '.join(strange)}, which data.tasks "
                 "has not: add them there, or set model.evaluate_on to all"
@@ -366,8 +363,7 @@ class VectorArithmetic(PromptMethod):
     ) -> list[tuple[int, int, dict[str, FoundPrompt]]]:
         """Sample, seed and prompts of some tasks, wherever all of them have one."""
         groups, left_out = complete(found, names, self.folders)
-        absent = [str(n) for n in data.samples if n not in {sample for sample, _ in groups}]
-        if absent:
+        if absent := [str(n) for n in data.samples if n not in {sample for sample, _ in groups}]:
             raise ValueError(
                 f"no seed of sample {', '.join(absent)} has prompts of {' and '.join(names)}: tune "
                 "them first, or leave the sample out of data.samples"
@@ -407,8 +403,7 @@ class VectorArithmetic(PromptMethod):
                 self.warn_once(name, told)
         for task, sample in dict.fromkeys((trial.task, trial.sample) for trial in self.trials):
             given = {answers[0] for answers in data.splits[task, sample]["dev"].references}
-            missing = [label for label in data.tasks[task].labels or () if label not in given]
-            if missing:
+            if missing := [one for one in data.tasks[task].labels or () if one not in given]:
                 told = f"dev of {task}, sample {sample}, has no row of {some(missing)}"
                 self.warn_once(told, f"{told}: lambda is chosen without")
 
@@ -515,12 +510,7 @@ class VectorArithmetic(PromptMethod):
         return {**super().digests(), "prompts": files}
 
     def summary(self) -> str:
-        sums = len({trial.of for trial in self.trials})
-        return f"{sums} prompts of {self.num_virtual_tokens} virtual tokens"
-
-    def describe_fit(self, data: PromptDataModule, trainer: Trainer) -> str:
-        self.look(data, trainer)
-        lines = ["nothing is trained; prompt-lab test evaluates:"]
+        lines = []
         for variant in dict.fromkeys(trial.of.variant for trial in self.trials):
             own = [trial.of for trial in self.trials if trial.of.variant == variant]
             sums = set(own)

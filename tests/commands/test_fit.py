@@ -354,8 +354,8 @@ def test_a_dry_run_prints_the_grid_and_writes_nothing(fit, capsys):
     assert "processes: 2, whole runs shared, 3 of them" in capsys.readouterr().out
     assert status(fit, *words, "--run_dir=r") == 0
     out = capsys.readouterr().out
-    assert out.startswith("6 runs = 1 tasks x 2 samples x 1 init_seed x 3 learning_rate x 1 batch")
-    assert "prompt: 4 x 32" in out
+    assert out.startswith("6 runs of 4 virtual tokens\n")
+    assert "  sample: 13, 42\n  init_seed: 0\n  learning_rate: 0.1, 0.2, 0.3\n" in out
     assert "first step: 24 rows" in out
     assert not list(Path().iterdir())
 

@@ -1,9 +1,8 @@
 """Equalities 6 and 7 on several gloo processes: they equal one, and may be resumed.
 
-First two processes through the real command line: six runs of GPT-2, half of which diverge and all
-of which one process has; one run of T5 with one row a step, so that the second process has none.
-Then the fits of ``ddp_fits.py``, those of every method, in ``PROMPT_LAB_TEST_PROCESSES`` processes
-(2 where it is not set). Neither runs nor rows nor episodes divide evenly; dev and test have eleven
+First two processes through the real command line: six runs of GPT-2, half of which diverge. Then
+the fits of ``tiny_fits.py``, those of every method, in ``PROMPT_LAB_TEST_PROCESSES`` processes (2
+where it is not set). Neither runs nor rows nor episodes divide evenly; dev and test have eleven
 rows. The reference is one process.
 """
 
@@ -22,22 +21,14 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import make_backbone, make_data, make_method, make_trainer
-from ddp_fits import BREAK, FITS, checkpoint, fit, make_files, run_all
 from lightning.pytorch import Trainer
 from safetensors.torch import load_file
+from tiny_fits import BREAK, FITS, checkpoint, fit, make_files, run_all
 
 from prompt_lab.commands import fit as cli
 from prompt_lab.files.prompts import load_prompt
 from prompt_lab.files.results import read_csv
 
-JOBS = {
-    "three runs that live": (
-        "gpt2",
-        ["--data.tasks=[glue-cola, emotion, e2e_nlg_cleaned]", "--model.batch_size=3"],
-    ),
-    "one row a step": ("t5", ["--data.tasks=[glue-sst2]", "--model.batch_size=1"]),
-}
-RATES = {"gpt2": "[0.1, 3.0e+38]", "t5": "0.003"}
 EVAL_ROWS = 11
 PROCESSES = int(os.environ.get("PROMPT_LAB_TEST_PROCESSES", "2"))
 LOSSES = ("train_loss", "reconstruction", "second_order", "inner_moved", "moved")
@@ -62,20 +53,19 @@ def odd_root(fewshot_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return root
 
 
-@pytest.fixture(scope="module", params=JOBS)
+@pytest.fixture(scope="module")
 def pair(
-    request: pytest.FixtureRequest,
     model_folder: Callable[[str], Path],
     odd_root: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Pair:
-    """Fit and test a job on one process, here, and on two processes of their own."""
-    kind, more = JOBS[request.param]
+    """Fit and test six runs on one process, here, and on two processes of their own."""
     folder = tmp_path_factory.mktemp("ddp")
     words = [
-        *("fit", f"--model.backbone.name={model_folder(kind)}", "--model.num_virtual_tokens=5"),
-        *(f"--model.learning_rate={RATES[kind]}", "--model.init_seed=2", *more),
-        *(f"--data.root={odd_root}", "--data.samples=[13]", "--test_after_fit"),
+        *("fit", f"--model.backbone.name={model_folder('gpt2')}", "--model.num_virtual_tokens=5"),
+        *("--model.learning_rate=[0.1, 3.0e+38]", "--model.init_seed=2", "--model.batch_size=3"),
+        *("--data.tasks=[glue-cola, emotion, e2e_nlg_cleaned]", "--data.samples=[13]"),
+        *(f"--data.root={odd_root}", "--test_after_fit"),
         *("--trainer.max_steps=6", "--trainer.val_check_interval=2", "--model.test_baselines=true"),
         *("--trainer.accelerator=cpu", "--trainer.logger=false"),
     ]
@@ -93,15 +83,31 @@ def pair(
     return Pair(folder / "one", folder / "two", done.stdout + done.stderr)
 
 
+def without_seconds(path: Path) -> list[dict[str, str]]:
+    """The lines of results, times aside."""
+    return [{**row, "seconds": ""} for row in read_csv(path)]
+
+
+def compare_curves(one: Path, many: Path, rounding: float) -> None:
+    """Compare the curves of two fits; losses may differ by so much, relatively."""
+    rows, again = (read_csv(folder / "curves.csv") for folder in (one, many))
+    assert len(rows) == len(again) > 0
+    for row, other in zip(rows, again, strict=True):
+        for column, value in row.items():
+            if column in LOSSES and value:
+                assert float(other[column]) == pytest.approx(float(value), rel=rounding), column
+            else:
+                assert other[column] == value, column
+
+
 def test_two_processes_train_the_prompts_of_one(pair):
     names = sorted(path.name for path in (pair.one / "prompts").glob("*.safetensors"))
     assert names == sorted(path.name for path in (pair.two / "prompts").glob("*.safetensors"))
     for name in names:
         one, two = (load_prompt(folder / "prompts" / name) for folder in (pair.one, pair.two))
         torch.testing.assert_close(two.prompt, one.prompt, rtol=0, atol=1e-5)
-        assert two.status == one.status
         assert two.prompt.equal(two.init) == one.status.startswith("failed")
-        assert (two.steps, two.dev_score) == (one.steps, one.dev_score)
+        assert (two.status, two.steps, two.dev_score) == (one.status, one.steps, one.dev_score)
     last, again = (
         torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]["prompt"]
         for folder in (pair.one, pair.two)
@@ -109,37 +115,21 @@ def test_two_processes_train_the_prompts_of_one(pair):
     torch.testing.assert_close(again, last, rtol=0, atol=1e-5)
 
 
-def test_two_processes_give_the_scores_of_one(pair):
-    """Reference: results.csv but for seconds, and every evaluation in curves.csv."""
-    one, two = (
-        [{**row, "seconds": ""} for row in read_csv(folder / "results.csv")]
-        for folder in (pair.one, pair.two)
-    )
-    assert one == two
-    assert {row["variant"] for row in one} >= {"tuned", "no_prompt", "initial_prompt"}
-    curves, again = (read_csv(folder / "curves.csv") for folder in (pair.one, pair.two))
-    assert len(curves) == len(again) > 0
-    for row, other in zip(curves, again, strict=True):
-        for name in ("step", "run", "dev", "best_dev", "best_step", "status"):
-            assert row[name] == other[name]
-        assert float(row["train_loss"]) == pytest.approx(float(other["train_loss"]), rel=1e-4)
-
-
-def test_two_processes_answer_every_row_once(pair):
-    rows = [json.loads(line) for line in (pair.two / "predictions.jsonl").open()]
-    seen = [(row["variant"], row["run"], row["row"]) for row in rows]
+def test_two_processes_answer_every_row_once_score_as_one_and_speak_once(pair):
+    """Reference: the tables and files of one process, but for seconds."""
+    rows = without_seconds(pair.one / "results.csv")
+    assert rows == without_seconds(pair.two / "results.csv")
+    assert {row["variant"] for row in rows} >= {"tuned", "no_prompt", "initial_prompt"}
+    compare_curves(pair.one, pair.two, 1e-4)
+    told = (pair.two / "predictions.jsonl").read_bytes()
+    assert told == (pair.one / "predictions.jsonl").read_bytes()
+    seen = [(x["variant"], x["run"], x["row"]) for x in map(json.loads, told.splitlines())]
     tuned = {path.stem for path in (pair.two / "prompts").glob("*.safetensors")}
     wanted = [("tuned", run, n) for run in tuned for n in range(EVAL_ROWS)]
     for variant in ("no_prompt", "initial_prompt"):  # once for all rates
         runs = {run for run in tuned if "3e+38" not in run}
         wanted += [(variant, run, n) for run in runs for n in range(EVAL_ROWS)]
     assert sorted(seen) == sorted(wanted)
-    assert (pair.two / "predictions.jsonl").read_bytes() == (
-        pair.one / "predictions.jsonl"
-    ).read_bytes()
-
-
-def test_two_processes_print_and_write_once(pair):
     assert pair.said.count("test scores\n") == 1
     assert pair.said.count("on 2 x cpu, 6 steps") == 1
     assert "Traceback" not in pair.said
@@ -171,7 +161,8 @@ def fits(odd_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": str(PROCESSES), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     common |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MKL_CBWR": "AUTO"}
-    words = [sys.executable, str(Path(__file__).with_name("ddp_fits.py"))]
+    common["PYTHONPATH"] = os.pathsep.join(sys.path)
+    words = [sys.executable, str(Path(__file__).with_name("tiny_fits.py"))]
     words += [str(odd_root), str(folder / "many"), str(PROCESSES)]
     make_files(folder / "files")
     processes = [
@@ -204,11 +195,6 @@ def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def without_seconds(path: Path) -> list[dict[str, str]]:
-    """The lines of results, times aside."""
-    return [{**row, "seconds": ""} for row in read_csv(path)]
-
-
 @pytest.mark.parametrize("name", [*FITS, "vectors"])
 def test_several_processes_equal_one(fits, name):
     one, many = (fits / folder / name / "whole" for folder in ("one", "many"))
@@ -219,18 +205,6 @@ def test_several_processes_equal_one(fits, name):
         return
     torch.testing.assert_close(tensors(many), tensors(one), rtol=0, atol=1e-5)
     compare_curves(one, many, 1e-3)
-
-
-def compare_curves(one: Path, many: Path, rounding: float) -> None:
-    """Compare the curves of two fits; losses may differ by so much, relatively."""
-    rows, again = (read_csv(folder / "curves.csv") for folder in (one, many))
-    assert len(rows) == len(again) > 0
-    for row, other in zip(rows, again, strict=True):
-        for column, value in row.items():
-            if column in LOSSES and value:
-                assert float(other[column]) == pytest.approx(float(value), rel=rounding), column
-            else:
-                assert other[column] == value, column
 
 
 @pytest.mark.parametrize("name", FITS)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import make_data, make_store, make_trainer
-from lightning.pytorch import Callback
+from conftest import make_store
+from tiny_fits import ALL_TASKS, TOKENS, fit_in, loaded, run_test
 
 from prompt_lab.core.bank import renumber
 from prompt_lab.core.subspace import Subspace
-from prompt_lab.files.prompts import PromptStore, source_prompts
+from prompt_lab.files.prompts import source_prompts
 from prompt_lab.files.results import read_csv
 from prompt_lab.files.tensors import load_network
 from prompt_lab.methods.identity import fit_id
@@ -21,35 +20,21 @@ from prompt_lab.methods.intrinsic_subspace import IntrinsicSubspace
 from prompt_lab.methods.prompt_tuning import PromptTuning
 from prompt_lab.methods.starts import SubspaceConfig
 
-TOKENS = 5
-TASKS = ["glue-sst2", "glue-cola", "e2e_nlg_cleaned", "emotion"]
-SEEN = TASKS[:3]
+SEEN = ALL_TASKS[:3]
 
 
 @pytest.fixture
 def fit(backbone, fewshot_root, tmp_path) -> Callable[..., IntrinsicSubspace]:
     """Function that finds a subspace on a tiny model and returns the method, trainer attached."""
 
-    def run(
-        kind: str = "gpt2",
-        run_dir: str = "run",
-        ckpt: Path | None = None,
-        trainer: dict[str, Any] | None = None,
-        tasks: list[str] = TASKS,
-        **settings: Any,
-    ) -> IntrinsicSubspace:
-        model = backbone(kind)
+    def run(kind: str = "gpt2", trainer: Any = None, **settings: Any) -> IntrinsicSubspace:
         store = tmp_path / f"store-{kind}"
         if not store.exists():
-            make_store(store, model)
-        given = {"intrinsic_dim": [2, 3], "inner_size": 16, "batch_size": 12, **settings}
-        given = {"num_virtual_tokens": TOKENS, "unseen_tasks": ["emotion"], **given}
-        method = IntrinsicSubspace(str(store), **given)
-        method.backbone = model
-        made = make_trainer(tmp_path / run_dir, **(trainer or {}))
-        data = make_data(fewshot_root, tasks, [13])
-        made.fit(method, datamodule=data, ckpt_path=None if ckpt is None else str(ckpt))
-        return method
+            make_store(store, backbone(kind))
+        given = {"intrinsic_dim": [2, 3], "inner_size": 16, "batch_size": 12}
+        given |= {"num_virtual_tokens": TOKENS, "unseen_tasks": ["emotion"], **settings}
+        method = loaded(IntrinsicSubspace(str(store), **given), backbone(kind))
+        return fit_in(tmp_path / "run", method, fewshot_root, ALL_TASKS, **(trainer or {}))
 
     return run
 
@@ -87,9 +72,9 @@ def test_the_joint_loss_and_its_gradient_are_those_of_a_loop_over_rows(
 
 
 def test_maps_trained_side_by_side_are_those_trained_alone(fit):
-    both = fit(run_dir="both")
+    both = fit()
     for at, dim in enumerate((2, 3)):
-        alone = fit(run_dir=f"alone{dim}", intrinsic_dim=dim)
+        alone = fit(intrinsic_dim=dim)
         for own, other in zip(
             both.subspaces[at].parameters(), alone.subspaces[0].parameters(), strict=True
         ):
@@ -106,69 +91,32 @@ def test_training_brings_reconstructions_nearer(fit):
     assert all(row["run"] == "dim3" and float(row["train_loss"]) > 0 for row in rows)
 
 
-def test_files_hold_the_best_maps_and_say_where_they_come_from(fit, backbone):
+def test_files_hold_the_best_maps_test_scores_them_and_prompts_are_tuned_in_them(
+    fit, backbone, fewshot_root, tmp_path
+):
     method = fit()
-    saved = load_network(method.run_dir / "subspace_3.safetensors", Subspace, backbone("gpt2"))
+    saved = load_network(method.subspace_path(3), Subspace, backbone("gpt2"))
     for name, tensor in method.best_subspaces[1].state_dict().items():
         assert torch.equal(saved.state_dict()[name], tensor)
-    assert saved.metadata["source_tasks"] == SEEN
-    assert saved.metadata["source_prompts"] == SEEN  # the better of two of glue-sst2
-    assert saved.metadata["alpha"] == 200
-    store = PromptStore(method.run_dir / "prompts")
-    (prompt,) = store.load(["emotion_13_dim3"], backbone("gpt2"))
+    known = saved.metadata
+    assert known["source_tasks"] == SEEN
+    assert known["source_prompts"] == SEEN  # the better of two of glue-sst2
+    assert known["alpha"] == 200
+    (prompt,) = method.store.load(["emotion_13_dim3"], backbone("gpt2"))
     torch.testing.assert_close(saved.back_project(prompt.code[None])[0], prompt.prompt)
-
-
-def test_test_scores_reconstructed_prompts_of_seen_and_unseen_tasks(fit, backbone, tmp_path):
-    fitted = fit()
-    tested = IntrinsicSubspace(
-        str(tmp_path / "store-gpt2"),
-        num_virtual_tokens=TOKENS,
-        intrinsic_dim=[2, 3],
-        inner_size=16,
-        unseen_tasks=["emotion"],
-    )
-    tested.backbone = backbone("gpt2")
-    make_trainer(fitted.run_dir).test(tested, datamodule=fitted.datamodule)
-    rows = read_csv(fitted.run_dir / "results.csv")
+    run_test(method.run_dir, method, method.datamodule)
+    rows = read_csv(method.run_dir / "results.csv")
     assert [(row["task"], row["variant"], row["intrinsic_dim"]) for row in rows] == [
         (task, "reconstructed_unseen" if task == "emotion" else "reconstructed", dim)
         for dim in ("2", "3")
-        for task in TASKS
+        for task in ALL_TASKS
     ]
-    assert all(row["method"] == "IntrinsicSubspace" and row["test"] for row in rows)
-    torch.testing.assert_close(
-        tested.reconstructed(tested.best_subspaces), fitted.reconstructed(fitted.best_subspaces)
-    )
-
-
-def test_its_file_is_tuned_in_by_prompt_tuning(fit, backbone):
-    fitted = fit()
-    path = str(fitted.run_dir / "subspace_2.safetensors")
-    method = PromptTuning(
-        num_virtual_tokens=TOKENS, subspace=SubspaceConfig(path), learning_rate=0.1, batch_size=4
-    )
-    method.backbone = backbone("gpt2")
-    make_trainer(fitted.run_dir / "ist").fit(method, datamodule=fitted.datamodule)
-    assert method.code.shape == (4, 2)
-
-
-class SaveAtStepFour(Callback):
-    """Saves a checkpoint in the middle of a fit."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if trainer.global_step == 4:
-            trainer.save_checkpoint(self.path)
-
-
-def test_a_checkpoint_of_other_tasks_is_refused(fit, tmp_path):
-    path = tmp_path / "four.ckpt"
-    fit(run_dir="whole", trainer={"callbacks": [SaveAtStepFour(path)]})
-    with pytest.raises(ValueError, match=r"is of (runs|source prompts) \d"):
-        fit(run_dir="other", ckpt=path, unseen_tasks=["emotion", "glue-cola"])
+    subspace = SubspaceConfig(str(method.subspace_path(2)))
+    tuned = loaded(PromptTuning(num_virtual_tokens=TOKENS, subspace=subspace), backbone("gpt2"))
+    assert fit_in(tmp_path / "ist", tuned, fewshot_root).code.shape == (1, 2)
+    name = fit_id(method)[0]
+    method.sources[0, 0, 0] += 1  # other source prompts are another fit
+    assert fit_id(method)[0] != name
 
 
 def test_missing_prompts_are_all_named(backbone, tmp_path):
@@ -192,12 +140,8 @@ def test_missing_prompts_are_all_named(backbone, tmp_path):
     [
         ({"intrinsic_dim": []}, "give distinct numbers of 1 or more"),
         ({"intrinsic_dim": [3, 3]}, "give distinct numbers of 1 or more"),
-        ({"alpha": -1.0}, "alpha is -1.0: give 0 or more"),
-        ({"warmup": 2.0}, "warmup is 2.0: give a share of the steps"),
-        ({"clip": 0.0}, "clip is 0.0: give a positive norm"),
-        ({"learning_rate": 0.0}, "learning_rate is 0.0: give a positive number"),
         ({"unseen_tasks": ["imdb"]}, "unseen_tasks has imdb, which data.tasks has not"),
-        ({"unseen_tasks": TASKS}, "unseen_tasks has every task of data.tasks"),
+        ({"unseen_tasks": ALL_TASKS}, "unseen_tasks has every task of data.tasks"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(fit, settings, reason):
@@ -208,10 +152,3 @@ def test_settings_that_make_no_sense_are_refused(fit, settings, reason):
 def test_more_dimensions_than_prompts_are_warned_of(fit):
     with pytest.warns(UserWarning, match="intrinsic_dim 7 is larger than the number of prompts"):
         fit(intrinsic_dim=7)
-
-
-def test_a_fit_on_other_source_prompts_has_another_name(fit: Callable[..., Any]) -> None:
-    method = fit()
-    name = fit_id(method)[0]
-    method.sources[0, 0, 0] += 1
-    assert fit_id(method)[0] != name

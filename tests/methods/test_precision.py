@@ -15,15 +15,12 @@ import pytest
 import torch
 from conftest import make_backbone, make_model, make_tokenizer, make_trainer
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import FLOAT16_SCALE, bank_gradient, with_gradient
 from prompt_lab.data.datamodule import CrossFitDataModule
 from prompt_lab.methods.configs import BackboneConfig
-from prompt_lab.methods.fine_tuning import FineTuning
-from prompt_lab.methods.meta_prompt import MetaPrompt
 from prompt_lab.methods.method import FAILED
 from prompt_lab.methods.prompt_tuning import PromptTuning
 
@@ -32,8 +29,6 @@ WAYS = {
     "bfloat16 weights": {"dtype": torch.bfloat16},
     "bf16-mixed": {"precision": "bf16-mixed"},
 }
-ON_A_GPU = {"plugins": [MixedPrecision("16-mixed", "cpu")]}
-"""On a CPU Lightning makes bf16-mixed of ``precision="16-mixed"``, but not of the plugin itself."""
 
 
 class Watch(Callback):
@@ -160,19 +155,19 @@ def test_gradients_of_small_losses_get_through_float16_weights(kind: str) -> Non
     ],
 )
 def test_more_micro_batches_do_not_round_the_gradient_more(kind: str, dtype: torch.dtype) -> None:
-    """Reference: the same rounded weights in float32; 256 rows in one pass, up to one pass each."""
+    """Reference: the same rounded weights in float32; 128 rows in one pass, up to one pass each."""
     weights = mild_model(kind).to(dtype)
     models = [copy.deepcopy(weights).float(), weights]
     plain, half = (Backbone(model, make_tokenizer(kind), kind) for model in models)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randn(1, 4, plain.hidden_size, generator=generator).to(dtype).float()
     words = ("no", "a", "the", "sea", "by", "red", "is", "it")
-    texts = [f"the {word} dog {i} ran" for i in range(32) for word in words]
-    batch = half.batch(texts, ["yes", "no", "maybe", "a dog"] * 64)
-    batch.weight.fill_(1 / 256)
+    texts = [f"the {word} dog {i} ran" for i in range(16) for word in words]
+    batch = half.batch(texts, ["yes", "no", "maybe", "a dog"] * 32)
+    batch.weight.fill_(1 / 128)
     _, true = bank_gradient(plain, prompts, batch, 10**6)
     errors = []
-    for tokens in (10**6, 512, 128, 1):
+    for tokens in (10**6, 128, 1):
         _, found = bank_gradient(half, prompts, batch, tokens)
         assert found.dtype == torch.float32
         errors.append(((found - true).norm() / true.norm()).item())
@@ -220,37 +215,3 @@ def test_scaling_the_loss_of_a_step_comes_too_late(backbone: Callable[..., Backb
     late, early = gradient(small, True, scale), gradient(small * scale, True) / scale
     assert torch.cosine_similarity(true, early, dim=0) > 0.999
     assert torch.cosine_similarity(true, late, dim=0) < 0.9
-
-
-# ---- precisions of the trainer -------------------------------------------------------------------
-
-METHODS = {
-    "PromptTuning": PromptTuning,
-    "MetaPrompt": lambda: MetaPrompt(support_size=2, query_size=2),
-    "FineTuning": FineTuning,
-}
-
-
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        ({"precision": "bf16-true"}, "bf16-true would round the .* 32-true"),
-        ({"precision": "16-true"}, "16-true would round the .* 32-true"),
-        (ON_A_GPU, "16-mixed: .* below what float16 holds: use bf16-mixed or 32-true"),
-    ],
-    ids=["bf16-true", "16-true", "16-mixed"],
-)
-def test_precisions_that_spoil_a_training_are_refused(
-    fewshot_root: Path, tmp_path: Path, name: str, settings: dict[str, Any], reason: str
-) -> None:
-    method = METHODS[name]()
-    data = CrossFitDataModule(["glue-sst2"], root=str(fewshot_root), samples=[13])
-    with pytest.raises(ValueError, match=reason):
-        make_trainer(tmp_path, 1, 1, **settings).fit(method, datamodule=data)
-
-
-def test_on_a_cpu_16_mixed_is_bf16_mixed_by_lightnings_word(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="Using `precision='bf16-mixed'` instead"):
-        trainer = make_trainer(tmp_path, 1, 1, precision="16-mixed")
-    assert trainer.precision == "bf16-mixed"

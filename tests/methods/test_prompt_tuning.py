@@ -1,11 +1,10 @@
-"""``PromptTuning`` under a Lightning trainer: bank against single runs, failures, what is kept.
+"""``PromptTuning``: a bank against single runs, failures, what is kept; and tuning in a subspace.
 
 The references are the same runs trained alone, the files on disk, and sums over bytes made here.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 import warnings
@@ -15,20 +14,19 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TASKS, make_backbone, make_data, make_method, make_trainer
+from conftest import TASKS, make_backbone, make_method
 from lightning.pytorch import Callback
+from tiny_fits import DIM, TOKENS, fit_in, make_subspace, run_test
 
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.optim import OptimConfig
+from prompt_lab.core.subspace import Subspace
+from prompt_lab.files.peft import load_checkpoint
 from prompt_lab.files.prompts import PromptStore
 from prompt_lab.files.results import STARTS, Start, read_csv
-from prompt_lab.methods.configs import BackboneConfig
 from prompt_lab.methods.method import FAILED, FINISHED, STOPPED
 from prompt_lab.methods.prompt_tuning import PromptTuning
-from prompt_lab.methods.starts import InitConfig
-
-Factory = Callable[..., Backbone]
-Folders = Callable[[str], Path]
+from prompt_lab.methods.starts import InitConfig, SubspaceConfig
 
 MIXED = ["glue-cola", "e2e_nlg_cleaned"]  # scored and generated
 # Rates and an initial seed at which dev scores differ and rounding stays small: a prompt that 1e-7
@@ -40,42 +38,22 @@ GRIDS = {
 }
 
 
-class AskedRows(Callback):
-    """Notes which runs have rows in each step and each evaluation."""
-
-    def __init__(self) -> None:
-        self.train: dict[int, set[int]] = {}
-        self.dev: dict[int, set[int]] = {}
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.train[trainer.global_step] = set(batch.prompts)
-
-    def on_validation_batch_start(
-        self, trainer, pl_module, batch, batch_idx, dataloader_idx=0
-    ) -> None:
-        self.dev.setdefault(trainer.global_step, set()).update(batch.batch.prompts)
-
-
 @pytest.fixture
-def fit(backbone: Factory, fewshot_root: Path, tmp_path: Path) -> Callable[..., PromptTuning]:
+def fit(backbone, fewshot_root: Path, tmp_path: Path) -> Callable[..., PromptTuning]:
     """Function that fits a bank on a tiny model and returns the method, its trainer attached."""
 
     def run(
-        kind: str = "t5",
-        tasks: list[str] = ["glue-sst2"],  # noqa: B006
-        samples: list[int] = [13],  # noqa: B006
+        kind: str = "gpt2",
         model: Backbone | None = None,
         root: Path = fewshot_root,
         run_dir: Path | None = None,
         trainer: dict[str, Any] | None = None,
         **method: Any,
     ) -> PromptTuning:
-        if run_dir is None:
-            run_dir = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
-        made = make_method(model or backbone(kind), **method)
-        trainer_ = make_trainer(run_dir, **(trainer or {}))
-        trainer_.fit(made, datamodule=make_data(root, tasks, samples))
-        return made
+        of_fit = ("tasks", "samples", "ckpt")
+        given = {name: method.pop(name) for name in of_fit if name in method} | (trainer or {})
+        folder = run_dir or tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
+        return fit_in(folder, make_method(model or backbone(kind), **method), root, **given)
 
     return run
 
@@ -105,6 +83,20 @@ def test_a_bank_of_runs_follows_the_separate_single_runs(fit, kind):
         torch.testing.assert_close(bank.best[i], alone.best[0], rtol=0, atol=1e-5)
 
 
+class AskedRows(Callback):
+    """Notes which runs have rows in each step and each evaluation."""
+
+    def __init__(self) -> None:
+        self.train: dict[int, set[int]] = {}
+        self.dev: dict[int, set[int]] = {}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.train[trainer.global_step] = set(batch.prompts)
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, *_):
+        self.dev.setdefault(trainer.global_step, set()).update(batch.batch.prompts)
+
+
 def test_runs_that_have_stopped_ask_for_no_rows(fit):
     """Reference: the runs that ``curves.csv`` calls training after each evaluation."""
     asked = AskedRows()
@@ -128,38 +120,17 @@ def test_runs_that_have_stopped_ask_for_no_rows(fit):
     assert asked.dev == evaluated
 
 
-@pytest.mark.parametrize("kind", ["t5", "gpt2"])
-def test_tokens_per_forward_bounds_memory_and_changes_no_result(fit, kind):
-    """Reference: the same fit with all rows in one forward pass."""
-    settings = {"kind": kind, "tasks": MIXED, "learning_rate": [0.01, 0.003], "batch_size": 3}
-    settings["trainer"] = {"max_steps": 4, "val_check_interval": 2}
-    whole, cut = fit(**settings), fit(**settings, tokens_per_forward=100)
-    torch.testing.assert_close(cut.prompt, whole.prompt, rtol=0, atol=1e-5)
-    assert cut.keeper.score.tolist() == whole.keeper.score.tolist()
-    assert cut.keeper.step.tolist() == whole.keeper.step.tolist()
-
-
-# ---- equality 5: the backbone is frozen ----------------------------------------------------------
-
-
-def weights_digest(backbone: Backbone) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(backbone.model.state_dict().items()):
-        digest.update(name.encode() + value.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 # ---- failures ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rate", [1e30, 3e38])
-def test_a_run_that_diverges_stops_alone_and_says_so(fit, rate):
+def test_a_run_that_diverges_stops_alone_and_says_so(fit):
     """Reference: the bank without it."""
+    rate = 1e30
     trainer = {"max_steps": 9, "val_check_interval": 3}
     name = f"glue-sst2_13_seed0_lr{rate:g}_bs4"
     with pytest.warns(UserWarning, match=re.escape(f"not finite by step 3: {name};")):
-        bank = fit(kind="gpt2", learning_rate=[0.03, rate, 0.01], trainer=trainer)
-    without = fit(kind="gpt2", learning_rate=[0.03, 0.01], trainer=trainer)
+        bank = fit(learning_rate=[0.03, rate, 0.01], trainer=trainer)
+    without = fit(learning_rate=[0.03, 0.01], trainer=trainer)
     assert bank.status.tolist() == [FINISHED, FAILED, FINISHED]
     torch.testing.assert_close(bank.prompt[[0, 2]], without.prompt, rtol=0, atol=1e-6)
     torch.testing.assert_close(bank.best[[0, 2]], without.best, rtol=0, atol=1e-6)
@@ -169,7 +140,7 @@ def test_a_run_that_diverges_stops_alone_and_says_so(fit, rate):
     assert stored.status == "failed: loss not finite"
     assert stored.dev_score is None
     with pytest.warns(UserWarning, match="not finite by step 3"):
-        alone = fit(kind="gpt2", learning_rate=rate, trainer=trainer)
+        alone = fit(learning_rate=rate, trainer=trainer)
     assert alone.keeper.step.tolist() == [-1]
     assert alone.best.equal(alone.init)
     alone.trainer.test(alone, datamodule=alone.datamodule, verbose=False)
@@ -177,32 +148,20 @@ def test_a_run_that_diverges_stops_alone_and_says_so(fit, rate):
     assert (row["status"], row["dev"]) == ("failed: loss not finite", "")
 
 
-@pytest.fixture
-def poisoned_store(fit, tmp_path) -> Path:
-    """A store with a good prompt for sample 13 and one of NaN for sample 42."""
-    source = fit(kind="gpt2", samples=[13, 42], trainer={"max_steps": 1, "val_check_interval": 1})
-    prompts = source.best_prompts()
-    prompts[1].prompt = torch.full_like(prompts[1].prompt, torch.nan)
-    store = PromptStore(tmp_path / "poisoned")
-    store.save(prompts)
-    return store.folder
-
-
-def test_a_run_that_starts_from_a_poisoned_prompt_fails_alone(fit, poisoned_store):
+def test_a_run_that_starts_from_a_poisoned_prompt_fails_alone_and_alone_ends_early(fit, tmp_path):
     """Reference: the bank of the other sample alone."""
-    settings = {"init": InitConfig("file", path=str(poisoned_store))}
+    prompts = fit(samples=[13, 42], trainer={"steps": 1, "every": 1}).best_prompts()
+    prompts[1].prompt = torch.full_like(prompts[1].prompt, torch.nan)
+    PromptStore(tmp_path / "poisoned").save(prompts)
+    settings = {"init": InitConfig("file", path=str(tmp_path / "poisoned"))}
     with pytest.warns(UserWarning, match="not finite by step 3: glue-sst2_42"):
-        bank = fit(kind="gpt2", samples=[13, 42], **settings)
-    alone = fit(kind="gpt2", samples=[13], **settings)
+        bank = fit(samples=[13, 42], **settings)
+    alone = fit(samples=[13], **settings)
     assert bank.status.tolist() == [FINISHED, FAILED]
     assert bank.keeper.step.tolist() == [alone.keeper.step.item(), -1]
     torch.testing.assert_close(bank.prompt[:1], alone.prompt, rtol=0, atol=1e-6)
-
-
-def test_a_fit_of_failed_runs_alone_ends_early(fit, poisoned_store):
     with pytest.warns(UserWarning, match="not finite"):
-        method = fit(kind="gpt2", samples=[42], init=InitConfig("file", path=str(poisoned_store)))
-    assert method.trainer.global_step == 3
+        assert fit(samples=[42], **settings).trainer.global_step == 3
 
 
 # ---- what is kept --------------------------------------------------------------------------------
@@ -219,49 +178,34 @@ def test_fast_dev_run_writes_nothing_though_a_folder_is_named(fit, tmp_path):
         method.trainer.test(again, datamodule=data, verbose=False)
 
 
-@pytest.fixture
-def fitted(fit) -> PromptTuning:
-    """Eight GPT-2 runs whose best steps differ, evaluated every 3 of 15 steps."""
+def test_the_stored_prompt_of_each_run_has_the_stored_dev_score(fit):
+    """Eight runs whose best steps differ; reference: the best lines of ``curves.csv``, and anew.
+
+    Prompts of another length, and missing ones, are refused.
+    """
     rates, seed = GRIDS["gpt2"]
     settings = {"learning_rate": rates, "batch_size": [3, 4], "init_seed": seed}
-    settings["trainer"] = {"max_steps": 15, "val_check_interval": 3}
-    return fit(kind="gpt2", tasks=MIXED, test_baselines=True, **settings)
-
-
-def fresh(method: PromptTuning, fewshot_root: Path) -> tuple[PromptTuning, dict[str, Any]]:
-    """The same method anew, with a trainer in the same run folder, as another process has it."""
-    again = PromptTuning(**method.hparams)
-    again.backbone = method.backbone
-    trainer = make_trainer(method.run_dir, steps=15)
-    return again, {"trainer": trainer, "data": make_data(fewshot_root, MIXED, [13])}
-
-
-def test_the_stored_prompt_of_each_run_has_the_stored_dev_score(fitted, fewshot_root):
-    """Reference: the best of each run's lines in ``curves.csv``, and an evaluation anew."""
+    fitted = fit(tasks=MIXED, trainer={"steps": 15, "every": 3}, **settings)
     assert len(set(fitted.keeper.step.tolist())) > 1
-    stored = PromptStore(fitted.run_dir / "prompts").load([run.name for run in fitted.runs])
+    stored = fitted.store.load([run.name for run in fitted.runs])
     curves = read_csv(fitted.run_dir / "curves.csv")
-    again, with_ = fresh(fitted, fewshot_root)
-    with_["trainer"].validate(again, datamodule=with_["data"], verbose=False)
-    scores = again.evaluation.scores().tolist()
-    for prompt, score in zip(stored, scores, strict=True):
+    again = make_method(fitted.backbone, **settings)
+    tool = fitted.trainer
+    tool.validate(again, datamodule=fitted.datamodule, verbose=False)
+    for prompt, score in zip(stored, again.evaluation.scores().tolist(), strict=True):
         lines = [row for row in curves if row["run"] == prompt.name]
         best = max(lines, key=lambda row: float(row["dev"]))  # max keeps the first of equals
         assert prompt.dev_score == score == float(best["dev"])
         assert prompt.steps == int(best["step"])
-
-
-def test_prompts_of_another_length_and_missing_ones_are_refused(fitted, fewshot_root):
-    again, with_ = fresh(fitted, fewshot_root)
-    longer = PromptTuning(**{**again.hparams, "num_virtual_tokens": 7})
-    longer.backbone = fitted.backbone
+    longer = make_method(fitted.backbone, num_virtual_tokens=7, **settings)
     with pytest.raises(ValueError, match=r"shape \(5, 32\), the config asks for \(7, 32\)"):
-        with_["trainer"].test(longer, datamodule=with_["data"], verbose=False)
+        tool.test(longer, datamodule=fitted.datamodule, verbose=False)
     gone = [fitted.runs[i].name for i in (1, 6)]
     for name in gone:
-        (fitted.run_dir / "prompts" / f"{name}.safetensors").unlink()
+        fitted.store.path(name).unlink()
+    again = make_method(fitted.backbone, **settings)
     with pytest.raises(FileNotFoundError, match=rf"2 of 8 prompts .*{gone[0]}, {gone[1]}"):
-        with_["trainer"].test(again, datamodule=with_["data"], verbose=False)
+        tool.test(again, datamodule=fitted.datamodule, verbose=False)
 
 
 def test_test_rows_play_no_part_in_training_and_choosing(fit, fewshot_root, tmp_path):
@@ -280,9 +224,6 @@ def test_test_rows_play_no_part_in_training_and_choosing(fit, fewshot_root, tmp_
     assert (first.run_dir / "curves.csv").read_bytes() == (
         second.run_dir / "curves.csv"
     ).read_bytes()
-
-
-# ---- checkpoints ---------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_holds_no_backbone_and_stays_small(fit, tmp_path):
@@ -307,63 +248,7 @@ def test_a_checkpoint_holds_no_backbone_and_stays_small(fit, tmp_path):
     assert not [name for name in saved["state_dict"] if name.startswith("backbone")]
 
 
-def test_a_state_that_does_not_fit_is_refused(fit):
-    method = fit()
-    state = method.state_dict()
-    method.load_state_dict(state)
-    for name in ("prompt", "keeper.score"):
-        with pytest.raises(ValueError, match=rf"does not fit: missing \['{name}'\]"):
-            method.load_state_dict({k: v for k, v in state.items() if k != name})
-    with pytest.raises(ValueError, match=r"unexpected \['other'\]"):
-        method.load_state_dict({**state, "other": torch.zeros(1)})
-    with pytest.raises(
-        ValueError, match=r"prompt has shape \(1, 6, 32\) there and \(1, 5, 32\) here"
-    ):
-        method.load_state_dict({**state, "prompt": torch.zeros(1, 6, 32)})
-
-
-# ---- settings ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("settings", "advice"),
-    [
-        ({"precision": "bf16-true"}, "32-true with model.backbone.dtype bfloat16"),
-        ({"precision": "16-true"}, "32-true with model.backbone.dtype bfloat16"),
-        ({"gradient_clip_val": 1.0}, "model.optim.clip"),
-        ({"accumulate_grad_batches": 2}, "model.batch_size"),
-        ({"max_steps": -1}, "the fit has no end"),
-    ],
-)
-def test_trainer_settings_that_would_change_the_result_are_refused(fit, settings, advice):
-    with pytest.raises(ValueError, match=advice):
-        fit(trainer=settings)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "precision"),
-    [(torch.float32, "bf16-mixed"), (torch.bfloat16, "32-true"), (torch.bfloat16, "bf16-mixed")],
-)
-@pytest.mark.parametrize("kind", ["t5", "gpt2"])
-def test_low_precision_leaves_prompts_and_optimizer_in_float32(
-    fit, backbone, kind, dtype, precision
-):
-    """Reference: the float32 fit; bfloat16 keeps 8 bits, so it is near, not equal."""
-    method = fit(
-        kind=kind, model=backbone(kind, dtype), trainer={"precision": precision}, learning_rate=0.01
-    )
-    plain = fit(kind=kind, learning_rate=0.01)
-    assert method.backbone.model.dtype == dtype
-    state = method.trainer.optimizers[0].state[method.prompt]
-    assert {method.prompt.dtype, method.best.dtype, state["exp_avg"].dtype} == {torch.float32}
-    assert method.prompt.isfinite().all()
-    change, wanted = (m.prompt.detach() - m.init for m in (method, plain))
-    assert torch.cosine_similarity(change.flatten(), wanted.flatten(), dim=0) > 0.8
-
-
-def test_the_backbone_config_loads_weights_in_its_dtype(model_folder: Folders):
-    loaded = BackboneConfig(str(model_folder("gpt2")), dtype="bfloat16").load()
-    assert loaded.model.dtype == torch.bfloat16
+# ---- settings and warnings -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -377,28 +262,26 @@ def test_the_backbone_config_loads_weights_in_its_dtype(model_folder: Folders):
 )
 def test_training_settings_reach_the_training(fit, settings):
     """Reference: the fit without the setting, which ends elsewhere."""
-    plain, changed = fit(), fit(**settings)
+    plain, changed = fit("t5"), fit("t5", **settings)
     assert changed.prompt.isfinite().all()
     assert changed.moved()[0] > 1e-4
     assert not torch.allclose(plain.prompt, changed.prompt, atol=1e-5)
 
 
-# ---- warnings ------------------------------------------------------------------------------------
-
-
-def test_prompts_that_answer_alike_are_told(fit):
-    with pytest.warns(UserWarning, match="the same answer to every dev row from glue-sst2_13"):
-        fit(learning_rate=0.003)
-
-
-def test_prompts_that_do_not_move_are_told(fit):
-    with pytest.warns(UserWarning, match=r"within 0\.1 % of their start: glue-sst2_13.*lr1e-06"):
-        fit(learning_rate=[0.03, 1e-6])
-
-
-def test_initial_prompts_off_the_scale_of_embeddings_are_told(fit):
-    with pytest.warns(UserWarning, match="times the standard deviation of the backbone's"):
-        fit(init=InitConfig("normal", std=10.0))
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"learning_rate": 0.003}, "the same answer to every dev row from glue-sst2_13"),
+        ({"learning_rate": [0.03, 1e-6]}, r"within 0\.1 % of their start: glue-sst2_13.*lr1e-06"),
+        (
+            {"init": InitConfig("normal", std=10.0)},
+            "times the standard deviation of the",
+        ),
+    ],
+)
+def test_prompts_that_answer_alike_stand_still_or_start_off_the_scale_are_told(fit, settings, told):
+    with pytest.warns(UserWarning, match=told):
+        fit("t5", **settings)
 
 
 def test_a_healthy_fit_warns_of_nothing(fit):
@@ -408,68 +291,6 @@ def test_a_healthy_fit_warns_of_nothing(fit):
     texts = [str(warning.message) for warning in told]
     for text in ("same answer", "of their start", "standard deviation", "not finite"):
         assert not [found for found in texts if text in found]
-
-
-# ---- memory and speed ---------------------------------------------------------------------------
-
-
-def test_micro_batches_are_halved_when_memory_runs_out(
-    fit: Callable[..., PromptTuning], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A forward pass of more than 60 tokens fails; reference: a fit that starts with what fits."""
-    from prompt_lab.methods import method as module
-
-    plain, asked = module.bank_gradient, []
-
-    def small(backbone, prompts, batch, tokens, smoothing):
-        asked.append(tokens)
-        if tokens > 60:
-            raise torch.OutOfMemoryError("out of memory")
-        return plain(backbone, prompts, batch, tokens, smoothing)
-
-    settings = {"kind": "gpt2", "learning_rate": [0.1, 0.03]}
-    monkeypatch.setattr(module, "bank_gradient", small)
-    with pytest.warns(UserWarning, match=r"tokens_per_forward is 50 from step 0 on"):
-        found = fit(**settings, tokens_per_forward=200)
-    assert asked[:4] == [200, 100, 50, 50]
-    expected = fit(**settings, tokens_per_forward=50)
-    assert torch.equal(found.best, expected.best)
-    monkeypatch.setattr(module, "bank_gradient", lambda *_: small(*_[:3], 61, 0.0))
-    with pytest.raises(ValueError, match="memory runs out with a single row in a forward pass"):
-        fit(**settings, tokens_per_forward=200)
-
-
-def test_an_evaluation_batch_too_large_for_memory_is_halved(
-    fit: Callable[..., PromptTuning], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = fit("gpt2", tasks=MIXED)
-    for verb in ("choose", "generate"):
-        plain = getattr(Backbone, verb)
-
-        def small(self, prefix, batch, *rest, plain=plain):
-            if len(batch) > 5:
-                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
-            return plain(self, prefix, batch, *rest)
-
-        monkeypatch.setattr(Backbone, verb, small)
-    found = fit("gpt2", tasks=MIXED)
-    assert torch.equal(found.best, expected.best)
-    assert found.evaluation.predictions == expected.evaluation.predictions
-    monkeypatch.setattr(Backbone, "choose", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        fit("gpt2")
-
-
-def test_gradient_checkpointing_trains_the_same_prompt(
-    fit: Callable[..., PromptTuning], model_folder: Folders
-) -> None:
-    made = {}
-    for checkpointing in (False, True):
-        config = BackboneConfig(str(model_folder("llama")), gradient_checkpointing=checkpointing)
-        made[checkpointing] = fit("llama", model=config.load()).best
-    assert torch.equal(made[False], made[True])
-    with pytest.raises(ValueError, match="do not go together"):
-        BackboneConfig(gradient_checkpointing=True, compile=True).load()
 
 
 # ---- transfer, and prompts of chosen steps -------------------------------------------------------
@@ -514,3 +335,101 @@ def test_the_prompts_of_chosen_steps_are_kept_with_their_dev_scores(fit, tmp_pat
 def test_steps_that_are_not_evaluated_cannot_be_kept(fit, steps):
     with pytest.raises(ValueError, match=r"model.save_steps has \d, where nothing is evaluated"):
         fit(save_steps=steps)
+
+
+# ---- in a subspace -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def codes(fit, backbone, tmp_path) -> Callable[..., PromptTuning]:
+    """Function that tunes codes in the subspace of a file; settings as for ``fit``."""
+    path = make_subspace(tmp_path / "subspace.safetensors", backbone("gpt2"))
+    given = {"subspace": SubspaceConfig(str(path), std=0.5), "learning_rate": 0.1}
+    return lambda **settings: fit(**{**given, **settings})
+
+
+def test_only_the_codes_change_and_files_hold_them(codes, backbone, tmp_path):
+    method = codes(learning_rate=[0.1, 0.01])
+    subspace = method.subspace
+    before = SubspaceConfig(str(tmp_path / "subspace.safetensors")).load(backbone("gpt2"), TOKENS)
+    assert [tuple(p.shape) for p in method.parameters() if p.requires_grad] == [(2, DIM)]
+    for own, other in zip(subspace.parameters(), before.parameters(), strict=True):
+        assert own.equal(other)
+    torch.testing.assert_close(method.best, subspace.back_project(method.keeper["code"]))
+    assert (method.bank() - method.init).abs().max() > 1e-4
+    saved = method.store.load([run.name for run in method.runs], backbone("gpt2"))
+    torch.testing.assert_close(torch.stack([one.code for one in saved]), method.keeper["code"])
+    assert (saved[0].start, saved[0].start_seed) == ("codes", saved[0].init_seed)
+    run_test(method.run_dir, method, method.datamodule)
+    rows = read_csv(method.run_dir / "results.csv")
+    assert {(row["variant"], row["intrinsic_dim"]) for row in rows} == {("subspace", str(DIM))}
+
+
+def test_the_gradient_of_a_code_is_autograds_through_the_map(codes):
+    """Reference: the loss of all rows under the decoded prompts, differentiated in one graph."""
+    method = codes(init_seed=[0, 1], trainer={"max_steps": 3})
+    batch = method.datamodule.draw.batch(0, [0, 1])
+    method.zero_grad()
+    method.status.zero_()
+    method.active.fill_(True)
+    method.training_step(batch, 0).backward()
+    code = method.code.detach().requires_grad_()
+    losses = method.backbone.loss(method.subspace.back_project(code), batch) * batch.weight
+    (expected,) = torch.autograd.grad(losses.sum(), code)
+    assert expected.abs().max() > 1e-4
+    torch.testing.assert_close(method.code.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_checkpoint_holds_prompts_and_needs_its_subspace_which_is_hashed_once(
+    codes, tmp_path, monkeypatch
+):
+    """However many checkpoints it writes: the map may have hundreds of megabytes."""
+    hashed = []
+
+    def digest(module: Any) -> str:
+        hashed.append(type(module))
+        return "a1"
+
+    monkeypatch.setattr("prompt_lab.methods.prompt_tuning.weights_digest", digest)
+    method = codes()
+    for name in ("a.ckpt", "b.ckpt"):
+        method.trainer.save_checkpoint(tmp_path / name)
+    assert hashed == [Subspace]
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert not any(name.startswith("subspace.") for name in saved["state_dict"])
+    (prompt,) = load_checkpoint(tmp_path / "a.ckpt")
+    assert prompt.prompt.shape == (TOKENS, method.backbone.hidden_size)
+    monkeypatch.undo()
+    random = SubspaceConfig("random", intrinsic_dim=DIM)
+    with pytest.raises(ValueError, match=r"is of subspace a1, the settings give [0-9a-f]{12}"):
+        codes(ckpt=tmp_path / "a.ckpt", subspace=random)
+
+
+def test_a_random_subspace_is_a_function_of_its_seed(codes):
+    first, again, other = (
+        codes(subspace=SubspaceConfig("random", intrinsic_dim=4, seed=seed)) for seed in (1, 1, 2)
+    )
+    assert first.variant == "random_subspace"
+    assert torch.equal(first.best, again.best)
+    assert not torch.equal(first.init, other.init)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"path": "random"}, "give a dimension for a random subspace, and none for a file"),
+        ({"path": "x", "intrinsic_dim": 3}, "path is 'x' and model.subspace.intrinsic_dim is 3"),
+        ({"path": "random", "intrinsic_dim": 0}, "intrinsic_dim is 0: give at least 1"),
+        ({"path": "missing.safetensors"}, "no subspace file"),
+    ],
+)
+def test_subspaces_that_make_no_sense_are_refused(fit, settings, reason):
+    with pytest.raises((ValueError, FileNotFoundError), match=reason):
+        fit(subspace=SubspaceConfig(**settings))
+
+
+def test_a_subspace_of_another_backbone_or_number_of_tokens_is_refused(codes, backbone):
+    with pytest.raises(ValueError, match="5 virtual tokens, but num_virtual_tokens is 6"):
+        codes(num_virtual_tokens=6)
+    with pytest.raises(ValueError, match="made for backbone"):
+        codes(model=backbone("bart"))

@@ -8,16 +8,16 @@ device, since it does so from pinned memory.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import ENCODER_DECODER, KINDS, make_backbone, make_data, make_store, make_trainer
+from conftest import ENCODER_DECODER, KINDS, make_backbone
 from lightning.pytorch import Callback
+from tiny_fits import FITS, fit_in, loaded, make_files
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,12 +25,8 @@ from prompt_lab.core.adapters import AdaptedBackbone
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import bank_gradient, bank_product, renumber
 from prompt_lab.core.batch import Batch, make_batch
-from prompt_lab.core.meta_gradient import InnerConfig
 from prompt_lab.core.optim import OptimConfig
-from prompt_lab.methods.adapter_subspace import AdapterSubspace
-from prompt_lab.methods.attempt import Attempt
 from prompt_lab.methods.fine_tuning import FineTuning, weights_gradient
-from prompt_lab.methods.intrinsic_subspace import IntrinsicSubspace
 from prompt_lab.methods.meta_prompt import MetaPrompt
 from prompt_lab.methods.prompt_tuning import PromptTuning
 
@@ -187,41 +183,22 @@ def test_masks_made_beforehand_change_nothing(kind, attention, monkeypatch):
     assert found.equal(losses())
 
 
-def make_method(name: str, model: Backbone, folder: Path) -> Any:
-    """A method of each kind, small."""
-    small: dict[str, Any] = {"num_virtual_tokens": 4}
-    store = str(folder / "store")
-    if name in ("IntrinsicSubspace", "Attempt"):
-        make_store(folder / "store", model)
-        small["num_virtual_tokens"] = 5
-    of_rate = {"inner": InnerConfig(2, learning_rate=0.1)}
-    makers: dict[str, Callable[[], Any]] = {
-        "PromptTuning": lambda: PromptTuning(**small, optim=OptimConfig(clip=1.0)),
-        "maml": lambda: MetaPrompt("maml", **small, **of_rate),
-        "reptile": lambda: MetaPrompt("reptile", **small, **of_rate),
-        "IntrinsicSubspace": lambda: IntrinsicSubspace(store, intrinsic_dim=3, **small),
-        "Attempt": lambda: Attempt(store, ["glue-cola"], **small),
-        "AdapterSubspace": lambda: AdapterSubspace(intrinsic_dim=3, inner_size=4, bottleneck=2),
-        "FineTuning": lambda: FineTuning(),
-    }
-    method = makers[name]()
-    method.backbone = model
-    return method
+METHODS = {
+    **{name: FITS[name][0] for name in ("codes", "four episodes", "subspaces", "attempt")},
+    "adapter map": FITS["adapter map"][0],
+    "clipped": lambda _: loaded(PromptTuning(optim=OptimConfig(clip=1.0)), "t5"),
+    "reptile": lambda _: loaded(MetaPrompt("reptile", num_virtual_tokens=4), "t5"),
+    "weights": lambda _: loaded(FineTuning(), "t5"),
+}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("PromptTuning", "maml", "reptile", "IntrinsicSubspace", "Attempt", "AdapterSubspace"),
-        "FineTuning",
-    ],
-)
+@pytest.mark.parametrize("name", METHODS)
 def test_a_step_of_each_method_asks_for_nothing(name, fewshot_root, tmp_path):
     """The whole step: batch to loss, backward pass, clipping, optimizer, and Lightning's part."""
-    method = make_method(name, make_backbone("t5"), tmp_path)
-    watch = WatchSteps()
-    trainer = make_trainer(tmp_path / "run", steps=3, callbacks=[watch])
-    trainer.fit(method, datamodule=make_data(fewshot_root, ["glue-sst2"], [13]))
+    make_files(tmp_path)
+    method, watch = METHODS[name](tmp_path), WatchSteps()
+    tasks = FITS[name][1] if name in FITS else ["glue-sst2"]
+    fit_in(tmp_path / "run", method, fewshot_root, tasks, steps=3, callbacks=[watch])
     assert watch.steps == 3
     assert not watch.found, sorted(set(watch.found))
 

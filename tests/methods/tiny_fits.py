@@ -1,6 +1,7 @@
-"""Fits of every method, each once without a break and once interrupted and resumed.
+"""Tiny methods of every kind and their fits, which the tests of methods share.
 
-Processes of one job run :func:`run_all` side by side; one process runs it for the reference.
+Run as a script, it makes each fit once without a break and once interrupted and resumed, among
+processes of one job; :func:`run_all` in one process is the reference.
 """
 
 from __future__ import annotations
@@ -9,24 +10,25 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from conftest import make_backbone, make_data, make_method, make_store, make_trainer
+from conftest import HIDDEN, make_backbone, make_data, make_method, make_store, make_trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from test_adapter_subspace import BOTTLENECK, DIM, INNER
-from test_attempt import make_attempt
-from test_vector_arithmetic import make_store as make_tuned_store
 
 from prompt_lab.core.adapters import AdaptedBackbone
+from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.meta_gradient import InnerConfig
 from prompt_lab.core.optim import OptimConfig
 from prompt_lab.core.subspace import AdapterMap, Subspace
+from prompt_lab.files.prompts import Prompt, PromptStore
 from prompt_lab.files.tensors import save_network
 from prompt_lab.methods.adapter_subspace import AdapterSubspace, AdapterTuning
+from prompt_lab.methods.attempt import Attempt
 from prompt_lab.methods.fine_tuning import FineTuning
 from prompt_lab.methods.intrinsic_subspace import IntrinsicSubspace
 from prompt_lab.methods.meta_prompt import AdaptationConfig, MetaPrompt
@@ -34,6 +36,118 @@ from prompt_lab.methods.method import PromptMethod
 from prompt_lab.methods.prompt_tuning import PromptTuning
 from prompt_lab.methods.starts import SubspaceConfig
 from prompt_lab.methods.vector_arithmetic import VectorArithmetic
+
+Made = TypeVar("Made", bound=PromptMethod)
+TOKENS = 5
+DIM, INNER, BOTTLENECK = 3, 8, 2  # of maps to adapters
+ALL_TASKS = ["glue-sst2", "glue-cola", "e2e_nlg_cleaned", "emotion"]
+
+
+def fit_in(
+    folder: Path,
+    method: Made,
+    root: Path,
+    tasks: Sequence[str] = ("glue-sst2",),
+    samples: Sequence[int] = (13,),
+    ckpt: Path | None = None,
+    **trainer: Any,
+) -> Made:
+    """Fit a method into a folder; returns it, its trainer attached."""
+    data = make_data(root, [*tasks], [*samples])
+    make_trainer(folder, **trainer).fit(method, datamodule=data, ckpt_path=ckpt, weights_only=True)
+    return method
+
+
+def run_test(folder: Path, method: Made, data: Any, **trainer: Any) -> Made:
+    """Test a method from a folder, quietly."""
+    make_trainer(folder, **trainer).test(method, datamodule=data, verbose=False)
+    return method
+
+
+def loaded(method: Made, model: str | Backbone) -> Made:
+    """The method on a tiny backbone, a new one unless it is given."""
+    method.backbone = make_backbone(model) if isinstance(model, str) else model
+    return method
+
+
+class SaveAt(Callback):
+    """Saves a checkpoint right after a step."""
+
+    def __init__(self, path: Path, step: int = 4) -> None:
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+# ---- what methods start from ---------------------------------------------------------------------
+
+
+def drawn(*seeds: int, scale: float = 0.5) -> torch.Tensor:
+    """Normal numbers (4, HIDDEN)."""
+    numbers = np.random.default_rng(seeds).normal(scale=scale, size=(4, HIDDEN))
+    return torch.from_numpy(numbers).float()
+
+
+def tuned(model: Backbone, task: str, seed: int, sample: int = 13, **changes: Any) -> Prompt:
+    """A prompt of a task that started from the initial prompt of the seed."""
+    given = {
+        "prompt": drawn(seed) + drawn(*map(ord, task), sample, seed, scale=1.0),
+        "init": drawn(seed),
+        "name": f"{task}_{sample}_seed{seed}",
+        "backbone": model.name,
+        "backbone_digest": model.digest,
+        "tokenizer_digest": model.tokenizer_digest,
+        "task": task,
+        "sample": sample,
+        "start": "vocab",
+        "init_seed": seed,
+        "dev_score": 0.5,
+        "max_input_length": 512,
+        **changes,
+    }
+    return Prompt(**given)
+
+
+def make_tuned(
+    folder: Path,
+    model: Backbone,
+    tasks: Iterable[str] = ("glue-sst2", "glue-cola", "emotion"),
+    seeds: Iterable[int] = (0, 1),
+) -> Path:
+    """A store of tuned prompts."""
+    PromptStore(folder).save([tuned(model, task, seed) for task in tasks for seed in seeds])
+    return folder
+
+
+def make_map(path: Path, model: Backbone, seed: int = 0) -> Path:
+    """The file of a random map to adapters."""
+    size = AdaptedBackbone(model, BOTTLENECK).hidden_size
+    digests = {"backbone": model.name, "backbone_digest": model.digest, "bottleneck": BOTTLENECK}
+    save_network(path, AdapterMap(size, DIM, INNER, seed=seed), digests)
+    return path
+
+
+def make_subspace(path: Path, model: Backbone) -> Path:
+    """The file of a random subspace of prompts."""
+    digests = {"backbone": model.name, "backbone_digest": model.digest}
+    save_network(path, Subspace(TOKENS, model.hidden_size, 3, inner_size=16), digests)
+    return path
+
+
+def make_attempt(model: Backbone, folder: Path, **settings: Any) -> Attempt:
+    """A method on a backbone that is loaded, beside a store of prompts that is made if needed."""
+    store = folder / f"store-{model.name}"
+    if not store.exists():
+        make_store(store, model)
+    given = {"prompts": str(store), "source_tasks": ["glue-cola", "e2e_nlg_cleaned"]}
+    given |= {"num_virtual_tokens": TOKENS, "inner_size": 6, "batch_size": 7, "temperature": 2.0}
+    given |= {"learning_rate": 0.03, "attention_learning_rate": 0.01, **settings}
+    return loaded(Attempt(**given), model)
+
+
+# ---- a fit of every method -----------------------------------------------------------------------
 
 STEPS, EVERY, DIES_AT = 6, 2, 5
 BREAK = "break.ckpt"
@@ -52,26 +166,14 @@ class Interrupt(Callback):
             raise InterruptedFit
 
 
-def loaded(method: PromptMethod, kind: str) -> PromptMethod:
-    """The method on a tiny backbone of its own."""
-    method.backbone = make_backbone(kind)
-    return method
-
-
 def make_files(folder: Path) -> None:
     """The prompts, the subspace and the map to adapters that methods start from."""
     model = make_backbone("gpt2")
     make_store(folder / "store", model, TASKS)
     make_store(folder / "store-gpt2", model)
-    make_tuned_store(folder / "tuned", model)
-    digests = {"backbone": model.name, "backbone_digest": model.digest}
-    torch.manual_seed(0)
-    made = Subspace(5, model.hidden_size, 3, inner_size=16)
-    save_network(folder / "subspace.safetensors", made, digests)
-    bart = make_backbone("bart")
-    size = AdaptedBackbone(bart, BOTTLENECK).hidden_size
-    digests = {"backbone": bart.name, "backbone_digest": bart.digest, "bottleneck": BOTTLENECK}
-    save_network(folder / "map.safetensors", AdapterMap(size, DIM, INNER), digests)
+    make_tuned(folder / "tuned", model)
+    make_subspace(folder / "subspace.safetensors", model)
+    make_map(folder / "map.safetensors", make_backbone("bart"))
 
 
 def whole_runs(folder: Path) -> PromptMethod:
@@ -83,7 +185,8 @@ def whole_runs(folder: Path) -> PromptMethod:
 
 def one_run(folder: Path) -> PromptMethod:
     """One run of one row a step, of which most processes have none."""
-    return make_method(make_backbone("t5"), learning_rate=0.003, batch_size=1)
+    given = {"learning_rate": 0.003, "batch_size": 1, "test_baselines": True}
+    return make_method(make_backbone("t5"), **given)
 
 
 def tuned_codes(folder: Path) -> PromptMethod:
@@ -100,7 +203,7 @@ def subspaces(folder: Path) -> PromptMethod:
         unseen_tasks=["emotion"],
         intrinsic_dim=[2, 3],
         inner_size=16,
-        num_virtual_tokens=5,
+        num_virtual_tokens=TOKENS,
         batch_size=5,
     )
     return loaded(method, "gpt2")
@@ -109,7 +212,7 @@ def subspaces(folder: Path) -> PromptMethod:
 def meta_prompt(folder: Path, episodes: int = 4) -> PromptMethod:
     """MAML with a learned inner rate."""
     method = MetaPrompt(
-        num_virtual_tokens=5,
+        num_virtual_tokens=TOKENS,
         episodes=episodes,
         support_size=2,
         query_size=3,
