@@ -334,6 +334,8 @@ def word_backbone() -> Backbone:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
+    from prompt_lab.core.backbone import Backbone
+
     words = ["<unk>", EOS, "yes", "no", "the", "dog", "cat", "small"]
     raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()

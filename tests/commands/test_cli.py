@@ -31,7 +31,7 @@ from lightning.pytorch.callbacks import Timer
 from prompt_lab.commands import cli
 from prompt_lab.commands.cli import ParseOnly
 from prompt_lab.commands.sweep import Trial, make_trials, read_sweep
-from prompt_lab.data.partitions import partition_names
+from prompt_lab.data.partitions import load_partitions
 from prompt_lab.files.prompts import load_prompt
 from prompt_lab.files.results import read_csv
 
@@ -179,7 +179,7 @@ def test_every_shipped_config_is_parsed(path):
             assert config.model.init_args[name] == value
 
 
-@pytest.mark.parametrize("name", [name for name in partition_names() if name.startswith("mpt/")])
+@pytest.mark.parametrize("name", [name for name in load_partitions() if name.startswith("mpt/")])
 def test_the_settings_of_meta_prompt_tuning_are_flags(name):
     words = [f"--data.tasks=[{name}/source]", f"--model.target_tasks=[{name}/target]"]
     path = CONFIGS / "meta" / "t5-large.yaml"
