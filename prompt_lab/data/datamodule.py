@@ -33,9 +33,8 @@ from prompt_lab.data.files import (
 from prompt_lab.data.partitions import expand_sets
 from prompt_lab.data.sampling import Draw, EvaluationSteps, Key, Layout, Progress, Rows, TrainSteps
 from prompt_lab.data.tasks import Shots, Task, find_tasks
-from prompt_lab.sandbox import SANDBOX, TASKS
+from prompt_lab.sandbox import SANDBOX, SPLIT_ROWS, TASKS
 from prompt_lab.sandbox import rows as sandbox_rows
-from prompt_lab.sandbox.tasks import SPLIT_ROWS
 
 Pairs = Sequence[tuple[str, str | Sequence[str]]]
 """Input and answer, or accepted answers, of each row."""

@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from prompt_lab.core.metric_names import METRICS
+from prompt_lab.sandbox import TASKS as sandbox_tasks
 
 Kind = Literal["classification", "text_to_text"]
 Shots = int | Literal["all"]
@@ -47,10 +48,6 @@ _SOURCE_KEYS = [field.name for field in fields(Source)]
 _SETTINGS = ("ontology", "kind", "metric", "shots", "labels")
 _KEYS = (*_SETTINGS, *_SOURCE_KEYS, "licence", "note")
 _NO_TEXTS = ("metric", "kind", "shots", "labels", "train_part", "test_part")
-_PACKAGED = (
-    Path(__file__).with_name("tasks.yaml"),
-    Path(__file__).parents[1] / "sandbox" / "tasks.yaml",
-)
 
 
 @dataclass(frozen=True)
@@ -113,7 +110,8 @@ def find_tasks(names: Sequence[str], extra: str | Path | None = None) -> list[Ta
 
 @cache
 def _packaged_rows() -> dict[str, Any]:
-    return {name: row for path in _PACKAGED for name, row in read_yaml(path).items()}
+    sandbox = {name: task.row for name, task in sandbox_tasks.items()}
+    return read_yaml(Path(__file__).with_name("tasks.yaml")) | sandbox
 
 
 @cache
