@@ -198,16 +198,6 @@ def test_micro_batches_give_the_gradient_of_one_batch(adapted, kind):
         assert ((found - whole).norm() / whole.norm()).item() < 1e-5
 
 
-def test_one_set_serves_all_rows_as_copies_of_it_would(adapted):
-    bank, model = make_bank("bart", count=1), adapted("bart")
-    batch = model.batch(TEXTS, TARGETS, [0] * 4)
-    copies = model.batch(TEXTS, TARGETS, [0, 1, 2, 3])
-    several = bank.repeat(4, 1, 1)
-    torch.testing.assert_close(model.loss(bank, batch), model.loss(several, copies))
-    assert model.generate(bank, batch, 8, 2) == model.generate(several, copies, 8, 2)
-    assert model.choose(bank, batch, CANDIDATES) == model.choose(several, copies, CANDIDATES)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_places_are_after_self_attention_and_feed_forward(backbone, kind):
     layout = AdapterLayout.of(backbone(kind), R)

@@ -15,8 +15,8 @@ import torch
 
 from prompt_lab import sandbox
 from prompt_lab.sandbox import TASKS, lexicon, pretrain, rows
-from prompt_lab.sandbox.tasks import SPLIT_ROWS, draw_row, words_of
 from prompt_lab.sandbox.pretrain import SPECIAL_TOKENS, build_tokenizer, token_ids
+from prompt_lab.sandbox.tasks import SPLIT_ROWS, draw_row, words_of
 
 ALL = sorted(TASKS)
 RESERVED = [task for task in TASKS.values() if task.role != "pretraining"]
