@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.subspace import Subspace, reconstruction_loss
-
-Factory = Callable[..., Backbone]
 
 N, D, H = 4, 6, 7
 CODE = 3
