@@ -151,14 +151,10 @@ class PromptDataModule(LightningDataModule):
         most, side = self.max_input_length, self.truncation_side
         answers = list(dict.fromkeys(chain.from_iterable(data.references)))  # each once
         ids = dict(zip(answers, backbone.encode_targets(answers, self.frame), strict=True))
-        targets = [[ids[answer] for answer in row] for row in data.references]
         found = Rows(
             kind,
             [backbone.cut_input(tokens, most, side, self.frame) for tokens in whole],
-            targets if split != "test" else [],
-            data.references,
-            longest_target=max(map(len, ids.values())),
-            shortest_targets=[min(map(len, row)) for row in targets],
+            [[ids[answer] for answer in row] for row in data.references],
             cut=sum(len(tokens) > most for tokens in whole),
         )
         if keep:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -37,11 +37,13 @@ class Rows:
 
     task: Task
     inputs: list[list[int]]  # token ids
-    targets: list[list[list[int]]]  # of each of a row's references; empty for test
-    references: list[list[str]]  # the accepted answers as text
-    longest_target: int  # tokens of the longest reference
-    shortest_targets: list[int] = field(default_factory=list)  # of each row's shortest reference
+    targets: list[list[list[int]]]  # of each of a row's references
     cut: int = 0  # how many inputs were longer than data.max_input_length
+
+    @cached_property
+    def longest_target(self) -> int:
+        """Tokens of the longest reference."""
+        return max(len(ids) for row in self.targets for ids in row)
 
     def __len__(self) -> int:
         return len(self.inputs)

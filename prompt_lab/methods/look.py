@@ -54,7 +54,7 @@ def look_at_rows(method: PromptMethod, data: PromptDataModule, *splits: SplitNam
                 told.append(f"test rows will be refused: {error}")
             if longest:
                 counts = too_long[task, longest].setdefault(split, [0, 0])
-                counts[0] += sum(length > longest for length in rows.shortest_targets)
+                counts[0] += sum(min(map(len, row)) > longest for row in rows.targets)
                 counts[1] += len(rows)
     why = "" if method.max_new_tokens else ", the longest answer of train and dev"
     told += [

@@ -48,8 +48,6 @@ def make_rows(key: Key, size: int, base: int, references: int = 1) -> Rows:
             [[base + 10 * row + k] * rng.randint(1, 4) for k in range(references)]
             for row in range(size)
         ],
-        references=[[f"{row}"] for row in range(size)],
-        longest_target=4,
     )
 
 
