@@ -147,7 +147,7 @@ def test_a_bank_of_adapters_is_as_many_models(backbone, adapted, kind):
     assert (losses - plain).abs().min() > 1e-3  # the adapters do something to each row
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["t5", "bart", "llama"])
 def test_answers_are_those_of_the_models_alone(backbone, adapted, kind):
     bank, model = make_bank(kind), adapted(kind)
     batch = model.batch(TEXTS, TARGETS, INDEX)

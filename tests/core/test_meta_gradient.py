@@ -201,7 +201,7 @@ def test_the_adjoint_equals_the_unrolled_graph_on_other_models(
     assert error(ours(*given).gradient, unrolled(*given)[0]) <= 1e-8
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["t5", "bart", "gpt2", "qwen2_window"])
 def test_micro_batches_and_fused_attention_leave_the_meta_gradient(
     kind: str, backbone: Callable[..., Backbone]
 ) -> None:
