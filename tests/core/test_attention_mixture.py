@@ -73,17 +73,6 @@ def test_padding_on_either_side_changes_nothing():
     assert torch.equal(own, left)
 
 
-def test_the_temperature_goes_from_one_prompt_to_all_alike():
-    keys, targets, inputs = drawn(SOURCES, WIDTH), drawn(1, WIDTH, seed=3), drawn(1, WIDTH, seed=4)
-    cold, hot = make_attention(temperature=1e-3), make_attention(temperature=1e6)
-    weights = cold(inputs, keys, targets)
-    assert weights.max() > 0.999
-    assert weights.argmax() == hot(inputs, keys, targets).argmax()
-    torch.testing.assert_close(
-        hot(inputs, keys, targets), torch.full((1, 6), 1 / 6).double(), rtol=1e-3, atol=0
-    )
-
-
 def test_the_prompt_of_a_row_counts_the_target_once_more():
     weights = torch.softmax(drawn(ROWS, SOURCES + 1), 1)
     sources, targets = drawn(SOURCES, TOKENS, WIDTH, seed=1), drawn(ROWS, TOKENS, WIDTH, seed=2)

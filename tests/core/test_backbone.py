@@ -356,17 +356,6 @@ def test_the_digest_belongs_to_the_weights(model_folder: Callable[[str], Path]) 
     assert make_backbone("t5", seed=1).digest != loaded.digest
 
 
-def test_the_tokenizer_digest_belongs_to_vocabulary_and_special_tokens(
-    model_folder: Callable[[str], Path],
-) -> None:
-    digest = make_backbone("llama").tokenizer_digest
-    assert Backbone.load(str(model_folder("llama"))).tokenizer_digest == digest
-    assert make_backbone("bloom").tokenizer_digest != digest  # the same tokens, but a padding token
-    longer = make_backbone("llama")
-    longer.tokenizer.add_tokens(["house2"])
-    assert longer.tokenizer_digest != digest
-
-
 # ---- text to tokens -----------------------------------------------------------------------------
 
 

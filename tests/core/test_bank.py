@@ -97,17 +97,6 @@ def test_a_bank_in_float64_is_float64_from_end_to_end(
 
 
 @pytest.mark.parametrize("kind", ["t5", "gpt2"])
-def test_bf16_weights_leave_the_gradient_of_a_bank_in_float32(backbone: Factory, kind: str) -> None:
-    """Reference: the same weights, one row at a time."""
-    model, prompts = backbone(kind, torch.bfloat16), bank()
-    losses, gradient = bank_gradient(model, prompts, weighted_batch(model), 30)
-    expected_losses, expected_gradient = naive(model, prompts)
-    assert_close(losses, expected_losses, 0.03)
-    assert_close(gradient, expected_gradient, 0.5)
-    assert gradient.dtype == losses.dtype == torch.float32
-
-
-@pytest.mark.parametrize("kind", ["t5", "gpt2"])
 def test_a_batch_of_no_rows_has_no_gradient(backbone: Factory, kind: str) -> None:
     """So a rank without rows takes part in a step."""
     model = backbone(kind)

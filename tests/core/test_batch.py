@@ -98,22 +98,6 @@ def test_a_batch_goes_to_a_gpu_over_pinned_memory(monkeypatch: pytest.MonkeyPatc
     assert asked == ["pinned", (torch.device("cuda:1"), {"non_blocking": True})] * 5
 
 
-@pytest.mark.parametrize("extra", [0, 5])
-@pytest.mark.parametrize("tokens", [1, 7, 30, 100, 10**6])
-def test_micro_batches_hold_all_rows_in_order_within_the_bound(tokens: int, extra: int) -> None:
-    """Reference: padded size of each slice, counted from its tensors."""
-    batch = make(*random_rows(40, seed=4), left=True)
-    parts = micro_batches(batch, tokens, extra)
-    assert [row for part in parts for row in part.rows] == batch.rows
-    for part in parts:
-        width = part.input_ids.shape[1] + part.target_ids.shape[1] + extra
-        assert len(part) * width <= tokens or len(part) == 1
-    if tokens == 1:
-        assert len(parts) == len(batch)
-    if tokens == 10**6:
-        assert len(parts) == 1  # not nearly a quarter full
-
-
 def test_micro_batches_are_no_smaller_than_they_must_be() -> None:
     """A slice and the first row of the next one together would break the bound, or be padding."""
     batch = make(*random_rows(40, seed=5), left=False)

@@ -97,7 +97,7 @@ def test_reconstruction_loss_refuses_other_shapes_and_reductions() -> None:
         reconstruction_loss(draw(1, N, D), draw(1, N, D), "none")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_linear_maps_reach_the_error_of_pca(seed: int) -> None:
     """24 prompts of 60 numbers, I = 5: within 1 % of the SVD of the centred prompts."""
     count, tokens, width, dim = 24, 10, 6, 5
