@@ -48,8 +48,8 @@ SLOTS: dict[str, str] = {
     "material": "material",
     "manner": "manner",
 }
-# A word as it is, its plural, its foreign word or its class.
-FORMS: dict[str, dict[str, str]] = {
+# A word as it is, its plural, its foreign word or its class, by the name of the form.
+IN_FORM: dict[str, dict[str, str]] = {
     "plain": {word: word for word in vocabulary()},
     "plural": PLURAL,
     "foreign": FOREIGN,
@@ -237,7 +237,7 @@ def _find_row(slot: str, form: str, rng: random.Random) -> tuple[str, str]:
     one = {"number": "one"} if slot == "object" else {}
     text = sentence(rng, {SLOTS[slot]: value} | one)
     word = next(word for word in text.split() if VALUE_OF.get(word) == value)
-    return text, FORMS[form][word]
+    return text, IN_FORM[form][word]
 
 
 def _items(rng: random.Random, name: str, count: int) -> list[str]:
@@ -254,7 +254,7 @@ def _list_row(name: str, form: str, end: str, rng: random.Random) -> tuple[str, 
     """Draws a list and its first or last item of the class `name`."""
     items = _items(rng, name, rng.randint(1, 3) if name != "any" else rng.randint(3, 6))
     inside = [item for item in items if item in words_of(name)]
-    return " ".join(items), FORMS[form][inside[0 if end == "first" else -1]]
+    return " ".join(items), IN_FORM[form][inside[0 if end == "first" else -1]]
 
 
 def _pair(rng: random.Random, attribute: str, *, same: bool) -> str:
