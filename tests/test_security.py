@@ -344,9 +344,9 @@ def test_the_search_of_the_source_finds(text):
 
 
 def test_the_loader_of_yaml_files_is_a_safe_one():
-    from prompt_lab.data import partitions
+    from prompt_lab.data import tasks
 
-    assert issubclass(partitions._Loader, yaml.SafeLoader)
+    assert issubclass(tasks._Loader, (yaml.SafeLoader, yaml.CSafeLoader))
 
 
 # ---- folders -------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -19,7 +20,14 @@ from typing import Literal
 
 from prompt_lab import __version__
 from prompt_lab.data import few_shot
-from prompt_lab.data.files import BREAK, SPLITS, DataError, MissingDataError, read_lines
+from prompt_lab.data.files import (
+    BREAK,
+    SPLITS,
+    DataError,
+    MissingDataError,
+    file_name,
+    read_lines,
+)
 from prompt_lab.data.sources import HUB, read_rows
 from prompt_lab.data.tasks import Shots, Task, load_tasks
 from prompt_lab.data.templates import Line, make_lines
@@ -41,27 +49,16 @@ _PUBLISHED = Path(__file__).with_name("crossfit_md5.tsv")
 
 @dataclass
 class Built:
-    """What is known of a task's files for one K.
-
-    Attributes:
-        task: Name of the task.
-        shots: K.
-        sampling: How train and dev were drawn.
-        apart_from: By sample, the samples whose train and dev rows were not drawn again, if any.
-        files: MD5 digest of each file, by its name.
-        notes: What to know of them, such as rows that were left out.
-        version: Version of the package.
-        is_new: Whether the files were made now, or were there.
-    """
+    """What is known of a task's files for one K."""
 
     task: str
     shots: Shots
-    sampling: Sampling
-    apart_from: dict[str, list[int]] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    sampling: Sampling  # how train and dev were drawn
+    apart_from: dict[str, list[int]] = field(default_factory=dict)  # by sample: not drawn again
+    files: dict[str, str] = field(default_factory=dict)  # MD5 digest of each file, by its name
+    notes: list[str] = field(default_factory=list)  # what to know, such as rows that were left out
     version: str = __version__
-    is_new: bool = True
+    is_new: bool = True  # whether the files were made now, or were there
 
     @property
     def published(self) -> dict[str, bool]:
@@ -112,29 +109,40 @@ def build_task(
         raise DataError(f"{task.name}: its row has no shots, say how many rows to draw")
     folder = Path(out) / task.name
     record = folder / f"{task.name}_{shots}_build.json"
-    earlier = _read_record(record)
-    numbers = [str(sample) for sample in samples]
-    apart = dict.fromkeys(numbers, sorted(apart_from)) if apart_from else {}
-    wanted = [_file_name(task, shots, sample, split) for sample in samples for split in SPLITS]
+    apart = {str(sample): sorted(apart_from) for sample in samples if apart_from}
+    built = Built(task.name, shots, sampling_law, apart)
+    earlier = None
+    missing = (FileNotFoundError, NotADirectoryError)
+    with suppress(*missing, TypeError, ValueError):  # none, or none that can be read
+        earlier = Built(**json.loads(record.read_text(encoding="utf-8")), is_new=False)
     if earlier is not None and not overwrite:
         if earlier.sampling != sampling_law:
             raise DataError(
                 f"{folder} has files for K = {shots} with {earlier.sampling} sampling: give "
                 "another out, or overwrite"
             )
-        is_same = all(earlier.apart_from.get(sample) == apart.get(sample) for sample in numbers)
-        if is_same and all(
-            _digest(folder / name) == earlier.files.get(name, "") for name in wanted
+        names = [file_name(task.name, shots, s, split) for s in samples for split in SPLITS]
+        if all(earlier.apart_from.get(str(s)) == apart.get(str(s)) for s in samples) and all(
+            _digest(folder / name) == earlier.files.get(name, "") for name in names
         ):
-            earlier.is_new = False
             return earlier
-    built = Built(task.name, shots, sampling_law, apart)
-    pool, test = _read_lines(task, source) if has_lines else _pool_and_test(task, source)
-    keeps_breaks = has_lines or task.name not in load_tasks()
-    contents = dict(_contents(task, pool, test, built, samples, apart_from, keeps_breaks))
-    _write(folder, contents, built, earlier, overwrite)
-    record_bytes = json.dumps(_as_record(built), indent=1, ensure_ascii=False).encode()
-    write_atomically(record, record_bytes + b"\n")
+    pool, test = _read_lines(task, source) if has_lines else _make_lines(task, source)
+    contents = _contents(task, pool, test, built, apart_from, samples, has_lines)
+    for name, content in contents.items():
+        built.files[name] = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        if _digest(folder / name) not in (None, built.files[name]) and not overwrite:
+            raise DataError(
+                f"{folder / name} has other rows than would be built now: give another out, or "
+                "overwrite"
+            )
+    for name, content in contents.items():
+        write_atomically(folder / name, content)
+    if earlier is not None:  # its other samples stay in the record
+        built.files = earlier.files | built.files
+        built.apart_from = earlier.apart_from | built.apart_from
+        built.notes = list(dict.fromkeys([*earlier.notes, *built.notes]))
+    held = {key: value for key, value in asdict(built).items() if key != "is_new"}
+    write_atomically(record, json.dumps(held, indent=1, ensure_ascii=False).encode() + b"\n")
     return built
 
 
@@ -150,63 +158,8 @@ def published_digests() -> dict[str, str]:
     return digests
 
 
-def _contents(
-    task: Task,
-    pool: Sequence[Line],
-    test: Sequence[Line],
-    built: Built,
-    samples: Sequence[int],
-    apart_from: Sequence[int],
-    keeps_breaks: bool,
-) -> Iterator[tuple[str, bytes]]:
-    """Name and content of every file; what to know of them goes to the notes of ``built``."""
-    _check_rows(task, pool, test)
-    draw = _drawer([line[1:] for line in pool], task, built.shots, built.sampling)
-    if apart_from:
-        seen = {row for sample in apart_from for rows in draw(sample) for row in rows}
-        pool = [line for row, line in enumerate(pool) if row not in seen]
-        draw = _drawer([line[1:] for line in pool], task, built.shots, built.sampling)
-    test_bytes = _encode(test, "test", built.notes, keeps_breaks)
-    for sample in samples:
-        for split, numbers in zip(("train", "dev"), draw(sample), strict=True):
-            if not numbers:
-                raise DataError(f"{task.name}: the rows do not suffice for {split} of {sample}")
-            where = f"{sample} {split}"
-            drawn = [pool[number] for number in numbers]
-            if split == "train":
-                built.notes += _without_rows(task, drawn, where)
-            content = _encode(drawn, where, built.notes, keeps_breaks)
-            yield _file_name(task, built.shots, sample, split), content
-        yield _file_name(task, built.shots, sample, "test"), test_bytes
-
-
-def _check_rows(task: Task, pool: Sequence[Line], test: Sequence[Line]) -> None:
-    """Refuse a part without rows, and a label without a row to draw."""
-    split = "train" if task.source is None else task.source.train
-    for lines, where in ((pool, f"split {split}"), (test, "the test part")):
-        if not lines:
-            raise DataError(f"{task.name}: {where} has no rows")
-    if task.kind != "classification" or not task.labels:
-        return
-    held = {line[1] for line in pool}
-    empty = [label for label in task.labels if label not in held]
-    if empty:
-        raise DataError(
-            f"{task.name}: no row to draw from has the label {', '.join(empty)}; the "
-            f"{len(pool)} rows have {', '.join(sorted(held))}"
-        )
-
-
-def _without_rows(task: Task, train: Sequence[Line], where: str) -> list[str]:
-    """A note on labels that a stratified draw left without a training row, if there are any."""
-    held = {line[1] for line in train}
-    known = task.labels if task.kind == "classification" else None
-    lost = [label for label in known or () if label not in held]
-    return [f"{where}: no row has the label {', '.join(lost)}"] if lost else []
-
-
-def _pool_and_test(task: Task, source: str) -> tuple[list[Line], list[Line]]:
-    """The lines that train and dev are drawn from, and those of test."""
+def _make_lines(task: Task, source: str) -> tuple[list[Line], list[Line]]:
+    """The lines that train and dev are drawn from, and those of test, by the task's templates."""
     origin = task.source
     assert origin is not None
     lines = {
@@ -221,10 +174,9 @@ def _pool_and_test(task: Task, source: str) -> tuple[list[Line], list[Line]]:
 
 def _read_lines(task: Task, source: str) -> tuple[list[Line], list[Line]]:
     """The lines of whole sets in the gym's form: train and dev together, and test."""
-    folder = Path(source) / task.name
-    held: dict[str, list[Line]] = {}
+    held: dict[str, list[Line]] = {"dev": []}
     for split in SPLITS:
-        path = folder / f"{split}.tsv"
+        path = Path(source) / task.name / f"{split}.tsv"
         if path.is_file():
             held[split] = [tuple(fields) for fields in read_lines(path, path.read_bytes())]
         elif split != "dev":
@@ -232,19 +184,61 @@ def _read_lines(task: Task, source: str) -> tuple[list[Line], list[Line]]:
                 f"no file {path}: finished lines stand in <source>/<task>/train.tsv, test.tsv and, "
                 "if you like, dev.tsv"
             )
-    return held["train"] + held.get("dev", []), held["test"]
+    return held["train"] + held["dev"], held["test"]
 
 
-def _drawer(
-    answers: Sequence[Line], task: Task, shots: Shots, sampling_law: Sampling
-) -> Callable[[int], tuple[list[int], list[int]]]:
-    """The function from a sample's number to the row numbers of its train and dev."""
-    labels = answers if task.kind == "classification" else [()] * len(answers)
-    if shots == "all":
-        return lambda sample: few_shot.draw_all(labels, sample)
-    if sampling_law == "stratified":
-        return lambda sample: few_shot.draw_stratified(labels, shots, STRATIFIED_DEV_ROWS, sample)
-    return lambda sample: few_shot.draw_few_shot(labels, task.kind, shots, sample)
+def _contents(
+    task: Task,
+    pool: Sequence[Line],
+    test: Sequence[Line],
+    built: Built,
+    apart_from: Sequence[int],
+    samples: Sequence[int],
+    has_lines: bool,
+) -> dict[str, bytes]:
+    """Content of every file by its name; what to know of them goes to the notes of ``built``."""
+    split = task.source.train if task.source else "train"
+    for lines, where in ((pool, f"split {split}"), (test, "the test part")):
+        if not lines:
+            raise DataError(f"{task.name}: {where} has no rows")
+    labels = (task.labels or ()) if task.kind == "classification" else ()
+    held = {line[1] for line in pool}
+    if empty := [label for label in labels if label not in held]:
+        raise DataError(
+            f"{task.name}: no row to draw from has the label {', '.join(empty)}; the "
+            f"{len(pool)} rows have {', '.join(sorted(held))}"
+        )
+    if apart_from:
+        drawn = [_draw(pool, task, built, sample) for sample in apart_from]
+        seen = {row for both in drawn for rows in both for row in rows}
+        pool = [line for row, line in enumerate(pool) if row not in seen]
+    keeps_breaks = has_lines or task.name not in load_tasks()
+    test_bytes, contents = _encode(test, "test", built.notes, keeps_breaks), {}
+    for sample in samples:
+        drawn = _draw(pool, task, built, sample)
+        for split, numbers in zip(SPLITS, drawn, strict=False):
+            if not numbers:
+                raise DataError(f"{task.name}: the rows do not suffice for {split} of {sample}")
+            own, where = [pool[number] for number in numbers], f"{sample} {split}"
+            held = {line[1] for line in own}
+            if split == "train" and (lost := [label for label in labels if label not in held]):
+                built.notes.append(f"{where}: no row has the label {', '.join(lost)}")
+            name = file_name(task.name, built.shots, sample, split)
+            contents[name] = _encode(own, where, built.notes, keeps_breaks)
+        contents[file_name(task.name, built.shots, sample, "test")] = test_bytes
+    return contents
+
+
+def _draw(
+    lines: Sequence[Line], task: Task, built: Built, sample: int
+) -> tuple[list[int], list[int]]:
+    """Row numbers of train and dev of a sample."""
+    labels = [line[1:] if task.kind == "classification" else () for line in lines]
+    if built.shots == "all":
+        return few_shot.draw_all(labels, sample)
+    if built.sampling == "stratified":
+        return few_shot.draw_stratified(labels, built.shots, STRATIFIED_DEV_ROWS, sample)
+    return few_shot.draw_few_shot(labels, built.shots, sample)
 
 
 def _encode(lines: Sequence[Line], where: str, notes: list[str], keeps_breaks: bool) -> bytes:
@@ -270,55 +264,9 @@ def _encode(lines: Sequence[Line], where: str, notes: list[str], keeps_breaks: b
     return "".join(kept).encode()
 
 
-def _write(
-    folder: Path,
-    contents: dict[str, bytes],
-    built: Built,
-    earlier: Built | None,
-    overwrite: bool,
-) -> None:
-    """Write the files; those of earlier samples stay in the record."""
-    for name, content in contents.items():
-        own = hashlib.md5(content, usedforsecurity=False).hexdigest()
-        if _digest(folder / name) not in (None, own) and not overwrite:
-            raise DataError(
-                f"{folder / name} has other rows than would be built now: give another out, or "
-                "overwrite"
-            )
-        built.files[name] = own
-    for name, content in contents.items():
-        write_atomically(folder / name, content)
-    if earlier is not None:
-        built.files = {**earlier.files, **built.files}
-        built.apart_from = {**earlier.apart_from, **built.apart_from}
-        built.notes = list(dict.fromkeys([*earlier.notes, *built.notes]))
-
-
-def _read_record(path: Path) -> Built | None:
-    """What an earlier build left, or None where there is none that can be read."""
-    try:
-        return Built(**json.loads(path.read_text(encoding="utf-8")))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (TypeError, ValueError):
-        return None
-
-
-def _as_record(built: Built) -> dict[str, object]:
-    """What is kept of a build."""
-    held = asdict(built)
-    del held["is_new"]
-    return held
-
-
 def _digest(path: Path) -> str | None:
     """MD5 digest of a file, or None where there is none."""
     try:
         return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
     except (FileNotFoundError, NotADirectoryError):
         return None
-
-
-def _file_name(task: Task, shots: Shots, sample: int, split: str) -> str:
-    """Name of a few-shot file."""
-    return f"{task.name}_{shots}_{sample}_{split}.tsv"

@@ -28,14 +28,13 @@ from prompt_lab.data.files import (
     SplitName,
     find_shots,
     label_fault,
-    read_samples,
+    read_task,
 )
 from prompt_lab.data.partitions import expand_sets
 from prompt_lab.data.sampling import Draw, EvaluationSteps, Key, Layout, Progress, Rows, TrainSteps
 from prompt_lab.data.tasks import Shots, Task, find_tasks
-from prompt_lab.sandbox import SANDBOX, TASKS
+from prompt_lab.sandbox import SANDBOX, SPLIT_ROWS, TASKS
 from prompt_lab.sandbox import rows as sandbox_rows
-from prompt_lab.sandbox.tasks import SPLIT_ROWS
 
 Pairs = Sequence[tuple[str, str | Sequence[str]]]
 """Input and answer, or accepted answers, of each row."""
@@ -102,21 +101,22 @@ class PromptDataModule(LightningDataModule):
         """The rows of one split: (input, answer) or (input, accepted answers) pairs."""
         raise NotImplementedError(f"{type(self).__name__} says no rows: give it a method rows")
 
+    def read(self, task: Task, sample: int) -> dict[SplitName, Split]:
+        """The rows of one sample as splits, from ``rows``; a ``DataError`` names what is wrong."""
+        made: dict[SplitName, Split] = {}
+        for name in SPLITS:
+            where = Path(f"{task.name} {sample} {name}")
+            made[name] = as_split(self.rows(task.name, sample, name), where)
+            for line, answers in enumerate(made[name].references, 1):
+                if fault := label_fault(answers, task):
+                    raise DataError(f"{where}, line {line}: {fault}")
+        return made
+
     def setup(self, stage: str | None = None) -> None:
-        """Take and check the rows of every task and sample, once; a ``DataError`` names them."""
+        """Read and check the rows of every task and sample, once; a ``DataError`` names a fault."""
         for task, sample in self.keys:
-            if (task, sample) in self.splits:
-                continue
-            made: dict[SplitName, Split] = {}
-            for split in SPLITS:
-                pairs, where = self.rows(task, sample, split), Path(f"{task} {sample} {split}")
-                if not pairs:
-                    raise DataError(f"{where}: no rows: give at least one of each split")
-                made[split] = as_split(pairs, where)
-                for line, answers in enumerate(made[split].references, 1):
-                    if fault := label_fault(answers, self.tasks[task]):
-                        raise DataError(f"{where}, line {line}: {fault}")
-            self.splits[task, sample] = made
+            if (task, sample) not in self.splits:
+                self.splits[task, sample] = self.read(self.tasks[task], sample)
 
     @property
     def keys(self) -> list[Key]:
@@ -151,14 +151,10 @@ class PromptDataModule(LightningDataModule):
         most, side = self.max_input_length, self.truncation_side
         answers = list(dict.fromkeys(chain.from_iterable(data.references)))  # each once
         ids = dict(zip(answers, backbone.encode_targets(answers, self.frame), strict=True))
-        targets = [[ids[answer] for answer in row] for row in data.references]
         found = Rows(
             kind,
             [backbone.cut_input(tokens, most, side, self.frame) for tokens in whole],
-            targets if split != "test" else [],
-            data.references,
-            longest_target=max(map(len, ids.values())),
-            shortest_targets=[min(map(len, row)) for row in targets],
+            [[ids[answer] for answer in row] for row in data.references],
             cut=sum(len(tokens) > most for tokens in whole),
         )
         if keep:
@@ -298,22 +294,16 @@ class CrossFitDataModule(PromptDataModule):
         super().__init__(chosen, samples, **settings)
         self.given_tasks = list(tasks)  # with sets of partitions as they were named
         self.root, self.allow_overlap = root, allow_overlap
+        self._files: dict[str, dict[str, Split]] = {}  # by task and digest
 
-    def setup(self, stage: str | None = None) -> None:
-        """Read and check the files of every task and sample, once.
-
-        Raises:
-            DataError: naming file, line and reason.
-        """
+    def read(self, task: Task, sample: int) -> dict[SplitName, Split]:
+        """The splits of one sample: files, or generated rows; a ``DataError`` names file, line."""
         if self.root == SANDBOX:
-            super().setup(stage)
-            return
-        for task in list(self.tasks.values()):
-            samples = [sample for sample in self.samples if (task.name, sample) not in self.splits]
-            if samples:  # a K that its row left open is filled in
-                task = self.tasks[task.name] = replace(task, shots=find_shots(self.root, task))
-                read = read_samples(self.root, task, samples, self.allow_overlap)
-                self.splits |= {(task.name, sample): splits for sample, splits in read.items()}
+            return super().read(task, sample)
+        shots = find_shots(self.root, task)  # fills in a K that the row leaves open
+        task = self.tasks[task.name] = replace(task, shots=shots)
+        known = self._files.setdefault(task.name, {})
+        return read_task(self.root, task, sample, self.allow_overlap, known)
 
     def rows(self, task: str, sample: int, split: SplitName) -> Pairs:
         """The generated rows of a sandbox task; K training rows keep labels' shares."""
@@ -335,21 +325,21 @@ class CrossFitDataModule(PromptDataModule):
 
 def as_split(pairs: Pairs, where: Path) -> Split:
     """Pairs of texts as the rows of a split; spaces around them are dropped, as in files."""
-    inputs, references = [], []
+    rows: list[list[str]] = []
     for number, pair in enumerate(pairs, 1):
         text, answers = pair if isinstance(pair, (tuple, list)) and len(pair) == 2 else (None, ())
-        row: Any = [answers]
+        row: list[Any] = [text, answers]
         if isinstance(answers, Iterable) and not isinstance(answers, str):
-            row = [*answers]
-        if not all(isinstance(x, str) and x.strip() for x in (text, *row)) or not row:
+            row = [text, *answers]
+        if len(row) < 2 or not all(isinstance(x, str) and x.strip() for x in row):
             raise DataError(
                 f"{where}, row {number}: {pair!r} is no pair of a text and an answer, or a list of "
                 "accepted answers, none of them empty"
             )
-        inputs.append(str(text).strip())
-        references.append([answer.strip() for answer in row])
-    told = "".join(
-        "\t".join(x.replace("\t", "\\t").replace("\n", "\\n") for x in (text, *row)) + "\n"
-        for text, row in zip(inputs, references, strict=True)
-    )
-    return Split(inputs, references, where, hashlib.sha256(told.encode()).hexdigest())
+        rows.append([x.strip() for x in row])
+    if not rows:
+        raise DataError(f"{where}: no rows: give at least one of each split")
+    marks = str.maketrans({"\t": "\\t", "\n": "\\n"})
+    told = "".join("\t".join(x.translate(marks) for x in row) + "\n" for row in rows)
+    digest = hashlib.sha256(told.encode()).hexdigest()
+    return Split([row[0] for row in rows], [row[1:] for row in rows], where, digest)

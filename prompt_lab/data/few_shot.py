@@ -8,18 +8,20 @@ first K rows, and the next K. Shuffles are those of NumPy's legacy generator, so
 the published ones to the byte.
 
 Besides: subsamples of N rows that keep the shares of the labels (task prompt vectors, Belanec et
-al. 2024), and the whole pool. Nothing here reads or writes a file.
+al. 2024), and the whole pool. All get the labels of the pool's rows, equal ones where labels do not
+count, and give the row numbers of train and of dev.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import TypeVar
 
 import numpy as np
 
 from prompt_lab.data.files import DataError
-from prompt_lab.data.tasks import Kind, Part
+from prompt_lab.data.tasks import Part
 
 CUT_SEED = 42
 """Seed of the shuffle that parts a data set, for all tasks and samples."""
@@ -28,101 +30,70 @@ DEV_ROWS = 1000
 """Most dev rows beside a whole pool (Belanec et al. 2024 hold out as many)."""
 
 Item = TypeVar("Item")
+Labels = Sequence[Hashable]
 
 
 def take_part(rows: Sequence[Item], part: Part | None) -> list[Item]:
     """Rows of a part after the shuffle with `CUT_SEED`; all, as they are, where part is None.
 
-    Args:
-        rows: Rows of a split of the data set, in its order.
-        part: From (included) and to (excluded), as shares (floats) or row numbers (ints). The row
-            of a share is rounded down, except for the last: 1.0 is the end.
+    Ends are shares (floats) or row numbers (ints). The row of a share is rounded down; 1.0 is the
+    end.
     """
     if part is None:
         return list(rows)
-    shuffled = _shuffled(rows, CUT_SEED)
     start, stop = (int(end * len(rows)) if isinstance(end, float) else end for end in part)
-    return shuffled[start:stop]
+    return [rows[place] for place in _shuffle(len(rows), CUT_SEED)[start:stop]]
 
 
-def draw_few_shot(
-    labels: Sequence[Hashable], kind: Kind, shots: int, seed: int
-) -> tuple[list[int], list[int]]:
-    """Draw train and dev of one sample as CrossFit does.
-
-    Args:
-        labels: What the rows of the pool are grouped by: their answers.
-        kind: Whether ``shots`` counts the rows of each label or of the set.
-        shots: K.
-        seed: Number of the sample.
-
-    Returns:
-        Row numbers of train and of dev. A label with less than 2 K rows has fewer of them.
-    """
-    order = _shuffled(range(len(labels)), seed)
+def draw_few_shot(labels: Labels, shots: int, seed: int) -> tuple[list[int], list[int]]:
+    """K rows of each label as CrossFit draws them; a label with less than 2 K rows has fewer."""
     groups: dict[Hashable, list[int]] = {}
-    for row in order:
-        groups.setdefault(labels[row] if kind == "classification" else None, []).append(row)
+    for row in _shuffle(len(labels), seed):
+        groups.setdefault(labels[row], []).append(row)
     train = [row for rows in groups.values() for row in rows[:shots]]
     dev = [row for rows in groups.values() for row in rows[shots : 2 * shots]]
     return train, dev
 
 
 def draw_stratified(
-    labels: Sequence[Hashable], size: int, dev_size: int, seed: int
+    labels: Labels, size: int, dev_size: int, seed: int
 ) -> tuple[list[int], list[int]]:
-    """Draw N rows in all, in which every label keeps its share, and dev rows beside them.
+    """N rows in all, in which every label keeps its share, and dev rows from what is left.
 
     Shares are kept to the row by largest remainders: each label gets its share of ``size`` rounded
     down, and the rows left go to the labels with the largest remainders, ties to the label that
     comes first in the text order. Belanec et al. 2024 (section 4.3) draw theirs with scikit-learn's
     shuffles through `datasets`; the law is the same, the rows are others.
 
-    Args:
-        labels: Answers of the rows of the pool.
-        size: N rows of train, at least as many as there are labels. The share of a rare label can
-            still be none.
-        dev_size: Rows of dev, drawn in the same way from what is left (all of it if it is less).
-        seed: Number of the sample.
-
-    Returns:
-        Row numbers of train and of dev, in the shuffled order.
-
     Raises:
         DataError: The pool has fewer than N rows, or N is less than the number of labels.
     """
-    order = _shuffled(range(len(labels)), seed)
     kinds = len(set(labels))
     if size < kinds:
         raise DataError(f"{size} rows cannot hold all {kinds} labels: ask for {kinds} or more")
     if size > len(labels):
         raise DataError(f"{size} rows of {len(labels)}: the data set has no more, ask for less")
+    order = _shuffle(len(labels), seed)
     train = _keep_shares(order, labels, size)
     taken = set(train)
     rest = [row for row in order if row not in taken]
     return train, _keep_shares(rest, labels, min(dev_size, len(rest)))
 
 
-def draw_all(labels: Sequence[Hashable], seed: int) -> tuple[list[int], list[int]]:
-    """Take the whole pool: a tenth as dev, but no more than `DEV_ROWS`, and the rest as train.
+def draw_all(labels: Labels, seed: int) -> tuple[list[int], list[int]]:
+    """The whole pool in its order: a tenth as dev, but no more than `DEV_ROWS`, the rest as train.
 
     The labels keep their shares, as in `draw_stratified`.
-
-    Returns:
-        Row numbers of train, in the order of the pool, and of dev, in shuffled order.
     """
     dev_size = min(DEV_ROWS, len(labels) // 10)
-    dev = _keep_shares(_shuffled(range(len(labels)), seed), labels, dev_size)
-    taken = set(dev)
-    return [row for row in range(len(labels)) if row not in taken], dev
+    dev = _keep_shares(_shuffle(len(labels), seed), labels, dev_size)
+    return sorted(set(range(len(labels))).difference(dev)), dev
 
 
-def _keep_shares(order: Sequence[int], labels: Sequence[Hashable], size: int) -> list[int]:
+def _keep_shares(order: Sequence[int], labels: Labels, size: int) -> list[int]:
     """The first rows of an order such that each label has its share of ``size``."""
-    counts: dict[Hashable, int] = {}
-    for row in order:
-        counts[labels[row]] = counts.get(labels[row], 0) + 1
-    exact = {label: size * count / len(order) for label, count in counts.items()} if order else {}
+    counts = Counter(labels[row] for row in order)
+    exact = {label: size * count / len(order) for label, count in counts.items()}
     quota = {label: int(share) for label, share in exact.items()}
     by_rest = sorted(exact, key=lambda label: (quota[label] - exact[label], str(label)))
     for label in by_rest[: size - sum(quota.values())]:
@@ -135,6 +106,6 @@ def _keep_shares(order: Sequence[int], labels: Sequence[Hashable], size: int) ->
     return kept
 
 
-def _shuffled(items: Sequence[Item], seed: int) -> list[Item]:
-    """The items in the order of NumPy's legacy shuffle, which CrossFit's files depend on."""
-    return [items[place] for place in np.random.RandomState(seed).permutation(len(items))]
+def _shuffle(count: int, seed: int) -> list[int]:
+    """Row numbers in the order of NumPy's legacy shuffle, which CrossFit's files depend on."""
+    return np.random.RandomState(seed).permutation(count).tolist()

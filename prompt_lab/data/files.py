@@ -42,19 +42,12 @@ class MissingDataError(DataError, FileNotFoundError):
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of one few-shot file; row i stands on line i + 1.
-
-    Attributes:
-        inputs: Input text of each row.
-        references: Accepted answers of each row, at least one; training uses them as targets.
-        path: The file.
-        digest: SHA-256 of the file's bytes, in hexadecimal.
-    """
+    """The rows of one few-shot file; row i stands on line i + 1."""
 
     inputs: list[str]
-    references: list[list[str]]
+    references: list[list[str]]  # accepted answers of each row, at least one
     path: Path
-    digest: str
+    digest: str  # SHA-256 of the file's bytes, in hexadecimal
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -62,83 +55,51 @@ class Split:
 
 
 def read_task(
-    root: str | Path, task: Task, sample: int, allow_overlap: bool = False
+    root: str | Path,
+    task: Task,
+    sample: int,
+    allow_overlap: bool = False,
+    known: dict[str, Split] | None = None,
 ) -> dict[SplitName, Split]:
     """Read the three splits of one sample of a task, and check labels and overlap.
 
     Args:
         root: Data root, the folder that holds one folder per task.
-        task: Row of the task table.
-        sample: Number of the few-shot sample, as in the file names.
-        allow_overlap: Accept rows that stand in two splits.
-
-    Returns:
-        The splits under the keys "train", "dev" and "test".
-
-    Raises:
-        DataError: A file is missing or bad, has a label outside the task's set, or shares a row
-            with another split.
-    """
-    return read_samples(root, task, [sample], allow_overlap)[sample]
-
-
-def read_samples(
-    root: str | Path, task: Task, samples: Sequence[int], allow_overlap: bool = False
-) -> dict[int, dict[SplitName, Split]]:
-    """Read several samples of a task as `read_task` does.
-
-    The samples of CrossFit share their test rows: the lines of files that are equal byte by byte
-    are cut once, and their rows are the same lists.
-
-    Args:
-        root: Data root, the folder that holds one folder per task.
-        task: Row of the task table. Where its ``shots`` is None, the only K in the folder is taken.
-        samples: Numbers of the few-shot samples.
-        allow_overlap: Accept rows that stand in two splits.
-
-    Returns:
-        For each sample, the splits under the keys "train", "dev" and "test".
-
-    Raises:
-        DataError: As `read_task`.
-    """
-    shots = find_shots(root, task)
-    known: dict[str, Split] = {}
-    read: dict[int, dict[SplitName, Split]] = {}
-    for sample in samples:
-        read[sample] = {
-            name: _read_file(_find_file(Path(root), task, shots, sample, name), task, known)
-            for name in SPLITS
-        }
-        if not allow_overlap:
-            for name, lines, fault in overlaps(read[sample]):
-                raise DataError(f"{read[sample][name].path}, line {min(lines)}: {fault}")
-    return read
-
-
-def read_split(root: str | Path, task: Task, sample: int, split: SplitName) -> Split:
-    """Read one few-shot file.
-
-    Args:
-        root: Data root, the folder that holds one folder per task.
         task: Row of the task table. Where its ``shots`` is None, the only K in the folder is taken.
         sample: Number of the few-shot sample, as in the file names.
-        split: "train", "dev" or "test".
-
-    Returns:
-        The rows of the file.
+        allow_overlap: Accept rows that stand in two splits.
+        known: Files that were read, by digest, to be filled: rows of equal files are shared, as the
+            samples of CrossFit share their test rows.
 
     Raises:
         MissingDataError: File, task folder or root is not there; the message says what is.
-        DataError: The file is empty, is not UTF-8, or has a bad row or label.
+        DataError: A file is empty or not UTF-8, has a bad row or a label outside the task's set, or
+            shares a row with another split.
     """
-    return _read_file(_find_file(Path(root), task, find_shots(root, task), sample, split), task, {})
+    splits: dict[SplitName, Split] = {
+        name: read_split(root, task, sample, name, known) for name in SPLITS
+    }
+    for name, lines, fault in () if allow_overlap else overlaps(splits):
+        raise DataError(f"{splits[name].path}, line {min(lines)}: {fault}")
+    return splits
 
 
-def _read_file(path: Path, task: Task, known: dict[str, Split]) -> Split:
-    """Read a file, or take the rows of a known one (by digest) with the same bytes."""
+def read_split(
+    root: str | Path,
+    task: Task,
+    sample: int,
+    split: SplitName,
+    known: dict[str, Split] | None = None,
+) -> Split:
+    """Read one few-shot file; arguments and errors as of `read_task`."""
+    folder, shots = Path(root) / task.name, find_shots(root, task)
+    path = folder / file_name(task.name, shots, sample, split)
+    if not path.is_file():
+        other = {k for k, *_ in list_files(folder)}
+        hint = "; data.shots chooses K" if other and shots not in other else ""
+        raise MissingDataError(f"no file {path}; {_describe_folder(folder)}{hint}")
     data = path.read_bytes()
-    digest = hashlib.sha256(data).hexdigest()
+    digest, known = hashlib.sha256(data).hexdigest(), {} if known is None else known
     if digest in known:
         return replace(known[digest], path=path)
     rows = read_lines(path, data, task)
@@ -148,11 +109,6 @@ def _read_file(path: Path, task: Task, known: dict[str, Split]) -> Split:
 
 def read_lines(path: Path, data: bytes, task: Task | None = None) -> list[list[str]]:
     """The fields of every line of a file, the input first.
-
-    Args:
-        path: The file, for messages.
-        data: Its bytes.
-        task: Whose labels are the only answers, if it has any.
 
     Raises:
         DataError: The first of its `faults`; the message names file and line.
@@ -190,40 +146,31 @@ def faults(data: bytes, task: Task | None = None) -> Iterator[tuple[int, list[st
     for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
         whole = line.removesuffix("\r")
         fields = [field.replace(BREAK, "\n").strip() for field in whole.split("\t")]
-        if fault := _fault(whole, fields):
+        if "\0" in line:
+            yield number, [], "the line holds a NUL character; remove it"
+        elif "\r" in whole:
+            fault = "a carriage return stands inside the line; end lines with \\n or \\r\\n"
             yield number, [], fault
-        else:
+        elif all(fields) and len(fields) > 1:
             yield number, fields, label_fault(fields[1:], task)
+        elif not any(fields):
+            yield number, [], "the line is empty; remove it"
+        elif len(fields) == 1:
+            yield number, [], "the target column is missing; write the input, a tab, the target"
+        else:
+            at = fields.index("")
+            last = f"column {at + 1} is empty; remove the tab or write a reference"
+            names = ("the input (column 1) is empty", "the target (column 2) is empty", last)
+            yield number, [], names[min(at, 2)]
 
 
 def label_fault(answers: Sequence[str], task: Task | None) -> str:
     """What is wrong with the answers of a row of a task with labels, or an empty text."""
-    if task is None or task.labels is None:
+    labels = None if task is None else task.labels
+    if task is None or labels is None or all(answer in labels for answer in answers):
         return ""
-    wrong = next((answer for answer in answers if answer not in task.labels), None)
-    if wrong is None:
-        return ""
-    allowed = ", ".join(map(repr, task.labels))
-    return f"not a label of {task.name}: {wrong!r}; allowed: {allowed}"
-
-
-def _fault(line: str, fields: list[str]) -> str | None:
-    """What is wrong with a line, or None."""
-    if "\0" in line:
-        return "the line holds a NUL character; remove it"
-    if "\r" in line:
-        return "a carriage return stands inside the line; end lines with \\n or \\r\\n"
-    if all(fields) and len(fields) > 1:
-        return None
-    if not any(fields):
-        return "the line is empty; remove it"
-    if len(fields) == 1:
-        return "the target column is missing; write the input, a tab, the target"
-    if not fields[0]:
-        return "the input (column 1) is empty"
-    if not fields[1]:
-        return "the target (column 2) is empty"
-    return f"column {fields.index('') + 1} is empty; remove the tab or write a reference"
+    wrong = next(answer for answer in answers if answer not in labels)
+    return f"not a label of {task.name}: {wrong!r}; allowed: {', '.join(map(repr, labels))}"
 
 
 def overlaps(splits: Mapping[SplitName, Split]) -> Iterator[tuple[SplitName, list[int], str]]:
@@ -236,74 +183,63 @@ def overlaps(splits: Mapping[SplitName, Split]) -> Iterator[tuple[SplitName, lis
         The second of two splits that share rows, its lines that stand in the first, and what is
         wrong, of the first of them.
     """
+
+    def rows(split: Split) -> Iterator[tuple[int, tuple[str, str]]]:
+        both = zip(split.inputs, split.references, strict=True)
+        return ((n, (text, one)) for n, (text, own) in enumerate(both, 1) for one in own)
+
     for first, second in combinations(splits, 2):
         if set(splits[first].inputs).isdisjoint(splits[second].inputs):
             continue  # most often so, and much faster to see
         known: dict[tuple[str, str], int] = {}
-        for line, row in _rows(splits[first]):
+        for line, row in rows(splits[first]):
             known.setdefault(row, line)
         shared: dict[int, int] = {}
-        for line, row in _rows(splits[second]):
+        for line, row in rows(splits[second]):
             if row in known:
                 shared.setdefault(line, known[row])
         if shared:
-            line = min(shared)
             yield (
                 second,
                 list(shared),
-                f"the same row stands in {first}, line {shared[line]}; remove it from one of the "
-                "files, or set data.allow_overlap",
+                f"the same row stands in {first}, line {shared[min(shared)]}; remove it from one "
+                "of the files, or set data.allow_overlap",
             )
 
 
-def _rows(split: Split) -> Iterator[tuple[int, tuple[str, str]]]:
-    """Line, input and reference, for each reference."""
-    for line, (text, answers) in enumerate(zip(split.inputs, split.references, strict=True), 1):
-        yield from ((line, (text, answer)) for answer in answers)
-
-
 def find_shots(root: str | Path, task: Task) -> Shots:
-    """K of the files that are read of a task.
-
-    Args:
-        root: Data root, the folder that holds one folder per task.
-        task: Row of the task table.
-
-    Returns:
-        The ``shots`` of the row, or the only K in the task's folder where that is None.
+    """K of the files that are read of a task: its row's, or the only one in the task's folder.
 
     Raises:
         MissingDataError: There is no task folder, or, where it matters, no file in it.
         DataError: The row leaves K open, and the folder holds several.
     """
-    folder = Path(root) / task.name
+    root, folder = Path(root), Path(root) / task.name
+    if not root.is_dir():
+        raise MissingDataError(
+            f"no folder {root}: the data root does not exist (looked for {folder})"
+        )
     if not folder.is_dir():
-        raise MissingDataError(_describe_missing_folder(Path(root), task.name))
-    return _only_shots(folder) if task.shots is None else task.shots
-
-
-def _find_file(root: Path, task: Task, shots: Shots, sample: int, split: SplitName) -> Path:
-    """Path of a few-shot file that exists; otherwise say what is there instead."""
-    folder = root / task.name
-    path = folder / f"{task.name}_{shots}_{sample}_{split}.tsv"
-    if not path.is_file():
-        other = [k for k, *_ in list_files(folder)]
-        hint = "" if shots in other or not other else "; data.shots chooses K"
-        raise MissingDataError(f"no file {path}; {_describe_folder(folder)}{hint}")
-    return path
-
-
-def _only_shots(folder: Path) -> Shots:
-    """The one K that the files of a task folder have."""
-    found: list[Shots] = list(dict.fromkeys(shots for shots, _, _ in list_files(folder)))
+        held = sorted(path.name for path in root.iterdir() if path.is_dir())
+        near = ", ".join(difflib.get_close_matches(task.name, held, n=3, cutoff=0.4))
+        hint = f"the nearest names there are {near}" if near else "no name there is near to it"
+        raise MissingDataError(f"no folder {folder}; {hint}")
+    if task.shots is not None:
+        return task.shots
+    found: list[Shots] = list(dict.fromkeys(shots for shots, *_ in list_files(folder)))
     if not found:
-        expected = f"{folder / folder.name}_<K>_<sample>_<split>.tsv"
+        expected = folder / file_name(task.name, "<K>", "<sample>", "<split>")
         raise MissingDataError(f"no file {expected}; {_describe_folder(folder)}")
     if len(found) > 1:
         numbers = ", ".join(map(str, found))
         which = "say which with data.shots, or shots in the row"
         raise DataError(f"{folder} holds files for K = {numbers}; {which}")
     return found[0]
+
+
+def file_name(task: str, shots: Shots | str, sample: int | str, split: str) -> str:
+    """Name of a few-shot file."""
+    return f"{task}_{shots}_{sample}_{split}.tsv"
 
 
 def list_files(folder: Path) -> list[tuple[Shots, int, str]]:
@@ -318,20 +254,10 @@ def list_files(folder: Path) -> list[tuple[Shots, int, str]]:
 
 def _describe_folder(folder: Path) -> str:
     """List the samples of each K and split that a task folder holds."""
-    held: dict[tuple[Shots, str], list[str]] = {}
+    held: dict[str, list[str]] = {}
     for shots, sample, split in list_files(folder):
-        held.setdefault((shots, split), []).append(str(sample))
-    groups = [f"K = {k} {split}: {', '.join(samples)}" for (k, split), samples in held.items()]
-    if not groups:
+        held.setdefault(f"K = {shots} {split}", []).append(str(sample))
+    if not held:
         return f"{folder} holds no files of this form"
-    return f"the samples in {folder} are: {'; '.join(groups)}"
-
-
-def _describe_missing_folder(root: Path, name: str) -> str:
-    """Say that a task folder is missing, and which folders come nearest."""
-    if not root.is_dir():
-        return f"no folder {root}: the data root does not exist (looked for {root / name})"
-    held = sorted(path.name for path in root.iterdir() if path.is_dir())
-    near = ", ".join(difflib.get_close_matches(name, held, n=3, cutoff=0.4))
-    hint = f"the nearest names there are {near}" if near else "no name there is near to it"
-    return f"no folder {root / name}; {hint}"
+    groups = "; ".join(f"{name}: {', '.join(samples)}" for name, samples in held.items())
+    return f"the samples in {folder} are: {groups}"

@@ -8,7 +8,7 @@ leaves out. Rows are mappings in the schema of the data set on the hub; they are
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -47,10 +47,7 @@ def shuffle_options(rows: Iterable[Row]) -> Iterator[Row]:
 
 def group_answers(rows: Iterable[Row]) -> Iterator[Row]:
     """One row per question (MultiRC): all its answers as options, the right ones as one target."""
-    questions: dict[int, list[Row]] = {}
-    for row in rows:
-        questions.setdefault(row["idx"]["question"], []).append(row)
-    for group in questions.values():
+    for group in _groups(rows, lambda row: row["idx"]["question"]):
         right = [row["answer"] for row in group if row["label"] == 1]
         yield {
             **group[0],
@@ -81,10 +78,7 @@ def draw_order(rows: Iterable[Row]) -> Iterator[Row]:
 
 def group_concepts(rows: Iterable[Row]) -> Iterator[Row]:
     """One row per set of concepts, with every sentence written for it as a reference."""
-    groups: dict[int, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row["concept_set_idx"], []).append(row)
-    for group in groups.values():
+    for group in _groups(rows, lambda row: row["concept_set_idx"]):
         concepts = ", ".join(group[0]["concepts"])
         yield {"concepts": concepts, "targets": [row["target"] for row in group]}
 
@@ -94,22 +88,20 @@ def group_utterances(rows: Iterable[Row]) -> Iterator[Row]:
 
     The files write a comma as ``_comma_``; utterances with "hit:" are broken lines and dropped.
     """
-    groups: dict[str, list[str]] = {}
-    for row in rows:
-        if "hit:" not in row["utterance"]:
-            situation = f"{row['prompt'].replace('_comma_', ',')} [SEP] {row['context']}"
-            utterance = row["utterance"].replace("_comma_", ",")
-            groups.setdefault(situation, []).append(utterance.translate(FLAT))
-    for situation, utterances in groups.items():
-        yield {"situation": situation, "utterances": utterances}
+    whole = (row for row in rows if "hit:" not in row["utterance"])
+    for group in _groups(
+        whole, lambda row: (row["prompt"].replace("_comma_", ","), row["context"])
+    ):
+        prompt = group[0]["prompt"].replace("_comma_", ",")
+        texts = [row["utterance"].replace("_comma_", ",").translate(FLAT) for row in group]
+        yield {"situation": f"{prompt} [SEP] {group[0]['context']}", "utterances": texts}
 
 
 def record_texts(rows: Iterable[Row]) -> Iterator[Row]:
     """ReCoRD as T5 wrote it: highlights as sentences of the passage."""
     for row in rows:
         ended = re.sub(r"([.?!\"'])\n@highlight\n", r"\1 ", row["passage"])
-        passage = ended.replace("\n@highlight\n", ". ")
-        yield {**row, "passage": passage}
+        yield {**row, "passage": ended.replace("\n@highlight\n", ". ")}
 
 
 def marked_spans(rows: Iterable[Row]) -> Iterator[Row]:
@@ -119,6 +111,14 @@ def marked_spans(rows: Iterable[Row]) -> Iterator[Row]:
         text = _mark(row["text"], row["span1_text"], first, "*")
         moved = second + 2 if first < second else second  # by the two marks before it
         yield {**row, "text": _mark(text, row["span2_text"], moved, "#")}
+
+
+def _groups(rows: Iterable[Row], key: Callable[[Row], Any]) -> list[list[Row]]:
+    """Rows of one key together, in the order in which keys first come up."""
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return list(groups.values())
 
 
 def _span(row: Row, first: int, inside: int) -> str:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from typing import Any, Literal
+from functools import cached_property, lru_cache
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -37,11 +37,13 @@ class Rows:
 
     task: Task
     inputs: list[list[int]]  # token ids
-    targets: list[list[list[int]]]  # of each of a row's references; empty for test
-    references: list[list[str]]  # the accepted answers as text
-    longest_target: int  # tokens of the longest reference
-    shortest_targets: list[int] = field(default_factory=list)  # of each row's shortest reference
+    targets: list[list[list[int]]]  # of each of a row's references
     cut: int = 0  # how many inputs were longer than data.max_input_length
+
+    @cached_property
+    def longest_target(self) -> int:
+        """Tokens of the longest reference."""
+        return max(len(ids) for row in self.targets for ids in row)
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -96,17 +98,13 @@ def epoch_order(
     return rng.permutation(size), rng.integers(2**31, size=size)
 
 
-def row_of_draw(seed: int, task: str, sample: int, number: int, size: int) -> tuple[int, int]:
-    """Row and reference of a stream's draw, counted from 0: one permutation after another."""
-    epoch, at = divmod(number, size)
-    order, draws = epoch_order(seed, task, sample, epoch, size)
-    return int(order[at]), int(draws[at])
-
-
-def step_rows(run: Run, order_seed: int, step: int, size: int) -> Drawn:
-    """A run's rows at one step, counted from 0."""
-    positions = range(step * run.batch_size, (step + 1) * run.batch_size)
-    return [row_of_draw(order_seed, run.task, run.sample, at, size) for at in positions]
+def _stream(seed: int, task: str, sample: int, size: int, numbers: Sequence[int]) -> Drawn:
+    """Draws of a stream by their numbers, from 0: one permutation of the rows after another."""
+    drawn = []
+    for number in numbers:
+        order, draws = epoch_order(seed, task, sample, number // size, size)
+        drawn.append((int(order[number % size]), int(draws[number % size])))
+    return drawn
 
 
 def _batch(
@@ -125,6 +123,12 @@ def _batch(
     return make_batch(inputs, targets, prompts, **vars(layout), weight=weights, rows=numbers)
 
 
+def step_rows(run: Run, order_seed: int, step: int, size: int) -> Drawn:
+    """A run's rows at one step, counted from 0."""
+    numbers = range(step * run.batch_size, (step + 1) * run.batch_size)
+    return _stream(order_seed, run.task, run.sample, size, numbers)
+
+
 def bank_draw(
     runs: Sequence[Run],
     rows: Mapping[Key, Rows],
@@ -133,29 +137,30 @@ def bank_draw(
     share: tuple[int, int] = (0, 1),
 ) -> Draw:
     """The rows of all live runs, each with its own order and batch size; weight 1/batch size."""
+    sources = [rows[run.task, run.sample] for run in runs]
 
     def batch(step: int, live: Sequence[int]) -> Batch:
-        picked = []
-        for place in live:
-            run, own = runs[place], rows[runs[place].task, runs[place].sample]
-            drawn = step_rows(run, order_seed, step, len(own))
-            picked += [(own, row, draw, place, 1 / run.batch_size) for row, draw in drawn]
+        picked = [
+            (sources[place], row, draw, place, 1 / runs[place].batch_size)
+            for place in live
+            for row, draw in step_rows(runs[place], order_seed, step, len(sources[place]))
+        ]
         return _batch(picked, layout, share)
 
-    passes = [-(-len(rows[run.task, run.sample]) // run.batch_size) for run in runs]
+    passes = [-(-len(own) // run.batch_size) for run, own in zip(runs, sources, strict=True)]
     return Draw(batch, max(passes, default=1))
 
 
-def task_weights(sizes: Sequence[int], mixing: Mixing, temperature: float = 2.0) -> list[float]:
+def task_weights(sizes: Sequence[int], mixing: Mixing) -> list[float]:
     """Share of each task in a mixture (Raffel et al. 2020, section 3.5.2); they sum to 1.
 
     Of a task of n_t rows it is n_t / sum n by "examples", the same for each by "tasks", and
-    n_t^(1/T) / sum n^(1/T) by "temperature" T.
+    n_t^(1/T) / sum n^(1/T) by "temperature", with T = 2.
 
     Raises:
         ValueError: an unknown mixing.
     """
-    powers = {"examples": 1.0, "tasks": 0.0, "temperature": 1 / temperature}
+    powers = {"examples": 1.0, "tasks": 0.0, "temperature": 1 / 2}
     if mixing not in powers:
         raise ValueError(f"mixing is {mixing!r}: choose among {', '.join(powers)}")
     scaled = np.asarray(sizes, dtype=np.float64) ** powers[mixing]
@@ -199,13 +204,13 @@ def mixture_rows(
     reads. Its draws up to the end of any epoch differ from its share by at most one; with weights
     by size each epoch holds every row once.
     """
-    keys, length, shares = list(sizes), sum(sizes.values()), tuple(weights)
-    drawn = []
+    keys, length, shares, drawn = list(sizes), sum(sizes.values()), tuple(weights), []
     for position in range(step * batch_size, (step + 1) * batch_size):
         epoch, at = divmod(position, length)
         tasks, numbers = _epoch_draws(seed, epoch, shares, length)
         task, sample = key = keys[tasks[at]]
-        drawn.append((key, *row_of_draw(seed, task, sample, int(numbers[at]), sizes[key])))
+        ((row, draw),) = _stream(seed, task, sample, sizes[key], [int(numbers[at])])
+        drawn.append((key, row, draw))
     return drawn
 
 
@@ -236,8 +241,7 @@ def _epoch_draws(
     return drawn, numbers
 
 
-@dataclass(frozen=True)
-class EpisodeRows:
+class EpisodeRows(NamedTuple):
     """Which rows an episode has: of train in each of K inner steps, and of dev to judge by."""
 
     key: Key
@@ -279,20 +283,19 @@ def episode_draw(
     sizes = {key: (len(support[key]), len(query[key])) for key in support}
     counts = (episodes, inner_steps, support_size, query_size)
 
-    def part(source: Mapping[Key, Rows], keys: Sequence[Key], drawn: Sequence[Drawn]) -> Batch:
-        picked = [
-            (source[key], row, draw, index, 1 / len(rows))
-            for index, (key, rows) in enumerate(zip(keys, drawn, strict=True))
-            for row, draw in rows
-        ]
-        return _batch(picked, layout)
-
     def batch(step: int, live: Sequence[int]) -> Episodes:
         mine = episode_rows(seed, step, sizes, *counts)[share[0] :: share[1]]
-        keys = [episode.key for episode in mine]
-        inner = [[episode.support[k] for episode in mine] for k in range(inner_steps)]
-        judged = part(query, keys, [episode.query for episode in mine])
-        return Episodes(keys, [part(support, keys, drawn) for drawn in inner], judged)
+
+        def part(source: Mapping[Key, Rows], drawn: Sequence[Drawn]) -> Batch:
+            picked = [
+                (source[mine[place].key], row, draw, place, 1 / len(rows))
+                for place, rows in enumerate(drawn)
+                for row, draw in rows
+            ]
+            return _batch(picked, layout)
+
+        inner = [part(support, [own.support[k] for own in mine]) for k in range(inner_steps)]
+        return Episodes([own.key for own in mine], inner, part(query, [own.query for own in mine]))
 
     return Draw(batch, -(-len(sizes) // episodes))
 
@@ -319,19 +322,19 @@ def episode_rows(
         visit, at = divmod(position, len(keys))
         order = np.random.default_rng([seed, zlib.crc32(b"episodes"), visit]).permutation(len(keys))
         task, sample = key = keys[order[at]]
-        train, dev = sizes[key]
-        rows = _visit_rows(seed, task, sample, visit, inner_steps * support_size, train)
-        cuts = range(0, len(rows), support_size)
-        support = [rows[start : start + support_size] for start in cuts]
-        # A stream of its own: with that of train, row i of dev would always go with row i of train.
-        query = _visit_rows(seed, f"{task}/query", sample, visit, query_size, dev)
+        train, query = (
+            _stream(seed, stream, sample, size, range(first, first + count))
+            for stream, count, size in (
+                (task, inner_steps * support_size, sizes[key][0]),
+                # A stream of its own: else row i of dev would always go with row i of train.
+                (f"{task}/query", query_size, sizes[key][1]),
+            )
+            for first in [visit * -(-count // size) * size]
+        )
+        cuts = range(0, len(train), support_size)
+        support = [train[start : start + support_size] for start in cuts]
         found.append(EpisodeRows(key, support, query))
     return found
-
-
-def _visit_rows(seed: int, task: str, sample: int, visit: int, count: int, size: int) -> Drawn:
-    start = visit * -(-count // size) * size
-    return [row_of_draw(seed, task, sample, start + at, size) for at in range(count)]
 
 
 @dataclass
@@ -381,9 +384,9 @@ class EvaluationSteps:
         Every second prompt has its shortest row first, so that a batch that holds rows of two
         prompts joins rows of about one length.
         """
-        live, (lives, parts) = list(self.live()), self._made
-        if live == lives:
-            return parts
+        live = list(self.live())
+        if live == self._made[0]:
+            return self._made[1]
         parts, block = [], self.block or len(live) or 1
         for start in range(0, len(live), block):
             members: dict[Key, list[int]] = {}
@@ -393,11 +396,8 @@ class EvaluationSteps:
             for key, places in members.items():
                 rows = self.rows[key]
                 order = sorted(range(len(rows)), key=lambda row: -len(rows.inputs[row]))
-                pairs = [
-                    (place, row)
-                    for at, place in enumerate(places)
-                    for row in (order[::-1] if self.layout.left_padded and at % 2 else order)
-                ]
+                turns = (order, order[::-1] if self.layout.left_padded else order)
+                pairs = [(place, row) for at, place in enumerate(places) for row in turns[at % 2]]
                 if not self.layout.left_padded:
                     pairs.sort(key=lambda pair: -len(rows.inputs[pair[1]]))
                 pairs = pairs[self.share[0] :: self.share[1]]

@@ -9,8 +9,9 @@ text; the second half, a `Source`, is what ``prompt-lab tasks build`` makes the 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,89 +19,49 @@ from typing import Any, Literal, get_args
 import yaml
 
 from prompt_lab.core.metric_names import METRICS
+from prompt_lab.sandbox import TASKS as sandbox_tasks
 
 Kind = Literal["classification", "text_to_text"]
 Shots = int | Literal["all"]
 Part = tuple[float, float]
 """Rows from (included) and to (excluded): shares as float, row numbers as int."""
 
-_SOURCE_KEYS = (
-    "hub",
-    "config",
-    "train",
-    "test",
-    "train_part",
-    "test_part",
-    "prepare",
-    "keep",
-    "input",
-    "label",
-    "target",
-)
-_KEYS = ("ontology", "kind", "metric", "shots", "labels", *_SOURCE_KEYS, "licence", "note")
-_PACKAGED = (
-    Path(__file__).with_name("tasks.yaml"),
-    Path(__file__).parents[1] / "sandbox" / "tasks.yaml",
-)
-
 
 @dataclass(frozen=True)
 class Source:
-    """What the files of a task are made from.
+    """What the files of a task are made from."""
 
-    Attributes:
-        hub: Id of the data set on the Hugging Face hub, or None where the rows are not there.
-        config: Configuration of the data set, or None where it has only one.
-        train: Split that train and dev are drawn from.
-        test: Split that becomes test; the same as ``train`` where there is only one.
-        train_part: Rows of ``train`` to draw from, after a shuffle; None for all, unshuffled.
-        test_part: The same for ``test``.
-        prepare: Function of `prompt_lab.data.prepare` that groups, draws or takes apart the rows,
-            or None where templates suffice.
-        keep: Expression that is true of the rows to use, or None for all.
-        input: Template of the input (`prompt_lab.data.templates`).
-        label: Column with the index or the text of the label, or an expression of it; None where
-            ``target`` says the answer.
-        target: Template of the answers, or None.
-    """
+    train: str  # split that train and dev are drawn from
+    test: str  # split that becomes test; the same as `train` where there is only one
+    input: str  # template (`prompt_lab.data.templates`)
+    label: str | None = None  # column with index or text of the label, or an expression of it
+    target: str | None = None  # template of the answers, where there is no label
+    hub: str | None = None  # id of the data set on the Hugging Face hub; None: not there
+    config: str | None = None  # configuration of the data set, where it has several
+    train_part: Part | None = None  # rows of `train` to draw from, after a shuffle; None for all
+    test_part: Part | None = None  # the same for `test`
+    prepare: str | None = None  # function of `prompt_lab.data.prepare` that groups or draws rows
+    keep: str | None = None  # expression that is true of the rows to use
 
-    hub: str | None
-    config: str | None
-    train: str
-    test: str
-    train_part: Part | None
-    test_part: Part | None
-    prepare: str | None
-    keep: str | None
-    input: str
-    label: str | None
-    target: str | None
+
+_SOURCE_KEYS = [field.name for field in fields(Source)]
+_SETTINGS = ("ontology", "kind", "metric", "shots", "labels")
+_KEYS = (*_SETTINGS, *_SOURCE_KEYS, "licence", "note")
+_NO_TEXTS = ("metric", "kind", "shots", "labels", "train_part", "test_part")
 
 
 @dataclass(frozen=True)
 class Task:
-    """One row of the task table.
-
-    Attributes:
-        name: Name of the task, which is also its folder below the data root.
-        ontology: Kind of task, such as "cls/nli"; "custom" for users' rows that do not say.
-        metric: One of `prompt_lab.core.metric_names.METRICS`.
-        shots: The K of the file names, or None where any K in the folder will do.
-        labels: The C answers that are allowed, in label order, or None for open answers.
-        kind: How few-shot files are drawn: K rows of each label ("classification"), or K in all.
-        source: What the files are made from, or None where the row does not say.
-        licence: What the authors of the data state; "not known here" where the row does not say.
-        note: What to know of the task, or empty.
-    """
+    """One row of the task table; ``name`` is also the task's folder below the data root."""
 
     name: str
-    ontology: str
-    metric: str
-    shots: Shots | None
-    labels: tuple[str, ...] | None
-    kind: Kind = "classification"
-    source: Source | None = None
-    licence: str = "not known here"
+    ontology: str  # kind of task, such as "cls/nli"; "custom" for users' rows that do not say
+    metric: str  # one of `prompt_lab.core.metric_names.METRICS`
+    shots: Shots | None  # K of the file names, or None where any K in the folder will do
+    labels: tuple[str, ...] | None  # the C allowed answers in label order, or None: open answers
+    kind: Kind = "classification"  # few-shot files have K rows of each label, or K in all
+    source: Source | None = None  # None where the row does not say what files are made from
+    licence: str = "not known here"  # what the authors of the data state
     note: str = ""
 
 
@@ -124,50 +85,47 @@ def load_tasks(extra: str | Path | None = None) -> dict[str, Task]:
 
 
 def find_tasks(names: Sequence[str], extra: str | Path | None = None) -> list[Task]:
-    """Look up tasks by name; of the package's rows only these are checked and typed.
-
-    Args:
-        names: Names of tasks, none of them twice.
-        extra: A user's own task file, as for `load_tasks`.
-
-    Returns:
-        The tasks in the order of ``names``.
+    """Look up tasks by name, in the order given; of the package's rows only these are typed.
 
     Raises:
-        ValueError: A name is unknown (the message gives the nearest known ones) or occurs twice.
+        ValueError: A name is unknown (the message gives the nearest known ones) or occurs twice, or
+            as `load_tasks`.
     """
     if isinstance(names, str):
         raise ValueError(f"task names must be a list, not the text {names!r}: write [{names}]")
-    twice = repeated(names)
-    if twice:
+    if twice := repeated(names):
         raise ValueError(f"tasks are named more than once: {', '.join(twice)}; name each once")
-    own, packaged = _own(extra), _packaged_rows()
-    unknown = [n for n in names if n not in own and n not in packaged]
+    own = _own(extra)
+    known = [*_packaged_rows(), *own]
+    unknown = []
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+            hint = f"did you mean {', '.join(near)}?" if near else "add a row for it in a task file"
+            unknown.append(f"unknown task {name!r}: {hint}")
     if unknown:
-        raise ValueError("; ".join(_describe_unknown(name, [*packaged, *own]) for name in unknown))
+        raise ValueError("; ".join(unknown))
     return [own[name] if name in own else _packaged(name) for name in names]
 
 
 @cache
 def _packaged_rows() -> dict[str, Any]:
-    """The rows that ship with the package, as YAML has them."""
-    return {name: row for path in _PACKAGED for name, row in _read_rows(path).items()}
+    sandbox = {name: task.row for name, task in sandbox_tasks.items()}
+    return read_yaml(Path(__file__).with_name("tasks.yaml")) | sandbox
 
 
 @cache
 def _packaged(name: str) -> Task:
-    """A row of the package."""
     return _parse_row(name, _packaged_rows()[name])
 
 
 def _own(extra: str | Path | None) -> dict[str, Task]:
-    """A user's own rows."""
     if extra is None:
         return {}
     path, tasks = Path(extra), {}
     if not path.is_file():
         raise FileNotFoundError(f"no task file {path}: give a YAML file of task rows")
-    for name, row in _read_rows(path).items():
+    for name, row in read_yaml(path).items():
         try:
             if name in _packaged_rows():
                 raise ValueError("the package already has a task of this name; choose another")
@@ -177,19 +135,28 @@ def _own(extra: str | Path | None) -> dict[str, Task]:
     return tasks
 
 
-def _read_rows(path: Path) -> dict[Any, Any]:
-    """The mapping that a YAML file holds; a name that occurs twice is an error."""
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # of C where there is one
+
+
+class _Loader(_SafeLoader):
+    """Safe YAML in which no key of a mapping may occur twice; PyYAML would keep the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        if twice := repeated(str(key.value) for key, _ in node.value):
+            last = [key for key, _ in node.value if str(key.value) == twice[0]][-1]
+            problem = f"{twice[0]!r} occurs twice; keep one"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=last.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+def read_yaml(path: Path) -> dict[Any, Any]:
+    """The mapping that a YAML file holds; ``ValueError`` where it is none, or has a key twice."""
     try:
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(path.read_bytes())
-        node = loader.get_single_node()
-        rows = None if node is None else loader.construct_document(node)
+        rows = yaml.load(path.read_bytes(), Loader=_Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(node, yaml.MappingNode) or not isinstance(rows, dict):
+    if not isinstance(rows, dict):
         raise ValueError(f"{path}: must hold rows of the form name: {{metric: ACC, ...}}")
-    twice = repeated(key.value for key, _ in node.value)
-    if twice:
-        raise ValueError(f"{path}, row {twice[0]!r}: the name occurs twice; keep one row")
     return rows
 
 
@@ -204,38 +171,36 @@ def _parse_row(name: object, row: object) -> Task:
         )
     if not isinstance(row, dict):
         raise ValueError("must be a mapping such as {metric: ACC, labels: [good, bad]}")
-    unknown = [str(key) for key in row if key not in _KEYS]
-    if unknown:
+    row = {key: value for key, value in row.items() if value is not None}
+    if unknown := [str(key) for key in row if key not in _KEYS]:
         raise ValueError(f"unknown key {', '.join(unknown)}; allowed: {', '.join(_KEYS)}")
-    if row.get("metric") not in METRICS:
-        allowed = ", ".join(METRICS)
-        raise ValueError(f"metric is {row.get('metric')!r}; allowed: {allowed}")
-    ontology = row.get("ontology", "custom")
-    if not isinstance(ontology, str) or not ontology:
-        raise ValueError(f"ontology must be text, not {ontology!r}")
-    labels = _parse_labels(row)
+    for key, value in row.items():
+        if key not in _NO_TEXTS and not (isinstance(value, str) and value):
+            raise ValueError(f"{key} must be text, not {value!r}; quote it")
+    labels, shots, metric = _parse_labels(row.get("labels")), row.get("shots"), row.get("metric")
     kind = row.get("kind", "classification" if labels else "text_to_text")
-    if kind not in get_args(Kind):
-        raise ValueError(f"kind is {kind!r}; allowed: {', '.join(get_args(Kind))}")
+    for key, value, allowed in (("metric", metric, METRICS), ("kind", kind, get_args(Kind))):
+        if value not in allowed:
+            raise ValueError(f"{key} is {value!r}; allowed: {', '.join(allowed)}")
+    if shots not in (None, "all") and (type(shots) is not int or shots < 1):
+        raise ValueError(f"shots must be a whole number above 0, or all, not {shots!r}")
+    source = {key: row[key] for key in _SOURCE_KEYS if key in row}
     return Task(
         name,
-        ontology,
+        row.get("ontology", "custom"),
         row["metric"],
-        _parse_shots(row.get("shots")),
+        shots,
         labels,
         kind,
-        _parse_source(row, labels),
-        _text(row, "licence") or "not known here",
-        _text(row, "note") or "",
+        _parse_source(source, labels) if source else None,
+        **{key: row[key] for key in ("licence", "note") if key in row},
     )
 
 
-def _parse_source(row: dict[Any, Any], labels: tuple[str, ...] | None) -> Source | None:
-    """Check what the files are made from; None where a row has none of its keys."""
-    if not any(key in row for key in _SOURCE_KEYS):
-        return None
+def _parse_source(row: dict[str, Any], labels: tuple[str, ...] | None) -> Source:
+    """Check what the files are made from."""
     for key in ("train", "input"):
-        if not _text(row, key):
+        if key not in row:
             raise ValueError(
                 f"the files cannot be built without {key}; add it, or leave all of "
                 f"{', '.join(_SOURCE_KEYS)} out"
@@ -246,71 +211,33 @@ def _parse_source(row: dict[Any, Any], labels: tuple[str, ...] | None) -> Source
         )
     if "label" in row and labels is None:
         raise ValueError("label is the index of a label, but there are no labels; list them")
-    parts = {key: _parse_part(row, key) for key in ("train_part", "test_part")}
-    only = "test" not in row
-    if only and (parts["train_part"] is None) != (parts["test_part"] is None):
-        raise ValueError(
-            "with one split, give train_part and test_part, or neither for 80 % to 20 %"
-        )
-    if only and parts["train_part"] is None:
-        parts = {"train_part": (0.0, 0.8), "test_part": (0.8, 1.0)}
+    parts: dict[str, Part] = {}
+    for key in {"train_part", "test_part"} & row.keys():
+        part = row[key]
+        kinds = {type(end) for end in part} if isinstance(part, list) and len(part) == 2 else None
+        most = 1.0 if kinds == {float} else float("inf")
+        if kinds not in ({float}, {int}) or not 0 <= part[0] < part[1] <= most:
+            raise ValueError(
+                f"{key} is {part!r}; give two shares such as [0.0, 0.1], or two row numbers such "
+                "as [0, 1000], the smaller one first"
+            )
+        parts[key] = tuple(part)
+    if "test" not in row:
+        if len(parts) == 1:
+            raise ValueError(
+                "with one split, give train_part and test_part, or neither for 80 % to 20 %"
+            )
+        parts = parts or {"train_part": (0.0, 0.8), "test_part": (0.8, 1.0)}
     for key in ("input", "target"):
-        text = _text(row, key)
-        if text and not any(mark in text for mark in ("{{", "{%")):
+        if key in row and not any(mark in row[key] for mark in ("{{", "{%")):
             raise ValueError(
                 f"{key} is the same for all rows; put a column in it as {{{{column}}}}"
             )
-    return Source(
-        hub=_text(row, "hub"),
-        config=_text(row, "config"),
-        train=row["train"],
-        test=_text(row, "test") or row["train"],
-        prepare=_text(row, "prepare"),
-        keep=_text(row, "keep"),
-        input=row["input"],
-        label=_text(row, "label"),
-        target=_text(row, "target"),
-        **parts,
-    )
+    return Source(**{"test": row["train"], **row, **parts})
 
 
-def _parse_part(row: dict[Any, Any], key: str) -> Part | None:
-    """Check a pair of shares or of row numbers."""
-    part = row.get(key)
-    if part is None:
-        return None
-    if isinstance(part, list) and len(part) == 2:
-        start, stop = part
-        shares = type(start) is type(stop) is float and 0 <= start < stop <= 1
-        numbers = type(start) is type(stop) is int and 0 <= start < stop
-        if shares or numbers:
-            return start, stop
-    raise ValueError(
-        f"{key} is {part!r}; give two shares such as [0.0, 0.1], or two row numbers such as "
-        "[0, 1000], the smaller one first"
-    )
-
-
-def _text(row: dict[Any, Any], key: str) -> str | None:
-    """A text of a row, or None where it is left out."""
-    value = row.get(key)
-    if value is None or (isinstance(value, str) and value):
-        return value
-    raise ValueError(f"{key} must be text, not {value!r}; quote it")
-
-
-def _parse_shots(shots: object) -> Shots | None:
-    """Check the K of the file names."""
-    if shots is None or (isinstance(shots, int) and not isinstance(shots, bool) and shots > 0):
-        return shots
-    if shots == "all":
-        return "all"
-    raise ValueError(f"shots must be a whole number above 0, or all, not {shots!r}")
-
-
-def _parse_labels(row: dict[Any, Any]) -> tuple[str, ...] | None:
+def _parse_labels(labels: object) -> tuple[str, ...] | None:
     """Check the closed label set; None where the row has none."""
-    labels = row.get("labels")
     if labels is None:
         return None
     if not isinstance(labels, list) or len(labels) < 2:
@@ -325,22 +252,11 @@ def _parse_labels(row: dict[Any, Any]) -> tuple[str, ...] | None:
             raise ValueError(
                 f"label {label!r} is empty or has a tab, a line break or spaces around it"
             )
-    twice = repeated(labels)
-    if twice:
+    if twice := repeated(labels):
         raise ValueError(f"labels occur twice: {', '.join(twice)}")
     return tuple(labels)
 
 
 def repeated(names: Iterable[str]) -> list[str]:
     """The names that occur more than once, each named once."""
-    seen: dict[str, int] = {}
-    for name in names:
-        seen[name] = seen.get(name, 0) + 1
-    return [name for name, count in seen.items() if count > 1]
-
-
-def _describe_unknown(name: str, known: Iterable[str]) -> str:
-    """Say that a task is unknown, and which known names come nearest."""
-    near = difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}?" if near else "add a row for it in a task file"
-    return f"unknown task {name!r}: {hint}"
+    return [name for name, count in Counter(names).items() if count > 1]

@@ -42,11 +42,7 @@ _PLACE = re.compile(r"\{\{((?:(?!\}\}).)*)\}\}", re.DOTALL)
 
 
 def make_lines(rows: Iterable[Row], task: Task) -> Iterator[Line]:
-    """Make the lines of a task's file from the rows of one split.
-
-    Args:
-        rows: All rows of the split, in their order.
-        task: Row of the task table, with a source.
+    """Make the lines of a task's file from all rows of one split, in their order.
 
     Raises:
         DataError: A template is not valid, a column is missing, holds nothing, or holds no label of
@@ -71,9 +67,10 @@ def _compile(task: Task, key: str) -> Callable[[Row], Any]:
     """The value of a row that a template or an expression of a task says; its errors name it."""
     template = getattr(task.source, key) or ""
     place = _PLACE.fullmatch(template) if key == "target" else None
-    expression = place[1] if place else template if key in ("keep", "label") else None
+    made: Any
     try:
-        if expression:
+        if place or key in ("keep", "label"):
+            expression = place[1] if place else template or "none"
             made = _JINJA.compile_expression(expression, undefined_to_none=False)
         else:
             made = _JINJA.from_string(template).render

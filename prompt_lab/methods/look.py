@@ -55,7 +55,7 @@ def look_at_rows(method: PromptMethod, data: PromptDataModule, *splits: SplitNam
         )
         for split in splits:
             rows = data.tokens(task, sample, split, keep=split != "test")
-            long = sum(length > most for length in rows.shortest_targets)
+            long = sum(min(map(len, row)) > most for row in rows.targets)
             counted = [(cut[f"{task} {split}"], rows.cut)]
             if not method.scored(data.tasks[task]):
                 counted.append((lost[beyond][split], long))

@@ -2,13 +2,12 @@
 
 Content words belong to named classes (`WORDS["animal"]`), and an attribute of a sentence
 (`ATTRIBUTES`) is a set of classes that exclude each other. Instruction words name families,
-attributes and classes.
-Left out: morphology, spelling and synonyms; a plural or a foreign form is simply another word.
+attributes and classes. A plural or a foreign form is simply another word.
 """
 
 from __future__ import annotations
 
-import functools
+from functools import cache
 
 _TOPIC_LINES = {
     "animal": "dog cat horse cow goat duck lion tiger rabbit monkey spider camel",
@@ -18,44 +17,26 @@ _TOPIC_LINES = {
     "vehicle": "car truck bus bike boat train plane tractor wagon scooter canoe ferry",
     "plant": "rose tulip oak fern cactus daisy pine lily willow maple orchid clover",
 }
-_IRREGULAR = {
-    "sandwich": "sandwiches",
-    "wrench": "wrenches",
-    "brush": "brushes",
-    "bus": "buses",
-    "cactus": "cacti",
-    "daisy": "daisies",
-    "lily": "lilies",
-    "ferry": "ferries",
-}
+_IRREGULAR = {"sandwich": "sandwiches", "wrench": "wrenches", "brush": "brushes", "bus": "buses"}
+_IRREGULAR |= {"cactus": "cacti", "daisy": "daisies", "lily": "lilies", "ferry": "ferries"}
 TOPICS: tuple[str, ...] = tuple(_TOPIC_LINES)
 NOUNS: tuple[str, ...] = tuple(" ".join(_TOPIC_LINES.values()).split())
 PLURAL: dict[str, str] = {noun: _IRREGULAR.get(noun, noun + "s") for noun in NOUNS}
 FOREIGN: dict[str, str] = {noun: noun[::-1] + "u" for noun in NOUNS}
 
+_VERB_LINES = """buy bought buys, sell sold sells, draw drew draws, carry carried carries,
+paint painted paints, move moved moves, want wanted wants, bring brought brings, hide hid hides,
+clean cleaned cleans, lose lost loses, show showed shows"""
 # base form, past, present
-VERBS: tuple[tuple[str, str, str], ...] = (
-    ("buy", "bought", "buys"),
-    ("sell", "sold", "sells"),
-    ("draw", "drew", "draws"),
-    ("carry", "carried", "carries"),
-    ("paint", "painted", "paints"),
-    ("move", "moved", "moves"),
-    ("want", "wanted", "wants"),
-    ("bring", "brought", "brings"),
-    ("hide", "hid", "hides"),
-    ("clean", "cleaned", "cleans"),
-    ("lose", "lost", "loses"),
-    ("show", "showed", "shows"),
-)
+VERBS: tuple[tuple[str, ...], ...] = tuple(tuple(v.split()) for v in _VERB_LINES.split(","))
 
 _CLASS_LINES = _TOPIC_LINES | {
     "man": "adam peter john david paul mark frank henry simon victor oscar leo",
     "woman": "anna mary julia sarah laura emma helen alice clara diana nora rita",
     "indoor": "kitchen cellar bedroom attic office hallway library bathroom",
     "outdoor": "forest garden meadow field park beach desert valley",
-    "pleasant": "lovely splendid charming delightful superb brilliant nice fantastic cheerful "
-    "sweet",
+    "pleasant": "lovely splendid charming delightful superb brilliant nice fantastic "
+    "cheerful sweet",
     "unpleasant": "awful nasty dreadful horrid ugly dull grim lousy boring bitter",
     "big": "huge large giant enormous vast",
     "small": "tiny little mini slim short",
@@ -74,9 +55,7 @@ _CLASS_LINES = _TOPIC_LINES | {
     "light": "dawn sunrise noon midday teatime",
     "dark": "dusk sunset midnight bedtime nightfall",
 }
-WORDS: dict[str, tuple[str, ...]] = {
-    name: tuple(line.split()) for name, line in _CLASS_LINES.items()
-}
+WORDS: dict[str, tuple[str, ...]] = {k: tuple(line.split()) for k, line in _CLASS_LINES.items()}
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "topic": TOPICS,
@@ -130,23 +109,10 @@ ENDS: tuple[str, ...] = ("first", "last")
 _FUNCTION_LINE = "the in on at it was and with will blank yes no any person object month hour"
 
 
-@functools.cache
+@cache
 def vocabulary() -> tuple[str, ...]:
-    """Returns every word of the sandbox once, in a fixed order."""
-    groups = [
-        _FUNCTION_LINE.split(),
-        COUNTS,
-        FAMILIES,
-        FORMS,
-        ENDS,
-        ATTRIBUTES,
-        [value for values in ATTRIBUTES.values() for value in values],
-        [word for words in WORDS.values() for word in words],
-        PLURAL.values(),
-        FOREIGN.values(),
-        [form for verb in VERBS for form in verb],
-        [cue for pair in CUES.values() for cue in pair],
-        LABEL_POOL,
-        RESERVED_LABELS,
-    ]
+    """Every word of the sandbox once, in a fixed order."""
+    groups = [_FUNCTION_LINE.split(), COUNTS, FAMILIES, FORMS, ENDS, ATTRIBUTES]
+    groups += [*ATTRIBUTES.values(), *WORDS.values(), PLURAL.values(), FOREIGN.values()]
+    groups += [*VERBS, *CUES.values(), LABEL_POOL, RESERVED_LABELS]
     return tuple(dict.fromkeys(word for group in groups for word in group))

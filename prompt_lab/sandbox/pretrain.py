@@ -4,8 +4,7 @@ A small T5 learns to obey instructions in front of the input ("sort tense past a
 over many families, factors and label words, so that a soft prompt in the same place can steer it
 later. The instruction is often repeated or surrounded by other words until it is as long as a soft
 prompt, and noise is added to its embeddings. Validation and held-out tasks are never drawn: neither
-their factors nor their labels. Left out: distributed or mixed-precision training; one thread needs
-about ten to fifteen minutes.
+their factors nor their labels. A word is a token; one thread needs ten to fifteen minutes.
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import shutil
-import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,7 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from prompt_lab.sandbox.lexicon import ATTRIBUTES, CUES, ENDS, LABEL_POOL, TOPICS, WORDS
+from prompt_lab.sandbox.lexicon import (
+    ATTRIBUTES,
+    CUES,
+    ENDS,
+    LABEL_POOL,
+    TOPICS,
+    WORDS,
+    vocabulary,
+)
 from prompt_lab.sandbox.tasks import (
     LIST_CLASSES,
     PHRASE_ATTRIBUTES,
@@ -31,20 +36,12 @@ from prompt_lab.sandbox.tasks import (
     draw_row,
     words_of,
 )
-from prompt_lab.sandbox.tokenizer import SPECIAL_TOKENS, build_tokenizer, token_ids
 
 if TYPE_CHECKING:
-    from transformers import T5Config, T5ForConditionalGeneration
+    from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-FAMILY_WEIGHTS: dict[str, float] = {
-    "sort": 0.36,
-    "find": 0.10,
-    "list": 0.20,
-    "has": 0.10,
-    "count": 0.05,
-    "same": 0.12,
-    "fill": 0.07,
-}
+FAMILY_WEIGHTS = {"sort": 0.36, "find": 0.10, "list": 0.20, "has": 0.10, "count": 0.05}
+FAMILY_WEIGHTS |= {"same": 0.12, "fill": 0.07}
 CANONICAL_LABELS = 0.3  # share of sort, has and same whose answers are the classes' own names
 CLASS_BY_EXAMPLE = 0.35  # share of instructions that name a class by one of its words
 # Held out by their label words alone; the attribute is sorted in pretraining under other labels.
@@ -54,28 +51,51 @@ RESERVED: frozenset[tuple[str, tuple[str, ...]]] = frozenset(
     for task in TASKS.values()
     if task.role != "pretraining" and task.name not in HELD_OUT_BY_LABELS
 )
+SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
 _CONTENT = [word for words in WORDS.values() for word in words]
+
+
+def token_ids() -> dict[str, int]:
+    """The id of every token: the special tokens first, then `lexicon.vocabulary()`."""
+    return {token: index for index, token in enumerate((*SPECIAL_TOKENS, *vocabulary()))}
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer, split at white space; decoding without special tokens gives a text back."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    ids = token_ids()
+    pad, end, unknown = SPECIAL_TOKENS
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, ids[end])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=pad,
+        eos_token=end,
+        unk_token=unknown,
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def members(family: str) -> list[tuple[str, ...]]:
     """Returns the factors of a family that pretraining may draw: all but the reserved ones."""
-    every: list[tuple[str, ...]]
-    if family == "sort":
-        every = [(name,) for name in ATTRIBUTES]
-    elif family == "find":
-        every = [(slot, "plain") for slot in SLOTS]
-        every += [("object", form) for form in ("plural", "foreign", "class")]
-    elif family == "list":
-        every = [(name, "plain", end) for name in LIST_CLASSES for end in ENDS]
-        every += [(n, form, end) for n in TOPICS for form in ("plural", "foreign") for end in ENDS]
-        every += [("any", "plain", end) for end in ENDS] * 3
-    elif family == "same":
-        every = [(name,) for name in ("topic", "number", *PHRASE_ATTRIBUTES)]
-    elif family == "fill":
-        every = [(name,) for name in CUES]
-    else:
-        every = [(name,) for name in LIST_CLASSES]
-    return [factors for factors in every if (family, factors) not in RESERVED]
+    every: dict[str, list[tuple[str, ...]]] = {
+        "sort": [(name,) for name in ATTRIBUTES],
+        "find": [(slot, "plain") for slot in SLOTS]
+        + [("object", form) for form in ("plural", "foreign", "class")],
+        "list": [(name, "plain", end) for name in LIST_CLASSES for end in ENDS]
+        + [(n, form, end) for n in TOPICS for form in ("plural", "foreign") for end in ENDS]
+        + [("any", "plain", end) for end in ENDS] * 3,
+        "same": [(name,) for name in ("topic", "number", *PHRASE_ATTRIBUTES)],
+        "fill": [(name,) for name in CUES],
+    }
+    known = every.get(family, [(name,) for name in LIST_CLASSES])
+    return [factors for factors in known if (family, factors) not in RESERVED]
 
 
 _MEMBERS = {family: members(family) for family in FAMILY_WEIGHTS}
@@ -107,7 +127,6 @@ def instruction(
     """Writes a task as instruction words; with `examples` a class is named by one of its words."""
 
     def name(value: str) -> str:
-        """A class by its own name or by one of its words."""
         known = examples and (value in WORDS or value == "person")
         return rng.choice(words_of(value)) if known else value
 
@@ -116,11 +135,8 @@ def instruction(
         bound = list(zip(values, labels or values, strict=True))
         rng.shuffle(bound)
         if labels is None:
-            return [
-                family,
-                attribute,
-                *([value for value, _ in bound] if rng.random() < 0.5 else []),
-            ]
+            words = [value for value, _ in bound] if rng.random() < 0.5 else []
+            return [family, attribute, *words]
         head = [] if examples and rng.random() < 0.5 else [attribute]
         return [family, *head, *(word for value, label in bound for word in (name(value), label))]
     if family in ("has", "same"):
@@ -184,16 +200,14 @@ def loss_of(
     end = ids[SPECIAL_TOKENS[1]]
     sources = [[ids[w] for w in [*head, *text.split()]] + [end] for head, text, _ in examples]
     answers = [[ids[w] for w in target.split()] + [end] for _, _, target in examples]
-    source = _padded(sources, 0)
+    source, labels = _padded(sources, 0), _padded(answers, -100)
     heads = torch.tensor([len(head) for head, _, _ in examples])[:, None]
     inside = torch.arange(source.shape[1]) < heads
     scale = noise * torch.rand(len(examples), 1, generator=generator) * inside
     embeddings = model.shared(source)
     embeddings = embeddings + scale[..., None] * torch.randn(embeddings.shape, generator=generator)
-    labels = _padded(answers, -100)
-    logits = model(
-        inputs_embeds=embeddings, attention_mask=(source != 0).long(), labels=labels
-    ).logits
+    mask = (source != 0).long()
+    logits = model(inputs_embeds=embeddings, attention_mask=mask, labels=labels).logits
     return torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
     )
@@ -222,9 +236,7 @@ class Muon(torch.optim.Optimizer):
             for weight in group["params"]:
                 stacks.setdefault(tuple(weight.shape), []).append(weight)
             for shape, weights in stacks.items():
-                gradient = torch.stack(
-                    [weight.grad for weight in weights if weight.grad is not None]
-                )
+                gradient = torch.stack([w.grad for w in weights if w.grad is not None])
                 mean = self.state[weights[0]].setdefault("mean", torch.zeros_like(gradient))
                 mean.lerp_(gradient, 1 - group["momentum"])
                 update = orthogonalise(gradient.lerp(mean, group["momentum"]))
@@ -257,8 +269,7 @@ def optimizers(
     ]
     warm = max(1, min(200, steps // 10))
 
-    def rate(step: int) -> float:
-        """Share of the learning rate at a step: a linear rise, then a linear fall to zero."""
+    def rate(step: int) -> float:  # a linear rise, then a linear fall to zero
         return min((step + 1) / warm, (steps - step) / max(1, steps - warm))
 
     return result, [torch.optim.lr_scheduler.LambdaLR(each, rate) for each in result]
@@ -267,17 +278,10 @@ def optimizers(
 def train(
     steps: int, seed: int, *, batch: int = 128, noise: float = 0.3, every: int = 50
 ) -> tuple[T5ForConditionalGeneration, float]:
-    """Trains a backbone from scratch.
+    """Trains a backbone from scratch; returns it and the mean loss per token of the last steps.
 
-    Args:
-        steps: Optimizer steps; rates warm up over 200 (at most a tenth), then fall linearly to 0.
-        seed: Seed of weights, examples and noise.
-        batch: Examples in a step, computed in three parts sorted by length.
-        noise: Highest standard deviation of the noise on instruction embeddings.
-        every: Steps between two printed lines.
-
-    Returns:
-        The model and its mean loss per target token over the last `every` steps.
+    A step computes `batch` examples in three parts sorted by length. `noise` is the highest
+    standard deviation on instruction embeddings; a line is printed `every` so many steps.
     """
     from transformers import T5ForConditionalGeneration
 
@@ -309,32 +313,23 @@ def train(
 
 
 def save(model: T5ForConditionalGeneration, out: Path, facts: dict[str, Any]) -> None:
-    """Writes fp16 weights, configuration, tokenizer and `pretraining.json`, all or nothing."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    new, old = folder / "new", folder / "old"
-    try:
-        model.half().save_pretrained(new)
-        settings = json.loads((new / "config.json").read_text()) | {"dtype": "float32"}
-        (new / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-        build_tokenizer().save_pretrained(new)
-        (new / "pretraining.json").write_text(json.dumps(facts, indent=2) + "\n")
-        for path in new.iterdir():
-            path.chmod(0o644)
-        if out.exists():
-            out.rename(old)
-        new.rename(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    """Writes fp16 weights, configuration, tokenizer and `pretraining.json`."""
+    model.half().save_pretrained(out)
+    settings = json.loads((out / "config.json").read_text()) | {"dtype": "float32"}
+    (out / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    build_tokenizer().save_pretrained(out)
+    (out / "pretraining.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Pretrains with the given arguments and writes the folder."""
     parser = argparse.ArgumentParser(description="Pretrain the sandbox backbone.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--steps", type=int, default=1800, help="optimizer steps")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and examples")
     given = parser.parse_args(arguments)
+    if given.out.exists():
+        parser.error(f"--out {given.out} is there already: give a new folder")
     start, cpu = time.perf_counter(), time.process_time()
     model, loss = train(given.steps, given.seed)
     command = f"python -m prompt_lab.sandbox.pretrain --steps {given.steps} --seed {given.seed}"

@@ -34,19 +34,7 @@ SPLIT_ROWS: dict[str, int] = {"train": 512, "dev": 64, "test": 256}
 # The classes whose words may stand in lists.
 LIST_CLASSES: tuple[str, ...] = (
     *TOPICS,
-    *(
-        "person",
-        "indoor",
-        "outdoor",
-        "warm",
-        "cool",
-        "hard",
-        "soft",
-        "fast",
-        "slow",
-        "big",
-        "small",
-    ),
+    *"person indoor outdoor warm cool hard soft fast slow big small".split(),  # noqa: SIM905
 )
 # What `find` may ask for, and the attribute whose word answers.
 SLOTS: dict[str, str] = {
@@ -60,35 +48,42 @@ SLOTS: dict[str, str] = {
     "material": "material",
     "manner": "manner",
 }
+# A word as it is, its plural, its foreign word or its class, by the name of the form.
+IN_FORM: dict[str, dict[str, str]] = {
+    "plain": {word: word for word in vocabulary()},
+    "plural": PLURAL,
+    "foreign": FOREIGN,
+    "class": VALUE_OF,
+}
 # The attributes of a phrase, in the order of their words before the noun.
-PHRASE_ATTRIBUTES: tuple[str, ...] = (
-    *("day", "place", "frequency", "manner", "sentiment", "size", "colour", "material"),
-)
+PHRASE_ATTRIBUTES = tuple("day place frequency manner sentiment size colour material".split())  # noqa: SIM905
 
 
 @dataclass(frozen=True)
 class SandboxTask:
     """One task of the sandbox.
 
-    Attributes:
-        name: Name in the task table; begins with `sandbox-`.
-        family: One of `lexicon.FAMILIES`.
-        factors: What chooses the member of the family, such as an attribute or a class.
-        labels: The answers, parallel to the values of the attribute; for `has` and `same` the
-            answers for yes and no; None where the answer set is open.
-        role: `pretraining` tasks are covered by the backbone's pretraining, `validation` tasks
-            chose its recipe, `held_out` tasks did neither.
+    `pretraining` tasks are covered by the backbone's pretraining, `validation` tasks chose its
+    recipe, `held_out` tasks did neither.
     """
 
-    name: str
-    family: str
-    factors: tuple[str, ...]
-    labels: tuple[str, ...] | None
+    name: str  # in the task table; begins with `sandbox-`
+    family: str  # one of `lexicon.FAMILIES`
+    factors: tuple[str, ...]  # what chooses the member of the family: an attribute or a class ...
+    labels: tuple[str, ...] | None  # of the attribute's values; for yes and no; None: open answers
     role: Role
+
+    @property
+    def row(self) -> dict[str, object]:
+        """The task as a row of the task table."""
+        kind = "extraction" if self.family in ("find", "list") else "classification"
+        labels = {"labels": list(self.labels)} if self.labels else {}
+        metric = "ACC" if self.labels else "EM"
+        shots = SPLIT_ROWS["train"]
+        return {"ontology": f"sandbox/{kind}", "metric": metric, "shots": shots, **labels}
 
 
 def _task(name: str, role: Role, family: str, factors: str, labels: str = "") -> SandboxTask:
-    """Builds a task from words separated by spaces."""
     return SandboxTask(
         f"sandbox-{name}", family, tuple(factors.split()), tuple(labels.split()) or None, role
     )
@@ -140,21 +135,13 @@ TASKS: dict[str, SandboxTask] = {task.name: task for task in _TASKS}
 
 
 def rows(task_name: str, sample: int, split: Split) -> list[tuple[str, str]]:
-    """Makes the rows of one split of a task.
+    """The pairs of input and target of one split of a task; `SPLIT_ROWS` says how many.
 
     Train and dev depend on `sample`; test is the same for every sample. No input occurs twice
     within the three splits of a sample.
 
-    Args:
-        task_name: A key of `TASKS`.
-        sample: Which training set to draw.
-        split: `train`, `dev` or `test`.
-
-    Returns:
-        Pairs of input and target; `SPLIT_ROWS` says how many.
-
     Raises:
-        ValueError: If the task or the split does not exist.
+        ValueError: no such task or split.
     """
     if task_name not in TASKS:
         raise ValueError(f"Unknown sandbox task {task_name!r}; choose one of {', '.join(TASKS)}.")
@@ -186,12 +173,9 @@ def _distinct_rows(
 def draw_row(
     family: str, factors: tuple[str, ...], labels: tuple[str, ...] | None, rng: random.Random
 ) -> tuple[str, str]:
-    """Draws one row of the task (family, factors, labels).
+    """Draws input and target of the task (family, factors, labels).
 
     `labels` as in `SandboxTask`; None gives each class its own name (has and same: `yes`, `no`).
-
-    Returns:
-        Input and target.
     """
     if family == "sort":
         values = factors[1:] or ATTRIBUTES[factors[0]]
@@ -241,37 +225,19 @@ def sentence(rng: random.Random, values: dict[str, str]) -> str:
     parts = [word["gender"], word["frequency"] if "frequency" in shown else "", verb, "the"]
     parts += [word[name] for name in ("size", "colour", "material") if name in shown]
     parts += [noun, word["manner"] if "manner" in shown else ""]
-    tails = [
-        f"{preposition} {word[name]}"
-        for name, preposition in (
-            ("place", "in the"),
-            ("day", "on"),
-            ("season", "in"),
-            ("daytime", "at"),
-            ("sentiment", "it was"),
-        )
-        if name in shown
-    ]
-    return " ".join(part for part in parts + tails if part)
+    places = {"place": "in the", "day": "on", "season": "in", "daytime": "at"}
+    places["sentiment"] = "it was"
+    parts += [f"{before} {word[name]}" for name, before in places.items() if name in shown]
+    return " ".join(part for part in parts if part)
 
 
 def _find_row(slot: str, form: str, rng: random.Random) -> tuple[str, str]:
     """Draws a sentence and one of its words, perhaps in another form."""
-    attribute = SLOTS[slot]
-    value = rng.choice(ATTRIBUTES[attribute])
-    values = {attribute: value}
-    if slot == "object":
-        values["number"] = "one"
-    text = sentence(rng, values)
+    value = rng.choice(ATTRIBUTES[SLOTS[slot]])
+    one = {"number": "one"} if slot == "object" else {}
+    text = sentence(rng, {SLOTS[slot]: value} | one)
     word = next(word for word in text.split() if VALUE_OF.get(word) == value)
-    return text, in_form(word, form)
-
-
-def in_form(word: str, form: str) -> str:
-    """Returns a word as it is (`plain`), its `plural`, its `foreign` word or its `class`."""
-    if form == "plain":
-        return word
-    return {"plural": PLURAL, "foreign": FOREIGN, "class": VALUE_OF}[form][word]
+    return text, IN_FORM[form][word]
 
 
 def _items(rng: random.Random, name: str, count: int) -> list[str]:
@@ -288,7 +254,7 @@ def _list_row(name: str, form: str, end: str, rng: random.Random) -> tuple[str, 
     """Draws a list and its first or last item of the class `name`."""
     items = _items(rng, name, rng.randint(1, 3) if name != "any" else rng.randint(3, 6))
     inside = [item for item in items if item in words_of(name)]
-    return " ".join(items), in_form(inside[0 if end == "first" else -1], form)
+    return " ".join(items), IN_FORM[form][inside[0 if end == "first" else -1]]
 
 
 def _pair(rng: random.Random, attribute: str, *, same: bool) -> str:

@@ -120,7 +120,8 @@ def our_answers(
     """A whole evaluation: the label of every row, in file order."""
     longest = max(map(len, backbone.encode_targets(labels)))
     key, run = ("benchmark", 0), Run("benchmark", 0, 0, 0.3, 8)
-    rows = Rows(Task("benchmark", "custom", "ACC", None, labels), inputs, [], [], longest)
+    task = Task("benchmark", "custom", "ACC", None, labels)
+    rows = Rows(task, inputs, [[[0] * longest]] * len(inputs))
     layout = Layout(backbone.pad_id, not backbone.is_encoder_decoder)
     own = prompts.shape[1] if backbone.is_encoder_decoder else 0
 

@@ -154,7 +154,8 @@ def studies(settings: Settings) -> Iterator[Study]:
         labels = LABELS[2]
         longest = max(map(len, backbone.encode_targets(labels)))
         inputs = [ids for ids, _ in make_rows(backbone, task_lengths(size))]
-        rows = Rows(Task("benchmark", "custom", "ACC", None, labels), inputs, [], [], longest)
+        task = Task("benchmark", "custom", "ACC", None, labels)
+        rows = Rows(task, inputs, [[[0] * longest]] * len(inputs))
         prompts = make_prompts(backbone, count, length)
         yield Study(f"{name} (d {chosen.width})", backbone, prompts, rows)
     backbone = Backbone.load("sandbox").to(settings.device)

@@ -147,7 +147,7 @@ def test_a_bank_of_adapters_is_as_many_models(backbone, adapted, kind):
     assert (losses - plain).abs().min() > 1e-3  # the adapters do something to each row
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["t5", "bart", "llama"])
 def test_answers_are_those_of_the_models_alone(backbone, adapted, kind):
     bank, model = make_bank(kind), adapted(kind)
     batch = model.batch(TEXTS, TARGETS, INDEX)
@@ -196,16 +196,6 @@ def test_micro_batches_give_the_gradient_of_one_batch(adapted, kind):
     (whole,) = torch.autograd.grad(model.loss(leaf, batch).sum(), leaf)
     for found in (small, large):
         assert ((found - whole).norm() / whole.norm()).item() < 1e-5
-
-
-def test_one_set_serves_all_rows_as_copies_of_it_would(adapted):
-    bank, model = make_bank("bart", count=1), adapted("bart")
-    batch = model.batch(TEXTS, TARGETS, [0] * 4)
-    copies = model.batch(TEXTS, TARGETS, [0, 1, 2, 3])
-    several = bank.repeat(4, 1, 1)
-    torch.testing.assert_close(model.loss(bank, batch), model.loss(several, copies))
-    assert model.generate(bank, batch, 8, 2) == model.generate(several, copies, 8, 2)
-    assert model.choose(bank, batch, CANDIDATES) == model.choose(several, copies, CANDIDATES)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -75,22 +73,6 @@ def test_padding_on_either_side_changes_nothing():
     assert torch.equal(own, left)
 
 
-def test_the_temperature_goes_from_one_prompt_to_all_alike():
-    keys, targets, inputs = drawn(SOURCES, WIDTH), drawn(1, WIDTH, seed=3), drawn(1, WIDTH, seed=4)
-    cold, hot = make_attention(temperature=1e-3), make_attention(temperature=1e6)
-    weights = cold(inputs, keys, targets)
-    assert weights.max() > 0.999
-    assert weights.argmax() == hot(inputs, keys, targets).argmax()
-    torch.testing.assert_close(
-        hot(inputs, keys, targets), torch.full((1, 6), 1 / 6).double(), rtol=1e-3, atol=0
-    )
-
-
-def test_the_default_temperature_is_that_of_the_paper():
-    assert PromptAttention(768, 2).temperature == pytest.approx(2087, abs=1)
-    assert PromptAttention(768, 2).temperature == 768 * math.e
-
-
 def test_the_prompt_of_a_row_counts_the_target_once_more():
     weights = torch.softmax(drawn(ROWS, SOURCES + 1), 1)
     sources, targets = drawn(SOURCES, TOKENS, WIDTH, seed=1), drawn(ROWS, TOKENS, WIDTH, seed=2)
@@ -126,17 +108,6 @@ def test_no_rows_have_no_weights_and_reach_all_parameters():
     assert weights.shape == (0, SOURCES + 1)
     gradients = torch.autograd.grad(weights.sum(), list(attention.parameters()))
     assert not any(gradient.any() for gradient in gradients)
-
-
-def test_weights_are_a_function_of_the_seed_alone():
-    torch.manual_seed(3)
-    state = torch.random.get_rng_state()
-    one = PromptAttention(WIDTH, 3, seed=5)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    torch.manual_seed(4)
-    two, other = PromptAttention(WIDTH, 3, seed=5), PromptAttention(WIDTH, 3, seed=6)
-    assert torch.equal(one.down.weight, two.down.weight)
-    assert not torch.equal(one.down.weight, other.down.weight)
 
 
 def test_similarity_weights_are_cosines_of_mean_rows_over_their_sum():

@@ -152,7 +152,7 @@ def test_a_decoder_takes_inputs_padded_on_the_right_as_well(backbone: Factory, k
     assert model.generate(prompts, right, 6) == model.generate(prompts, left, 6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["t5", "bart", "gpt2", "llama"])
 def test_recomputed_layers_leave_loss_and_gradient_and_keep_less(kind: str) -> None:
     """Gradient checkpointing: the same numbers bit for bit, from fewer saved bytes."""
     plain, recomputing, prompts = make_backbone(kind), make_backbone(kind), bank(8)
@@ -278,14 +278,6 @@ def test_answers_behind_a_cached_prefix_equal_answers_behind_the_bank(
     assert all(map(torch.equal, prefix, before))
 
 
-@pytest.mark.parametrize("kind", ["t5", "gpt2"])
-def test_scores_do_not_look_at_targets(backbone: Factory, kind: str) -> None:
-    model, prompts = backbone(kind), bank()
-    batches = [model.batch(TEXTS, targets, INDEX) for targets in (None, TARGETS)]
-    scores = [model.score(prompts, b, CANDIDATES)[np.argsort(b.rows).tolist()] for b in batches]
-    assert (scores[0] - scores[1]).abs().max() <= 1e-4
-
-
 @torch.no_grad()
 def greedy(model: Backbone, prompt: Tensor, text: str, length: int, end: int) -> str:
     """The likeliest next token, again and again, each time with the whole row run anew."""
@@ -339,7 +331,7 @@ def test_greedy_answers_ignore_the_generation_settings_of_a_model(kind: str) -> 
 # ---- frozen -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["t5", "gpt2"])
 def test_the_model_is_frozen_and_stays_in_evaluation_mode(kind: str) -> None:
     model = make_backbone(kind)
     parent = torch.nn.ModuleList([model])
@@ -362,17 +354,6 @@ def test_the_digest_belongs_to_the_weights(model_folder: Callable[[str], Path]) 
     next(changed.model.parameters()).data[3, 4] += 1e-3
     assert changed.digest != loaded.digest
     assert make_backbone("t5", seed=1).digest != loaded.digest
-
-
-def test_the_tokenizer_digest_belongs_to_vocabulary_and_special_tokens(
-    model_folder: Callable[[str], Path],
-) -> None:
-    digest = make_backbone("llama").tokenizer_digest
-    assert Backbone.load(str(model_folder("llama"))).tokenizer_digest == digest
-    assert make_backbone("bloom").tokenizer_digest != digest  # the same tokens, but a padding token
-    longer = make_backbone("llama")
-    longer.tokenizer.add_tokens(["house2"])
-    assert longer.tokenizer_digest != digest
 
 
 # ---- text to tokens -----------------------------------------------------------------------------
@@ -428,20 +409,6 @@ def test_sentencepiece_answers_get_no_second_space() -> None:
     assert model.encode_targets(["yes", "no"]) == [[3, 1], [5, 1]]
 
 
-def test_no_texts_make_no_tokens(backbone: Factory) -> None:
-    assert backbone("t5").encode_inputs([]) == backbone("gpt2").encode_targets([]) == []
-
-
-@pytest.mark.parametrize("kind", ["t5", "bart", "gpt2"])
-def test_the_embedding_table_is_what_the_model_sees(backbone: Factory, kind: str) -> None:
-    """BART scales its embeddings by the root of the hidden size."""
-    model = backbone(kind)
-    weight = model.model.get_input_embeddings().weight
-    scale = HIDDEN**0.5 if kind == "bart" else 1.0
-    assert torch.allclose(model.embedding_table(), weight * scale)
-    assert model.hidden_size == HIDDEN
-
-
 def test_a_real_decoder_continues_a_story(test_data: Path) -> None:
     """A small pretrained Llama with a SentencePiece tokenizer and weights published in float16."""
     model = Backbone.load(str(test_data / "models" / "stories260K"))
@@ -455,7 +422,7 @@ def test_a_real_decoder_continues_a_story(test_data: Path) -> None:
 # ---- loading and errors -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["t5", "bart", "gpt2", "llama"])
 def test_a_folder_loads_as_what_was_saved(model_folder: Callable[[str], Path], kind: str) -> None:
     model, loaded = make_backbone(kind), Backbone.load(str(model_folder(kind)))
     prompts = bank()
@@ -463,11 +430,6 @@ def test_a_folder_loads_as_what_was_saved(model_folder: Callable[[str], Path], k
     assert torch.equal(*[b.input_ids for b in batches])
     assert torch.allclose(model.loss(prompts, batches[0]), loaded.loss(prompts, batches[1]))
     assert loaded.pad_id == model.pad_id
-
-
-def test_dtype_is_that_of_the_weights(model_folder: Callable[[str], Path]) -> None:
-    assert Backbone.load(str(model_folder("gpt2"))).model.dtype == torch.float32
-    assert Backbone.load(str(model_folder("gpt2")), "bfloat16").model.dtype == torch.bfloat16
 
 
 def test_a_t5_published_in_float16_loads_in_other_dtypes(tmp_path: Path) -> None:
@@ -532,16 +494,6 @@ def test_rows_longer_than_the_positions_are_refused(backbone: Factory, kind: str
     ):
         with pytest.raises(ValueError, match=f"do not fit backbone 'tiny-{kind}', which has 128"):
             call()
-
-
-def test_padding_takes_no_positions(backbone: Factory) -> None:
-    """A long input beside a long answer: refused together only if either is too long alone."""
-    model, prompts = backbone("gpt2"), bank(4, 1)
-    rows = (["a b " * 25, "no"], ["yes", "x y " * 25])
-    batch = model.batch(*rows)
-    assert batch.input_ids.shape[1] + batch.target_ids.shape[1] > POSITIONS
-    alone = [model.loss(prompts, model.batch([rows[0][i]], [rows[1][i]])) for i in batch.rows]
-    assert torch.allclose(model.loss(prompts, batch), torch.cat(alone), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["t5", "gpt2"])

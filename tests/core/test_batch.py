@@ -59,39 +59,6 @@ def test_a_batch_holds_its_rows_longest_first(left: bool) -> None:
     assert len(batch) == 20
 
 
-@pytest.mark.parametrize("left", [True, False])
-def test_padding_stands_on_the_side_that_was_asked_for(left: bool) -> None:
-    batch = make([[1, 2, 3], [4]], [[5], [6, 7]], left)
-    assert batch.input_ids.tolist() == [[1, 2, 3], [PAD, PAD, 4] if left else [4, PAD, PAD]]
-    assert batch.input_mask.tolist() == [[1, 1, 1], [0, 0, 1] if left else [1, 0, 0]]
-    assert batch.target_ids.tolist() == [[5, IGNORE], [6, 7]]
-
-
-def test_rows_of_one_length_keep_their_order() -> None:
-    batch = make([[i] for i in range(1, 8)], None, left=True)
-    assert batch.rows == [100 + i for i in range(7)]
-
-
-def test_rows_without_targets_have_targets_of_width_0() -> None:
-    batch = make([[1], [2, 3]], None, left=False)
-    assert batch.target_ids.shape == (2, 0)
-    assert batch.target_lengths == [0, 0]
-
-
-def test_defaults_are_weight_1_and_the_place_as_row() -> None:
-    batch = make_batch([[1], [2, 3]], None, [0, 0], pad_id=PAD, left_padded=False)
-    assert batch.rows == [1, 0]
-    assert batch.weight.tolist() == [1, 1]
-    assert batch.weight.dtype == torch.float32
-
-
-def test_a_batch_of_no_rows_is_a_batch() -> None:
-    batch = make_batch([], [], [], pad_id=PAD, left_padded=True)
-    assert len(batch) == 0
-    assert batch.input_ids.shape == (0, 0)
-    assert micro_batches(batch, 10) == []
-
-
 def test_lists_of_unequal_length_are_refused() -> None:
     with pytest.raises(ValueError, match=r"2 inputs, but .*'prompts': 1.*'weight': 3"):
         make_batch([[1], [2]], None, [0], pad_id=PAD, left_padded=True, weight=[1, 1, 1])
@@ -120,15 +87,6 @@ def test_a_slice_equals_a_batch_of_its_rows(left: bool) -> None:
         assert same, name
 
 
-def test_moving_a_batch_keeps_all_it_holds() -> None:
-    batch = make(*random_rows(4, seed=3), left=True)
-    moved = batch.to("meta")
-    assert moved.input_ids.device.type == moved.weight.device.type == "meta"
-    assert moved.rows == batch.rows
-    assert moved.left_padded
-    assert batch.input_ids.device.type == "cpu"
-
-
 def test_a_batch_goes_to_a_gpu_over_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """There is none here: what is asked of torch is recorded."""
     asked: list[object] = []
@@ -138,22 +96,6 @@ def test_a_batch_goes_to_a_gpu_over_pinned_memory(monkeypatch: pytest.MonkeyPatc
     )
     make(*random_rows(4, seed=3), left=True).to("cuda:1")
     assert asked == ["pinned", (torch.device("cuda:1"), {"non_blocking": True})] * 5
-
-
-@pytest.mark.parametrize("extra", [0, 5])
-@pytest.mark.parametrize("tokens", [1, 7, 30, 100, 10**6])
-def test_micro_batches_hold_all_rows_in_order_within_the_bound(tokens: int, extra: int) -> None:
-    """Reference: padded size of each slice, counted from its tensors."""
-    batch = make(*random_rows(40, seed=4), left=True)
-    parts = micro_batches(batch, tokens, extra)
-    assert [row for part in parts for row in part.rows] == batch.rows
-    for part in parts:
-        width = part.input_ids.shape[1] + part.target_ids.shape[1] + extra
-        assert len(part) * width <= tokens or len(part) == 1
-    if tokens == 1:
-        assert len(parts) == len(batch)
-    if tokens == 10**6:
-        assert len(parts) == 1  # not nearly a quarter full
 
 
 def test_micro_batches_are_no_smaller_than_they_must_be() -> None:

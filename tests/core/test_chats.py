@@ -253,16 +253,3 @@ def test_the_command_refuses_a_mean_of_generated_answers(
     give(monkeypatch, ["a dog"])
     assert run(scored, "--template=plain", "--system=x") == 1
     assert "system is a part of a chat: give template chat" in capsys.readouterr().err
-
-
-def test_a_line_of_standard_input_can_hold_a_line_break(
-    model: Backbone, fit: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    (prompt, *_) = [one for one in find_prompts(fit()) if one.metadata["task"] == TASKS[1]]
-    capsys.readouterr()
-    give(monkeypatch, ["a dog␤and a cat"])
-    assert run(prompt.path, "--format=jsonl", "--max_new_tokens=4") == 0
-    found = json.loads(capsys.readouterr().out)["prediction"]
-    bank = [prompt.load().prompt]
-    ((expected,),) = predict(model, bank, ["a dog\nand a cat"], max_new_tokens=4, **CHAT)
-    assert found == expected

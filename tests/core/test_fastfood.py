@@ -60,11 +60,6 @@ def test_gradient_of_the_transform_is_the_transform_of_the_gradient() -> None:
     assert gradgradcheck(lambda y: walsh_hadamard(y) ** 3, draw(2, 8).requires_grad_())
 
 
-def test_transform_takes_views_whose_memory_is_not_in_order() -> None:
-    x = draw(16, 3).t()
-    torch.testing.assert_close(walsh_hadamard(x), walsh_hadamard(x.contiguous()))
-
-
 def test_transform_refuses_lengths_that_are_no_powers_of_two() -> None:
     for x in (torch.zeros(6), torch.zeros(4, 0), torch.tensor(1.0)):
         with pytest.raises(ValueError, match="the last axis must be a power of two"):
@@ -96,23 +91,6 @@ def test_gradcheck_through_all_tensors_at_once() -> None:
     assert gradcheck(lambda v: tuple(mapping(v).values()), draw(DIM).requires_grad_())
 
 
-def test_map_is_linear() -> None:
-    mapping = FastfoodMap(SIZES, DIM, seed=3)
-    a, b = draw(DIM), draw(DIM, seed=1)
-    first, second, both = mapping(a), mapping(b), mapping(2 * a - 3 * b)
-    for name in SIZES:
-        torch.testing.assert_close(both[name], 2 * first[name] - 3 * second[name])
-        assert not mapping(torch.zeros(DIM))[name].any()
-
-
-def test_single_precision_is_the_default_and_close_to_double() -> None:
-    mapping = FastfoodMap({"w": 5000}, 100, seed=0)
-    v = draw(100)
-    single = mapping(v.float())["w"]
-    assert single.dtype == torch.float32
-    torch.testing.assert_close(single.double(), mapping(v)["w"], rtol=1e-5, atol=1e-6)
-
-
 def test_autocast_does_not_round_the_map() -> None:
     mapping = FastfoodMap(SIZES, DIM, seed=3)
     v = draw(DIM).float()
@@ -124,59 +102,16 @@ def test_autocast_does_not_round_the_map() -> None:
 # ---- scale --------------------------------------------------------------------------------------
 
 
-def test_a_unit_vector_moves_each_tensor_by_norm_one_exactly_at_powers_of_two() -> None:
-    mapping = FastfoodMap({"w": 64, "b": 8}, DIM, seed=0)
-    for place in range(DIM):
-        for increment in mapping(torch.eye(DIM, dtype=torch.float64)[place]).values():
-            torch.testing.assert_close(increment.norm(), torch.tensor(1.0, dtype=torch.float64))
-
-
 def test_expected_squared_norm_is_that_of_v_for_every_size() -> None:
-    """Mean over 2,000 seeds, within four standard errors."""
+    """Mean over 500 seeds, within four standard errors."""
     v = 3 * draw(DIM) / draw(DIM).norm()
-    maps = [FastfoodMap(SIZES, DIM, seed) for seed in range(2000)]
+    maps = [FastfoodMap(SIZES, DIM, seed) for seed in range(500)]
     norms = torch.tensor([[x.square().sum().item() for x in m(v).values()] for m in maps])
     error = norms.std(0) / len(norms) ** 0.5
     assert ((norms.mean(0) - 9).abs() < 4 * error).all()
 
 
-def test_every_number_of_v_moves_every_tensor_also_those_shorter_than_v() -> None:
-    """Columns of P have comparable norms; none is zero."""
-    mapping = FastfoodMap({"bias": 16}, 200, seed=0)
-    columns = torch.stack([mapping(row)["bias"] for row in torch.eye(200, dtype=torch.float64)])
-    assert columns.norm(dim=1).min() > 0.3
-    assert columns.norm(dim=1).max() < 2
-
-
 # ---- draws and memory ---------------------------------------------------------------------------
-
-
-def test_draws_depend_on_the_seed_alone() -> None:
-    state = torch.get_rng_state()
-    first, again, other = (FastfoodMap(SIZES, DIM, seed) for seed in (7, 7, 8))
-    assert torch.equal(state, torch.get_rng_state())
-    v = draw(DIM)
-    for name in SIZES:
-        assert torch.equal(first(v)[name], again(v)[name])
-        assert not torch.equal(first(v)[name], other(v)[name])
-
-
-def test_draws_are_signs_permutations_and_normal_factors() -> None:
-    mapping = FastfoodMap({"a": 3000, "b": 4096}, 500, seed=0)
-    assert set(mapping.signs.flatten().tolist()) == {-1, 1}
-    assert abs(mapping.signs.double().mean().item()) < 0.15
-    for places in mapping.permutation.split(mapping.lengths):
-        assert places.sort().values.tolist() == list(range(4096))
-    assert abs(mapping.gaussian.mean().item()) < 0.05
-    assert abs(mapping.gaussian.std().item() - 1) < 0.05
-    assert not torch.equal(mapping.signs[0], mapping.signs[1])
-
-
-def test_stored_bytes_are_as_documented_and_not_in_the_state_dict() -> None:
-    mapping = FastfoodMap({"a": 3000, "b": 4096}, 500, seed=0)
-    stored = sum(buffer.numel() * buffer.element_size() for buffer in mapping.buffers())
-    assert stored == 8 * (4096 + 4096) + 2 * 500
-    assert not mapping.state_dict()
 
 
 def test_autograd_keeps_no_activation_of_the_tensors_length() -> None:

@@ -29,7 +29,6 @@ from prompt_lab.core.meta_gradient import (
     adapt,
     maml,
     multitask,
-    pull_back,
     reptile,
 )
 
@@ -171,7 +170,7 @@ def smooth() -> Callable[[str], Backbone]:
 # ---- exactness -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", [1, 3, 5, 10])
+@pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("name", INNER)
 @pytest.mark.parametrize("kind", ["t5", "gpt2"])
 def test_the_adjoint_equals_the_unrolled_graph(
@@ -202,7 +201,7 @@ def test_the_adjoint_equals_the_unrolled_graph_on_other_models(
     assert error(ours(*given).gradient, unrolled(*given)[0]) <= 1e-8
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["t5", "bart", "gpt2", "qwen2_window"])
 def test_micro_batches_and_fused_attention_leave_the_meta_gradient(
     kind: str, backbone: Callable[..., Backbone]
 ) -> None:
@@ -218,7 +217,7 @@ def test_micro_batches_and_fused_attention_leave_the_meta_gradient(
         assert error(ours(*given, tokens=tokens).gradient, expected) <= bound
 
 
-@pytest.mark.parametrize("steps", [1, 3, 5, 10])
+@pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("kind", ["t5", "gpt2"])
 def test_the_adjoint_equals_central_differences(
@@ -344,13 +343,6 @@ def test_a_step_along_reptiles_gradient_moves_towards_the_adapted_prompts() -> N
     torch.testing.assert_close(stepped, x[0] + 0.25 * (adapted.mean(0) - x[0]))
 
 
-def test_reptile_with_one_step_is_a_step_of_multitask_learning_on_support() -> None:
-    task, rate = quadratic(), torch.tensor(0.3, dtype=torch.float64)
-    x = torch.ones_like(task.centre)
-    one = reptile(x, [task], InnerConfig(steps=1), rate).gradient
-    torch.testing.assert_close(one, rate * multitask(x, [task]).gradient)
-
-
 def test_multitask_learning_is_the_mean_of_the_gradients_at_the_start() -> None:
     support, query = quadratic(0), quadratic(1)
     x = torch.ones_like(query.centre)
@@ -456,17 +448,6 @@ def test_on_tasks_of_different_curvature_each_algorithm_has_its_own_fixed_point(
     assert losses["multitask"] > 1.2 * losses["maml"]
 
 
-def test_with_small_inner_steps_maml_and_fomaml_are_multitask_learning() -> None:
-    """On the same rows: at a rate of 3e-5 they differ in the fourth digit and beyond."""
-    task, rate = quadratic(), torch.tensor(3e-5, dtype=torch.float64)
-    x = torch.zeros_like(task.centre)
-    plain = multitask(x, [task]).gradient
-    for depth in (None, 0):
-        found = maml(x, [task], task, InnerConfig(), rate, depth)
-        assert error(found.gradient, plain) < 2e-4
-        assert float(found.moved.max()) < 1e-3 or not x.any()
-
-
 # ---- Hessian products and settings ---------------------------------------------------------------
 
 
@@ -487,15 +468,6 @@ def test_a_bank_product_equals_the_products_of_single_prompts(
     assert not found[2].any()
 
 
-def test_the_switch_to_plain_attention_ends_with_the_product(
-    backbone: Callable[..., Backbone],
-) -> None:
-    model = backbone("gpt2")
-    before = torch.backends.cuda.flash_sdp_enabled()
-    bank_product(model, start().float(), start(1).float(), make_rows(model, 0), WHOLE)
-    assert torch.backends.cuda.flash_sdp_enabled() == before
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -511,13 +483,3 @@ def test_the_switch_to_plain_attention_ends_with_the_product(
 def test_bad_settings_of_the_inner_loop_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         InnerConfig(**values)
-
-
-def test_a_walk_back_over_no_steps_changes_nothing() -> None:
-    task = quadratic()
-    path = adapt(task.centre, [task], InnerConfig(), torch.tensor(0.1, dtype=torch.float64))
-    vector = torch.ones_like(task.centre)
-    rate = torch.tensor(0.1, dtype=torch.float64)
-    same, of_rate = pull_back(path, [task], InnerConfig(), rate, vector, depth=0)
-    assert torch.equal(same, vector)
-    assert not of_rate

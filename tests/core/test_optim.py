@@ -191,29 +191,6 @@ def test_a_device_without_float64_is_never_given_any(name: str) -> None:
         optimizer.step()
 
 
-def test_betas_and_eps_are_those_of_adamw() -> None:
-    config = OptimConfig(betas=(0.5, 0.9), eps=0.1)
-    value, given = start(), gradients()
-    bank = train_bank(config, value, given)
-    for run, rate in enumerate(RATES):
-        alone = train_alone(config, value[run], [g[run] for g in given], rate)
-        assert (bank[run] - alone).abs().max() <= 1e-5 * rate * STEPS
-
-
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "sgd"])
-def test_a_run_in_a_bank_equals_the_run_in_a_bank_of_one(name: str) -> None:
-    """Bit for bit: no arithmetic crosses runs."""
-    config = OptimConfig(name=name, clip=1.0, schedule="cosine", weight_decay=0.1)  # type: ignore[arg-type]
-    value, given = start(), gradients()
-    bank = train_bank(config, value, given)
-    for run, rate in enumerate(RATES):
-        parameter, _, optimizer = build(config, value[run : run + 1], [rate])
-        for gradient in given:
-            parameter.grad = gradient[run : run + 1]
-            optimizer.step()
-        assert torch.equal(parameter.detach()[0], bank[run])
-
-
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "sgd"])
 def test_a_resting_run_moves_neither_parameter_nor_state(name: str) -> None:
     """It rests bit for bit, weight decay and NaN gradients included, and others do not notice."""
@@ -236,20 +213,6 @@ def test_a_resting_run_moves_neither_parameter_nor_state(name: str) -> None:
     undisturbed = train_bank(config, value, given)
     others = [0, 2, 3]
     assert torch.equal(parameter.detach()[others], undisturbed[others])
-
-
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "sgd"])
-def test_a_run_that_rested_goes_on_where_it_was(name: str) -> None:
-    """Reference: the run that never saw the steps it slept through."""
-    config = OptimConfig(name=name, schedule="cosine", warmup_steps=3)  # type: ignore[arg-type]
-    value, given = start(), gradients()
-    parameter, active, optimizer = build(config, value)
-    for step, gradient in enumerate(given):
-        active[2] = not 4 <= step < 9
-        parameter.grad = gradient.clone()
-        optimizer.step()
-    awake = train_bank(config, value, given[:4] + given[9:])
-    assert torch.equal(parameter.detach()[2], awake[2])
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "sgd"])
@@ -297,43 +260,6 @@ def _stored(state: dict[str, Any]) -> Any:
     torch.save(state, buffer)
     buffer.seek(0)
     return buffer
-
-
-def test_float64_banks_stay_in_float64() -> None:
-    """Parameters and moments; and what is added to them is exact."""
-    for name in ("adamw", "adafactor"):
-        config = OptimConfig(name=name)  # type: ignore[arg-type]
-        value = start(dtype=torch.float64)
-        parameter, _, optimizer = build(config, value)
-        parameter.grad = gradients()[0].double()
-        optimizer.step()
-        assert parameter.dtype == torch.float64
-        state = optimizer.state[parameter]
-        assert {v.dtype for k, v in state.items() if k != "step"} == {torch.float64}
-        alone = train_alone(config, value[0], [gradients()[0][0]], RATES[0])
-        assert (parameter[0] - alone).abs().max() <= 1e-14
-
-
-def test_a_parameter_without_gradient_rests() -> None:
-    parameter, _, optimizer = build(OptimConfig(), start())
-    optimizer.step()
-    assert torch.equal(parameter, start())
-    assert not optimizer.state[parameter]
-
-
-def test_a_step_returns_what_its_closure_returns() -> None:
-    """Lightning hands the loss over in this way."""
-    parameter, _, optimizer = build(OptimConfig(), start())
-
-    def closure() -> float:
-        loss = parameter.square().sum()
-        optimizer.zero_grad()
-        loss.backward()
-        return loss.item()
-
-    losses = [optimizer.step(closure) for _ in range(3)]
-    assert losses[0] == pytest.approx(start().square().sum().item())
-    assert losses[2] < losses[0]  # type: ignore[operator]
 
 
 def test_the_optimizer_holds_the_given_parameters_only() -> None:

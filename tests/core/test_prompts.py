@@ -60,19 +60,6 @@ def test_rows_equal_distinct_embeddings_of_ordinary_tokens(backbone: Factory, ki
     assert not set(ids) & set(model.tokenizer.all_special_ids)
 
 
-def test_every_ordinary_token_can_be_drawn(backbone: Factory) -> None:
-    model = backbone("t5")
-    ordinary = set(range(len(model.tokenizer))) - set(model.tokenizer.all_special_ids)
-    drawn = ids_of(model, one(InitConfig(vocab_size=None), model, len(ordinary)))
-    assert set(drawn) == ordinary
-
-
-def test_only_the_first_ids_are_drawn_where_the_vocabulary_is_limited(backbone: Factory) -> None:
-    model = backbone("t5")
-    drawn = ids_of(model, one(InitConfig(vocab_size=40), model, 37))
-    assert set(drawn) == set(range(40)) - set(model.tokenizer.all_special_ids)
-
-
 def test_rows_of_the_table_that_no_token_has_are_not_drawn() -> None:
     """Published T5 models have embeddings beyond their tokenizer's vocabulary."""
     from conftest import make_model, make_tokenizer
@@ -105,19 +92,9 @@ def test_a_prompt_depends_on_seed_and_length_but_not_on_the_task(
     assert torch.equal(one(config, model, 8, seed=1), made[3])
 
 
-def test_prompts_are_float32_for_bf16_weights(backbone: Factory) -> None:
-    assert one(InitConfig(), backbone("t5", torch.bfloat16), 5).dtype == torch.float32
-
-
 def test_a_vocabulary_too_small_is_refused(backbone: Factory) -> None:
     with pytest.raises(ValueError, match=r"20 virtual tokens cannot be drawn .* from 7 tok"):
         one(InitConfig(vocab_size=10), backbone("t5"), 20)
-
-
-def test_frequent_ids_are_the_low_ones_without_specials() -> None:
-    assert prompts.frequent_ids(10, [0, 3], top=6).tolist() == [1, 2, 4, 5]
-    assert prompts.frequent_ids(5, [4], top=6).tolist() == [0, 1, 2, 3]
-    assert prompts.frequent_ids(4, [], top=None).tolist() == [0, 1, 2, 3]
 
 
 # ---- text, labels, noise ------------------------------------------------------------------------
@@ -147,11 +124,6 @@ def test_labels_come_first_each_the_mean_of_its_tokens(backbone: Factory) -> Non
     both, _ = initial_prompts(InitConfig("labels"), model, [run("tone"), run("other")], TASKS, 8)
     assert torch.equal(both[0], made)
     assert (both[1][:2] != made[:2]).any()
-
-
-def test_labels_beyond_the_prompt_are_left_out(backbone: Factory) -> None:
-    model = backbone("t5")
-    assert torch.equal(one(InitConfig("labels"), model, 2), one(InitConfig("labels"), model, 8)[:2])
 
 
 def test_noise_has_the_stated_size(backbone: Factory) -> None:
@@ -229,15 +201,6 @@ def stored(model: Backbone, name: str, value: float, count: int = 3, **meta: Any
         tokenizer_digest=model.tokenizer_digest,
         **meta,
     )
-
-
-def test_one_file_serves_every_run(backbone: Factory, tmp_path: Path) -> None:
-    model, path = backbone("t5"), tmp_path / "p.safetensors"
-    save_prompt(path, stored(model, "p", 2.0))
-    made, _ = initial_prompts(
-        InitConfig("file", path=str(path)), model, [run("tone"), run("other")], TASKS, 3
-    )
-    assert torch.equal(made, torch.full((2, 3, HIDDEN), 2.0))
 
 
 def test_a_store_gives_each_run_the_prompt_of_its_task(backbone: Factory, tmp_path: Path) -> None:

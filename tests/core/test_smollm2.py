@@ -22,9 +22,9 @@ from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.prediction import label_scores
 from prompt_lab.files.prompts import load_prompt
 
-ROWS = 8  # of dev and of test
+ROWS = 5  # of dev and of test
 TASK, LABELS = "trec", ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")
-LENGTH = 6  # most tokens of an answer
+LENGTH = 4  # most tokens of an answer
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_a_prompt_tuned_here_answers_in_peft_as_it_did_here(
     method = make_method(
         model, num_virtual_tokens=8, batch_size=4, decoding="generate", max_new_tokens=LENGTH
     )
-    trainer = make_trainer(tmp_path, 8, 8)
+    trainer = make_trainer(tmp_path, 4, 4)
     data = make_data(root, [TASK], [13])
     trainer.fit(method, datamodule=data)
     trainer.test(method, datamodule=data, verbose=False)
@@ -102,7 +102,7 @@ def test_a_prompt_tuned_with_peft_scores_labels_here_as_it_does_there(
     peft: Any = get_peft_model(base, config)
     start = peft.prompt_encoder["default"].embedding.weight.detach().clone()
     optimizer = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], lr=0.03)
-    for text, label in rows(root, "train")[:6]:
+    for text, label in rows(root, "train")[:3]:
         ids, count = joined(tokenizer, text, label)
         labels = torch.cat([torch.full_like(ids[:, :-count], -100), ids[:, -count:]], dim=1)
         peft(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss.backward()
@@ -113,7 +113,7 @@ def test_a_prompt_tuned_with_peft_scores_labels_here_as_it_does_there(
     path = import_prompts(str(tmp_path / "peft"), str(tmp_path / "p.safetensors"), smollm2)
     prompt = load_prompt(path, model).prompt
     assert (prompt - start).abs().max() > 0.05
-    inputs = [text for text, _ in rows(root, "test")[:4]]
+    inputs = [text for text, _ in rows(root, "test")[:2]]
     expected = torch.empty(len(inputs), len(LABELS))
     for i, text in enumerate(inputs):
         for j, label in enumerate(LABELS):

@@ -50,21 +50,6 @@ def test_init_plus_its_vector_is_the_tuned_prompt_bit_for_bit(scale):
     assert bits(found).equal(bits(tuned[1]))
 
 
-def test_float32_throughout_would_not_give_the_tuned_prompt_back():
-    """Why the vectors are float64."""
-    init, tuned = draw(64, 64), draw(64, 64, seed=1)
-    assert not (init + (tuned - init)).equal(tuned)
-
-
-def test_the_round_trip_is_exact_for_all_exponents_up_to_the_ratio_it_names():
-    """100,000 pairs over float32's whole range, subnormals too; init is cut to 2^27 |prompt|."""
-    tuned, init = any_floats(100_000, -149, 127, seed=2), any_floats(100_000, -149, 127, seed=3)
-    most = (tuned.double().abs() * 2**27).clamp(max=torch.finfo(torch.float32).max)
-    init = init.sign() * torch.minimum(init.double().abs(), most).float()
-    assert (init.double().abs() == tuned.double().abs() * 2**27).sum() > 1000  # the limit itself
-    assert bits(back(tuned, init)).equal(bits(tuned))
-
-
 def test_beyond_the_ratio_the_error_stays_below_what_it_names():
     tuned, init = any_floats(100_000, -149, 127, seed=4), any_floats(100_000, -149, 127, seed=5)
     beyond = init.double().abs() > 2**27 * tuned.double().abs()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from prompt_lab.commands.build import build_tasks
-from prompt_lab.data.build import build_task, published_digests
+from prompt_lab.data.build import build_task
 from prompt_lab.data.files import DataError, read_task
 from prompt_lab.data.tasks import Task, find_tasks
 
@@ -102,37 +102,14 @@ def build(out: Path, source: Path, task_file: Path, *, tasks: list[str], **setti
     )
 
 
-def test_files_hold_k_rows_of_each_label_and_can_be_read(tmp_path, colors, own):
-    built = build_task(colors, tmp_path / "out", str(own))
-    assert built.is_new
-    assert len(built.files) == 15
-    splits = read_task(tmp_path / "out", colors, 13, allow_overlap=True)
-    assert Counter(answers[0] for answers in splits["dev"].references) == dict.fromkeys(
-        ["blue", "red", "green"], 2
-    )
-    assert splits["test"].inputs[:2] == ["what is sky 0?", "what is rose 1?"]
-
-
-def test_the_only_split_is_parted_80_to_20(tmp_path, task_file, own):
-    things = find_tasks(["things"], task_file)[0]
-    build_task(things, tmp_path / "out", str(own), samples=[100])
-    splits = read_task(tmp_path / "out", things, 100, allow_overlap=True)
-    assert {name: len(split) for name, split in splits.items()} == {"train": 3, "dev": 3, "test": 6}
-
-
-def test_parquet_files_give_what_own_rows_give(tmp_path, colors, own, copy):
-    build_task(colors, tmp_path / "a", str(own))
-    build_task(colors, tmp_path / "b", str(copy))
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
-
-
-@pytest.mark.parametrize("ending", ["csv", "tsv", "json", "parquet"])
-def test_every_format_gives_the_same_files(tmp_path, colors, own, ending, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+@pytest.mark.parametrize("ending", ["csv", "tsv", "json", "parquet", "hub copy"])
+def test_every_format_gives_the_same_files(tmp_path, colors, own, ending, copy):
     folder = tmp_path / ending / "colors"
-    folder.mkdir(parents=True)
     for split, count in (("train", 30), ("validation", 9)):
         path, rows = folder / f"{split}.{ending}", rows_of(count)
+        if ending == "hub copy":
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
         if ending == "json":
             path.write_text(json.dumps(rows), encoding="utf-8")
         elif ending == "parquet":
@@ -144,8 +121,22 @@ def test_every_format_gives_the_same_files(tmp_path, colors, own, ending, monkey
             lines = [mark.join(map(str, values)) for values in (rows[0], *map(dict.values, rows))]
             path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     build_task(colors, tmp_path / "a", str(own))
-    build_task(colors, tmp_path / "b", str(tmp_path / ending))
+    build_task(colors, tmp_path / "b", str(copy if ending == "hub copy" else tmp_path / ending))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_files_hold_k_rows_of_each_label_or_set_and_can_be_read(tmp_path, task_file, colors, own):
+    built = build_task(colors, tmp_path / "out", str(own))
+    assert built.is_new
+    assert len(built.files) == 15
+    splits = read_task(tmp_path / "out", colors, 13, allow_overlap=True)
+    held = Counter(answers[0] for answers in splits["dev"].references)
+    assert held == dict.fromkeys(["blue", "red", "green"], 2)
+    assert splits["test"].inputs[:2] == ["what is sky 0?", "what is rose 1?"]
+    things = find_tasks(["things"], task_file)[0]  # its only split is parted 80 to 20
+    build_task(things, tmp_path / "out", str(own), samples=[100])
+    splits = read_task(tmp_path / "out", things, 100, allow_overlap=True)
+    assert {name: len(split) for name, split in splits.items()} == {"train": 3, "dev": 3, "test": 6}
 
 
 def test_a_second_run_builds_nothing_and_a_missing_file_is_made_again(tmp_path, colors, own):
@@ -170,19 +161,6 @@ def test_further_samples_and_k_join_those_that_are_there(tmp_path, colors, own):
     assert (rows["colors_all_7_train.tsv"], rows["colors_all_7_dev.tsv"]) == (27, 3)
 
 
-def test_stratified_samples_have_k_rows_in_all(tmp_path, colors, own):
-    built = build_task(
-        colors, tmp_path, str(own), shots=6, samples=[100], sampling_law="stratified"
-    )
-    rows = {name: content.count(b"\n") for name, content in contents(tmp_path).items()}
-    assert rows == {
-        "colors_6_100_train.tsv": 6,
-        "colors_6_100_dev.tsv": 24,
-        "colors_6_100_test.tsv": 9,
-    }
-    assert built.sampling == "stratified"
-
-
 def write_lines(folder: Path, **splits: list[str]) -> None:
     """Write whole sets in the gym's form."""
     folder.mkdir(parents=True)
@@ -199,14 +177,6 @@ def test_finished_lines_give_the_files_that_their_rows_give(tmp_path, colors, ow
         build_task(colors, tmp_path / "a", str(own), shots)
         build_task(colors, tmp_path / "b", str(tmp_path / "lines"), shots, has_lines=True)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-
-
-def test_a_task_without_a_source_can_be_drawn_from_finished_lines(tmp_path, task_file):
-    lines = [f"input {n}\tanswer\tother" for n in range(12)]
-    write_lines(tmp_path / "lines" / "bare", train=lines, test=lines[:2])
-    source, out = tmp_path / "lines", tmp_path / "out"
-    assert build(out, source, task_file, tasks=["bare"], lines=True, samples=[7]) == 0
-    assert (out / "bare" / "bare_2_7_test.tsv").read_text() == "".join(x + "\n" for x in lines[:2])
 
 
 @pytest.mark.parametrize(
@@ -272,41 +242,37 @@ def test_rows_with_empty_fields_are_left_out_and_line_breaks_are_marked(tmp_path
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda own: (own / "colors/validation.jsonl").unlink(), "no file .*validation.{jsonl,"),
-        (lambda own: rename(own, "color", "colour"), "row 1: .*'color' is undefined; the row"),
-        (lambda own: rename(own, "thing", "name"), "row 1: .*'thing' is undefined; the row"),
-        (lambda own: only(own, 2), "no row to draw from has the label green; the 2 rows have"),
-        (lambda own: only(own, 0), "colors: split train has no rows"),
-        (lambda own: cut(own), "train.jsonl, row 30: .*; mend or replace the file"),
+        (
+            lambda text: text.replace('"color"', '"colour"'),
+            "row 1: .*'color' is undefined; the row",
+        ),
+        (lambda text: text.replace('"thing"', '"name"'), "row 1: .*'thing' is undefined; the row"),
+        (lambda text: "".join(text.splitlines(keepends=True)[:2]), "label green; the 2 rows have"),
+        (lambda text: "", "colors: split train has no rows"),
+        (lambda text: text[:-9], "train.jsonl, row 30: .*; mend or replace the file"),
+        (None, "no file .*train.{jsonl,"),
     ],
 )
 def test_rows_that_do_not_fit_give_one_line_and_no_file(tmp_path, colors, own, change, reason):
-    change(own)
+    path = own / "colors" / "train.jsonl"
+    if change is None:
+        path.unlink()
+    else:
+        path.write_text(change(path.read_text()))
     with pytest.raises(DataError, match=reason) as caught:
         build_task(colors, tmp_path / "out", str(own))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
-def rename(own: Path, old: str, new: str) -> None:
-    """Give a column another name."""
-    path = own / "colors" / "train.jsonl"
-    path.write_text(path.read_text().replace(f'"{old}"', f'"{new}"'))
-
-
-def only(own: Path, count: int) -> None:
-    """Keep the first rows only."""
-    path = own / "colors" / "train.jsonl"
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:count]))
-
-
-def cut(own: Path) -> None:
-    """Leave a file that ends in the middle of a row, as a broken download would."""
-    path = own / "colors" / "train.jsonl"
-    path.write_bytes(path.read_bytes()[:-9])
-
-
-def test_missing_parts_of_a_data_set_are_said(tmp_path, task_file, colors, copy):
+def test_missing_or_broken_parts_of_a_data_set_are_said(tmp_path, task_file, colors, copy):
+    path = copy / "owner/paint/plain/train/0001.parquet"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:50])
+    with pytest.raises(DataError, match=r"0000.parquet cannot be read: .*") as caught:
+        build_task(colors, tmp_path / "out", str(copy))
+    assert "\n" not in str(caught.value)
+    path.write_bytes(whole)
     (copy / "owner/paint/plain/validation").rename(copy / "owner/paint/plain/partial-validation")
     with pytest.raises(DataError, match="the hub has only a part of validation"):
         build_task(colors, tmp_path / "out", str(copy))
@@ -320,14 +286,6 @@ def test_missing_parts_of_a_data_set_are_said(tmp_path, task_file, colors, copy)
         build_task(colors, tmp_path / "out", str(tmp_path / "cache"))
     with pytest.raises(DataError, match="bare: its row does not say what it is made from"):
         build_task(find_tasks(["bare"], task_file)[0], tmp_path / "out", str(copy))
-
-
-def test_a_broken_parquet_file_is_one_line(tmp_path, colors, copy):
-    path = copy / "owner/paint/plain/train/0001.parquet"
-    path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(DataError, match=r"0000.parquet cannot be read: .*") as caught:
-        build_task(colors, tmp_path / "out", str(copy))
-    assert "\n" not in str(caught.value)
 
 
 def test_a_rare_label_without_a_training_row_is_told(tmp_path, colors):
@@ -389,17 +347,6 @@ def test_a_read_only_folder_is_said_at_the_start(tmp_path, task_file, own, monke
     assert not contents(tmp_path / "out")
 
 
-def test_an_out_that_is_a_file_is_said_at_the_start(tmp_path, task_file, own):
-    (tmp_path / "out").write_text("")
-    with pytest.raises(OSError, match=r"cannot write to .*; give another out"):
-        build(tmp_path / "out", own, task_file, tasks=["colors"])
-
-
-def test_crossfit_published_2400_digests():
-    assert len(published_digests()) == 2400
-    assert published_digests()["wiqa_32_87_test.tsv"] == published_digests()["wiqa_32_13_test.tsv"]
-
-
 @pytest.fixture
 def hub(copy: Path) -> Iterator[str]:
     """Address of the stand-in for the hub, which has the data set."""
@@ -411,7 +358,11 @@ def hub(copy: Path) -> Iterator[str]:
 
 
 def command(hub: str, tmp_path: Path, task_file: Path) -> tuple[list[str], dict[str, str]]:
-    """Words and environment that build the two tasks with the real command from the stand-in."""
+    """Words and environment that build the two tasks with the real command from the stand-in.
+
+    One of them names its data set by a short name, as old ones have.
+    """
+    task_file.write_text(ROWS.replace("owner/paint", "paint", 1), encoding="utf-8")
     words = ["tasks", "build", "--tasks", "colors", "things", "--out", str(tmp_path / "out")]
     environment = {**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "home")}
     environment.pop("HF_HUB_OFFLINE", None)
@@ -419,25 +370,18 @@ def command(hub: str, tmp_path: Path, task_file: Path) -> tuple[list[str], dict[
     return words, environment
 
 
-def run_command(hub: str, tmp_path: Path, task_file: Path) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end."""
+def test_an_interrupted_download_is_one_line_and_can_be_done_again(
+    tmp_path, task_file, own, copy, hub
+):
+    """Then the hub gives what own rows give."""
     words, environment = command(hub, tmp_path, task_file)
-    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
 
+    def run() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
 
-def test_the_hub_gives_what_own_rows_give(tmp_path, task_file, own, hub):
-    task_file.write_text(ROWS.replace("owner/paint", "paint", 1), encoding="utf-8")  # a short name
-    done = run_command(hub, tmp_path, task_file)
-    assert done.returncode == 0, done.stderr
-    assert "2 tasks, 30 files" in done.stdout
-    build(tmp_path / "own_out", own, task_file, tasks=["colors", "things"])
-    assert contents(tmp_path / "out") == contents(tmp_path / "own_out")
-
-
-def test_an_interrupted_download_is_one_line_and_can_be_done_again(tmp_path, task_file, copy, hub):
     cut = copy / "owner/paint/plain/validation/0001.cut"
     cut.touch()
-    done = run_command(hub, tmp_path, task_file)
+    done = run()
     assert done.returncode == 1
     failed = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]
     assert len(failed) == 1
@@ -445,9 +389,11 @@ def test_an_interrupted_download_is_one_line_and_can_be_done_again(tmp_path, tas
     assert "1 tasks, 15 files" in done.stdout
     assert not (tmp_path / "out" / "colors").exists()
     cut.unlink()
-    again = run_command(hub, tmp_path, task_file)
+    again = run()
     assert again.returncode == 0, again.stderr
     assert "1 sets built now, 1 there before" in again.stdout
+    build(tmp_path / "own_out", own, task_file, tasks=["colors", "things"])
+    assert contents(tmp_path / "out") == contents(tmp_path / "own_out")
 
 
 def test_an_interrupt_keeps_what_is_finished(tmp_path, task_file, copy, hub):

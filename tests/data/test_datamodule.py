@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SAMPLES, TASKS
-from jsonargparse import ArgumentParser
-from lightning.pytorch import Trainer
+from conftest import SAMPLES, TASKS, make_method, make_trainer
 
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.batch import IGNORE
@@ -23,11 +21,10 @@ from prompt_lab.data.datamodule import (
     RowsDataModule,
     as_split,
 )
-from prompt_lab.data.files import SPLITS, DataError, SplitName, read_split
+from prompt_lab.data.files import SPLITS, SplitName, read_split
 from prompt_lab.data.sampling import Progress, bank_draw
 from prompt_lab.data.tasks import Task
 from prompt_lab.files.results import read_csv
-from prompt_lab.methods.prompt_tuning import PromptTuning
 
 Factory = Callable[..., Backbone]
 
@@ -36,24 +33,6 @@ ROWS: dict[SplitName, list[tuple[str, str]]] = {
     "dev": [("not for me", "bad"), ("a joy", "great")],
     "test": [("what a film", "great")],
 }
-
-
-def make_trainer(folder: Path, **settings: Any) -> Trainer:
-    """A quiet trainer of two steps."""
-    given = {"max_epochs": -1, "max_steps": 2, "val_check_interval": 2}
-    return Trainer(
-        accelerator="cpu",
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        inference_mode=False,
-        logger=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        default_root_dir=folder / "run",
-        **{**given, **settings},
-    )
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -91,20 +70,26 @@ def test_files_of_another_k_are_read_where_it_is_asked_for(
     assert {task.shots for task in data.tasks.values()} == {shots}
 
 
-def test_a_k_without_files_is_told_with_those_that_have_some(
-    renamed_root: Callable[..., Path],
+@pytest.mark.parametrize(
+    ("task", "shots", "reason"),
+    [
+        *[
+            ("glue-sst2", shots, f"data.shots is {shots!r}: give a")
+            for shots in (0, True, "64", 1.5)
+        ],
+        ("glue-sst2", 8, r"no file .*glue-sst2_8_13_train\.tsv; .* K = 64 train"),
+        ("glue-sst2", None, r"no file .*sst2_16_13_train\.tsv.*data.shots chooses K"),
+        ("sandbox-count-food", 513, "has 512 training rows"),
+        ("sandbox-count-food", "all", "has 512"),
+        ("sandbox-count-food", 3, "all 4 labels"),
+    ],
+)
+def test_a_k_that_is_not_there_is_refused(
+    renamed_root: Callable[..., Path], task: str, shots: Any, reason: str
 ) -> None:
-    root = str(renamed_root(64))
-    with pytest.raises(DataError, match=r"no file .*glue-sst2_8_13_train\.tsv; .* K = 64 train"):
-        CrossFitDataModule(["glue-sst2"], root, [13], shots=8).setup()
-    with pytest.raises(DataError, match=r"no file .*sst2_16_13_train\.tsv.*data.shots chooses K"):
-        CrossFitDataModule(["glue-sst2"], root, [13]).setup()
-
-
-@pytest.mark.parametrize("shots", [0, -1, True, "64", "every", 1.5])
-def test_a_k_that_no_file_can_have_is_refused(shots: Any) -> None:
-    with pytest.raises(ValueError, match=rf"data\.shots is {shots!r}: give a whole number above 0"):
-        CrossFitDataModule(["glue-sst2"], "data", shots=shots)
+    root = "sandbox" if task.startswith("sandbox") else str(renamed_root(64))
+    with pytest.raises(ValueError, match=reason):
+        CrossFitDataModule([task], root, [13], shots=shots).setup()
 
 
 @pytest.mark.parametrize("task", ["sandbox-count-food", "sandbox-what-foreign"])
@@ -124,14 +109,6 @@ def test_k_rows_of_the_sandbox_are_some_of_its_own_with_the_shares_of_the_labels
             assert abs(count - 40 * share[label] / 512) < 1
 
 
-@pytest.mark.parametrize(
-    ("shots", "reason"), [(513, "has 512 training rows"), ("all", "has 512"), (3, "all 4 labels")]
-)
-def test_a_k_that_the_sandbox_cannot_draw_is_refused(shots: Any, reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
-        CrossFitDataModule(["sandbox-count-food"], shots=shots).setup()
-
-
 @pytest.mark.parametrize(("shots", "column"), [(64, "64"), ("all", "all"), (None, "64")])
 def test_results_tell_the_k_that_was_read(
     backbone: Factory, renamed_root: Callable[..., Path], tmp_path: Path, shots: Any, column: str
@@ -145,21 +122,11 @@ def test_results_tell_the_k_that_was_read(
         (root / "glue-sst2").rename(root / "open")
     name, rows = ("open", str(tmp_path / "mine.yaml")) if shots is None else ("glue-sst2", None)
     data = CrossFitDataModule([name], str(root), [13], rows, shots=shots)
-    method = PromptTuning(num_virtual_tokens=3, learning_rate=0.03, batch_size=4)
-    method.backbone = backbone("gpt2")
-    method.run_dir, trainer = tmp_path / "run", make_trainer(tmp_path)
+    method, trainer = make_method(backbone("gpt2")), make_trainer(tmp_path / "run", 2, 2)
     trainer.fit(method, datamodule=data)
     trainer.test(method, datamodule=data, verbose=False)
     lines = read_csv(tmp_path / "run" / "results.csv")
     assert {line["shots"] for line in lines} == {column}
-
-
-@pytest.mark.parametrize(("word", "value"), [("64", 64), ("all", "all"), ("null", None)])
-def test_the_command_line_takes_a_number_or_the_word_all(word: str, value: Any) -> None:
-    parser = ArgumentParser()
-    parser.add_class_arguments(CrossFitDataModule, "data")
-    words = ["--data.tasks=[glue-sst2]", "--data.root=x", f"--data.shots={word}"]
-    assert parser.parse_args(words).data.shots == value
 
 
 # ---- pairs of texts ------------------------------------------------------------------------------
@@ -185,20 +152,6 @@ def test_pairs_of_texts_are_the_rows_of_a_task() -> None:
         assert data.splits["sum", 0][split].references == [["4", "four"], ["1"]]
 
 
-def test_several_accepted_answers_are_each_tokenised(backbone: Factory) -> None:
-    model = backbone("t5")
-    rows = {split: [("two and two", ["4", "four"]), ("one", "1")] for split in SPLITS}
-    data = RowsDataModule({"sum": rows}, samples=[3], task_prefix=True, max_input_length=5)
-    data.setup()
-    data.connect(model)
-    found = data.tokens("sum", 3, "train")
-    assert found.targets == [model.encode_targets(["4", "four"]), model.encode_targets(["1"])]
-    assert all(len(ids) <= 5 for ids in found.inputs)
-    assert found.cut == 2
-    longest = max(len(ids) for ids in model.encode_targets(["4", "four", "1"]))
-    assert data.longest_answer("sum", 3) == longest
-
-
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -215,6 +168,14 @@ def test_several_accepted_answers_are_each_tokenised(backbone: Factory) -> None:
         ({"max_input_length": 0}, "data.max_input_length is 0: give at least 1"),
         ({"samples": [1, 1]}, r"data.samples must be distinct and at least one: \[1, 1\]"),
         ({"truncation_side": "up"}, "data.truncation_side is 'up'; allowed: right, left"),
+        ({"labels": {"film": "yes"}}, "labels of film are 'yes': give a list"),
+        *[
+            (
+                {"tasks": {"film": ROWS | {"train": [("a", "b"), pair]}}},
+                "train, row 2: .* no pair of",
+            )
+            for pair in [("x", []), ("x", ""), ("x", 3), (3, "yes"), ("x", "y", "n"), "xy"]
+        ],
     ],
 )
 def test_pairs_that_make_no_task_are_refused_in_one_sentence(
@@ -255,10 +216,8 @@ def test_a_subclass_says_its_rows_by_task_sample_and_split(backbone: Factory) ->
 def test_a_method_trains_and_answers_on_pairs(backbone: Factory, tmp_path: Path) -> None:
     """An epoch is one pass of the run that needs most batches: 3 of one row."""
     data = RowsDataModule({"film": ROWS}, {"film": ["great", "bad"]})
-    method = PromptTuning(num_virtual_tokens=3, learning_rate=0.03, batch_size=[1, 2])
-    method.backbone = backbone("gpt2")
-    method.run_dir = tmp_path / "run"
-    trainer = make_trainer(tmp_path, max_epochs=2, max_steps=-1, val_check_interval=3)
+    method = make_method(backbone("gpt2"), batch_size=[1, 2])
+    trainer = make_trainer(tmp_path / "run", -1, 3, max_epochs=2)
     trainer.fit(method, datamodule=data)
     assert trainer.global_step == 6
     trainer.test(method, datamodule=data, verbose=False)
@@ -270,23 +229,30 @@ def test_a_method_trains_and_answers_on_pairs(backbone: Factory, tmp_path: Path)
 # ---- tokens --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("prefix", [False, True])
 @pytest.mark.parametrize("kind", ["t5", "gpt2", "llama"])
-def test_train_and_dev_have_the_tokens_of_their_answers_and_test_has_not(
-    backbone: Factory, fewshot_root: Path, kind: str
+def test_rows_are_the_tokens_of_their_texts_cut_and_of_each_answer(
+    backbone: Factory, fewshot_root: Path, kind: str, prefix: bool
 ) -> None:
     """Reference: every answer tokenised alone; the longest answer is known of all three."""
     model = backbone(kind)
-    data = CrossFitDataModule(list(TASKS), str(fewshot_root), list(SAMPLES))
+    data = CrossFitDataModule(
+        list(TASKS), str(fewshot_root), list(SAMPLES), task_prefix=prefix, max_input_length=20
+    )
     data.setup()
     data.connect(model)
     for (task, sample), splits in data.splits.items():
+        front = f" [{task}] " if prefix else ""
         for name, split in splits.items():
             rows = data.tokens(task, sample, name)
             alone = [[model.encode_targets([text])[0] for text in row] for row in split.references]
-            assert rows.targets == ([] if name == "test" else alone)
+            assert rows.targets == alone
             assert rows.longest_target == max(len(ids) for row in alone for ids in row)
-            assert rows.inputs == [model.encode_inputs([text])[0] for text in split.inputs]
-            assert rows.references == split.references
+            whole = [model.encode_inputs([front + text])[0] for text in split.inputs]
+            assert [len(ids) for ids in rows.inputs] == [min(20, len(ids)) for ids in whole]
+            assert rows.cut == sum(len(ids) > 20 for ids in whole)
+            pairs = zip(rows.inputs, whole, strict=True)
+            assert all(ids[:19] == full[:19] for ids, full in pairs)
 
 
 # ---- loaders -------------------------------------------------------------------------------------
@@ -367,20 +333,3 @@ def test_evaluation_loaders_have_the_length_of_what_they_give(
             pair for p in parts for pair in zip(p.batch.prompts, p.batch.rows, strict=True)
         )
         assert pairs == Counter((place, row) for place in live for row in range(12))
-
-
-@pytest.mark.parametrize(
-    "pair",
-    [("x", []), ("x", ""), ("x", 3), (3, "yes"), ("x", "yes", "no"), "xy", ("x", ["a", " "])],
-)
-def test_rows_that_are_no_pairs_are_refused_in_a_sentence(pair):
-    rows = {split: [("a", "b"), pair] for split in ("train", "dev", "test")}
-    with pytest.raises(ValueError, match=r"mine 0 train, row 2: .* is no pair of a text") as told:
-        RowsDataModule({"mine": rows}).setup()
-    assert "\n" not in str(told.value)
-
-
-def test_labels_are_a_list():
-    rows = {split: [("a", "yes")] for split in ("train", "dev", "test")}
-    with pytest.raises(ValueError, match="labels of mine are 'yes': give a list"):
-        RowsDataModule({"mine": rows}, labels={"mine": "yes"})

@@ -1,4 +1,4 @@
-"""Partitions by name: the papers' counts and sets, users' own, and what is refused."""
+"""Partitions by name: the papers' counts and sets, and what is refused."""
 
 from __future__ import annotations
 
@@ -10,13 +10,7 @@ from typing import Any
 
 import pytest
 
-from prompt_lab.data.partitions import (
-    Partition,
-    expand_sets,
-    load_partitions,
-    partition,
-    partition_names,
-)
+from prompt_lab.data.partitions import Partition, expand_sets, load_partitions, partition
 from prompt_lab.data.tasks import load_tasks
 
 # Source, dev and target. The numbers are those of the papers, but where a comment says otherwise.
@@ -109,15 +103,6 @@ CODE_NAMES = {
 }
 """The names in the code of TPV where CrossFit has another."""
 
-GOOD = {"mine": {"source": ["glue-sst2"], "target": ["imdb"]}}
-
-
-def write(folder: Path, content: str | dict[str, Any]) -> Path:
-    """Write a partition file and return its path; JSON is YAML."""
-    path = folder / "mine.yaml"
-    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-    return path
-
 
 def gym() -> set[str]:
     """The names of CrossFit's tasks."""
@@ -137,28 +122,23 @@ def reference(test_data: Path, name: str) -> dict[str, Any]:
     return json.loads(path.read_bytes())
 
 
-def test_names_are_those_of_the_papers_in_order() -> None:
-    assert partition_names() == tuple(COUNTS)
+def test_names_and_counts_are_the_papers_and_sets_are_disjoint() -> None:
     assert {name: part.name for name, part in load_partitions().items()} == {n: n for n in COUNTS}
-
-
-@pytest.mark.parametrize("name", COUNTS)
-def test_counts_are_the_papers_and_sets_are_disjoint(name: str) -> None:
-    part = partition(name)
-    assert (len(part.source), len(part.dev), len(part.target)) == COUNTS[name]
-    assert len(set(everything(part))) == sum(COUNTS[name])
-    assert bool(part.paper) == (not name.startswith("sandbox"))
+    assert list(load_partitions()) == list(COUNTS)
+    for name, counts in COUNTS.items():
+        part = partition(name)
+        assert (len(part.source), len(part.dev), len(part.target)) == counts, name
+        assert len(set(everything(part))) == sum(counts), name
+        assert bool(part.paper) == (not name.startswith("sandbox"))
 
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_names_are_tasks_of_crossfit_but_those_listed(name: str) -> None:
-    part = partition(name)
-    assert part.outside == ()
-    assert set(everything(part)) <= set(load_tasks())
-    beyond = set(everything(part)) - gym()
+    names = set(everything(partition(name)))
+    assert names <= set(load_tasks())
+    beyond = names - gym()
     if name.startswith("selection"):
-        assert beyond == {task for task in load_tasks() if task.startswith("selection-")}
-        assert beyond == set(everything(part))
+        assert beyond == names == {t for t in load_tasks() if t.startswith("selection-")}
     elif name.startswith("sandbox"):
         assert all(task.startswith("sandbox-") for task in beyond)
     else:
@@ -267,110 +247,6 @@ def test_sets_equal_the_tasks_of_tpv_and_of_task_selection(test_data: Path) -> N
         assert set(partition(f"tpv/{family}").source) == set(ours(lists["tpv"]["pairs"][family]))
 
 
-def test_a_users_partition_is_read_beside_the_packages(tmp_path: Path) -> None:
-    """Reference: the sets written out by hand from those of the package."""
-    path = write(
-        tmp_path,
-        """
-first:
-  source: {like: [crossfit/random/source, crossfit/random/dev], without: [glue-qqp, paws]}
-  dev: [snli]
-  target: [glue-qqp, paws, elsewhere]
-  outside: [elsewhere]
-  note: of our own
-second:
-  source: {like: tpv/nli/source, plus: [anli]}
-  target: {like: first/target, without: [elsewhere]}
-""",
-    )
-    base = partition("crossfit/random")
-    first, second = partition("first", path), partition("second", path)
-    both = (*base.source, *base.dev)
-    assert first.source == tuple(task for task in both if task not in ("glue-qqp", "paws"))
-    assert (first.dev, first.target) == (("snli",), ("glue-qqp", "paws", "elsewhere"))
-    assert (first.outside, first.note, first.paper) == (("elsewhere",), "of our own", "")
-    assert second == Partition(
-        "second", ("glue-mnli", "glue-qnli", "anli"), (), ("glue-qqp", "paws")
-    )
-    assert partition_names(path) == (*COUNTS, "first", "second")
-    assert partition_names() == tuple(COUNTS)
-
-
-def test_a_users_tasks_need_rows_in_a_task_file(tmp_path: Path) -> None:
-    path = write(tmp_path, {"mine": {"source": ["stsb"], "target": ["imdb"]}})
-    with pytest.raises(ValueError, match="unknown task 'stsb'"):
-        partition("mine", path)
-    rows = tmp_path / "tasks.yaml"
-    rows.write_text("stsb: {metric: Pearson-Correlation}", encoding="utf-8")
-    assert partition("mine", path, rows).source == ("stsb",)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "must hold rows of the form"),
-        ("a: [", "not valid YAML"),
-        ("a: {}\na: {}", "'a' occurs twice.*line 2"),
-        ("a: {source: [imdb], source: [anli], target: [paws]}", "'source' occurs twice"),
-        ("a: [imdb]", "must be a mapping such as"),
-        ("1: {}", "the name must be text"),
-        ("a/target: {}", "may not end in a set"),
-        ("crossfit/random: {}", "the package already has a partition of this name"),
-        ("a: {sources: [imdb]}", "unknown key sources; allowed: paper, note, source"),
-        ("a: {source: [imdb]}", "target without a task"),
-        ("a: {}", "source and target without a task"),
-        ("a: {source: imdb}", "source must be a list of names, not 'imdb'"),
-        ("a: {source: [imdb, no]}", "YAML read False not as a name; quote it"),
-        ("a: {source: [imdb, imdb, paws, paws]}", "more than once: imdb, paws; name each once"),
-        ("a: {source: [imdb], target: [imbd, emoo]}", "'imbd': did you mean imdb.*'emoo': did you"),
-        (
-            "a: {source: [imdb, anli, emo], dev: [emo], target: [anli, imdb, paws]}",
-            r"more than one set: imdb \(source, target\), anli \(source, target\), "
-            r"emo \(source, dev\); keep",
-        ),
-        ("a: {source: {like: tpv/nlo/source}}", "no partition above: did you mean tpv/nli"),
-        ("a: {source: {like: tpv/nli}}", "name one set, as in crossfit/random/source"),
-        ("a: {source: {like: tpv/nli/source, without: [imdb]}}", "without imdb, which tpv/nli/sou"),
-        ("a: {source: {like: tpv/nli/source, plus: [glue-mnli]}}", "more than once: glue-mnli"),
-        (
-            "a: {source: {like: [tpv/nli/source, tpv/all/source]}}",
-            "more than once: glue-mnli, glue",
-        ),
-        ("a: {source: {plus: [imdb]}}", "source, like must be a list of names, not None"),
-        ("a: {source: {unlike: [imdb]}}", "unknown key unlike; allowed: like, without, plus"),
-        ("a: {source: {like: b/source}}\nb: {source: [imdb], target: [emo]}", "no partition above"),
-        ("a: {source: [imdb], target: [emo], outside: [cr]}", "outside names cr, which no set has"),
-        ("a: {source: [imdb], target: [emo], note: 3}", "note must be text, not 3"),
-    ],
-)
-def test_a_wrong_partition_is_refused_in_one_sentence(
-    tmp_path: Path, content: str, message: str
-) -> None:
-    path = write(tmp_path, content)
-    with pytest.raises(ValueError, match=message) as error:
-        load_partitions(path)
-    assert str(error.value).startswith(f"{path}")
-    assert "\n" not in str(error.value)
-
-
-def test_a_failed_file_leaves_the_packages_partitions_as_they_were(tmp_path: Path) -> None:
-    path = write(tmp_path, {**GOOD, "bad": {}})
-    with pytest.raises(ValueError, match="partition 'bad'"):
-        load_partitions(path)
-    assert partition_names() == tuple(COUNTS)
-
-
-def test_unknown_names_and_missing_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"'mpt/cls_to_clss': did you mean mpt/cls_to_cls"):
-        partition("mpt/cls_to_clss")
-    with pytest.raises(ValueError, match=r"unknown partition 'zzz': there are crossfit/random, "):
-        partition("zzz")
-    with pytest.raises(FileNotFoundError, match="no partition file"):
-        partition("mine", tmp_path / "none.yaml")
-    with pytest.raises(FileNotFoundError, match="no task file"):
-        partition("mine", write(tmp_path, GOOD), tmp_path / "none.yaml")
-
-
 def test_the_packages_partitions_are_read_without_torch() -> None:
     code = (
         "import sys; from prompt_lab.data.partitions import partition; partition('tpv/nli'); "
@@ -385,9 +261,16 @@ def test_sets_stand_for_their_tasks_where_tasks_are_named() -> None:
     target = partition("mpt/cls_to_cls").target
     assert expand_sets(["sick", "mpt/cls_to_cls/target"]) == ["sick", *target]
     assert list(CrossFitDataModule(["mpt/cls_to_cls/target"]).tasks) == list(target)
-    for name, message in (
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
         ("mpt/cls_to_cl/target", "unknown partition 'mpt/cls_to_cl': did you mean mpt/cls_to_cls"),
+        ("zzz/source", r"unknown partition 'zzz': there are crossfit/random, "),
         ("mpt/cls_to_cls", "neither a task nor a set of a partition"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            expand_sets([name])
+    ],
+)
+def test_names_of_no_set_are_refused(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        expand_sets([name])

@@ -15,9 +15,7 @@ ROW = {"a": "x", "n": 3, "deep": {"b": "y"}, "a.b": "dotted", "dirty": " p\tq\\n
 
 def task(**source: Any) -> Task:
     """A task with labels red and blue, made from the columns given."""
-    parts = {"hub": None, "config": None, "train": "train", "test": "test", "train_part": None}
-    rest = {"test_part": None, "prepare": None, "keep": None, "label": None, "target": None}
-    made = Source(**{**parts, **rest, "input": "{{a}}", **source})
+    made = Source(**{"train": "train", "test": "test", "input": "{{a}}", **source})
     return Task("mine", "cls/other", "ACC", 16, ("red", "blue"), source=made)
 
 
@@ -91,9 +89,6 @@ def test_a_list_gives_several_references_and_a_text_one():
     assert list(make_lines(rows, task(target="{{y}}"))) == [("x", "u", "v"), ("x", "u")]
     mapped = task(target="{{y|map('strip')}}")
     assert list(make_lines([{"a": "x", "y": [" u ", "v"]}], mapped)) == [("x", "u", "v")]
-
-
-def test_an_empty_list_of_answers_is_refused():
     with pytest.raises(DataError, match=r"mine, row 1: .* is an empty list"):
         list(make_lines([{"a": "x", "y": []}], task(target="{{y}}")))
 

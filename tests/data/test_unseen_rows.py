@@ -93,16 +93,11 @@ def test_a_task_whose_labels_are_all_one_is_refused(
     assert fit.steps.begun == 0
 
 
-def test_one_label_alone_is_no_look_alike(backbone: Callable[..., Backbone]) -> None:
-    assert backbone("gpt2").look_alikes(["yes"]) == backbone("gpt2").look_alikes([]) == []
-    assert word_backbone().look_alikes(["house", "yes", "sea"]) == [["house", "sea"]]
-
-
 # ---- inputs that are cut ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("kind", ["t5", "gpt2", "llama"])
+@pytest.mark.parametrize("kind", ["t5", "llama"])
 def test_inputs_that_are_cut_are_counted_and_cut_at_the_chosen_side(
     fit: Any, backbone: Callable[..., Backbone], tmp_path: Path, kind: str, side: str
 ) -> None:
@@ -139,11 +134,6 @@ def test_nothing_is_told_where_nothing_is_cut(fit: Any, tmp_path: Path) -> None:
     said, lines = fit(write_task(tmp_path, ["yes", "no"]))
     assert not [text for text in said if "lose their" in text or "references" in text]
     assert {line["cut_test"] for line in lines} == {"0"}
-
-
-def test_a_side_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match="truncation_side is 'top'; allowed: right, left"):
-        CrossFitDataModule(["glue-sst2"], truncation_side="top")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["t5", "llama"])
@@ -240,13 +230,6 @@ def test_lost_references_are_counted_over_all_samples(fit: Any, tmp_path: Path) 
     assert told.endswith("in full: train 4 of 6, dev 4 of 6, test 2 of 4")
 
 
-def test_scored_answers_have_no_longest(fit: Any, tmp_path: Path) -> None:
-    long = [("the sea", "the small red house stands on the hill"), ("no sea", "no")]
-    data = write_task(tmp_path, ["yes", "no", long[0][1]], test=long)
-    said, _ = fit(data)
-    assert not [text for text in said if "references" in text]
-
-
 def test_labels_that_differ_by_case_alone_are_told(fit: Any, tmp_path: Path) -> None:
     """The metric takes them for one."""
     rows = [("the small dog", "Yes"), ("the cat", "yes")]
@@ -267,9 +250,10 @@ def test_a_length_without_room_for_text_is_refused(
 
 
 def test_scored_answers_need_no_room_for_generated_ones(fit: Any, tmp_path: Path) -> None:
-    """128 positions: prompt 5, input of 100 tokens or so, labels of two."""
-    long = [("sea " * 55, "yes"), ("no", "no")]
-    fit(write_task(tmp_path, ["yes", "no"], test=long), max_new_tokens=64)
+    """128 positions: prompt 5, input of 100 tokens or so, labels of two. None is the longest."""
+    long = [("sea " * 50, "the small red house"), ("no", "no")]
+    said, _ = fit(write_task(tmp_path, ["yes", "no", long[0][1]], test=long), max_new_tokens=64)
+    assert not [text for text in said if "references" in text]
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from prompt_lab import sandbox
 from prompt_lab.sandbox import TASKS, lexicon, pretrain, rows
+from prompt_lab.sandbox.pretrain import SPECIAL_TOKENS, build_tokenizer, token_ids
 from prompt_lab.sandbox.tasks import SPLIT_ROWS, draw_row, words_of
-from prompt_lab.sandbox.tokenizer import SPECIAL_TOKENS, build_tokenizer, token_ids
 
 ALL = sorted(TASKS)
 RESERVED = [task for task in TASKS.values() if task.role != "pretraining"]
@@ -42,13 +41,10 @@ def test_words_are_distinct_tokens_without_white_space() -> None:
     assert len(set(words)) == len(words)
     assert all(word.split() == [word] for word in words)
     assert not set(lexicon.LABEL_POOL) & set(lexicon.RESERVED_LABELS)
-
-
-def test_classes_of_content_words_are_disjoint() -> None:
-    assert sum(map(len, lexicon.WORDS.values())) == len(lexicon.VALUE_OF)
-    assert len(set(lexicon.PLURAL.values()) | set(lexicon.FOREIGN.values())) == 2 * len(
-        lexicon.NOUNS
-    )
+    assert sum(map(len, lexicon.WORDS.values())) == len(lexicon.VALUE_OF)  # classes are disjoint
+    forms = {*lexicon.PLURAL.values(), *lexicon.FOREIGN.values()}
+    assert len(forms) == 2 * len(lexicon.NOUNS)
+    assert words_of("any") == words
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -61,15 +57,14 @@ def test_rows_are_distinct_in_vocabulary_and_of_the_stated_number(name: str) -> 
     assert words <= set(lexicon.vocabulary())
     labels = TASKS[name].labels
     if labels:
-        assert {target for _, target in splits["test"]} == set(labels)
-
-
-def test_test_rows_are_one_set_and_disjoint_from_every_sample() -> None:
-    for name in ALL[::4]:
-        test = {text for text, _ in rows(name, 13, "test")}
-        assert rows(name, 13, "test") == rows(name, 21, "test")
-        assert rows(name, 13, "train") != rows(name, 21, "train")
-        assert not test & {text for text, _ in rows(name, 21, "train") + rows(name, 21, "dev")}
+        targets = [target for _, target in splits["test"]]
+        assert set(targets) == set(labels)
+        most = max(targets.count(label) for label in labels)
+        assert most / len(targets) < 1 / len(labels) + 0.12
+    assert splits["test"] == rows(name, 21, "test")
+    other = rows(name, 21, "train")
+    assert splits["train"] != other
+    assert not {text for text, _ in splits["test"]} & {text for text, _ in other}
 
 
 def test_rows_do_not_depend_on_the_hash_seed() -> None:
@@ -86,13 +81,6 @@ def test_rows_do_not_depend_on_the_hash_seed() -> None:
         for seed in ("1", "2")
     }
     assert outputs == {f"{rows('sandbox-sst', 42, 'train')[:20]}\n"}
-
-
-def test_unknown_task_and_split_are_refused_with_the_choices() -> None:
-    with pytest.raises(ValueError, match="sandbox-sst"):
-        rows("sandbox-none", 13, "train")
-    with pytest.raises(ValueError, match="train, dev or test"):
-        rows("sandbox-sst", 13, "all")  # type: ignore[arg-type]
 
 
 def _words(name: str) -> set[str]:
@@ -126,46 +114,17 @@ def test_targets_follow_from_the_inputs() -> None:
             assert rule(text.split()) == target, (name, text)
 
 
-def test_class_labels_are_about_balanced() -> None:
-    for name, task in TASKS.items():
-        if task.labels:
-            targets = [target for _, target in rows(name, 13, "test")]
-            most = max(targets.count(label) for label in task.labels)
-            assert most / len(targets) < 1 / len(task.labels) + 0.12, name
-
-
-def test_task_table_agrees_with_the_tasks() -> None:
-    table = yaml.safe_load((Path(sandbox.__file__).parent / "tasks.yaml").read_text())
-    assert list(table) == list(TASKS)
-    for name, row in table.items():
-        labels = TASKS[name].labels
-        assert tuple(row.get("labels", ())) == (labels or ())
-        assert row["metric"] == ("ACC" if labels else "EM")
-        assert row["shots"] == SPLIT_ROWS["train"]
-
-
-def test_each_role_has_enough_tasks() -> None:
-    roles = [task.role for task in TASKS.values()]
-    held_out = {task.family for task in TASKS.values() if task.role == "held_out"}
-    assert roles.count("pretraining") >= 12
-    assert roles.count("held_out") >= 6
-    assert len(held_out) >= 4
-
-
-def test_pretraining_never_draws_a_reserved_task() -> None:
-    """Reference: factors and labels of the reserved tasks against every drawable member."""
+def test_pretraining_never_draws_a_reserved_task_and_can_draw_the_others() -> None:
+    """Reference: factors and labels of the tasks against every drawable member."""
     space = {family: pretrain.members(family) for family in pretrain.FAMILY_WEIGHTS}
-    for task in RESERVED:
+    for task in TASKS.values():
         if task.name in pretrain.HELD_OUT_BY_LABELS:
             assert not set(task.labels or ()) & set(lexicon.LABEL_POOL)
         else:
-            assert task.factors not in space[task.family], task.name
-
-
-def test_pretraining_tasks_can_be_drawn() -> None:
-    for task in TASKS.values():
-        if task.role == "pretraining":
-            assert task.factors in pretrain.members(task.family), task.name
+            assert (task.factors in space[task.family]) == (task.role == "pretraining"), task.name
+    families = ("sort", "has", "same")
+    closed = {label for t in RESERVED if t.family in families for label in t.labels or ()}
+    assert closed == set(lexicon.RESERVED_LABELS)
 
 
 def test_drawn_instructions_and_answers_hold_no_reserved_label_or_attribute() -> None:
@@ -183,16 +142,6 @@ def test_drawn_instructions_and_answers_hold_no_reserved_label_or_attribute() ->
         assert not forbidden & set(words)
         _, target = draw_row(family, factors, labels, rng)
         assert factors[0] == "any" or target not in forbidden
-
-
-def test_reserved_label_words_are_complete() -> None:
-    closed = {
-        label
-        for task in RESERVED
-        for label in task.labels or ()
-        if task.family in ("sort", "has", "same")
-    }
-    assert closed == set(lexicon.RESERVED_LABELS)
 
 
 def test_lengthened_instruction_keeps_its_words_in_order() -> None:
@@ -222,17 +171,8 @@ def test_pretraining_is_seeded_and_writes_a_loadable_folder(tmp_path: Path) -> N
         pretrain.main(["--out", str(tmp_path / name), "--steps", "2", "--seed", "7"])
         states.append(AutoModelForSeq2SeqLM.from_pretrained(tmp_path / name).state_dict())
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
-
-
-def test_a_failed_save_leaves_the_old_folder(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "mark").write_text("old")
-    with pytest.raises(AttributeError, match="half"):
-        pretrain.save(None, out, {})  # type: ignore[arg-type]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert (out / "mark").read_text() == "old"
+    with pytest.raises(SystemExit):  # a folder that is there stays as it is
+        pretrain.main(["--out", str(tmp_path / "a")])
 
 
 def test_shipped_tokenizer_is_the_built_one_and_round_trips(tokenizer: Any) -> None:
@@ -257,14 +197,8 @@ def test_shipped_weights_are_small_fp16_and_load_as_fp32(model: Any) -> None:
         assert {file.get_tensor(name).dtype for name in names} == {torch.float16}
     assert model.dtype == torch.float32
     assert model.config.vocab_size == len(token_ids())
-
-
-def test_shipped_facts_name_the_defaults_of_the_script() -> None:
     facts = json.loads((sandbox.ASSETS / "pretraining.json").read_text())
     assert facts["recipe"]["family_weights"] == pretrain.FAMILY_WEIGHTS
-    assert facts["recipe"]["canonical_labels"] == pretrain.CANONICAL_LABELS
-    assert facts["seed"] == 0
-    assert facts["final_loss"] < 1.0
 
 
 def test_backbone_obeys_an_instruction_and_generates_what_it_ranks_first(
@@ -314,8 +248,3 @@ def test_a_tuned_prompt_steers_the_frozen_backbone_on_an_unseen_task(
         run(prompt).loss.backward()
         optimizer.step()
     assert score(prompt.detach()) > 0.7
-
-
-def test_list_words_of_any_are_the_whole_vocabulary() -> None:
-    assert words_of("any") == lexicon.vocabulary()
-    assert set(words_of("person")) == _words("man") | _words("woman")
