@@ -94,7 +94,7 @@ def naive_score(method: VectorArithmetic, prompt: torch.Tensor, task: str, split
         labels[int(np.argmax([log_likelihood(model, prompt, ids, label) for label in labels]))]
         for ids in rows.inputs
     ]
-    gold = [answers[0] for answers in rows.references]
+    gold = [answers[0] for answers in data.splits[task, 13][split].references]
     if task == "glue-cola":
         return matthews_corrcoef(gold, told)
     if task == "emotion":
