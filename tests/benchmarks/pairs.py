@@ -70,7 +70,15 @@ def measure(
     baseline: Callable[[], Any], ours: Callable[[], Any], settings: Settings
 ) -> dict[str, Any]:
     """Time two calls in interleaved pairs; the ratio is baseline / ours."""
-    warm_up = 1 if settings.quick or settings.model else WARM_UP  # a real model warms up at once
+    warm_up = 1 if settings.model else WARM_UP  # a real model warms up at once
+    return pairs_of(baseline, ours, warm_up, settings)
+
+
+def pairs_of(
+    baseline: Callable[[], Any], ours: Callable[[], Any], warm_up: int, settings: Settings
+) -> dict[str, Any]:
+    """The same behind so many pairs that are not counted; none of them in a quick run."""
+    warm_up = 0 if settings.quick else warm_up
     pairs = [
         (seconds(baseline, settings.device), seconds(ours, settings.device))
         for _ in range(warm_up + settings.pairs)

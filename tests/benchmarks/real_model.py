@@ -26,7 +26,7 @@ from models import (
     make_tokenizer,
     uniform_lengths,
 )
-from pairs import Settings, measure, ratios, seconds
+from pairs import Settings, measure, pairs_of
 from steps import Result, compare, in_turn, our_side, peft_side
 
 from prompt_lab.core.backbone import Backbone
@@ -95,12 +95,7 @@ def first_step(settings: Settings) -> Iterator[Result]:
             shutil.rmtree(f"{folder}/run", ignore_errors=True)
             run(fit)
 
-        found = ratios(
-            [
-                (seconds(start, "cpu"), seconds(lambda: run(bare), "cpu"))
-                for _ in range(settings.pairs + 1)
-            ][1:]
-        )
+        found = pairs_of(start, lambda: run(bare), 1, settings)
     what = "start to the first step of fit / imports and from_pretrained"
     yield what, {**found, "threshold": settings.goal(1.3, None), "sense": "<="}
 
