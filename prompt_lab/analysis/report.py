@@ -1,6 +1,7 @@
 """The report of results: lines, scores, relative gains, sets, dimensions, tasks, tests, curves.
 
-Each section is made of the runs that `tables.read_lines` gives, and counts them out again.
+Each section is made of the runs that `tables.read_lines` gives; one that is of all runs counts them
+out again. `make_report` has the order of the sections.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def build_tasks(
         apart_from: samples whose train and dev rows are not drawn again, so that the new samples
             share nothing but the test rows with them.
         workers: how many tasks to download and build at a time.
-        overwrite: replace files that were built with other settings.
+        overwrite: replace files that were built with other settings, or of other rows.
         lines: the source is a folder with <task>/train.tsv, test.tsv and perhaps dev.tsv that hold
             finished lines: no header, input, tab, answers. Train and dev are drawn from the pool of
             train.tsv and dev.tsv.
@@ -149,13 +149,13 @@ def _report(done: Sequence[Built], failed: Sequence[str], out: str) -> None:
     same = [match for built in done for match in built.published.values()]
     print(
         f"{len({built.task for built in done})} tasks, {files} files in {out}: {fresh} sets built "
-        f"now, {len(done) - fresh} there before (a set is a task and a K)"
+        f"now, {len(done) - fresh} there before and kept (a set is a task and a K)"
     )
     if same:
         print(f"{sum(same)} of {len(same)} digests that CrossFit published agree")
     if failed:
         tasks = {line.partition(":")[0] for line in failed}
-        print(f"{len(tasks)} tasks failed; run the command again to try them once more")
+        print(f"{len(tasks)} tasks failed; once that is mended, the same command makes them")
 
 
 def _make_writable(out: Path) -> None:

@@ -158,7 +158,10 @@ def check_tasks(
     folders = _folders(root)
     chosen = _with_shots(tasks or [n for n in folders if n in known], shots, task_file)
     if not chosen:
-        raise ValueError(f"{root} has no folder of a known task: give the folder that holds them")
+        raise ValueError(
+            f"{root} has no folder of a known task: give the folder that holds them, and tasks of "
+            f"your own by --task_file; its folders: {listed(folders) or 'none'}"
+        )
     errors = notes = 0
     for finding in check_folder(Path(root), chosen, [] if tasks else folders):
         print(finding)

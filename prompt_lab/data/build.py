@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from prompt_lab import __version__
 from prompt_lab.data import few_shot
@@ -55,6 +55,7 @@ class Built:
     shots: Shots
     sampling: Sampling  # how train and dev were drawn
     apart_from: dict[str, list[int]] = field(default_factory=dict)  # by sample: not drawn again
+    source: dict[str, Any] = field(default_factory=dict)  # the task's templates, splits and labels
     files: dict[str, str] = field(default_factory=dict)  # MD5 digest of each file, by its name
     notes: list[str] = field(default_factory=list)  # what to know, such as rows that were left out
     version: str = __version__
@@ -110,7 +111,7 @@ def build_task(
     folder = Path(out) / task.name
     record = folder / f"{task.name}_{shots}_build.json"
     apart = {str(sample): sorted(apart_from) for sample in samples if apart_from}
-    built = Built(task.name, shots, sampling_law, apart)
+    built = Built(task.name, shots, sampling_law, apart, {} if has_lines else _made_from(task))
     earlier = None
     missing = (FileNotFoundError, NotADirectoryError)
     with suppress(*missing, TypeError, ValueError):  # none, or none that can be read
@@ -122,8 +123,10 @@ def build_task(
                 "another out, or overwrite"
             )
         names = [file_name(task.name, shots, s, split) for s in samples for split in SPLITS]
-        if all(earlier.apart_from.get(str(s)) == apart.get(str(s)) for s in samples) and all(
-            _digest(folder / name) == earlier.files.get(name, "") for name in names
+        if (
+            earlier.source == built.source
+            and all(earlier.apart_from.get(str(s)) == apart.get(str(s)) for s in samples)
+            and all(_digest(folder / name) == earlier.files.get(name, "") for name in names)
         ):
             return earlier
     pool, test = _read_lines(task, source) if has_lines else _make_lines(task, source)
@@ -137,7 +140,7 @@ def build_task(
             )
     for name, content in contents.items():
         write_atomically(folder / name, content)
-    if earlier is not None:  # its other samples stay in the record
+    if earlier is not None and earlier.source == built.source:  # its other samples stay
         built.files = earlier.files | built.files
         built.apart_from = earlier.apart_from | built.apart_from
         built.notes = list(dict.fromkeys([*earlier.notes, *built.notes]))
@@ -156,6 +159,13 @@ def published_digests() -> dict[str, str]:
         pairs = zip(columns, others, strict=True)
         digests |= {f"{task_and_shots}_{column}.tsv": digest for column, digest in pairs}
     return digests
+
+
+def _made_from(task: Task) -> dict[str, Any]:
+    """What the row of a task says of its files, as JSON has it."""
+    assert task.source is not None
+    held = {**asdict(task.source), "labels": task.labels}
+    return json.loads(json.dumps({key: value for key, value in held.items() if value is not None}))
 
 
 def _make_lines(task: Task, source: str) -> tuple[list[Line], list[Line]]:

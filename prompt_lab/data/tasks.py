@@ -101,10 +101,10 @@ def find_tasks(names: Sequence[str], extra: str | Path | None = None) -> list[Ta
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
-            hint = f"did you mean {', '.join(near)}?" if near else "add a row for it in a task file"
-            unknown.append(f"unknown task {name!r}: {hint}")
+            hint = f": did you mean {', '.join(near)}?" if near else ""
+            unknown.append(f"unknown task {name!r}{hint}")
     if unknown:
-        raise ValueError("; ".join(unknown))
+        raise ValueError("; ".join([*unknown, "tasks of your own are rows of a task file"]))
     return [own[name] if name in own else _packaged(name) for name in names]
 
 

@@ -168,7 +168,8 @@ def _spaced(value: Any) -> str:
 def _options(texts: Iterable[str], marks: Iterable[object] | None = None) -> str:
     texts = list(texts)
     marks = [chr(ord("A") + at) for at in range(len(texts))] if marks is None else marks
-    return " ".join(f"({mark}) {text}" for mark, text in zip(marks, texts, strict=True))
+    pairs = zip(marks, texts, strict=True)
+    return " ".join(f"({_text(mark)}) {_text(text)}" for mark, text in pairs)
 
 
 def _majority(values: Iterable[Hashable]) -> Any:

@@ -18,15 +18,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from prompt_lab.files.tensors import cell, naming, write_atomically, write_csv
 
 if TYPE_CHECKING:
     import pandas as pd
 
-PLAIN_STARTS = ("vocab", "text", "labels", "normal", "uniform")
-"""Starts that know no other task."""
+PlainStart = Literal["vocab", "text", "labels", "normal", "uniform"]
+PLAIN_STARTS: tuple[str, ...] = get_args(PlainStart)
+"""Starts that know no other task, by their ``init.name``."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,9 @@ class Start:
     """Where a run starts from, as fields; results have them as columns, prompt files as metadata.
 
     Attributes:
-        start: ``vocab``, ``text``, ``labels``, ``normal`` or ``uniform``; ``prompt`` of a task;
-            ``sum`` of task prompt vectors; ``mixture`` of prompts; ``meta`` or ``multitask``,
-            learned on many tasks; ``codes`` in a subspace; ``weights``, the pretrained ones;
-            ``zeros``.
+        start: one of `PLAIN_STARTS`; ``prompt`` of a task; ``sum`` of task prompt vectors;
+            ``mixture`` of prompts; ``meta`` or ``multitask``, learned on many tasks; ``codes`` in a
+            subspace; ``weights``, the pretrained ones; ``zeros``.
         start_of: the task of a prompt; the source tasks, as they were named, of a mixture or of
             learning on many; for a sum a JSON list of [coefficient, task].
         start_seed: initialisation seed of what it starts from, or of the draw.
@@ -102,7 +102,7 @@ COLUMNS = {
     "cut_dev": "inputs of dev that were cut",
     "cut_test": "inputs of test that were cut",
     "best_step": "step of the best dev score",
-    "seconds": "wall-clock seconds of the fit",
+    "seconds": "wall-clock seconds of the fit, which all its runs share",
     "status": "how training ended",
     "run": "place in the grid of the fit, from 0; of equal dev scores the first counts",
     "prompt_file": "file of the prompt, below the folder of this table",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, Literal
 
 from prompt_lab.core.backbone import Backbone
@@ -66,8 +66,13 @@ def flag_names(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def as_config(kind: Any, value: Any) -> Any:
-    """A dataclass from itself or from the dict that a checkpoint keeps of it."""
-    return kind(**value) if isinstance(value, dict) else value
+    """A dataclass from itself or from a dict of its fields; a ``TypeError`` for another value."""
+    if value is None or isinstance(value, kind):
+        return value
+    if not isinstance(value, dict):
+        names = ", ".join(field.name for field in fields(kind))
+        raise TypeError(f"{value!r} is no {kind.__name__}: give one, or a dict with any of {names}")
+    return kind(**value)
 
 
 def as_list(value: Any) -> list[Any]:

@@ -24,13 +24,13 @@ from prompt_lab.core.text import Frame
 from prompt_lab.data.partitions import expand_sets
 from prompt_lab.data.tasks import Task
 from prompt_lab.files.prompts import PLACES, FoundPrompt, best_found, find_prompts, is_single
-from prompt_lab.files.results import Start, start_from
+from prompt_lab.files.results import PlainStart, Start, start_from
 from prompt_lab.files.tensors import load_network
 
 ROWS_AT_ONCE = 4096
 """Embeddings that are read at a time where all are."""
 
-InitName = Literal["vocab", "text", "labels", "normal", "uniform", "file"]
+InitName = Literal[PlainStart, "file"]
 
 
 @dataclass

@@ -1,7 +1,7 @@
-"""Results as tables and reports: numbers equal those of the old code, nothing is merged silently.
+"""Results as tables and reports: numbers equal those on record, nothing is merged silently.
 
 ``report`` holds results of made-up studies (scores, gains, starts, vectors) and of small fits
-(pins), and ``expected`` what the report of version 0.1.0 printed for them.
+(pins), and ``expected`` the tables that another implementation made of them.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ def test_cells_that_are_no_numbers_and_folders_without_results_are_refused(tmp_p
 
 
 @pytest.mark.parametrize("path", EXPECTED, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_numbers_equal_those_of_the_old_report(reports, path):
+def test_numbers_equal_those_on_record(reports, path):
     study, expected = path.parent.name, pd.read_csv(path, dtype={"shots": str})
     table = reports[study][path.stem].table.astype({"shots": str} if "shots" in expected else {})
     if "arg" in expected:

@@ -224,6 +224,21 @@ def test_files_of_other_settings_are_kept_unless_overwritten(tmp_path, colors, o
     assert build_task(colors, out, str(own), overwrite=True).is_new
 
 
+def test_files_of_a_row_that_was_changed_are_not_taken_for_those_of_the_new_one(
+    tmp_path, task_file, colors, own
+):
+    out, changed = tmp_path / "out", ROWS.replace("what is", "name the colour of")
+    build_task(colors, out, str(own))
+    task_file.write_text(changed, encoding="utf-8")
+    new = find_tasks(["colors"], task_file)[0]
+    with pytest.raises(DataError, match=r"_train.tsv has other rows .* another out, or overwrite"):
+        build_task(new, out, str(own))
+    assert build_task(new, out, str(own), samples=[100], overwrite=True).is_new
+    assert not build_task(new, out, str(own), samples=[100]).is_new
+    with pytest.raises(DataError, match=r"_13_train.tsv has other rows"):
+        build_task(new, out, str(own))
+
+
 def test_rows_with_empty_fields_are_left_out_and_line_breaks_are_marked(tmp_path, task_file, own):
     texts = ("a\nb", " ", "c\td", "d", "e", "f", "g\r\nh\n", "h")
     rows = [{"thing": text, "color": 0} for text in texts]

@@ -178,7 +178,7 @@ def test_tasks_are_found_in_the_order_given(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "file", "message"),
     [
-        (["glue-sst", "qqqqqq"], None, "task 'glue-sst'.*glue-sst2.*'qqqqqq': add a row"),
+        (["glue-sst", "qqqqqq"], None, "task 'glue-sst'.*glue-sst2.*'qqqqqq'; tasks of your own"),
         (["anli", "xsum", "anli"], None, "more than once: anli"),
         ("anli", None, "must be a list"),
         (["anli"], "nowhere.yaml", r"no task file .*nowhere\.yaml"),

@@ -46,6 +46,7 @@ def test_columns_stand_in_their_places(template: str, expected: str):
         ("{{c|clean}}", r"row 1: \{\{c\|clean\}\}: 'c' is undefined"),
         ("{{a}}{{l}}", r"row 1: \{\{l\}\}: list is not text or a number"),
         ("{{deep}}", "row 1: .*: dict is not text or a number"),
+        ("{{[deep]|options}}", "row 1: .*: dict is not text or a number"),
         ("{{a|int}}", "row 1: .*: invalid literal"),
         ("{{a.__class__}}", "row 1: .*: access to attribute '__class__' of 'str' object is unsafe"),
         ("{{a|upperr}}", r"mine: (input|target) '\{\{a\|upperr\}\}' cannot be read: No filter"),

@@ -373,6 +373,13 @@ def test_numbers_out_of_range_are_refused_whichever_method_has_them(name, wrong,
             check_settings({name: value})
 
 
+def test_groups_of_settings_are_told_by_their_fields_where_they_are_a_word():
+    with pytest.raises(TypeError, match=r"'gpt2' is no BackboneConfig: .* any of name, dtype"):
+        PromptTuning(backbone="gpt2")
+    with pytest.raises(TypeError, match=r"'normal' is no InitConfig: .* any of name, vocab_size"):
+        PromptTuning(init="normal")
+
+
 def test_predict_answers_the_test_rows_as_the_test_did(fitted):
     method = fitted["method"]
     found = trainer(fitted["folder"]).predict(method, datamodule=fitted["data"]())
