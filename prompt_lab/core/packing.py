@@ -19,8 +19,8 @@ import numpy as np
 
 from prompt_lab.core.batch import Batch
 
-PACK_TOKENS = 512
-"""Most tokens of a pack of several rows; from ``tests/benchmarks/pack_bound.py`` on a CPU."""
+PACK_TOKENS = 256
+"""Most tokens of a pack of several rows; chosen by ``tests/benchmarks/pack_bound.py`` on a CPU."""
 
 PADDING = -1
 """The row that tokens of padding belong to."""
