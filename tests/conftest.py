@@ -235,6 +235,17 @@ class InFolder(Callback):
 
 
 @pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in an empty folder, without variables that name a run, as from a shell."""
+    from prompt_lab.commands.fit import RUN_DIR_VARIABLE
+
+    monkeypatch.chdir(tmp_path)
+    for name in (RUN_DIR_VARIABLE, "WANDB_RUN_ID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "")  # so that what a command sets is taken back
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
 def two_threads() -> Iterator[None]:
     """Run a test on two threads, and restore the number after it."""
     before = torch.get_num_threads()

@@ -41,20 +41,13 @@ from prompt_lab.files.results import (
 from prompt_lab.files.tensors import held, read_safetensors, write_atomically
 from prompt_lab.methods.method import PromptMethod
 
+pytestmark = pytest.mark.usefixtures("own_folder")
+
 STEPS = 4
 LAST = Path("r/checkpoints/last.ckpt")
 STORE = Path("r/prompts")
-RUN_VARIABLES = (cli.RUN_DIR_VARIABLE, "WANDB_RUN_ID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
 
 Words = Callable[..., list[str]]
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in RUN_VARIABLES:
-        monkeypatch.setenv(name, "")  # so that what a command sets is taken back
-        monkeypatch.delenv(name)
 
 
 @pytest.fixture(scope="session")

@@ -16,11 +16,7 @@ from prompt_lab import __main__ as entry
 from prompt_lab.__main__ import COMMANDS, TRAINER_COMMANDS, main, make_parser
 from prompt_lab.files.prompts import Prompt, load_prompt, save_prompt
 
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    """Run in an empty folder."""
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def status(*words: str) -> int:

@@ -41,6 +41,9 @@ def interpret_command(
             of a pair are averaged.
         backbone: hub id or folder of the model, where it is not at the place that the prompts name.
         all_rows: also find special tokens and rows that no token has.
+
+    Raises:
+        FileNotFoundError, ValueError, NotADirectoryError: what lacks or is wrong, in a sentence.
     """
     from prompt_lab.analysis.interpretation import find_tuned, prompt_points, read_transfer
     from prompt_lab.analysis.interpretation_sections import interpret_prompts

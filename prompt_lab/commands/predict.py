@@ -102,6 +102,9 @@ def predict_command(
         tokens_per_forward: most padded tokens of one forward pass; bounds memory, not results; by
             default 2048 on a CPU and 16384 on a GPU.
         device: where it runs; auto takes a GPU where there is one.
+
+    Raises:
+        FileNotFoundError, ValueError: what lacks, does not fit or cannot be read, in a sentence.
     """
     import torch
 

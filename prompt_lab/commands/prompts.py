@@ -64,6 +64,11 @@ def export_prompts(
         format: peft for a folder that PEFT loads, tensor for one plain tensor.
         names: only the prompts of these names; all by default.
         backbone: hub id or folder to write as the base model; by default the one of each prompt.
+
+    Raises:
+        FileNotFoundError: a source or a prompt that is not there.
+        ValueError: a source of another kind, a prompt that does not answer alone, a target that
+            exists, or a backbone whose config cannot be had or that has another width.
     """
     from prompt_lab.files.peft import save_peft, save_plain
 
@@ -135,6 +140,11 @@ def import_prompts(
         template: chat for a prompt that was trained on chats by the tokenizer's template; by
             default what the source says, or else plain.
         system: system text of those chats.
+
+    Raises:
+        FileNotFoundError: no such source.
+        ValueError: a source that holds no single prompt, a backbone that is not known, cannot be
+            loaded or does not fit, or a target that exists.
     """
     from prompt_lab.core.backbone import Backbone
     from prompt_lab.files.peft import is_peft, load_peft, read_prompt
@@ -203,6 +213,9 @@ def show_vectors(prompts: list[str]) -> None:
 
     Args:
         prompts: prompt stores, folders of fits, prompt files or checkpoints.
+
+    Raises:
+        FileNotFoundError, ValueError: no tuned prompts there, or such as do not combine.
     """
     import pandas as pd
     import torch
@@ -241,6 +254,9 @@ def compare_vectors(prompts: list[str], *, out: str) -> list[Path]:
         prompts: prompt stores, folders of fits, prompt files or checkpoints, with tuned prompts of
             several tasks or seeds.
         out: folder for pictures and tables.
+
+    Raises:
+        FileNotFoundError, ValueError, NotADirectoryError: what lacks or is wrong, in a sentence.
     """
     from prompt_lab.analysis.sections import check_folder, markdown, write_report
     from prompt_lab.analysis.vectors import cosine_sections
@@ -293,6 +309,9 @@ def apply_vectors(
         scale: factor of the whole expression, the paper's lambda.
         task: task that the written prompts are for; by default the one of the expression, and none
             where there are several.
+
+    Raises:
+        FileNotFoundError, ValueError: what lacks, does not combine or is there already.
     """
     factors = parse_expression(expression)
     if not math.isfinite(scale):
@@ -368,6 +387,9 @@ def mix_prompts(
         out: prompt store to write to; made if it is not there.
         sources: source tasks, or sets of partitions; by default all of the stores but the target.
         sample: few-shot sample of the source prompts; by default that of the target prompt.
+
+    Raises:
+        FileNotFoundError, ValueError: what lacks, does not combine or is there already.
     """
     import torch
 

@@ -26,6 +26,9 @@ def report_command(
         reference: names of lines to compare with: E_rel, relative gains, and tests (against the
             first; without a reference, tests are of the two lines that dev puts first).
         partition: name of a partition, such as ipt/random, for means over its sets.
+
+    Raises:
+        FileNotFoundError, ValueError, NotADirectoryError: what lacks or is wrong, in a sentence.
     """
     from prompt_lab.analysis.report import make_report
     from prompt_lab.analysis.sections import check_folder, markdown, write_report

@@ -79,6 +79,9 @@ def select_command(
         root: folder of few-shot files, or sandbox, for size and semb.
         encoder: id or folder of a sentence-transformers model, for semb.
         out: YAML file to write with the chosen tasks as data.tasks, a further --config of a fit.
+
+    Raises:
+        FileNotFoundError, ValueError, IsADirectoryError: tasks or files that lack, in a sentence.
     """
     import yaml
 
@@ -175,6 +178,9 @@ def evaluate_command(
             every seed by itself and averages the measures, as its code. At saved steps, each judges
             every target prompt by the scores of its own sample.
         out: folder for the report.
+
+    Raises:
+        FileNotFoundError, ValueError, NotADirectoryError: what lacks or is wrong, in a sentence.
     """
     import pandas as pd
 

@@ -34,21 +34,13 @@ from prompt_lab.commands.sweep import Trial, make_trials, read_sweep
 from prompt_lab.files.prompts import load_prompt
 from prompt_lab.files.results import read_csv
 
+pytestmark = pytest.mark.usefixtures("own_folder")
+
 SWEEPS = sorted((CONFIGS / "sweeps").glob("*.yaml"))
 SHIPPED = sorted(set(CONFIGS.rglob("*.yaml")) - set(SWEEPS))
 TUNING = [CONFIGS / "prompt_tuning" / f"{name}.yaml" for name in ("t5-base", "smollm2")]
-RUN_VARIABLES = (cli.RUN_DIR_VARIABLE, "WANDB_RUN_ID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
 
 Command = Callable[..., int]
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run in an empty folder, without variables that name a run, as from a shell."""
-    monkeypatch.chdir(tmp_path)
-    for name in RUN_VARIABLES:
-        monkeypatch.setenv(name, "")  # so that what a command sets is taken back
-        monkeypatch.delenv(name)
 
 
 @pytest.fixture(scope="session")

@@ -26,14 +26,11 @@ from prompt_lab.files.prompts import Prompt, PromptStore, save_prompt
 from prompt_lab.files.results import RESULT_COLUMNS
 from prompt_lab.files.tensors import write_csv
 
+pytestmark = pytest.mark.usefixtures("own_folder")
+
 N = 4
 TASKS = ("one", "two")
 CONFIGS = Path(__file__).parents[2] / "configs" / "interpretation"
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -19,14 +19,10 @@ from prompt_lab.commands.predict import read_lines
 from prompt_lab.core.prediction import label_scores, predict
 from prompt_lab.files.prompts import Prompt, PromptStore, save_prompt
 
+pytestmark = pytest.mark.usefixtures("own_folder")
+
 TEXTS = ["a dog", "the small red house stands on the hill", "she likes", "yes", "no maybe yes no"]
 LABELS = ["negative", "positive", "maybe", "no way"]
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    """Run in an empty folder."""
-    monkeypatch.chdir(tmp_path)
 
 
 def bank(*lengths: int) -> list[torch.Tensor]:

@@ -28,13 +28,10 @@ from prompt_lab.commands.fit import ParseOnly
 from prompt_lab.core import similarity
 from prompt_lab.files.prompts import Prompt, PromptStore
 
+pytestmark = pytest.mark.usefixtures("own_folder")
+
 N, D = 3, 24
 SOURCES = ["near", "half", "far"]
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 def rows(*places: int, seed: int = 0) -> torch.Tensor:

@@ -20,14 +20,10 @@ from prompt_lab.commands.prompts import apply_vectors, mix_prompts, show_vectors
 from prompt_lab.files.prompts import Prompt, PromptStore, load_prompt, save_prompt
 from prompt_lab.files.vectors import find_vectors
 
+pytestmark = pytest.mark.usefixtures("own_folder")
+
 N = 4
 TASKS = ("glue-qnli", "glue-mnli", "emotion")
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    """Run in an empty folder."""
-    monkeypatch.chdir(tmp_path)
 
 
 def draw(*seeds: int) -> Tensor:
