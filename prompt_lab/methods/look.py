@@ -156,7 +156,7 @@ def describe(method: PromptMethod, data: PromptDataModule, trainer: Trainer) -> 
     bank, backbone, count = method.bank().detach(), method.backbone, method.num_virtual_tokens
     parts = backbone.micro_batches(batch, method.tokens_per_forward, count)
     extra = count if backbone.is_encoder_decoder else 0
-    padded = 0 if extra else len(bank) * bank.shape[1]
+    padded = 0 if extra else len(bank) * (bank.shape[1] + len(batch.front))
     for part in parts:
         width = part.input_ids.shape[1] + part.target_ids.shape[1] + extra
         padded += padded_tokens(part) if backbone.packs else len(part) * width
