@@ -19,7 +19,10 @@ comma := ,
 # $(call list,a b): [a,b]
 list = [$(subst $() ,$(comma),$(strip $(1)))]
 scaled = $(shell awk 'BEGIN {n = int($(1) * $(SCALE) + .5); print n < 4 ? 4 : n}')
+# Both of a number of steps: how many come between two evaluations, and the four at which there is one.
 quarter = $(shell awk 'BEGIN {n = int($(1) * $(SCALE) + .5); print n < 8 ? 1 : int((n + 3) / 4)}')
+evaluations = $(shell awk 'BEGIN {q = $(call quarter,$(1)); n = $(call scaled,$(1)); \
+	printf "[%d,%d,%d,%d]", q, 2 * q, 3 * q, n}')
 # $(call fit,FLAGS,STEPS): a fit in the folder of the target, evaluated four times. Configs are among the
 # FLAGS, which stand first, since a later word counts.
 fit = prompt-lab fit $(1) --resume --run_dir $(@D) --trainer.max_steps $(call scaled,$(2)) \
@@ -31,5 +34,6 @@ else
 model := --model.backbone.name $(BACKBONE) --data.root $(ROOT)
 endif
 
+.SECONDARY:
 .PHONY: all
 all: $(RUNS)/report/report.md
