@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = [ROOT / "README.md", *sorted(ROOT.glob("[!.]*/**/README.md"))]
 HEADS = sorted((ROOT / "configs").rglob("*.yaml"))
+STUDIES = sorted((ROOT / "configs").rglob("Makefile"))
 SHELL = r"""
 set -e
 told() { printf '%q ' "$@"; echo; }
@@ -36,8 +37,25 @@ PATH=
 """What stands for each program: it tells its words, and nothing runs."""
 
 
+def run(folder, *command):
+    """What a command prints that a user of the README types in a folder."""
+    made = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
+    assert made.returncode == 0, made.stderr
+    return made.stdout.strip()
+
+
 def scripts(path: Path) -> list[str]:
-    """The shell blocks of a document and the commands in its text, or those of a config's head."""
+    """The shell blocks of a document and the commands in its text, or those of a config's head.
+
+    Of a study they are what make would run, on the sandbox and on another model.
+    """
+    if path.name == "Makefile":
+        settings = ([], ["BACKBONE=MODEL", "ROOT=DATA"])
+        made = [run(path.parent, "make", "-n", "RUNS=runs", *more) for more in settings]
+        lines = "\n".join(made).replace("\\\n", " ").splitlines()
+        here = path.parent.relative_to(ROOT)
+        lines = [re.sub(r"--config ([\w.])", rf"--config {here}/\1", line) for line in lines]
+        return ["\n".join(line for line in lines if line.startswith("prompt-lab "))]
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".yaml":
         blocks = re.findall(r"(?:^#   .*\n)+", text, re.MULTILINE)
@@ -98,13 +116,6 @@ def test_quickstart_tunes_two_held_out_tasks_above_080_for_every_seed(quickstart
     assert "tuned" in printed
 
 
-def run(folder, *command):
-    """What a command prints that a user of the README types in a folder."""
-    made = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
-    assert made.returncode == 0, made.stderr
-    return made.stdout.strip()
-
-
 def example(words: str) -> str:
     """The example of Python that has these words, in the README or beside what it describes."""
     text = "\n".join(path.read_text(encoding="utf-8") for path in DOCS)
@@ -162,7 +173,7 @@ def test_commands_on_the_prompts_of_the_quickstart_run(quickstart):
     assert len(list((folder / "mine").glob("*.safetensors"))) == 1
 
 
-@pytest.mark.parametrize("words", commands(*DOCS, *HEADS), ids=" ".join)
+@pytest.mark.parametrize("words", commands(*DOCS, *HEADS, *STUDIES), ids=" ".join)
 def test_commands_parse(words, tmp_path, monkeypatch):
     """Every command is understood by the real command line, up to running it."""
     from prompt_lab.__main__ import COMMANDS, TRAINER_COMMANDS, make_parser
