@@ -29,7 +29,7 @@ SHELL = r"""
 set -e
 told() { printf '%q ' "$@"; echo; }
 for name in prompt-lab python wandb docker; do eval "$name() { told $name \"\$@\"; }"; done
-for name in pip pytest ruff pyright mkdir cp; do eval "$name() { :; }"; done
+for name in pip pytest ruff pyright mkdir cp make; do eval "$name() { :; }"; done
 srun() { "$@"; }
 torchrun() { while [ "$1" != prompt_lab ]; do shift; done; prompt-lab "${@:2}"; }
 PATH=
