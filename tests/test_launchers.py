@@ -121,7 +121,7 @@ def test_two_nodes_give_what_one_process_gives(launch, words, alone, tmp_path):
 
 def test_a_lost_node_ends_the_job_and_the_rest_of_it_can_be_resumed(words, alone, tmp_path):
     """The second process is killed after an evaluation; the first one ends by itself, soon."""
-    longer = [*words, "--trainer.max_steps=120", f"--run_dir={tmp_path}"]
+    longer = [*words, "--trainer.max_steps=60", f"--run_dir={tmp_path}"]
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     two = [
         start(
@@ -143,12 +143,12 @@ def test_a_lost_node_ends_the_job_and_the_rest_of_it_can_be_resumed(words, alone
     assert "Traceback" not in said
     ended(two[1])
     last = tmp_path / "checkpoints" / "last.ckpt"
-    assert torch.load(last, weights_only=True)["global_step"] < 120
+    assert torch.load(last, weights_only=True)["global_step"] < 60
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(cli.RUN_DIR_VARIABLE, "")
         assert cli.run([*longer, "--trainer.devices=1", "--resume"]) == 0
     rows = read_csv(curves)
-    assert [int(row["step"]) for row in rows] == [s for s in range(2, 122, 2) for _ in "abc"]
+    assert [int(row["step"]) for row in rows] == [s for s in range(2, 62, 2) for _ in "abc"]
     first = [row for row in read_csv(alone / "curves.csv") if row["step"] == "2"]
     for row, other in zip(rows[:3], first, strict=True):
         assert (row["run"], row["dev"]) == (other["run"], other["dev"])

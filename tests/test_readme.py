@@ -17,6 +17,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from prompt_lab.__main__ import main
 from prompt_lab.analysis.report import make_report
 from prompt_lab.analysis.tables import read_lines
 
@@ -136,9 +137,10 @@ def test_a_table_of_ones_own_is_that_of_the_report(capsys):
         assert f"{score:.3f}" in printed
 
 
-def test_python_example_reaches_a_good_accuracy(tmp_path):
-    code = example("vocabulary_prompt")
-    accuracy, *_ = run(tmp_path, sys.executable, "-c", code).splitlines()
+def test_python_example_reaches_a_good_accuracy(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(example("vocabulary_prompt"), {})
+    accuracy, *_ = capsys.readouterr().out.splitlines()
     assert float(accuracy) > 0.8
 
 
@@ -151,7 +153,7 @@ def test_the_example_of_a_plain_trainer_runs(tmp_path, monkeypatch):
     assert found["again"].runs == found["method"].runs
 
 
-def test_commands_on_the_prompts_of_the_quickstart_run(quickstart):
+def test_commands_on_the_prompts_of_the_quickstart_run(quickstart, monkeypatch, capsys):
     """Answers for a file, for all prompts, a PEFT folder of each, and one of them back again."""
     folder, _ = quickstart
     (folder / "runs").mkdir()
@@ -160,14 +162,14 @@ def test_commands_on_the_prompts_of_the_quickstart_run(quickstart):
     (folder / "texts.jsonl").write_text('{"input": "the cold soup was awful"}\n')
     page = commands(ROOT / "configs" / "prompt_tuning" / "README.md")
     used = [words for words in page if words[1] in ("predict", "export", "import")]
-    printed = [
-        run(folder, sys.executable, "-m", "prompt_lab", *words[1:])
-        for words in used
-        if "last.ckpt" not in " ".join(words)
-    ]
+    monkeypatch.chdir(folder)
+    printed = []
+    for words in (words for words in used if "last.ckpt" not in " ".join(words)):
+        assert main(words[1:]) == 0
+        printed.append(capsys.readouterr().out.strip().splitlines())
     assert len(printed) == 4
-    assert all(printed[0].splitlines())
-    assert len(printed[0].splitlines()) == 2
+    assert all(printed[0])
+    assert len(printed[0]) == 2
     assert len((folder / "answers.jsonl").read_text().splitlines()) == 9
     assert len(list((folder / "exported").glob("*/adapter_model.safetensors"))) == 9
     assert len(list((folder / "mine").glob("*.safetensors"))) == 1

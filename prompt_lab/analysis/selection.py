@@ -202,17 +202,7 @@ def read_transfer(places: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
     if len(several := sizes.nunique().loc[lambda count: count > 1]):
         raise ValueError(f"several sizes of {listed(several.index)}: give one number for each")
     table = every.dropna(subset="score")
-    twice = table[table.duplicated(["source", "target", "sample", "seed"])]
-    if len(twice):
-        source, target = twice.iloc[0][["source", "target"]]
-        raise ValueError(
-            f"{len(twice)} scores stand more than once, such as that of {source} for {target}: "
-            "keep one, or tell them apart in a column seed"
-        )
-    if len(wrong := table.loc[table["score"].abs() > 100, "score"]):
-        raise ValueError(f"scores such as {wrong.iloc[0]:g}: give percent, at most 100")
-    if table["score"].abs().max() <= 1:
-        raise ValueError("all scores are at most 1: give percent, which the gains of nDCG need")
+    _check_scores(table)
     is_base, is_own = table["source"] == NO_TRANSFER, table["source"] == table["target"]
     transfer = table[~is_base & ~is_own].reset_index(drop=True)
     lacking = [x for x in every["target"].unique() if x not in {*transfer["target"]}]
@@ -234,6 +224,20 @@ def read_transfer(places: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
         names = listed(f"{source} for {target}" for target, source in few.index)
         notes.append(f"measured with fewer than {most} seeds: {names}")
     return transfer, notes
+
+
+def _check_scores(table: pd.DataFrame) -> None:
+    twice = table[table.duplicated(["source", "target", "sample", "seed"])]
+    if len(twice):
+        source, target = twice.iloc[0][["source", "target"]]
+        raise ValueError(
+            f"{len(twice)} scores stand more than once, such as that of {source} for {target}: "
+            "keep one, or tell them apart in a column seed"
+        )
+    if len(wrong := table.loc[table["score"].abs() > 100, "score"]):
+        raise ValueError(f"scores such as {wrong.iloc[0]:g}: give percent, at most 100")
+    if table["score"].abs().max() <= 1:
+        raise ValueError("all scores are at most 1: give percent, which the gains of nDCG need")
 
 
 def read_table(path: str | Path) -> pd.DataFrame:

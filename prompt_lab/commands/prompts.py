@@ -84,17 +84,7 @@ def export_prompts(
     prompts = [replace(known[name].load(), name=name) for name in chosen]
     if backbone is not None:
         prompts = [replace(prompt, backbone=backbone) for prompt in prompts]
-    folder, is_file = Path(out), out.endswith(".safetensors")
-    if is_file and not (single and format == "tensor"):
-        raise ValueError(f"{out}: give a folder; only a single prompt as a tensor becomes a file")
-    targets = [PromptStore(folder).path(name) for name in chosen]  # refuses bad names
-    if single and (is_file or format == "peft"):
-        targets = [folder]
-    elif format == "peft":
-        targets = [target.with_suffix("") for target in targets]
-    for target in targets:
-        if any(target.iterdir()) if target.is_dir() else target.exists():
-            raise ValueError(f"{target}: there already and not overwritten; choose another folder")
+    targets = _targets(out, list(chosen), single, as_tensor=format == "tensor")
     if format == "tensor":
         for prompt, target in zip(prompts, targets, strict=True):
             save_plain(target, prompt)
@@ -109,6 +99,22 @@ def export_prompts(
             )
     for prompt, target in zip(prompts, targets, strict=True):
         save_peft(target, prompt, *facts[prompt.backbone][1:])
+    return targets
+
+
+def _targets(out: str, names: Sequence[str], single: bool, as_tensor: bool) -> list[Path]:
+    """Where the prompts of these names go; a ``ValueError`` where something is."""
+    folder, is_file = Path(out), out.endswith(".safetensors")
+    if is_file and not (single and as_tensor):
+        raise ValueError(f"{out}: give a folder; only a single prompt as a tensor becomes a file")
+    targets = [PromptStore(folder).path(name) for name in names]  # refuses bad names
+    if single and (is_file or not as_tensor):
+        targets = [folder]
+    elif not as_tensor:
+        targets = [target.with_suffix("") for target in targets]
+    for target in targets:
+        if any(target.iterdir()) if target.is_dir() else target.exists():
+            raise ValueError(f"{target}: there already and not overwritten; choose another folder")
     return targets
 
 
@@ -146,19 +152,7 @@ def import_prompts(
         ValueError: a source that holds no single prompt, a backbone that is not known, cannot be
             loaded or does not fit, or a target that exists.
     """
-    from prompt_lab.core.backbone import Backbone
-    from prompt_lab.files.peft import is_peft, load_peft, read_prompt
-
-    place, target = Path(source), Path(out)
-    if place.name.startswith("adapter_model.") and is_peft(place.parent):
-        raise ValueError(f"{source} is part of a PEFT folder: give the folder {place.parent}")
-    if task_index is not None and not place.is_dir():
-        raise ValueError(f"{source}: a task index is for multitask PEFT folders: leave it out")
-    if not place.exists():
-        raise FileNotFoundError(f"no PEFT folder, prompt file or tensor file {source}")
-    prompt = load_peft(place, task_index) if place.is_dir() else read_prompt(place)
-    if not prompt.prompt.isfinite().all():
-        raise ValueError(f"{source}: the prompt holds numbers that are not finite")
+    prompt, target = _from_elsewhere(source, task_index), Path(out)
     is_file = target.suffix == ".safetensors"
     name = name or (target.stem if is_file else prompt.name)
     prompt = replace(prompt, name=name, task=task or prompt.task)
@@ -170,18 +164,42 @@ def import_prompts(
         raise ValueError(f"{path} is there and is not overwritten: choose another name")
     store = None if is_file else _open_store(out)
     if backbone or not prompt.backbone_digest:
-        if not (backbone or prompt.backbone):
-            raise ValueError(f"{source} does not name its model: give it with backbone")
-        model = Backbone.load(backbone or prompt.backbone)
-        check_prompt(prompt, model, source)
-        model.frame(prompt.template, prompt.system)  # refuses a template that is not there
-        digests = {"backbone_digest": model.digest, "tokenizer_digest": model.tokenizer_digest}
-        prompt = replace(prompt, backbone=model.name, **digests)
+        prompt = _of_backbone(prompt, backbone or prompt.backbone, source)
     if store is None:
         save_prompt(path, prompt)
     else:
         store.save([prompt])
     return path
+
+
+def _from_elsewhere(source: str, task_index: int | None) -> Prompt:
+    """The prompt of a PEFT folder, of which it may be one of several, or of a file."""
+    from prompt_lab.files.peft import is_peft, load_peft, read_prompt
+
+    place = Path(source)
+    if place.name.startswith("adapter_model.") and is_peft(place.parent):
+        raise ValueError(f"{source} is part of a PEFT folder: give the folder {place.parent}")
+    if task_index is not None and not place.is_dir():
+        raise ValueError(f"{source}: a task index is for multitask PEFT folders: leave it out")
+    if not place.exists():
+        raise FileNotFoundError(f"no PEFT folder, prompt file or tensor file {source}")
+    prompt = load_peft(place, task_index) if place.is_dir() else read_prompt(place)
+    if not prompt.prompt.isfinite().all():
+        raise ValueError(f"{source}: the prompt holds numbers that are not finite")
+    return prompt
+
+
+def _of_backbone(prompt: Prompt, name: str, source: str) -> Prompt:
+    """The prompt, checked against a backbone and with its digests."""
+    from prompt_lab.core.backbone import Backbone
+
+    if not name:
+        raise ValueError(f"{source} does not name its model: give it with backbone")
+    model = Backbone.load(name)
+    check_prompt(prompt, model, source)
+    model.frame(prompt.template, prompt.system)  # refuses a template that is not there
+    digests = {"backbone_digest": model.digest, "tokenizer_digest": model.tokenizer_digest}
+    return replace(prompt, backbone=model.name, **digests)
 
 
 def _model_facts(name: str) -> tuple[int, Literal["SEQ_2_SEQ_LM", "CAUSAL_LM"], int, int]:
@@ -327,15 +345,7 @@ def apply_vectors(
         given.setdefault(one.start.numpy().tobytes(), one)
     vectors = [one for own in groups.values() for one in own.values()]
     check_compatible(*vectors, *given.values())
-    if len({(one.prompt.template, one.prompt.system) for one in vectors}) > 1:
-        print(
-            "prompt-lab: the prompts were tuned with different templates or system texts; a sum "
-            "answers by that of its own task's prompt, or by plain rows",
-            file=sys.stderr,
-        )
-    for one in vectors:
-        if one.prompt.prompt.equal(one.prompt.init):
-            print(f"prompt-lab: {one.where} adds nothing: it is its own init", file=sys.stderr)
+    _warn_of_vectors(vectors)
     advice, made = "name one to apply to with --init", []
     asked = {"expression": " ".join(expression.split()), "scale": scale, "task": task}
     for (sample, seed), own in groups.items():
@@ -346,6 +356,18 @@ def apply_vectors(
             name = shortened(f"{stem}_on_{base.stem}", LONGEST_NAME) if given else stem
             made.append(combine(name, factors, own, base, **asked, **answers))
     return _save(store, made)
+
+
+def _warn_of_vectors(vectors: Sequence[FoundPrompt]) -> None:
+    if len({(one.prompt.template, one.prompt.system) for one in vectors}) > 1:
+        print(
+            "prompt-lab: the prompts were tuned with different templates or system texts; a sum "
+            "answers by that of its own task's prompt, or by plain rows",
+            file=sys.stderr,
+        )
+    for one in vectors:
+        if one.prompt.prompt.equal(one.prompt.init):
+            print(f"prompt-lab: {one.where} adds nothing: it is its own init", file=sys.stderr)
 
 
 def _answers(task: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -391,28 +413,16 @@ def mix_prompts(
     Raises:
         FileNotFoundError, ValueError: what lacks, does not combine or is there already.
     """
-    import torch
-
-    from prompt_lab.core.attention_mixture import similarity_weights
-
-    def place(known: dict[str, Any]) -> tuple[str, int, int]:
-        numbers = (known.get(name) for name in ("sample", "init_seed"))
-        of_sample, seed = (-1 if number is None else number for number in numbers)
-        return known.get("task") or "", of_sample, seed
-
-    def of_task(known: dict[str, Any]) -> tuple[str, int, int] | None:
-        return place(known) if known.get("task") else None
-
     store = _open_store(out)
-    best, seeded = best_prompts(prompts), best_found(find_prompts(*prompts), of_task)
+    best, seeded = best_prompts(prompts), best_found(find_prompts(*prompts), _place_of_task)
     targets = find_prompts(target)
     if len(targets) > 1:
-        targets = list(best_found(targets, of_task).values())
+        targets = list(best_found(targets, _place_of_task).values())
     if not targets:
         raise FileNotFoundError(f"no prompts of tasks in {target}: tune a prompt of the target")
     made = []
     for one in targets:
-        task, of_sample, seed = place(one.metadata)
+        task, of_sample, seed = _place(one.metadata)
         of_sample = of_sample if sample is None else sample
         others = [name for name, own in best if own == of_sample and name != task]
         names = expand_sets(sources) if sources else others
@@ -424,13 +434,7 @@ def mix_prompts(
                 "another --sample"
             )
         own = {name: seeded.get((name, of_sample, seed), best[name, of_sample]) for name in names}
-        check_compatible(one, *own.values())
-        stacked = torch.stack([source.prompt.prompt for source in own.values()]).double()
-        try:
-            weights = similarity_weights(one.prompt.prompt, stacked)
-        except ValueError as error:
-            raise ValueError(f"{one.where}: {error}") from None
-        factors = dict(zip(own, weights.tolist(), strict=True))
+        factors = _weights(one, own)
         kept = (*ANSWERS, *OF_TASK, "task", "task_prefix", "order_seed", "run", "source_set")
         further = {name: getattr(one.prompt, name) for name in kept}
         name = f"{one.prompt.name}_mixture"
@@ -440,6 +444,31 @@ def mix_prompts(
         for task, weight in factors.items():
             print(f"{prompt.name}\t{task}\t{weight:.4f}")
     return paths
+
+
+def _place(known: dict[str, Any]) -> tuple[str, int, int]:
+    """Task, sample and seed of a prompt; -1 for a number that its file does not say."""
+    sample, seed = (known.get(name) for name in ("sample", "init_seed"))
+    return known.get("task") or "", -1 if sample is None else sample, -1 if seed is None else seed
+
+
+def _place_of_task(known: dict[str, Any]) -> tuple[str, int, int] | None:
+    return _place(known) if known.get("task") else None
+
+
+def _weights(target: FoundPrompt, sources: dict[str, FoundPrompt]) -> dict[str, float]:
+    """How alike each source prompt is to the target, over their sum."""
+    import torch
+
+    from prompt_lab.core.attention_mixture import similarity_weights
+
+    check_compatible(target, *sources.values())
+    stacked = torch.stack([source.prompt.prompt for source in sources.values()]).double()
+    try:
+        weights = similarity_weights(target.prompt.prompt, stacked)
+    except ValueError as error:
+        raise ValueError(f"{target.where}: {error}") from None
+    return dict(zip(sources, weights.tolist(), strict=True))
 
 
 def _open_store(out: str) -> PromptStore:

@@ -67,6 +67,15 @@ class Built:
         known = published_digests()
         return {name: known[name] == own for name, own in self.files.items() if name in known}
 
+    def has(self, other: Built, folder: Path, samples: Sequence[int]) -> bool:
+        """Whether these files, as they lie in the folder, are those of the other's samples."""
+        names = [file_name(other.task, other.shots, s, split) for s in samples for split in SPLITS]
+        return (
+            self.source == other.source
+            and all(self.apart_from.get(str(s)) == other.apart_from.get(str(s)) for s in samples)
+            and all(_digest(folder / name) == self.files.get(name, "") for name in names)
+        )
+
 
 def build_task(
     task: Task,
@@ -122,12 +131,7 @@ def build_task(
                 f"{folder} has files for K = {shots} with {earlier.sampling} sampling: give "
                 "another out, or overwrite"
             )
-        names = [file_name(task.name, shots, s, split) for s in samples for split in SPLITS]
-        if (
-            earlier.source == built.source
-            and all(earlier.apart_from.get(str(s)) == apart.get(str(s)) for s in samples)
-            and all(_digest(folder / name) == earlier.files.get(name, "") for name in names)
-        ):
+        if earlier.has(built, folder, samples):
             return earlier
     pool, test = _read_lines(task, source) if has_lines else _make_lines(task, source)
     contents = _contents(task, pool, test, built, apart_from, samples, has_lines)

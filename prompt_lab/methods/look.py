@@ -57,7 +57,7 @@ def look_at_rows(method: PromptMethod, data: PromptDataModule, *splits: SplitNam
             rows = data.tokens(task, sample, split, keep=split != "test")
             long = sum(min(map(len, row)) > most for row in rows.targets)
             counted = [(cut[f"{task} {split}"], rows.cut)]
-            if not method.scored(data.tasks[task]):
+            if method.way(data.tasks[task]).labels is None:
                 counted.append((lost[beyond][split], long))
             for count, new in counted:
                 count[0] += new
@@ -118,7 +118,7 @@ def _check_length(method: PromptMethod, rows: Rows) -> None:
     positions, prompt = method.backbone.max_positions, method.num_virtual_tokens
     if positions is None:
         return
-    made = 0 if method.scored(rows.task) else method.max_new_tokens or 0
+    made = (method.max_new_tokens or 0) if method.way(rows.task).labels is None else 0
     answer, longest = max(rows.longest_target, made), max(map(len, rows.inputs))
     after = 0 if method.backbone.is_encoder_decoder else answer
     if max(prompt + longest + after, answer) > positions:

@@ -521,14 +521,10 @@ class PromptMethod(LightningModule):
 
     # ---- answers --------------------------------------------------------------------------------
 
-    def scored(self, task: Task) -> bool:
-        """Whether answers of a task are chosen by score (else generated)."""
-        return self.decoding == "score" and task.labels is not None
-
     def way(self, task: Task) -> Way:
         """How answers to a task are made."""
-        labels = list(task.labels or ()) if self.scored(task) else None
-        frame = self.datamodule.frame
+        scored = self.decoding == "score" and task.labels is not None
+        labels, frame = list(task.labels or ()) if scored else None, self.datamodule.frame
         return Way(labels, self.max_new_tokens, self.num_beams, self.label_score, frame)
 
     def way_of_answering(self, task: str, sample: int) -> dict[str, Any]:
@@ -572,7 +568,7 @@ class PromptMethod(LightningModule):
     def tokens_beside_input(self, task: Task, longest: int) -> int:
         """Tokens that an evaluated row costs besides its input, for cutting batches."""
         prompt = self.num_virtual_tokens if self.backbone.is_encoder_decoder else 0
-        if self.scored(task):
+        if self.way(task).labels is not None:
             return prompt + longest
         return prompt + self.num_beams * (self.max_new_tokens or longest)
 
@@ -821,11 +817,10 @@ class PromptMethod(LightningModule):
 
     # ---- test and predict -----------------------------------------------------------------------
 
+    test_step = validation_step
+
     def on_test_start(self) -> None:
         self._begin("test")
-
-    def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
-        self.evaluation.add(batch, self.answer(self._prefixes, batch))
 
     def on_test_epoch_end(self) -> None:
         scores = self.evaluation.scores()

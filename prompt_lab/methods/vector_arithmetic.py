@@ -2,16 +2,16 @@
 
 A task prompt vector is what tuning added to an initial prompt (Belanec et al. 2024, arXiv
 2408.01119). Prompts init + lambda * sum answer side by side; for each sum lambda is the value of a
-grid with the best mean dev score. They are made when their turn comes and let go afterwards. Left
-out: a search for a lambda beyond the grid, and one for each vector of a sum.
+grid with the best mean dev score (``vector_sums.py``). Left out: a search for a lambda beyond the
+grid, and one for each vector of a sum.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
@@ -20,13 +20,12 @@ import torch
 from torch import Tensor
 
 from prompt_lab.core.backbone import Backbone
-from prompt_lab.core.bank import Prefixes
 from prompt_lab.core.run import Run
-from prompt_lab.core.vectors import add_vectors, expression_name, parse_expression
+from prompt_lab.core.vectors import parse_expression
 from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.sampling import EvaluationBatch
 from prompt_lab.files.prompts import FoundPrompt, Prompt, check_prompt
-from prompt_lab.files.results import STARTS, Start, text_table
+from prompt_lab.files.results import STARTS, text_table
 from prompt_lab.files.tensors import read_metadata, write_csv
 from prompt_lab.files.vectors import (
     Group,
@@ -40,6 +39,7 @@ from prompt_lab.methods.checks import some
 from prompt_lab.methods.configs import as_list
 from prompt_lab.methods.evaluation import Report
 from prompt_lab.methods.method import PromptMethod
+from prompt_lab.methods.vector_sums import MadePrefixes, Trial, VectorSum, best_scale, written
 
 Found = dict[Group, dict[str, FoundPrompt]]
 Study = Literal["singles", "pairs", "cross", "expressions"]
@@ -50,108 +50,10 @@ GRID = tuple(step / 20 for step in range(1, 21))
 VARIANTS = ("vectors", "vector_alone", "single", "initial_prompt", "no_prompt")
 """What is evaluated, in the order of the printed table."""
 
-ROUNDING = 1e-9
-"""Mean dev scores that differ by less are equal."""
-
 NO_FIT = "VectorArithmetic trains nothing: use prompt-lab test (or validate, for dev alone)"
 
 SCALES = "scales.csv"
 """The file of a test's folder with the dev score of every value of lambda."""
-
-
-@dataclass(frozen=True, eq=False)
-class VectorSum:
-    """A sum of task prompt vectors on an initial prompt; it has one scale for all its tasks."""
-
-    variant: str  # vectors; single, a tuned prompt; initial_prompt; vector_alone, on zeros
-    expression: str  # as it was asked for; empty for an initial prompt
-    coefficients: Mapping[str, float]  # of each task's vector
-    vectors: Mapping[str, FoundPrompt]  # the prompts that give them
-    base: FoundPrompt | None  # the prompt that gives the initial prompt; None for zeros
-    sample: int
-    seed: int  # of the initial prompt that the vectors started from
-    tasks: tuple[str, ...]  # what it is evaluated on
-    scales: tuple[float, ...]  # values of lambda, rising
-    crosses: bool = False  # whether the initial prompt is one of many
-
-    def prompt(self, scale: float) -> Tensor:
-        """The prompt init + scale * sum (N, D), float32."""
-        vectors = torch.stack([self.vectors[task].vector for task in self.coefficients])
-        init = torch.zeros_like(vectors[0]) if self.base is None else self.base.prompt.init
-        return add_vectors(init, vectors, list(self.coefficients.values()), scale)
-
-    @property
-    def name(self) -> str:
-        """A name that can be a file name, without the task and the scale."""
-        is_sum = self.variant != "initial_prompt"
-        place = f"_{expression_name(self.coefficients)}" if is_sum else ""
-        place = f"{self.variant}{place}_{self.sample}_seed{self.seed}"
-        return f"{place}_on_seed{self.init_seed}" if self.crosses else place
-
-    @property
-    def init_seed(self) -> int | None:
-        """Seed of the initial prompt that it is applied to."""
-        return None if self.base is None else self.base.prompt.init_seed
-
-    @property
-    def start(self) -> Start:
-        """How the initial prompt was made; its seed is that of the prompt it is taken from."""
-        if self.base is None:
-            return Start("zeros")
-        return replace(self.base.prompt.start_fields, start_seed=self.init_seed)
-
-    @property
-    def counted(self) -> tuple[str, ...]:
-        """The tasks that choose the scale: all but those whose vector is taken away."""
-        return tuple(task for task in self.tasks if self.coefficients.get(task, 0) >= 0)
-
-
-@dataclass(frozen=True)
-class Trial(Run):
-    """A sum at one scale, lambda, on one task."""
-
-    of: VectorSum
-    scale: float
-
-    @property
-    def name(self) -> str:
-        """A name that is unique among the chosen scales, and can be a file name."""
-        own = self.of.variant != "initial_prompt" and list(self.of.coefficients) == [self.task]
-        return self.of.name if own else f"{self.of.name}_for_{self.task}"
-
-    @property
-    def columns(self) -> dict[str, Any]:
-        """What tells it apart from others of its task and sample, in columns of the results."""
-        made = self.of
-        told = {"variant": made.variant, "expression": made.expression or None}
-        return told | {"init_seed": made.seed, **asdict(made.start), "scale": self.scale}
-
-
-class MadePrefixes(Prefixes):
-    """Prefixes of a bank whose prompts ``make`` makes, ``size`` at a time, in the order of places.
-
-    Rows must come by block: none of a block that was left comes later, or it is made again.
-    """
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        places: Sequence[int],
-        size: int,
-        make: Callable[[Sequence[int]], Tensor],
-    ) -> None:
-        super().__init__(backbone, torch.empty(0))
-        self.at = {place: at for at, place in enumerate(places)}
-        self.places, self.size, self.make, self.block = places, size, make, -1
-
-    def of(self, used: list[int], front: tuple[int, ...] = ()) -> tuple[Tensor, ...]:
-        block = self.at[used[0]] // self.size
-        first = block * self.size
-        if block != self.block:
-            self.used, self.prefix, self.prompts = [], (), torch.empty(0)  # let go, then make
-            self.prompts = self.make(self.places[first : first + self.size])
-            self.block = block
-        return super().of([self.at[place] - first for place in used], front)
 
 
 class VectorArithmetic(PromptMethod):
@@ -310,7 +212,7 @@ class VectorArithmetic(PromptMethod):
         asked, crosses = self.expressions, self.study == "cross"
         if self.study != "expressions":
             sets = combinations(data.tasks, 2 if self.study == "pairs" else 1)
-            asked = {" + ".join(map(_written, own)): dict.fromkeys(own, 1.0) for own in sets}
+            asked = {" + ".join(map(written, own)): dict.fromkeys(own, 1.0) for own in sets}
         for expression, factors in asked.items():
             tasks = self._evaluated(expression, factors, data)
             groups = self._groups(list(factors), data, found)
@@ -389,7 +291,7 @@ class VectorArithmetic(PromptMethod):
             parts = ({name: 1.0}, {name: own}, own, sample, seed, (task,))
             yield VectorSum("initial_prompt", "", *parts, (0.0,))
             if path is not None:
-                yield VectorSum("single", _written(task), *parts, (1.0,))
+                yield VectorSum("single", written(task), *parts, (1.0,))
 
     def _warn(self, data: PromptDataModule) -> None:
         for name in ("task_prefix", "max_input_length", "template", "system"):
@@ -489,7 +391,7 @@ class VectorArithmetic(PromptMethod):
                 made.coefficients,
                 made.vectors,
                 made.base,
-                expression=made.expression or f"0 * {_written(next(iter(made.vectors)))}",
+                expression=made.expression or f"0 * {written(next(iter(made.vectors)))}",
                 scale=trial.scale,
                 task=trial.task,
                 sample=trial.sample,
@@ -546,25 +448,3 @@ class VectorArithmetic(PromptMethod):
             mean_scale = f"{scale.mean():.3g}" if scale.count() else "-"
             lines.append((*key, score, kept, mean_scale, str(len(own))))
         return text_table((*keys, "score", "of single", "scale", "prompts"), lines)
-
-
-def best_scale(means: Mapping[float, float]) -> float:
-    """The scale of the best mean dev score; of equal ones, up to rounding, the smallest.
-
-    NaN is the worst. That is the rule of the authors' code (``ArithmeticsEvaluator``), which goes
-    up from the smallest and keeps strictly better ones.
-    """
-    best, top = min(means), -torch.inf
-    for scale in sorted(means):
-        if means[scale] > top + ROUNDING:
-            best, top = scale, means[scale]
-    return best
-
-
-def _written(task: str) -> str:
-    """A task's name as an expression, in quotes where it needs them."""
-    try:
-        plain = parse_expression(task) == {task: 1.0}
-    except ValueError:
-        plain = False
-    return task if plain else f"'{task}'"

@@ -5,9 +5,9 @@
 
 Eight tasks with labels or open answers x five samples x five initialisation seeds, on stories260K:
 16 steps, evaluated every 4, and the test. The disturbed fit is ended by ``kill -9`` of all its
-processes after a random time and taken up again with the same words and ``--ckpt_path last`` (anew
-where there is no checkpoint yet), until so many kills have hit; then it runs to its end. Results,
-predictions, curves and prompts are compared to the byte, seconds aside.
+processes after a random time and taken up again by the same words, of which one is ``--resume``
+(anew where there is no checkpoint yet), until so many kills have hit; then it runs to its end.
+Results, predictions, curves and prompts are compared to the byte, seconds aside.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
     options.folder.mkdir(parents=True)
     seconds = run(words(data, whole), options.folder, None)
     print(f"undisturbed: {seconds:.0f} s", flush=True)
-    moments = kill_at_random(words(data, killed), killed, options, seconds)
+    moments = kill_at_random([*words(data, killed), "--resume"], killed, options, seconds)
     different = differences(whole, killed)
     found = {"kills": len(moments), "moments": moments, "seed": options.seed, "runs": 200}
     print(json.dumps({"name": "kills", **found, "seconds": seconds, "different": different}))
@@ -92,13 +92,10 @@ def kill_at_random(
     assert seconds is not None
     rng, moments = random.Random(options.seed), []
     while len(moments) < options.kills:
-        taken_up = [*command]
-        if (run_dir / "checkpoints" / "last.ckpt").is_file():
-            taken_up.append("--ckpt_path=last")
-        if run(taken_up, options.folder, rng.uniform(5, 5 + seconds / 3)) is None:
+        if run(command, options.folder, rng.uniform(5, 5 + seconds / 3)) is None:
             moments.append(describe(run_dir))
             print(f"kill {len(moments)}: {moments[-1]}", flush=True)
-    run([*taken_up, "--ckpt_path=last"], options.folder, None)
+    run(command, options.folder, None)
     return moments
 
 

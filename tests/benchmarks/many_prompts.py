@@ -143,7 +143,7 @@ def evaluation(settings: Settings) -> Iterator[Result]:
 
 def studies(settings: Settings) -> Iterator[Study]:
     """The models with their prompts and rows, one after another."""
-    count, size = (6, 16) if settings.quick else (100, 64)
+    count, size = (3, 8) if settings.quick else (100, 64)
     large = settings.size == "cuda"
     length = virtual_tokens(settings) if large else TOKENS
     for kind, name, sizes in (("t5", "T5-like", T5), ("gpt2", "GPT-2-like", DECODER)):

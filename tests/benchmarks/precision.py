@@ -301,6 +301,7 @@ def fit_words(name: str, settings: Settings) -> list[str]:
     if settings.quick:
         words += [*quick, "--model.init_seed=[0,1]", "--model.num_virtual_tokens=2"]
         words += ["--trainer.max_steps=2", "--trainer.val_check_interval=2"]
+        words += ["--trainer.limit_val_batches=1", "--trainer.limit_test_batches=1"]
     return ["fit", f"--config={ROOT / 'configs' / config}", *words]
 
 

@@ -24,36 +24,47 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import peft  # noqa: F401 - imported once, here, for the processes of all goals
+import answers  # all is imported once, here, for the processes of all goals
+import counts
+import interpretation
+import loading
+import loop
+import many_prompts
+import meta
+import peft  # noqa: F401
+import ranks
+import real_model
+import steps
+import subspaces
 import torch
 import transformers
 from pairs import Settings, in_own_process, line, table
 
 GOALS = {
-    "G1": ("steps", "causal_steps"),
-    "G2": ("steps", "long_causal_step"),
-    "G3": ("steps", "t5_steps"),
-    "G4": ("steps", "causal_bank"),
-    "G5": ("steps", "t5_banks"),
-    "G7": ("answers", "causal_answers"),
-    "G8": ("answers", "t5_answers"),
-    "G9": ("meta", "memory"),
-    "G11": ("meta", "time"),
-    "G12": ("counts", "padded_tokens"),
-    "G13": ("counts", "file_bytes"),
-    "G14": ("loop", "lightning_steps"),
-    "G16": ("steps", "bf16_step"),
-    "G17": ("loading", "loading"),
-    "G18": ("subspaces", "subspace_bank"),
-    "G19": ("subspaces", "subspace_finding"),
-    "G20": ("interpretation", "nearest"),
-    "G21": ("many_prompts", "evaluation"),
-    "G22": ("ranks", "shared_banks"),
-    "G23": ("real_model", "short_rows"),
-    "G24": ("real_model", "long_rows"),
-    "G25": ("real_model", "bank"),
-    "G26": ("real_model", "answers"),
-    "G27": ("real_model", "first_step"),
+    "G1": steps.causal_steps,
+    "G2": steps.long_causal_step,
+    "G3": steps.t5_steps,
+    "G4": steps.causal_bank,
+    "G5": steps.t5_banks,
+    "G7": answers.causal_answers,
+    "G8": answers.t5_answers,
+    "G9": meta.memory,
+    "G11": meta.time,
+    "G12": counts.padded_tokens,
+    "G13": counts.file_bytes,
+    "G14": loop.lightning_steps,
+    "G16": steps.bf16_step,
+    "G17": loading.loading,
+    "G18": subspaces.subspace_bank,
+    "G19": subspaces.subspace_finding,
+    "G20": interpretation.nearest,
+    "G21": many_prompts.evaluation,
+    "G22": ranks.shared_banks,
+    "G23": real_model.short_rows,
+    "G24": real_model.long_rows,
+    "G25": real_model.bank,
+    "G26": real_model.answers,
+    "G27": real_model.first_step,
 }
 
 
@@ -106,9 +117,8 @@ def run_goal(goal: str, settings: Settings, out: Path | None) -> list[dict[str, 
     transformers.logging.set_verbosity_error()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    module, name = GOALS[goal]
     lines = []
-    for what, found in getattr(__import__(module), name)(settings):
+    for what, found in GOALS[goal](settings):
         lines.append(line(goal, what, found, settings))
         text = json.dumps(lines[-1])
         print(text, flush=True)

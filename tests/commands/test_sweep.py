@@ -699,7 +699,7 @@ def test_a_grid_of_real_fits_is_killed_in_the_second_and_resumed(capsys):
     parameters = {
         "model.learning_rate": {"values": [0.3, 0.1]},
         "model.num_virtual_tokens": {"values": [4, 5]},
-        "trainer": {"parameters": {"val_check_interval": {"value": 10}}},
+        "trainer": {"parameters": {"val_check_interval": {"value": 20}}},
     }
     file = write(command=COMMAND, parameters=parameters)
     process = subprocess.Popen([sys.executable, "-c", IN_PROCESS], stdout=subprocess.DEVNULL)
@@ -720,12 +720,12 @@ def test_a_grid_of_real_fits_is_killed_in_the_second_and_resumed(capsys):
     assert "4 of 4 trials done" in out
     assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
     started, again = (second / "log.txt").read_text().split("$ prompt-lab fit")[1:]
-    assert "step     10/40" in started
+    assert "step     20/40" in started
     assert "step     40/40" not in started
     assert "Restored all states from the checkpoint at r/2-" in again
-    assert "step     10/40" not in again
+    assert "step     20/40" not in again
     steps = [row["step"] for row in read_csv(second / "curves.csv")]
-    assert steps == [str(step) for step in range(10, 50, 10) for _ in range(2)]
+    assert steps == [str(step) for step in (20, 40) for _ in range(2)]
     table, results = (read_csv(Path("r", name)) for name in ("sweep.csv", "results.csv"))
     names = ("num_virtual_tokens", "learning_rate")
     lines = {tuple(line[name] for name in names): line for line in results}

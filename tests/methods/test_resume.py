@@ -28,11 +28,11 @@ KILLS = {
     "between scoring and saving": ("_log_evaluation", 9),
 }
 CASES = [("gpt2", name) for name in KILLS]
-CASES += [(kind, "between evaluations") for kind in ("t5", "meta")]
+CASES += [("meta", "between evaluations")]
 SCRIPT = '''
 import json, os, signal, sys
 import torch
-from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast, T5ForConditionalGeneration
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 from prompt_lab.commands import fit as cli
 
 def die_at(method, hook, step):
@@ -75,10 +75,9 @@ def words(kind: str, model: Path, root: Path, run_dir: Path) -> list[str]:
             *("--trainer.accumulate_grad_batches=2", f"--trainer.val_check_interval={2 * EVERY}"),
         ]
     else:
-        rates = {"gpt2": "[0.1, 0.03]", "t5": "[0.03, 0.01]"}[kind]
         own = [
-            *(f"--model.learning_rate={rates}", "--model.batch_size=[3, 4]", "--model.init_seed=2"),
-            *("--model.patience=2", "--model.optim.warmup_steps=2"),
+            *("--model.learning_rate=[0.1, 0.03]", "--model.batch_size=[3, 4]"),
+            *("--model.init_seed=2", "--model.patience=2", "--model.optim.warmup_steps=2"),
             *("--data.tasks=[glue-cola, e2e_nlg_cleaned]", f"--trainer.max_steps={STEPS}"),
             f"--trainer.val_check_interval={EVERY}",
         ]
@@ -98,9 +97,9 @@ def folders(
     """Function that gives the run folder of a kind of model and a way to die, all made at once."""
     base = tmp_path_factory.mktemp("resume")
     jobs = []
-    for kind, name in [*((kind, "whole") for kind in ("gpt2", "t5", "meta")), *CASES]:
-        model = model_folder("gpt2" if kind == "meta" else kind)
-        given, die = words(kind, model, fewshot_root, base / f"{kind} {name}"), KILLS.get(name)
+    for kind, name in [*((kind, "whole") for kind in ("gpt2", "meta")), *CASES]:
+        given = words(kind, model_folder("gpt2"), fewshot_root, base / f"{kind} {name}")
+        die = KILLS.get(name)
         method = "MetaPrompt" if kind == "meta" else "PromptTuning"
         jobs.append({"words": given, "die": die, "method": method})
         if die:

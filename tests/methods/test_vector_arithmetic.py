@@ -23,7 +23,8 @@ from prompt_lab.core.backbone import Backbone
 from prompt_lab.files.prompts import Prompt, PromptStore, load_prompt
 from prompt_lab.files.results import read_csv
 from prompt_lab.methods.evaluation import Evaluation
-from prompt_lab.methods.vector_arithmetic import GRID, VectorArithmetic, best_scale
+from prompt_lab.methods.vector_arithmetic import GRID, VectorArithmetic
+from prompt_lab.methods.vector_sums import best_scale
 
 N = 4
 TASKS = ("glue-sst2", "glue-cola", "emotion")
