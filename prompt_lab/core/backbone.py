@@ -112,11 +112,11 @@ class Backbone(nn.Module):
         """
         model, tokenizer = load_pretrained(name, dtype, attention)
         digest = weights_digest(model)  # of the weights as published, before the cast
+        for weight in model.parameters():
+            # Files are mapped at any address; matrix products repeat bit for bit on aligned memory.
+            weight.data = weight.data.to(DTYPES[dtype], copy=True)
         refuse_not_finite(model.to(DTYPES[dtype]), name)
         backbone = cls(model, tokenizer, name)
-        for weight in backbone.model.parameters():
-            # Files are mapped at any address; matrix products repeat bit for bit on aligned memory.
-            weight.data = weight.data.clone()
         backbone.digest = digest
         return backbone
 

@@ -53,7 +53,6 @@ class Decoder:
         self.pads_generation = True
         config = model.config.get_text_config()
         self.config = config
-        self.layers: int = config.num_hidden_layers
         parameters = inspect.signature(type(model.base_model).forward).parameters
         self._takes_positions = "position_ids" in parameters
 
@@ -93,7 +92,7 @@ class Decoder:
 
         if prompts.shape[1] == 0:
             return (prompts,)
-        cache = prompt_cache(self.layers)
+        cache = prompt_cache()
         self.model.base_model(inputs_embeds=prompts, cache=cache, use_cache=True)
         return tuple(part for layer in cache.layers for part in (layer.keys, layer.values))
 
