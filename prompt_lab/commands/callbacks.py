@@ -103,6 +103,7 @@ class FitReport(Callback):
             judged = getattr(pl_module, "algorithm", None) != "reptile"  # which reads no query rows
             parts = [*batch.support, *[batch.query] * judged]
         self.tokens += sum(sum(part.input_lengths) + sum(part.target_lengths) for part in parts)
+        self.tokens += sum(len(part) * len(part.front) for part in parts)
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Begin an evaluation, once the device has done the steps before it."""

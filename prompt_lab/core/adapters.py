@@ -18,7 +18,7 @@ passes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -214,7 +214,7 @@ class AdaptedBackbone(Backbone):
         self.hidden_size = self.layout.size
         self._running: RowAdapters | None = None
 
-    def prefix(self, prompts: Tensor) -> Prefix:
+    def prefix(self, prompts: Tensor, front: Sequence[int] = ()) -> Prefix:
         """The bank (R, 1, P), or (R, 0, P), in the weights' dtype.
 
         Raises:

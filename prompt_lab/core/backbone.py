@@ -244,6 +244,14 @@ class Backbone(nn.Module):
         )
         return made.to(self.device)
 
+    def front(self, frame: Frame | None = None) -> tuple[int, ...]:
+        """Tokens in front of every input, such as a chat's head, that can run once per prompt.
+
+        Batches made with them (``make_batch``) need a :meth:`prefix` made with them. There are none
+        where rows share no sequence.
+        """
+        return tuple((frame or self.frame()).front) if self.packs else ()
+
     def micro_batches(
         self, batch: Batch, tokens_per_forward: int, num_virtual_tokens: int
     ) -> list[Batch]:
@@ -295,11 +303,11 @@ class Backbone(nn.Module):
         prompts and rows run together, so that weights are read once. Else it is :meth:`prefix`.
         """
         if not self.packs or not packing.is_one_each(batch):
-            return self.prefix(prompts)
+            return self.prefix(prompts, batch.front)
         self._check_prompts(prompts)
-        return (prompts.to(self.model.dtype),)
+        return (self._with_front(prompts, batch.front),)
 
-    def prefix(self, prompts: Tensor) -> Prefix:
+    def prefix(self, prompts: Tensor, front: Sequence[int] = ()) -> Prefix:
         """What rows need of their prompts, computed once per prompt and with gradient.
 
         The bank (R, N, D) itself for encoder-decoder models; for decoder-only models the keys and
@@ -308,12 +316,24 @@ class Backbone(nn.Module):
         them gives the prompts' gradient; so micro-batches share one pass over the prompts, and
         all batches of an evaluation do: ``score`` and ``generate`` take it in place of a bank.
 
+        Args:
+            prompts: (R, N, D) bank.
+            front: of the batches, ``batch.front``; these tokens are run with the prompts.
+
         Raises:
             ValueError: a bank of another width, or prompts longer than the model's positions.
         """
         self._check_prompts(prompts)
-        self._check_positions(prompts.shape[1])
-        return self.runner.prefix(prompts.to(self.model.dtype))
+        self._check_positions(prompts.shape[1] + len(front))
+        return self.runner.prefix(self._with_front(prompts, front))
+
+    def _with_front(self, prompts: Tensor, front: Sequence[int]) -> Tensor:
+        """Prompts and the tokens behind them, (R, N + F, D) in the weights' dtype."""
+        prompts = prompts.to(self.model.dtype)
+        if not front:
+            return prompts
+        tokens = self.embed(index_tensor(front, prompts.device))
+        return torch.cat([prompts, tokens.expand(len(prompts), -1, -1)], 1)
 
     def row_losses(self, prefix: Prefix, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
         """As :meth:`loss`, given what :meth:`prefix` returned: (B,)."""
@@ -366,7 +386,7 @@ class Backbone(nn.Module):
         answers = self._encode_candidates(tuple(candidates), frame)
         check_label_score(label_score)
         mean = label_score == "mean"
-        return self.scores_of(self._as_prefix(prompts), batch, answers, mean=mean)
+        return self.scores_of(self._as_prefix(prompts, batch), batch, answers, mean=mean)
 
     @torch.no_grad()
     def choose(
@@ -394,7 +414,7 @@ class Backbone(nn.Module):
         answers = self._encode_candidates(tuple(candidates), frame)
         check_label_score(label_score)
         mean = label_score == "mean"
-        scores = self.scores_of(self._as_prefix(prompts), batch, answers, False, mean)
+        scores = self.scores_of(self._as_prefix(prompts, batch), batch, answers, False, mean)
         return scores.argmax(1).tolist()
 
     def scores_of(
@@ -457,7 +477,7 @@ class Backbone(nn.Module):
         Raises:
             ValueError: a bank of another width, or rows longer than the model's positions.
         """
-        prefix, ends = self._as_prefix(prompts), (frame or self.frame()).ends
+        prefix, ends = self._as_prefix(prompts, batch), (frame or self.frame()).ends
         answers = self.generate_ids(prefix, batch, max_new_tokens, num_beams, ends)
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [text.strip() for text in texts]
@@ -502,9 +522,9 @@ class Backbone(nn.Module):
             self._candidates[candidates, frame] = torch.tensor(rows)
         return self._candidates[candidates, frame]
 
-    def _as_prefix(self, prompts: Tensor | Prefix) -> Prefix:
+    def _as_prefix(self, prompts: Tensor | Prefix, batch: Batch) -> Prefix:
         """The prefix of a bank, or the prefix that was given."""
-        return self.prefix(prompts) if isinstance(prompts, Tensor) else prompts
+        return self.prefix(prompts, batch.front) if isinstance(prompts, Tensor) else prompts
 
     def _check_prompts(self, prompts: Tensor) -> None:
         """Refuse what is not a bank of this model's width."""

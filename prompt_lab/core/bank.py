@@ -8,6 +8,7 @@ themselves (decoder-only models) is made once per prompt and shared by its micro
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from prompt_lab.core.backbone import Backbone, Prefix
 from prompt_lab.core.batch import Batch, index_tensor
-from prompt_lab.core.forward import twice_differentiable
+from prompt_lab.core.forward import WideAttention, twice_differentiable
 from prompt_lab.core.packing import padded_tokens
 
 
@@ -154,11 +155,14 @@ class Prefixes:
     def __init__(self, backbone: Backbone, prompts: Tensor) -> None:
         self.backbone, self.prompts = backbone, prompts
         self.used: list[int] = []
+        self.front: tuple[int, ...] = ()
         self.prefix: Prefix = ()
 
     @torch.no_grad()
-    def of(self, used: list[int]) -> Prefix:
-        """The prefix of some of the prompts, in the order of ``used``."""
+    def of(self, used: list[int], front: tuple[int, ...] = ()) -> Prefix:
+        """The prefix of some of the prompts, in the order of ``used``, and of a batch's front."""
+        if front != self.front:
+            self.used, self.front = [], front
         if used == self.used:
             return self.prefix
         kept = [prompt for prompt in used if prompt in self.used]
@@ -167,7 +171,7 @@ class Prefixes:
         if kept:
             parts.append(_select(self.prefix, [self.used.index(prompt) for prompt in kept]))
         if new:
-            parts.append(self.backbone.prefix(*_select((self.prompts,), new)))
+            parts.append(self.backbone.prefix(_select((self.prompts,), new)[0], front))
         joined = tuple(torch.cat(part) for part in zip(*parts, strict=True))
         made = [*kept, *new]
         self.prefix = _select(joined, [made.index(prompt) for prompt in used])
@@ -203,20 +207,25 @@ def _group_gradient(
     Gradients of micro-batches are summed in float32 where the prefix is in half precision.
     """
     parts = backbone.micro_batches(batch, tokens_per_forward, leaf.shape[1])
-    joined = padded_tokens(batch) + leaf.shape[0] * leaf.shape[1] <= tokens_per_forward
-    prefix = backbone.prefix_for(leaf, batch) if joined else backbone.prefix(leaf)
+    width = leaf.shape[1] + len(batch.front)
+    joined = padded_tokens(batch) + len(leaf) * width <= tokens_per_forward
+    prefix = backbone.prefix_for(leaf, batch) if joined else backbone.prefix(leaf, batch.front)
     cut = [part.detach().requires_grad_() for part in prefix]
     wide = [torch.promote_types(part.dtype, torch.float32) for part in prefix]
     total = [torch.zeros_like(part, dtype=dtype) for part, dtype in zip(prefix, wide, strict=True)]
     losses = leaf.new_zeros(len(leaf))
-    scale = FLOAT16_SCALE if backbone.model.dtype == torch.float16 else 1.0
+    dtype = backbone.model.dtype
+    scale = FLOAT16_SCALE if dtype == torch.float16 else 1.0
+    is_slow = dtype == torch.bfloat16 and leaf.device.type == "cpu"
     for part in parts:
-        weighted = backbone.row_losses(tuple(cut), part, smoothing) * part.weight
-        for sum_, new in zip(total, torch.autograd.grad(weighted.sum() * scale, cut), strict=True):
+        with WideAttention() if is_slow else nullcontext():
+            weighted = backbone.row_losses(tuple(cut), part, smoothing) * part.weight
+            found = torch.autograd.grad(weighted.sum() * scale, cut)
+        for sum_, new in zip(total, found, strict=True):
             sum_ += new
         losses = losses.index_add(0, part.prompt_index, weighted.detach())
     if len(total) == 1:  # not keys and values, but the bank itself in the weights' dtype
-        return losses, total[0].to(leaf.dtype) / scale
+        return losses, total[0][:, : leaf.shape[1]].to(leaf.dtype) / scale
     rounded = [sum_.to(part.dtype) for sum_, part in zip(total, prefix, strict=True)]
     (gradient,) = torch.autograd.grad(prefix, leaf, rounded)
     return losses, gradient / scale
@@ -229,7 +238,7 @@ def _groups(
     if len(batch) == 0:
         return []
     used = sorted(set(batch.prompts))
-    size = max(1, tokens_per_forward // max(1, prompts.shape[1]))
+    size = max(1, tokens_per_forward // max(1, prompts.shape[1] + len(batch.front)))
     if backbone.is_encoder_decoder or len(used) <= size:
         return [batch]
     chunks = [set(used[at : at + size]) for at in range(0, len(used), size)]

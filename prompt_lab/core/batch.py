@@ -33,6 +33,7 @@ class Batch:
         input_lengths: tokens of each input.
         target_lengths: tokens of each target.
         left_padded: on which side the inputs are padded.
+        front: token ids that stand between the prompt and every row, and not in ``input_ids``.
     """
 
     input_ids: Tensor
@@ -45,6 +46,7 @@ class Batch:
     input_lengths: list[int]
     target_lengths: list[int]
     left_padded: bool
+    front: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -74,6 +76,7 @@ class Batch:
             input_lengths=self.input_lengths[start:stop],
             target_lengths=self.target_lengths[start:stop],
             left_padded=self.left_padded,
+            front=self.front,
         )
 
     def take(self, rows: Sequence[int]) -> Batch:
@@ -104,6 +107,7 @@ def make_batch(
     left_padded: bool,
     weight: Sequence[float] | None = None,
     rows: Sequence[int] | None = None,
+    front: Sequence[int] = (),
 ) -> Batch:
     """Pad B token lists into a :class:`Batch`, longest row (input and target) first.
 
@@ -115,6 +119,8 @@ def make_batch(
         left_padded: pad inputs on the left (decoder-only backbones) or the right.
         weight: weight of each row; 1 by default.
         rows: number of each row within its split; its place in ``inputs`` by default.
+        front: ids that the inputs begin with, which are then run once per prompt; where one does
+            not, or has no others, all rows run whole.
 
     Raises:
         ValueError: the lists differ in length.
@@ -127,6 +133,10 @@ def make_batch(
     wrong = {name: size for name, size in {**sizes, "rows": len(rows)}.items() if size != count}
     if wrong:
         raise ValueError(f"{count} inputs, but {wrong}: give one of each for every row")
+    front, shared = tuple(front), len(front)
+    if any(len(ids) <= shared or tuple(ids[:shared]) != front for ids in inputs):
+        front, shared = (), 0
+    inputs = [ids[shared:] for ids in inputs]
     order = sorted(range(count), key=lambda i: -(len(inputs[i]) + len(targets[i])))
     input_lengths = [len(inputs[i]) for i in order]
     target_lengths = [len(targets[i]) for i in order]
@@ -151,6 +161,7 @@ def make_batch(
         input_lengths=input_lengths,
         target_lengths=target_lengths,
         left_padded=left_padded,
+        front=front,
     )
 
 

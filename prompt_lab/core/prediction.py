@@ -141,6 +141,7 @@ def _batches(
     """
     import torch
 
+    from prompt_lab.core.bank import Prefixes
     from prompt_lab.core.batch import default_tokens_per_forward, make_batch, spans
 
     if tokens_per_forward is None:
@@ -150,8 +151,7 @@ def _batches(
     whole = frame.encode_inputs(inputs)
     for places in groups:
         bank = torch.stack([prompts[place] for place in places]).to(backbone.device)
-        with torch.no_grad():
-            prefix = backbone.prefix(bank)
+        prefixes = Prefixes(backbone, bank)
         room = _input_room(backbone, bank.shape[1], longest, max_input_length)
         ids = [frame.cut_input(one, room, truncation_side) for one in whole]
         if any(len(one) > room for one in whole):
@@ -174,7 +174,9 @@ def _batches(
                 pad_id=backbone.pad_id,
                 left_padded=not backbone.is_encoder_decoder,
                 rows=[row for _, row in part],
+                front=backbone.front(frame),
             )
+            prefix = prefixes.of(list(range(len(places))), batch.front)
             yield prefix, batch.to(backbone.device), places
 
 

@@ -133,7 +133,9 @@ class PromptDataModule(LightningDataModule):
             self._tokens.clear()
         self._backbone = backbone
         self.frame = backbone.frame(self.template, self.system)
-        self.layout = Layout(backbone.pad_id, not backbone.is_encoder_decoder)
+        self.layout = Layout(
+            backbone.pad_id, not backbone.is_encoder_decoder, backbone.front(self.frame)
+        )
 
     def tokens(self, task: str, sample: int, split: SplitName, keep: bool = True) -> Rows:
         """Tokenised rows of one split, to keep for the next time; equal test sets are made once."""

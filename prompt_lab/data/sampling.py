@@ -51,10 +51,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the backbone wants its rows: padding id, and padding side."""
+    """How the backbone wants its rows: padding id and side, and what it runs once per prompt."""
 
     pad_id: int
     left_padded: bool
+    front: tuple[int, ...] = ()
 
 
 @dataclass

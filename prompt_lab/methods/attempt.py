@@ -180,6 +180,9 @@ class Attempt(PromptMethod):
                     for part in micro_batches(batch, self.tokens_per_forward)
                 ] or [targets.new_zeros(0, backbone.hidden_size)]
                 inputs = torch.cat(pooled).to(targets.dtype)
+                if batch.front:
+                    front = backbone.embed(index_tensor(batch.front, inputs.device))
+                    inputs = inputs.maximum(front.amax(0).to(inputs.dtype))
             own = targets.amax(1).index_select(0, batch.prompt_index)  # (B, D)
             return attention(inputs, self.sources.amax(1), own)
 
@@ -205,7 +208,8 @@ class Attempt(PromptMethod):
         trained = self.attention if self._current else self.best_attention
         attention = self.initial_attention if targets is self.init else trained
         with torch.no_grad():
-            return self.backbone.prefix(self.mixed(batch, attention, targets)), _one_each(batch)
+            made = self.mixed(batch, attention, targets)
+            return self.backbone.prefix(made, batch.front), _one_each(batch)
 
     def tokens_beside_input(self, task: Task, longest: int) -> int:
         """As the parent's, with the prompt that each row runs in decoder-only models too."""

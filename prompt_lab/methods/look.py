@@ -162,7 +162,7 @@ def describe(method: PromptMethod, data: PromptDataModule, trainer: Trainer) -> 
         else len(part) * (part.input_ids.shape[1] + part.target_ids.shape[1] + extra)
         for part in parts
     ]
-    padded = sum(sizes) + (0 if extra else len(bank) * bank.shape[1])
+    padded = sum(sizes) + (0 if extra else len(bank) * (bank.shape[1] + len(batch.front)))
     largest = parts[sizes.index(max(sizes))]
     kept = saved_bytes(backbone, bank.requires_grad_(), largest, method.label_smoothing)
     held = method.held() | {"activations of the largest micro-batch": kept}

@@ -551,7 +551,7 @@ class PromptMethod(LightningModule):
     def prefix_of(self, prefixes: Prefixes, batch: Batch) -> tuple[Prefix, Batch]:
         """What the rows of a batch need of their prompts, and the rows numbered by its order."""
         used = sorted(set(batch.prompts))
-        return prefixes.of(used), renumber(batch, used)
+        return prefixes.of(used, batch.front), renumber(batch, used)
 
     def answer(self, prefixes: Prefixes, step: EvaluationBatch) -> list[str]:
         """One answer per row of an evaluation batch, under the prompts that the rows name."""

@@ -144,14 +144,14 @@ class MadePrefixes(Prefixes):
         self.at = {place: at for at, place in enumerate(places)}
         self.places, self.size, self.make, self.block = places, size, make, -1
 
-    def of(self, used: list[int]) -> tuple[Tensor, ...]:
+    def of(self, used: list[int], front: tuple[int, ...] = ()) -> tuple[Tensor, ...]:
         block = self.at[used[0]] // self.size
         first = block * self.size
         if block != self.block:
             self.used, self.prefix, self.prompts = [], (), torch.empty(0)  # let go, then make
             self.prompts = self.make(self.places[first : first + self.size])
             self.block = block
-        return super().of([self.at[place] - first for place in used])
+        return super().of([self.at[place] - first for place in used], front)
 
 
 class VectorArithmetic(PromptMethod):

@@ -114,7 +114,7 @@ def test_prefixes_are_computed_once_and_held_while_they_are_used(
     model, prompts = backbone(kind), bank().detach()
     run: list[int] = []
     plain = model.prefix
-    monkeypatch.setattr(model, "prefix", lambda some: run.append(len(some)) or plain(some))
+    monkeypatch.setattr(model, "prefix", lambda some, _: run.append(len(some)) or plain(some))
     prefixes = Prefixes(model, prompts)
     for used in ([0], [0], [0, 1, 2], [2, 1], [5, 2], [0]):
         found = prefixes.of(used)

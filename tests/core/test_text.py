@@ -10,6 +10,8 @@ import torch
 from conftest import BOS, EOS, EOS_ID, PAD, UNK, make_model, make_tokenizer
 
 from prompt_lab.core.backbone import Backbone
+from prompt_lab.core.bank import bank_gradient, bank_product
+from prompt_lab.core.batch import make_batch
 from prompt_lab.core.text import ChatFrame
 
 ROWS = [
@@ -281,3 +283,37 @@ def test_real_rows_in_a_real_models_template(smollm2: str, test_data: Path) -> N
                     chat(text, answer, system)[:-1], add_generation_prompt=True
                 )
                 assert x == start["input_ids"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2_window", "bloom"])
+def test_what_stands_in_front_of_every_row_runs_once_per_prompt(kind: str) -> None:
+    model = instruct(CHATML, kind)
+    frame = model.frame("chat", "Be brief.")
+    front = tuple(frame.front) if model.packs else ()
+    texts, answers = zip(*ROWS, strict=True)
+    assert not model.packs or len(front) > 10
+    rows = (model.encode_inputs(texts, frame), model.encode_targets(answers, frame))
+    sides = {"pad_id": model.pad_id, "left_padded": True}
+    shared = make_batch(*rows, [0, 1, 0, 1, 0], **sides, front=model.front(frame))
+    whole = model.batch(texts, answers, [0, 1, 0, 1, 0], frame=frame)
+    assert shared.rows == whole.rows
+    assert (shared.front, whole.front) == (front, ())
+    bank = torch.randn(2, 3, model.hidden_size, generator=torch.Generator().manual_seed(0))
+    for tokens in (16, 4096):
+        losses, gradient = bank_gradient(model, bank, shared, tokens)
+        expected, of_whole = bank_gradient(model, bank, whole, tokens)
+        torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradient, of_whole, rtol=1e-4, atol=1e-5)
+    product, of_whole = (
+        bank_product(model, bank, gradient, batch, 4096) for batch in (shared, whole)
+    )
+    torch.testing.assert_close(product, of_whole, rtol=1e-3, atol=1e-4)
+    scores, of_whole = (model.score(bank, batch, answers, frame=frame) for batch in (shared, whole))
+    torch.testing.assert_close(scores, of_whole, rtol=1e-5, atol=1e-4)
+    made, of_whole = (model.generate(bank, batch, 6, frame=frame) for batch in (shared, whole))
+    assert made == of_whole
+    # A row that begins otherwise, or has no tokens of its own: all run whole.
+    for odd in ([5, *rows[0][0]], list(front)):
+        made = make_batch([*rows[0], odd], None, [0] * 6, **sides, front=front)
+        assert made.front == ()
+        assert sum(made.input_lengths) == sum(map(len, [*rows[0], odd]))
