@@ -450,7 +450,8 @@ class Backbone(nn.Module):
         self, prefix: Prefix, batch: Batch, answers: Tensor, exhaustive: bool, mean: bool
     ) -> Tensor:
         first, follow = self._start(prefix, batch)
-        how = {"exhaustive": exhaustive, "mean": mean}
+        at_once = packing.PACK_TOKENS if self.packs else 0
+        how = {"exhaustive": exhaustive, "mean": mean, "at_once": at_once}
         return candidate_scores(first, answers, follow, self.pad_id, **how)
 
     def _start(self, prefix: Prefix, batch: Batch) -> tuple[Tensor, Follow]:
