@@ -112,11 +112,11 @@ class Backbone(nn.Module):
         """
         model, tokenizer = load_pretrained(name, dtype, attention)
         digest = weights_digest(model)  # of the weights as published, before the cast
+        for weight in model.parameters():
+            # Files are mapped at any address; matrix products repeat bit for bit on aligned memory.
+            weight.data = weight.data.to(DTYPES[dtype], copy=True)
         refuse_not_finite(model.to(DTYPES[dtype]), name)
         backbone = cls(model, tokenizer, name)
-        for weight in backbone.model.parameters():
-            # Files are mapped at any address; matrix products repeat bit for bit on aligned memory.
-            weight.data = weight.data.clone()
         backbone.digest = digest
         return backbone
 
@@ -450,7 +450,8 @@ class Backbone(nn.Module):
         self, prefix: Prefix, batch: Batch, answers: Tensor, exhaustive: bool, mean: bool
     ) -> Tensor:
         first, follow = self._start(prefix, batch)
-        how = {"exhaustive": exhaustive, "mean": mean}
+        at_once = packing.PACK_TOKENS if self.packs else 0
+        how = {"exhaustive": exhaustive, "mean": mean, "at_once": at_once}
         return candidate_scores(first, answers, follow, self.pad_id, **how)
 
     def _start(self, prefix: Prefix, batch: Batch) -> tuple[Tensor, Follow]:

@@ -1,12 +1,13 @@
 """Which of C candidate answers is likeliest, with as few decoder passes as that takes.
 
 The score of an answer is the summed log-likelihood of its tokens, end token included, or their
-mean. The first pass gives every candidate's first token. From then on each row follows one
-candidate at a time: its remaining tokens run at once, which makes its score exact and, along the
-tokens that others share with it (candidates form a trie), tells more of theirs. What is known of a
-candidate bounds its score from above, since log-likelihoods only fall; a row whose largest bound is
-exact is done. So where first tokens tell the labels apart most rows take one more pass, and the
-choice is that of exhaustive scoring. How a model runs tokens behind a row is the caller's business.
+mean. The first pass gives every candidate's first token. From then on each row follows candidates,
+the likeliest alone, then those that can win still: their remaining tokens run at once, which makes
+their scores exact and, along the tokens that others share with them (candidates form a trie), tells
+more of those. What is known of a candidate bounds its score from above, since log-likelihoods only
+fall; a row none of whose bounds reaches its best exact score is done. So where first tokens tell
+the labels apart most rows take one more pass, and the choice is that of exhaustive scoring. How a
+model runs tokens behind a row is the caller's business.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from prompt_lab.core.batch import IGNORE
 
@@ -40,7 +42,8 @@ def check_label_score(label_score: str, is_generated: bool = False, where: str =
 
 Follow = Callable[[Tensor | None, Tensor], Tensor]
 """Takes the rows to keep (b,), places among those kept so far or None for all, and up to T - 1
-tokens of each (b, t); returns the logits (b, t, V) behind them."""
+tokens of each (b, t); returns the logits (b, t, V) behind them. Where several answers of a row may
+run at once, a row is kept several times, one behind the other."""
 
 
 def candidate_scores(
@@ -51,49 +54,55 @@ def candidate_scores(
     *,
     exhaustive: bool,
     mean: bool = False,
+    at_once: int = 0,
 ) -> Tensor:
     """Scores of C answers for B rows, or upper bounds whose largest is exact: float32 (B, C).
 
     Args:
         first: logits (B, V) of the first token.
         answers: (C, T) token ids, padded on the right with ``IGNORE``.
-        follow: runs the tokens of one answer per row.
+        follow: runs the tokens of answers behind rows.
         pad_id: id that stands for padding.
         exhaustive: follow every candidate, so that every score is exact.
         mean: divide sums by the answers' tokens.
+        at_once: run several answers of a row in one pass, as long as its tokens are no more.
     """
     lengths = (answers != IGNORE).sum(1)  # (C,)
     shared = (answers[:, None] == answers[None]).long().cumprod(2).sum(2)  # (C, C) leading tokens
+    settles = (shared >= lengths - 1).float()  # (C, C) whether following one makes another exact
     # Following the longest candidate that goes through all of another settles that one, too.
-    through = torch.where(shared >= lengths - 1, lengths[:, None], 0).argmax(0)  # (C,)
+    through = F.one_hot((settles * lengths[:, None]).argmax(0), len(answers)).float()  # (C, C)
     tokens = answers.masked_fill(answers == IGNORE, pad_id)
     scores = _picked(first, tokens[:, 0])  # (B, C), what is known so far
     starts = scores.clone()
     sizes = lengths if mean else torch.ones_like(lengths)  # (C,)
     exact = (lengths == 1).expand_as(scores).clone()
-    rows = torch.arange(len(first), device=first.device)
+    rows, count = torch.arange(len(first), device=first.device), 0 if exhaustive else 1
     while True:
-        choice = _next_choice(scores[rows] / sizes, exact[rows], exhaustive)  # (b,), -1 for none
-        keep = (choice >= 0).nonzero().squeeze(1)
-        if len(keep) == 0:
-            return scores / sizes
-        all_stay = len(keep) == len(rows)
-        rows, choice = rows[keep], through[choice[keep]]
+        bounds = scores / sizes
+        best = bounds.masked_fill(~exact, -torch.inf).amax(1, keepdim=True)
+        open_ = ~exact if exhaustive else ~exact & (bounds >= best)
+        if not (left := int(open_.any(1).sum())):
+            return bounds
+        count = count or max(1, at_once // (left * (answers.shape[1] - 1)))
+        order = bounds.clamp(min=torch.finfo(bounds.dtype).min).masked_fill(~open_, -torch.inf)
+        top = order.topk(min(count, len(answers))).indices  # (B, count)
+        picked = torch.zeros_like(open_).scatter(1, top, open_.gather(1, top)).float()
+        followed = picked @ through  # (B, C)
+        new, choice = followed.nonzero(as_tuple=True)  # (b,), row by row
+        place = torch.zeros_like(lengths[:1]).expand(len(first)).clone()
+        place[rows] = torch.arange(len(rows), device=rows.device)
+        keep = None if torch.equal(new, rows) else place[new]
+        rows, count = new, 0
         depths = int(lengths[choice].max())
-        logits = follow(None if all_stay else keep, tokens[choice, : depths - 1])
+        logits = follow(keep, tokens[choice, : depths - 1])
         told = shared[choice]  # (b, C) tokens that a candidate has in common with the choice
         total = starts[rows]
         for depth in range(1, depths):
             step = _picked(logits[:, depth - 1], tokens[:, depth])
             total = total + torch.where((told >= depth) & (lengths > depth), step, 0)
-        scores[rows] = torch.minimum(scores[rows], total)
-        exact[rows] |= told >= lengths - 1
-
-
-def _next_choice(scores: Tensor, exact: Tensor, exhaustive: bool) -> Tensor:
-    """The candidate that each row follows next (b,), or -1 for a row that is done."""
-    choice = exact.int().argmin(1) if exhaustive else scores.argmax(1)
-    return choice.masked_fill(exact.gather(1, choice[:, None]).squeeze(1), -1)
+        scores.scatter_reduce_(0, rows[:, None].expand_as(total), total, "amin")
+        exact |= followed @ settles > 0
 
 
 def _picked(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ Way = Literal["kinds", "window", "causal", "rows", "lengths"]
 """How rows are laid out, and what a model is told of it."""
 
 _PROMPT = -2  # the row of a prompt's tokens, which all rows of a sequence see
+_ANSWERS = 2**20  # a row's number plus so many times the number of an answer behind it
 
 
 class Decoder:
@@ -53,7 +54,6 @@ class Decoder:
         self.pads_generation = True
         config = model.config.get_text_config()
         self.config = config
-        self.layers: int = config.num_hidden_layers
         parameters = inspect.signature(type(model.base_model).forward).parameters
         self._takes_positions = "position_ids" in parameters
 
@@ -93,7 +93,7 @@ class Decoder:
 
         if prompts.shape[1] == 0:
             return (prompts,)
-        cache = prompt_cache(self.layers)
+        cache = prompt_cache()
         self.model.base_model(inputs_embeds=prompts, cache=cache, use_cache=True)
         return tuple(part for layer in cache.layers for part in (layer.keys, layer.values))
 
@@ -148,8 +148,8 @@ class Decoder:
             nonlocal sequences, alive
             if keep is not None:
                 alive = [alive[at] for at in keep.tolist()]
-                number = {row: at for at, row in enumerate(alive)}
-                left = [[row for row in rows if row in number] for rows in sequences]
+                kept = {*alive}
+                left = [[row for row in rows if row in kept] for rows in sequences]
                 used = [at for at, rows in enumerate(left) if rows]
                 if len(used) < len(left):
                     at = index_tensor(used, device)
@@ -222,6 +222,7 @@ class Decoder:
             return (key_row != PADDING).long()
         back = place[:, :, None] - key_place[:, None]
         seen = (row[:, :, None] == key_row[:, None]) | (key_row == _PROMPT)[:, None]
+        seen |= (row % _ANSWERS)[:, :, None] == key_row[:, None]  # an answer sees its row
         seen &= back >= 0
         dtype = self.model.dtype
         if self.way == "causal":
@@ -256,21 +257,25 @@ def _answers(
 
     Args:
         sequences: the rows of each sequence that are left.
-        alive: the same b rows in the order of their answers.
+        alive: the row of each of b answers.
         depth: t, tokens of each answer.
         lengths: tokens of each row's text.
         count: N.
     """
-    number = {row: at for at, row in enumerate(alive)}
-    width = max(map(len, sequences)) * depth
+    of_row: dict[int, list[int]] = {}
+    for at, row in enumerate(alive):
+        of_row.setdefault(row, []).append(at)
+    answers = [[at for row in rows for at in of_row[row]] for rows in sequences]
+    width = max(map(len, answers)) * depth
     source = np.zeros((len(sequences), width), dtype=np.int64)
     place, row_of = np.zeros_like(source), np.full_like(source, PADDING)
     where = np.zeros((len(alive), depth), dtype=np.int64)
     steps = np.arange(depth)
-    for at, rows in enumerate(sequences):
-        for turn, row in enumerate(rows):
-            here = slice(turn * depth, (turn + 1) * depth)
-            source[at, here] = number[row] * depth + steps
-            place[at, here], row_of[at, here] = count + lengths[row] + steps, row
-            where[number[row]] = at * width + turn * depth + steps
+    for at, own in enumerate(answers):
+        for turn, answer in enumerate(own):
+            here, row = slice(turn * depth, (turn + 1) * depth), alive[answer]
+            source[at, here] = answer * depth + steps
+            place[at, here] = count + lengths[row] + steps
+            row_of[at, here] = row + _ANSWERS * (1 + answer)
+            where[answer] = at * width + turn * depth + steps
     return source, row_of, place, where.flatten()

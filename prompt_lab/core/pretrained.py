@@ -246,7 +246,8 @@ def refuse_not_finite(model: nn.Module, name: str) -> None:
     Raises:
         ValueError: naming the weights.
     """
-    names = [own for own, weight in model.named_parameters() if not weight.isfinite().all()]
+    ends = {own: weight.detach().aminmax() for own, weight in model.named_parameters()}
+    names = [own for own, pair in ends.items() if not all(end.isfinite() for end in pair)]
     if names:
         raise ValueError(
             f"backbone {name!r} has weights that are not finite: {some(names)}; get the files "

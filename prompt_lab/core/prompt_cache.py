@@ -43,24 +43,22 @@ class PromptLayer(DynamicLayer):
         return key_states, value_states
 
 
-def prompt_cache(layers: int) -> Any:
-    """An empty cache that takes up the keys and values of prompts."""
-    return _cache([PromptLayer() for _ in range(layers)])
+def prompt_cache() -> Any:
+    """An empty cache that takes up the keys and values of prompts, layer by layer."""
+    cache: Any = DynamicCache()
+    cache.layer_class_to_replicate = PromptLayer
+    return cache
 
 
 def row_cache(parts: list[Tensor]) -> Any:
     """A fixed cache of keys and values, alternating by layer; None where there are none."""
-    pairs = zip(parts[::2], parts[1::2], strict=True)
-    return _cache([PromptLayer(*pair) for pair in pairs]) if parts else None
+    if not parts:
+        return None
+    cache: Any = DynamicCache()
+    cache.layers = [PromptLayer(*pair) for pair in zip(parts[::2], parts[1::2], strict=True)]
+    return cache
 
 
 def growing_cache(parts: list[Tensor]) -> Any:
     """A cache of the given keys and values that grows with what is run behind it."""
     return DynamicCache(list(zip(parts[::2], parts[1::2], strict=True)) or None)
-
-
-def _cache(layers: list[PromptLayer]) -> Any:
-    """A cache of given layers."""
-    cache: Any = DynamicCache()
-    cache.layers = layers
-    return cache

@@ -5,16 +5,20 @@ rows of unequal length run behind a prompt, with every window lowered to 8 so th
 beyond it, in the attention and dtype of the fit: one by one and whole, as anyone would run them,
 and in each way that is faster. Loss, the prompt's gradient, label scores and greedy tokens must
 agree. The fastest way that passes is taken; a model that passes none is refused. Nothing is stored.
+
+Layers of one kind are run alike, so the model stands there with its first layers alone, up to one
+behind the first of each kind: what a layer hands on shows in the next. A model that fails so, or
+does not run, is tried whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prompt_lab.core.batch import make_batch
 
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
 
 _WINDOW, _PROMPT, _NEW = 8, 3, 2
 _LENGTHS = (9, 4)
+_NUMBERS = ("layer_idx", "layer_id", "layer_number")
 
 _known: dict[str, tuple[Any, bool]] = {}
 """What was found in this process, by config, dtype and attention."""
@@ -42,27 +47,38 @@ def choose_way(backbone: Backbone) -> None:
     if key in _known:
         runner.way, runner.pads_generation = _known[key]
         return
-    wrong: list[str] = []
     with _low_windows(model), torch.random.fork_rng(devices=[]):
-        expected = _plain(backbone)
-        for way in runner.ways():
-            for pads in (True, False):
-                runner.way, runner.pads_generation = way, pads
-                try:
-                    found = _difference(backbone, *expected)
-                except Exception as error:  # whatever a model raises in a way that is not its own
-                    found = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-                if not found:
-                    _known[key] = way, pads
-                    return
-                if not found.startswith("greedy"):
-                    break  # padding of generated rows does not matter
-            wrong.append(f"{way}: {found}")
+        wrong = [""]
+        with suppress(Exception), _first_layers(model):  # a model may not run so
+            wrong = _set_way(backbone)
+        wrong = wrong and _set_way(backbone)
+    if not wrong:
+        _known[key] = runner.way, runner.pads_generation
+        return
     raise ValueError(
         f"backbone {backbone.name!r} ({model.config.model_type}) gives other results behind keys "
         f"and values of prompts, or in batches, than with the prompt in front of each row "
         f"({'; '.join(wrong)}): take a model whose attention sees what stands in front, as it is"
     )
+
+
+def _set_way(backbone: Backbone) -> list[str]:
+    """Set the fastest way that is exact; where none is, what each gets wrong."""
+    runner: Any = backbone.runner
+    expected, wrong = _plain(backbone), []
+    for way in runner.ways():
+        for pads in (True, False):
+            runner.way, runner.pads_generation = way, pads
+            try:
+                found = _difference(backbone, *expected)
+            except Exception as error:  # whatever a model raises in a way that is not its own
+                found = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            if not found:
+                return []
+            if not found.startswith("greedy"):
+                break  # padding of generated rows does not matter
+        wrong.append(f"{way}: {found}")
+    return wrong
 
 
 def _inputs(backbone: Backbone) -> tuple[Tensor, list[list[int]], list[int]]:
@@ -177,3 +193,36 @@ def _low_windows(model: Any) -> Iterator[None]:
     finally:
         for holder, name, size in before:
             setattr(holder, name, size)
+
+
+@contextmanager
+def _first_layers(model: Any) -> Iterator[None]:
+    """Within it each list of layers ends one behind the first of each of its kinds."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    found = [
+        (holder, name, layers)
+        for holder in model.modules()
+        for name, layers in holder.named_children()
+        if isinstance(layers, nn.ModuleList)
+        and all(isinstance(layer, GradientCheckpointingLayer) for layer in layers)
+    ]
+    try:
+        for holder, name, layers in found:
+            kinds = [_kind(layer) for layer in layers]
+            setattr(holder, name, layers[: max(map(kinds.index, kinds), default=0) + 2])
+        yield
+    finally:
+        for holder, name, layers in found:
+            setattr(holder, name, layers)
+
+
+def _kind(layer: nn.Module) -> str:
+    """The modules and settings of a layer, apart from its number."""
+    settings = [
+        (name, value)
+        for part in layer.modules()
+        for name, value in vars(part).items()
+        if isinstance(value, (int, float, str)) and name not in _NUMBERS
+    ]
+    return f"{layer} {settings}"

@@ -156,13 +156,16 @@ def describe(method: PromptMethod, data: PromptDataModule, trainer: Trainer) -> 
     bank, backbone, count = method.bank().detach(), method.backbone, method.num_virtual_tokens
     parts = backbone.micro_batches(batch, method.tokens_per_forward, count)
     extra = count if backbone.is_encoder_decoder else 0
-    padded = 0 if extra else len(bank) * (bank.shape[1] + len(batch.front))
-    for part in parts:
-        width = part.input_ids.shape[1] + part.target_ids.shape[1] + extra
-        padded += padded_tokens(part) if backbone.packs else len(part) * width
-    prompts, smoothing = bank.requires_grad_(), method.label_smoothing
-    kept = [saved_bytes(backbone, prompts, part, smoothing) for part in parts]
-    held = method.held() | {"activations of the largest micro-batch": max(kept, default=0)}
+    sizes = [
+        padded_tokens(part)
+        if backbone.packs
+        else len(part) * (part.input_ids.shape[1] + part.target_ids.shape[1] + extra)
+        for part in parts
+    ]
+    padded = sum(sizes) + (0 if extra else len(bank) * (bank.shape[1] + len(batch.front)))
+    largest = parts[sizes.index(max(sizes))]
+    kept = saved_bytes(backbone, bank.requires_grad_(), largest, method.label_smoothing)
+    held = method.held() | {"activations of the largest micro-batch": kept}
     memory = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in held.items())
     rows = f"{len(batch)} rows, {padded} padded tokens in {len(parts)} micro-batches"
     return "\n".join([*lines, f"first step: {rows}", f"memory: {memory}"])

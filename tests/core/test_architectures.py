@@ -214,6 +214,33 @@ def test_the_self_check_leaves_the_model_and_the_random_numbers(monkeypatch):
     assert all(weight.grad is None for weight in made.model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("kinds", "run"), [("ssfssf", {0, 1, 2, 3}), ("fffffs", {*range(6)}), ("ffffff", {0, 1})]
+)
+def test_the_self_check_runs_the_first_layers_of_each_kind(monkeypatch, kinds, run):
+    """And one behind them; the model has all of its layers again."""
+    names = {"s": "sliding_attention", "f": "full_attention"}
+    made = make("gemma3_text", num_hidden_layers=6, layer_types=[names[kind] for kind in kinds])
+    layers, ran = list(made.model.model.layers), set()
+    for at, layer in enumerate(layers):
+        layer.register_forward_hook(lambda *given, at=at: ran.add(at))
+    monkeypatch.setattr(self_check, "_known", {})
+    self_check.choose_way(made)
+    assert (made.runner.way, ran) == ("kinds", run)
+    assert list(made.model.model.layers) == layers
+
+
+def test_a_model_that_does_not_run_without_its_last_layers_is_checked_whole(monkeypatch):
+    monkeypatch.setattr(self_check, "_known", {})
+    made = make("llama", num_hidden_layers=3)
+    inner = made.model.model
+    forward = inner.forward
+    monkeypatch.setattr(inner, "forward", lambda **given: inner.layers[2] and forward(**given))
+    monkeypatch.setattr(self_check, "_known", {})
+    self_check.choose_way(made)
+    assert made.runner.way == "causal"
+
+
 def test_windows_wider_than_the_rows_of_the_check_are_found_all_the_same(monkeypatch):
     """A window of 32, which no row of the check reaches, still is in the mask."""
     monkeypatch.setattr(self_check, "_known", {})

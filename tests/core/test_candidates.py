@@ -51,19 +51,21 @@ def answers() -> Tensor:
 
 @pytest.mark.parametrize("mean", [False, True], ids=["sum", "mean"])
 @pytest.mark.parametrize("sure", [0.0, 10.0])
-def test_exhaustive_scores_equal_the_formula(sure: float, mean: bool) -> None:
-    model = Bigrams(50, sure)
-    found = candidate_scores(model.first, answers(), model.follow, PAD, exhaustive=True, mean=mean)
+@pytest.mark.parametrize("at_once", [0, 250, 10_000])
+def test_exhaustive_scores_equal_the_formula(sure: float, mean: bool, at_once: int) -> None:
+    model, how = Bigrams(50, sure), {"exhaustive": True, "at_once": at_once}
+    found = candidate_scores(model.first, answers(), model.follow, PAD, mean=mean, **how)
     np.testing.assert_allclose(found.numpy(), model.scores(mean), atol=1e-5)
 
 
 @pytest.mark.parametrize("mean", [False, True], ids=["sum", "mean"])
 @pytest.mark.parametrize("sure", [0.0, 10.0])
+@pytest.mark.parametrize("at_once", [0, 1000])
 def test_bounds_are_above_the_scores_and_the_largest_is_the_largest_score(
-    sure: float, mean: bool
+    sure: float, mean: bool, at_once: int
 ) -> None:
-    model = Bigrams(200, sure)
-    found = candidate_scores(model.first, answers(), model.follow, PAD, exhaustive=False, mean=mean)
+    model, how = Bigrams(200, sure), {"exhaustive": False, "at_once": at_once}
+    found = candidate_scores(model.first, answers(), model.follow, PAD, mean=mean, **how)
     found, expected = found.numpy(), model.scores(mean)
     assert (found >= expected - 1e-5).all()
     assert found.argmax(1).tolist() == expected.argmax(1).tolist()
