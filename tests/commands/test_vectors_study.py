@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -19,7 +20,6 @@ from conftest import CONFIGS
 from prompt_lab.commands import fit as cli
 from prompt_lab.commands.prompts import apply_vectors
 from prompt_lab.commands.report import report_command
-from prompt_lab.commands.sweep import make_trials, read_sweep
 from prompt_lab.files.prompts import load_prompt
 from prompt_lab.files.results import read_csv
 from prompt_lab.sandbox.tasks import SPLIT_ROWS
@@ -85,12 +85,20 @@ def test_vectors_are_evaluated_on_every_initial_prompt_and_in_pairs(
     assert {"vectors-cross.png", "vectors-pairs.png"} <= {p.name for p in Path("report").iterdir()}
 
 
-def test_every_start_of_the_shipped_sweep_is_tuned_and_compared_over_k(
+def test_every_start_of_the_study_is_tuned_and_compared_over_k(
     sources: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(sources)
-    sweep = read_sweep(CONFIGS / "sweeps" / "vectors_sandbox_sorting.yaml")
-    trials = [trial.settings for trial in make_trials(sweep)][:5]  # four starts at K 8, one at 64
+    starts = [
+        {"name": "vocab"},
+        {"name": "file", "path": "runs/vectors", "source_tasks": ["sandbox/sorting/source"]},
+        {"name": "file", "path": "runs/sums", "source_tasks": ["sandbox-review + sandbox-day"]},
+        {"name": "file", "path": "runs/multitask_sorting_{init_seed}/prompt.safetensors"},
+    ]
+    trials: list[dict[str, Any]] = [
+        {"data.tasks": ["sandbox/sorting/target"], "data.shots": shots, "model.init": start}
+        for shots, start in [*((8, start) for start in starts), (64, starts[0])]
+    ]
     folders = []
     for number, settings in enumerate(trials):
         words = [f"--{name}={json.dumps(value)}" for name, value in settings.items()]
