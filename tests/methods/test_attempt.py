@@ -66,10 +66,10 @@ def one_row(batch: Batch, row: int) -> tuple[list[int], Batch]:
     """The input of a row without padding, and the row as a batch of one prompt."""
     alone = batch.slice(row, row + 1)
     alone = Batch(**{**vars(alone), "prompts": [0], "prompt_index": torch.zeros(1).long()})
-    return batch.input_ids[row][batch.input_mask[row] == 1].tolist(), alone
+    return [*batch.front, *batch.input_ids[row][batch.input_mask[row] == 1].tolist()], alone
 
 
-@pytest.mark.parametrize("kind", ["t5", "gpt2"])
+@pytest.mark.parametrize("kind", ["t5", "gpt2", "llama"])
 def test_a_step_and_its_gradients_are_those_of_a_loop_over_rows(fit, kind):
     """Reference: each row alone, in one graph, under a prompt that is mixed by hand; float64."""
     method = fit(kind, model=make_backbone(kind), tokens_per_forward=64)
@@ -93,7 +93,7 @@ def test_a_step_and_its_gradients_are_those_of_a_loop_over_rows(fit, kind):
         torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6 * float(other.abs().max()))
 
 
-@pytest.mark.parametrize("kind", ["t5", "gpt2"])
+@pytest.mark.parametrize("kind", ["t5", "gpt2", "llama"])
 @pytest.mark.parametrize("decoding", ["score", "generate"])
 def test_answers_are_those_of_each_row_alone(fit, kind, decoding):
     """Reference: one row after another, with its prompt by hand; so no row sees another's length.
