@@ -7,6 +7,7 @@ several processes it is the first one's.
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from dataclasses import fields
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from lightning.pytorch import Trainer
 
+from prompt_lab.core.bank import bank_gradient
 from prompt_lab.core.batch import Batch
 from prompt_lab.core.packing import padded_tokens
 from prompt_lab.core.run import Run
@@ -168,7 +170,20 @@ def describe(method: PromptMethod, data: PromptDataModule, trainer: Trainer) -> 
     held = method.held() | {"activations of the largest micro-batch": kept}
     memory = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in held.items())
     rows = f"{len(batch)} rows, {padded} padded tokens in {len(parts)} micro-batches"
-    return "\n".join([*lines, f"first step: {rows}", f"memory: {memory}"])
+    lines += [f"first step: {rows}", f"memory: {memory}"]
+    if bank.numel():
+        began = time.perf_counter()
+        losses, _ = bank_gradient(
+            *(backbone, bank.detach(), largest.to(backbone.device)),
+            *(method.tokens_per_forward, method.label_smoothing),
+        )
+        losses.sum().item()  # the device is done
+        step = (time.perf_counter() - began) * sum(sizes) / max(sizes)
+        whole = f"{step * trainer.max_steps / 60:,.1f} minutes of steps"
+        lines.append(
+            f"time: {whole}, {step:.2g} s each by the largest micro-batch, and evaluations"
+        )
+    return "\n".join(lines)
 
 
 def saved_bytes(

@@ -349,6 +349,7 @@ def test_a_dry_run_prints_the_grid_and_writes_nothing(fit, capsys):
     assert out.startswith("6 runs of 4 virtual tokens\n")
     assert "  sample: 13, 42\n  init_seed: 0\n  learning_rate: 0.1, 0.2, 0.3\n" in out
     assert "first step: 24 rows" in out
+    assert re.search(r"^time: [\d.]+ minutes of steps, [\d.]+ s each by", out, re.MULTILINE)
     assert not list(Path().iterdir())
 
 
