@@ -62,10 +62,14 @@ class WideAttention(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        dtype, mask = args[0].dtype, kwargs.get("attn_mask")
-        if mask is not None and mask.is_floating_point():
-            kwargs["attn_mask"] = mask.float()
-        return func(*(part.float() for part in args), **kwargs).to(dtype)
+        dtype = [*args, *kwargs.values()][0].dtype
+        made = func(*map(_widened, args), **{name: _widened(one) for name, one in kwargs.items()})
+        return made.to(dtype)
+
+
+def _widened(value: Any) -> Any:
+    is_real = isinstance(value, Tensor) and value.is_floating_point()
+    return value.float() if is_real else value
 
 
 def compile_training(modules: Iterable[nn.Module]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import Prefixes, bank_gradient, with_gradient
 from prompt_lab.core.batch import Batch, make_batch
+from prompt_lab.core.forward import WideAttention
 from prompt_lab.core.optim import OptimConfig
 
 Factory = Callable[..., Backbone]
@@ -242,3 +243,18 @@ def test_a_compiled_model_gives_the_same_gradient_from_few_graphs(
         assert compiled.generate(prompts, batch, 3) == plain.generate(prompts, batch, 3)
     assert counters["stats"]["unique_graphs"] <= 8
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["by place", "by name"])
+def test_attention_within_wide_attention_is_that_of_float32(named: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    parts = [torch.randn(2, 3, 5, 8, generator=draw).bfloat16() for _ in range(3)]
+    mask = torch.zeros(2, 1, 5, 5).bfloat16().index_fill(3, torch.tensor([4]), -1e30)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    with WideAttention():
+        names = dict(zip(("query", "key", "value", "attn_mask"), (*parts, mask), strict=True))
+        found = attend(**names) if named else attend(*parts, mask)
+        assert torch.ones(2).bfloat16().sum().dtype == torch.bfloat16  # nothing else is touched
+    expected = attend(*(part.float() for part in parts), mask.float())
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected.bfloat16())
