@@ -28,12 +28,23 @@ evaluations = $(shell awk 'BEGIN {q = $(call quarter,$(1)); n = $(call scaled,$(
 fit = prompt-lab fit $(1) --resume --run_dir $(@D) --trainer.max_steps $(call scaled,$(2)) \
 	--trainer.val_check_interval $(call quarter,$(2))
 
+.SECONDARY:
+.PHONY: all
+all: $(RUNS)/report/report.md
+
+# On another model, a study that names its `samples` reads copies of their files, with the first 200
+# rows of every test set; its first fits need $(data).
 ifeq ($(BACKBONE),sandbox)
 model :=
+data :=
+else ifdef samples
+model := --model.backbone.name $(BACKBONE) --data.root $(RUNS)/data
+data := $(RUNS)/data/done
 else
 model := --model.backbone.name $(BACKBONE) --data.root $(ROOT)
 endif
 
-.SECONDARY:
-.PHONY: all
-all: $(RUNS)/report/report.md
+$(RUNS)/data/done:
+	cd $(ROOT) && for file in $(samples:%=*/*_*_%_*.tsv); do mkdir -p $(@D)/$$(dirname $$file) || exit 1; case $$file in \
+		*_test.tsv) head -n 200 $$file;; *) cat $$file;; esac > $(@D)/$$file || exit 1; done
+	touch $@
