@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prompt_lab.core.backbone import Backbone, Prefix
 from prompt_lab.core.batch import Batch, index_tensor
-from prompt_lab.core.forward import WideAttention, twice_differentiable
+from prompt_lab.core.forward import PlainAttention, twice_differentiable
 from prompt_lab.core.packing import padded_tokens
 
 
@@ -218,7 +218,7 @@ def _group_gradient(
     scale = FLOAT16_SCALE if dtype == torch.float16 else 1.0
     is_slow = dtype == torch.bfloat16 and leaf.device.type == "cpu"
     for part in parts:
-        with WideAttention() if is_slow else nullcontext():
+        with PlainAttention() if is_slow else nullcontext():
             weighted = backbone.row_losses(tuple(cut), part, smoothing) * part.weight
             found = torch.autograd.grad(weighted.sum() * scale, cut)
         for sum_, new in zip(total, found, strict=True):

@@ -13,7 +13,7 @@ from torch import Tensor
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.bank import Prefixes, bank_gradient, with_gradient
 from prompt_lab.core.batch import Batch, make_batch
-from prompt_lab.core.forward import WideAttention
+from prompt_lab.core.forward import PlainAttention
 from prompt_lab.core.optim import OptimConfig
 
 Factory = Callable[..., Backbone]
@@ -246,15 +246,20 @@ def test_a_compiled_model_gives_the_same_gradient_from_few_graphs(
 
 
 @pytest.mark.parametrize("named", [False, True], ids=["by place", "by name"])
-def test_attention_within_wide_attention_is_that_of_float32(named: bool) -> None:
+@pytest.mark.parametrize("kind", ["mask", "bool", "causal", "grouped"])
+def test_attention_that_is_written_out_is_that_of_float32(named: bool, kind: str) -> None:
     draw = torch.Generator().manual_seed(0)
-    parts = [torch.randn(2, 3, 5, 8, generator=draw).bfloat16() for _ in range(3)]
+    heads = (4, 2, 2) if kind == "grouped" else (3, 3, 3)
+    parts = [torch.randn(2, one, 5, 8, generator=draw).bfloat16() for one in heads]
     mask = torch.zeros(2, 1, 5, 5).bfloat16().index_fill(3, torch.tensor([4]), -1e30)
+    given = {"bool": mask == 0, "causal": None}.get(kind, mask)
+    more = {"causal": {"is_causal": True}, "grouped": {"enable_gqa": True}}.get(kind, {})
     attend = torch.nn.functional.scaled_dot_product_attention
-    with WideAttention():
-        names = dict(zip(("query", "key", "value", "attn_mask"), (*parts, mask), strict=True))
-        found = attend(**names) if named else attend(*parts, mask)
+    with PlainAttention():
+        names = dict(zip(("query", "key", "value", "attn_mask"), (*parts, given), strict=True))
+        found = attend(**names, **more) if named else attend(*parts, given, **more)
         assert torch.ones(2).bfloat16().sum().dtype == torch.bfloat16  # nothing else is touched
-    expected = attend(*(part.float() for part in parts), mask.float())
+    wide = given.float() if given is mask else given
+    expected = attend(*(part.float() for part in parts), wide, **more)
     assert found.dtype == torch.bfloat16
-    assert torch.equal(found, expected.bfloat16())
+    assert_close(found.float(), expected, 0.02)
