@@ -347,20 +347,25 @@ def _pivot(
 
 
 def _task_section(runs: pd.DataFrame) -> Iterator[Section]:
-    """Scores of every task and K, a column for each line and start; over K also curves."""
+    """Scores of every task and K, a column for each line and start; over K also curves.
+
+    Over K with the initial prompts, else with no prompt, chance and majority.
+    """
     tuned = runs[is_method(runs)]
-    over_k = tuned["shots"].nunique() > 1
-    tuned = pd.concat([tuned, *_initial_prompts(tuned, runs)]) if over_k else tuned
     if not len(tuned):
         return
-    table = task_scores(tuned.reset_index(drop=True))
+    over_k = tuned["shots"].nunique() > 1
+    beside = runs[~is_method(runs) & (runs["variant"] != "initial_prompt")]
+    shown_too = _initial_prompts(tuned, runs) if over_k else [beside]
+    table = task_scores(pd.concat([tuned, *shown_too], ignore_index=True))
     table["rank"] = table["shots"].map(shots_rank)
     table["group"] = table["ontology"].map(group_rank)
     names = list(dict.fromkeys(table["name"]))
     rows = []
     for (_, task, _, k, metric), own in table.groupby(["group", "task", "rank", "shots", "metric"]):
         own = own.drop_duplicates("name").set_index("name").reindex(names)
-        texts = bold_best(plus_minus(own["score"], own["std"]), own["score"])
+        scores = own["score"].where(is_method(own))
+        texts = bold_best(plus_minus(own["score"], own["std"]), scores)
         row = {"task": task, "metric": metric, "K": k}
         rows.append(row | dict(zip(names, texts, strict=True)))
     shown = pd.DataFrame(rows)
@@ -370,7 +375,7 @@ def _task_section(runs: pd.DataFrame) -> Iterator[Section]:
     legend = (
         "Test score of each task: mean over seeds, then samples, ± standard deviation (ddof 1) "
         f"over both. {f'Metric: {metrics}. ' if one_metric else ''}Runs that count in a cell: "
-        f"{span(table['scored'])}. Bold: the best of a row."
+        f"{span(table.loc[is_method(table), 'scored'])}. Bold: the best of a row, baselines apart."
         + (" K 0: the initial prompts as they are, over seeds." if over_k else "")
     )
     drawn, figures = plots.looks(table, "name"), {}

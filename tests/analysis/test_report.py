@@ -282,6 +282,17 @@ def test_runs_in_are_runs_out_and_legends_are_sentences(reports, study):
     assert (f"and {shared} of baselines" in sections["lines"].legend) == (shared > 0)
 
 
+def test_scores_by_task_stand_beside_no_prompt_chance_and_majority(reports):
+    section, runs = reports["scores"]["tasks"], lines_of("scores")
+    beside = section.table[section.table["line"].isin(["no_prompt", "chance", "majority"])]
+    assert not beside.empty
+    assert {*beside["name"]} <= {*section.shown.columns}
+    for _, row in beside.iterrows():
+        own = runs[(runs["line"] == row["line"]) & (runs["task"] == row["task"])]
+        assert row["score"] == pytest.approx(own.groupby("sample")["test"].mean().mean())
+        assert "**" not in section.shown.set_index("task").loc[row["task"], row["name"]]
+
+
 def test_a_report_is_the_same_twice_and_has_all_its_files(tmp_path, reports):
     for place, report in (("one", reports["gains"]), ("two", report_of("gains"))):
         write_report([*report.values()], tmp_path / place)
