@@ -32,8 +32,9 @@ fit = prompt-lab fit $(1) --resume --run_dir $(@D) --trainer.max_steps $(call sc
 .PHONY: all
 all: $(RUNS)/report/report.md
 
-# On another model, a study that names its `samples` reads copies of their files, with the first 200
-# rows of every test set; its first fits need $(data).
+# On another model, a study that names its `samples` reads copies of their files, with the first
+# `test_rows` of every test set; its first fits need $(data).
+test_rows ?= 200
 ifeq ($(BACKBONE),sandbox)
 model :=
 data :=
@@ -46,5 +47,5 @@ endif
 
 $(RUNS)/data/done:
 	cd $(ROOT) && for file in $(samples:%=*/*_*_%_*.tsv); do mkdir -p $(@D)/$$(dirname $$file) || exit 1; case $$file in \
-		*_test.tsv) head -n 200 $$file;; *) cat $$file;; esac > $(@D)/$$file || exit 1; done
+		*_test.tsv) head -n $(test_rows) $$file;; *) cat $$file;; esac > $(@D)/$$file || exit 1; done
 	touch $@
