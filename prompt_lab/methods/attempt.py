@@ -23,13 +23,13 @@ from prompt_lab.core.bank import Prefixes, with_gradient
 from prompt_lab.core.batch import Batch, index_tensor, micro_batches
 from prompt_lab.core.optim import adamw_with_warmup
 from prompt_lab.core.run import Run
+from prompt_lab.core.text import some
 from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.partitions import expand_sets
 from prompt_lab.data.sampling import Draw, Key, Mixing, mixture_draw
 from prompt_lab.data.tasks import Task
 from prompt_lab.files.prompts import TARGET_OF
 from prompt_lab.files.tensors import load_network, save_network, write_csv
-from prompt_lab.methods.checks import some
 from prompt_lab.methods.configs import as_config, as_list
 from prompt_lab.methods.method import PromptMethod
 from prompt_lab.methods.starts import InitConfig
@@ -158,10 +158,6 @@ class Attempt(PromptMethod):
             {"params": list(self.attention.parameters()), "lr": self.attention_learning_rate},
         ]
         return adamw_with_warmup(groups, self.warmup, self.total_steps)
-
-    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
-        if self.clip is not None:
-            nn.utils.clip_grad_norm_([self.prompt, *self.attention.parameters()], self.clip)
 
     def draw(self, data: PromptDataModule) -> Draw:
         given = (self.mixing, self.batch_size, data.order_seed)

@@ -21,9 +21,7 @@ from prompt_lab.core.bank import Prefixes, is_out_of_memory
 from prompt_lab.core.batch import Batch
 from prompt_lab.core.candidates import LabelScore
 from prompt_lab.core.metrics import BankMetric, chance_score, majority_score
-from prompt_lab.core.run import Run
 from prompt_lab.core.text import Frame
-from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.files import SPLITS, SplitName
 from prompt_lab.data.sampling import EvaluationBatch, Key
 from prompt_lab.files.results import RESULT_COLUMNS, STARTS, write_predictions
@@ -90,37 +88,26 @@ def answers(backbone: Backbone, prefix_of: PrefixOf, step: EvaluationBatch, way:
 
 
 class Evaluation:
-    """Answers and scores of the runs of a bank on one split; metrics' states are on ``device``.
+    """Answers and scores of the runs of a method's bank on one split."""
 
-    With ``shared_rows`` several processes answer rows of the same runs.
-    """
-
-    def __init__(
-        self,
-        data: PromptDataModule,
-        runs: Sequence[Run],
-        split: SplitName,
-        metric_variant: str,
-        device: torch.device,
-        shared_rows: bool,
-    ) -> None:
-        self.data, self.runs = data, runs
+    def __init__(self, method: PromptMethod, split: SplitName) -> None:
+        self.data, self.runs = method.datamodule, method.runs
         self.split: SplitName = split
         # Apple's GPUs have no float64, in which scores are summed.
-        self.device = torch.device("cpu") if device.type == "mps" else device
+        self.device = torch.device("cpu") if method.device.type == "mps" else method.device
         self.members: dict[Key, list[int]] = defaultdict(list)
-        for i, run in enumerate(runs):
-            if (run.task, run.sample) in data.splits:
+        for i, run in enumerate(self.runs):
+            if (run.task, run.sample) in self.data.splits:
                 self.members[run.task, run.sample].append(i)
         self.place = {i: at for of_key in self.members.values() for at, i in enumerate(of_key)}
         self.metrics = {
             key: BankMetric(
-                data.tasks[key[0]].metric,
+                self.data.tasks[key[0]].metric,
                 len(members),
                 self.references(key),
-                data.tasks[key[0]].labels,
-                metric_variant,
-                sync_on_compute=shared_rows,
+                self.data.tasks[key[0]].labels,
+                method.metric_variant,
+                sync_on_compute=method.row_share[1] > 1,
             ).to(self.device)
             for key, members in self.members.items()
         }
@@ -132,13 +119,12 @@ class Evaluation:
 
     def add(self, step: EvaluationBatch, texts: Sequence[str], keep: bool = True) -> None:
         """Take the answers to a batch; ``keep`` them as predictions too."""
-        by_key: dict[Key, list[tuple[int, int, str]]] = defaultdict(list)
-        for i, row, text in zip(step.batch.prompts, step.batch.rows, texts, strict=True):
-            by_key[self.runs[i].task, self.runs[i].sample].append((i, row, text))
-        for key, found in by_key.items():
-            runs, *answered = zip(*found, strict=True)
-            self.metrics[key].update([self.place[i] for i in runs], *answered)
-            self.predictions += found if keep else []
+        prompts, rows = step.batch.prompts, step.batch.rows  # all of one task and sample
+        run = self.runs[prompts[0]]
+        places = [self.place[i] for i in prompts]
+        self.metrics[run.task, run.sample].update(places, rows, texts)
+        if keep:
+            self.predictions += zip(prompts, rows, texts, strict=True)
 
     def scores(self) -> Tensor:
         """Score of every run (R,), float64, over the rows seen; NaN where there is none."""

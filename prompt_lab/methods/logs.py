@@ -14,9 +14,9 @@ from prompt_lab.core.bank import renumber
 from prompt_lab.core.batch import Batch
 from prompt_lab.core.optim import BankOptimizer
 from prompt_lab.core.run import Run
+from prompt_lab.core.text import some
 from prompt_lab.data.sampling import bank_draw
 from prompt_lab.files.results import append_curves, start_curves
-from prompt_lab.methods.checks import some
 from prompt_lab.methods.configs import flag_names
 from prompt_lab.methods.identity import settings_of
 

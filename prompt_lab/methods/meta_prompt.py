@@ -23,12 +23,13 @@ from prompt_lab.core.batch import Batch
 from prompt_lab.core.meta_gradient import InnerConfig, MetaGradient, maml, multitask, reptile
 from prompt_lab.core.optim import OptimConfig
 from prompt_lab.core.run import Run
+from prompt_lab.core.text import some
 from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.partitions import expand_sets
 from prompt_lab.data.sampling import Draw, Episodes, Key, episode_draw
 from prompt_lab.files.prompts import Prompt, load_prompt, save_prompt
 from prompt_lab.files.results import Start
-from prompt_lab.methods.checks import hold_out, some
+from prompt_lab.methods.checks import hold_out
 from prompt_lab.methods.configs import as_config
 from prompt_lab.methods.method import STATUS, PromptMethod
 from prompt_lab.methods.starts import InitConfig

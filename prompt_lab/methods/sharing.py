@@ -103,8 +103,6 @@ class RunShares:
 
         The others get their own rows back. A device holds no more of it than one process's rows.
         """
-        if not self.divided:
-            return own
         if self.rank != 0:
             dist.send(own.contiguous(), dst=0)
             return own
@@ -119,7 +117,7 @@ class RunShares:
 
     def take(self, whole: Tensor) -> Tensor:
         """Own rows (R_own, ...) of (R, ...)."""
-        return whole[self.own] if self.divided else whole
+        return whole[self.own]
 
 
 def left_out_of_ddp(method: PromptMethod) -> list[str]:

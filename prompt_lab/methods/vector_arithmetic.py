@@ -21,6 +21,7 @@ from torch import Tensor
 
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.run import Run
+from prompt_lab.core.text import some
 from prompt_lab.core.vectors import parse_expression
 from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.sampling import EvaluationBatch
@@ -35,7 +36,6 @@ from prompt_lab.files.vectors import (
     complete,
     find_vectors,
 )
-from prompt_lab.methods.checks import some
 from prompt_lab.methods.configs import as_list
 from prompt_lab.methods.evaluation import Report
 from prompt_lab.methods.method import PromptMethod
