@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -239,7 +240,6 @@ class Attempt(PromptMethod):
         super().write()
 
     def report_test(self, scores: Tensor) -> None:
-        """Write results, predictions, target prompts and the attention's weights."""
         super().report_test(scores)
         size = (len(self.runs), 3, len(self.sources) + 1)
         sums = torch.zeros(size, dtype=torch.float64, device=self.device)
@@ -300,5 +300,4 @@ class Attempt(PromptMethod):
 def _one_each(batch: Batch) -> Batch:
     """The same rows, each naming a prompt of its own, in their order."""
     own = list(range(len(batch)))
-    index = index_tensor(own, batch.prompt_index.device)
-    return Batch(**{**vars(batch), "prompts": own, "prompt_index": index})
+    return replace(batch, prompts=own, prompt_index=index_tensor(own, batch.prompt_index.device))

@@ -175,7 +175,7 @@ class Report:
     def write(self, scores: Tensor) -> None:
         """Print the table; on ``test`` also write results, predictions and scored prompts."""
         method, folder = self.method, self.method.run_dir if self.testing else None
-        rows = [row for row in method.shares.join(self._result_rows(scores)) if row is not None]
+        rows = method.shares.join_some(self._result_rows(scores))
         shown = rows if self.testing else [{**row, "test": row["dev"]} for row in rows]
         if self.testing and method.test_baselines:
             rows += self._baseline_rows()
@@ -200,14 +200,14 @@ class Report:
             kept = "predictions and prompts" if method.stores_prompts else "predictions"
             say(f"results, {kept} are in {folder}", flush=True)
 
-    def _result_rows(self, scores: Tensor) -> list[dict[str, Any] | None]:
-        """A line of results per own run; None for one that was not evaluated."""
+    def _result_rows(self, scores: Tensor) -> dict[int, dict[str, Any]]:
+        """A line of results per own run that was evaluated, by its place."""
         method, place_of = self.method, self.method.shares.own
         seen = self.evaluation.rows_seen()
         found: dict[int, list[tuple[int, str]]] = defaultdict(list)
         for i, row, text in self.evaluation.predictions:
             found[i].append((row, text))
-        lines: list[dict[str, Any] | None] = [None] * len(method.runs)
+        lines: dict[int, dict[str, Any]] = {}
         for i, prompt in zip(method.evaluated, method.best_prompts(), strict=True):
             run, score = method.runs[i], scores[i].item()
             line = self._common((run.task, run.sample)) | {
@@ -272,7 +272,7 @@ class Report:
                 for i, row, text in other.predictions
             ]
             scores = other.scores()
-            own: list[dict[str, Any] | None] = [None] * len(method.runs)
+            own: dict[int, dict[str, Any]] = {}
             for i in chosen:
                 run = method.runs[i]
                 line = self._common((run.task, run.sample)) | {"variant": variant}
@@ -280,7 +280,7 @@ class Report:
                     line["init_seed"] = run.init_seed
                     line |= {name: getattr(best[i], name) for name in STARTS}
                 own[i] = line | {"test": scores[i].item()}
-            lines += [line for line in method.shares.join(own) if line is not None]
+            lines += method.shares.join_some(own)
         keys = dict.fromkeys((run.task, run.sample) for run in method.all_runs)
         for key in keys if method.guess_baselines else ():
             if key in data.splits:

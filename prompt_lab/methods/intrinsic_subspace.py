@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -182,7 +183,7 @@ class IntrinsicSubspace(PromptMethod):
         share = source.new_zeros(len(used)).index_add(0, batch.prompt_index, batch.weight)
         if self.lm_reduction == "sum":  # of a row's tokens and of the rows, not the mean of both
             tokens = (batch.target_ids != IGNORE).sum(1).to(batch.weight.dtype)
-            batch = Batch(**{**vars(batch), "weight": tokens})
+            batch = replace(batch, weight=tokens)
         world = self.trainer.world_size
         total = source.new_zeros(())
         for at, subspace in enumerate(self.subspaces):

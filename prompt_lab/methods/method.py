@@ -554,9 +554,9 @@ class PromptMethod(LightningModule):
         self, split: SplitName, chosen: list[int], prefixes: Prefixes, keep: bool = True
     ) -> Evaluation:
         """An evaluation of some runs outside Lightning's loop, in the trainer's precision."""
-        data, made = self.datamodule, self.new_evaluation(split)
+        made = Evaluation(self, split)
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            for step in data.evaluation_steps(split, lambda: chosen):
+            for step in self.datamodule.evaluation_steps(split, lambda: chosen):
                 step = step.to(self.device)
                 made.add(step, self.answer(prefixes, step), keep)
         return made
@@ -672,10 +672,6 @@ class PromptMethod(LightningModule):
     def _fitting(self) -> bool:
         return self.trainer.state.fn == "fit"
 
-    def new_evaluation(self, split: SplitName) -> Evaluation:
-        """What gathers the answers to a split."""
-        return Evaluation(self, split)
-
     def prefixes(self, current: bool) -> Prefixes:
         """What answers: the current prompts, or the best."""
         return Prefixes(self.backbone, self.bank().detach() if current else self.best)
@@ -685,7 +681,7 @@ class PromptMethod(LightningModule):
             self.restore_best()
             self._tell_of_rows(split)
             check_lengths(self, self.datamodule, split)
-        self.evaluation = self.new_evaluation(split)
+        self.evaluation = Evaluation(self, split)
         self._prefixes = self.prefixes(self._fitting)
 
     def restore_best(self) -> None:

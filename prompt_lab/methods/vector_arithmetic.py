@@ -263,7 +263,6 @@ class VectorArithmetic(PromptMethod):
     def _groups(
         self, names: list[str], data: PromptDataModule, found: Found
     ) -> list[tuple[int, int, dict[str, FoundPrompt]]]:
-        """Sample, seed and prompts of some tasks, wherever all of them have one."""
         groups, left_out = complete(found, names, self.folders)
         if absent := [str(n) for n in data.samples if n not in {sample for sample, _ in groups}]:
             raise ValueError(
