@@ -24,8 +24,6 @@ from torch import Tensor, nn
 
 from prompt_lab.core.adapters import AdaptedBackbone
 from prompt_lab.core.backbone import Backbone
-from prompt_lab.core.bank import with_gradient
-from prompt_lab.core.batch import Batch
 from prompt_lab.core.optim import OptimConfig, adamw_with_warmup
 from prompt_lab.core.run import Run
 from prompt_lab.core.subspace import AdapterMap, Subspace
@@ -212,25 +210,9 @@ class AdapterSubspace(_AdapterMethod):
         groups = [{"params": trained, "lr": self.learning_rates[0]}]
         return adamw_with_warmup(groups, self.warmup, self.total_steps)
 
-    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
-        if self.clip is not None:
-            nn.utils.clip_grad_norm_([*self.map.parameters(), self.trained], self.clip)
-
     def draw(self, data: PromptDataModule) -> Draw:
         given = ("tasks", self.batch_sizes[0], self.seed)
         return mixture_draw(self.train_rows(data), *given, data.layout, self.row_share)
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean loss of the rows; from a loss or gradient that is not finite on, no gradient."""
-        bank = self.bank()
-        losses, gradient = self.bank_gradient(bank, batch)
-        finite = (losses.isfinite().all() & gradient.isfinite().all()).reshape(1)
-        self.active &= self.finite_everywhere(finite)
-        losses, gradient = (torch.where(self.active, x, 0) for x in (losses, gradient))
-        self.loss_sum += losses
-        self.loss_steps += 1
-        world = self.row_share[1]
-        return with_gradient(losses.sum() * world, bank, gradient * world)
 
     def mean_losses(self) -> Tensor:
         """A task has 1 / R of the rows, which its loss is scaled to."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,13 +24,13 @@ from prompt_lab.core.bank import Prefixes, with_gradient
 from prompt_lab.core.batch import Batch, index_tensor, micro_batches
 from prompt_lab.core.optim import adamw_with_warmup
 from prompt_lab.core.run import Run
+from prompt_lab.core.text import some
 from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.partitions import expand_sets
 from prompt_lab.data.sampling import Draw, Key, Mixing, mixture_draw
 from prompt_lab.data.tasks import Task
 from prompt_lab.files.prompts import TARGET_OF
 from prompt_lab.files.tensors import load_network, save_network, write_csv
-from prompt_lab.methods.checks import some
 from prompt_lab.methods.configs import as_config, as_list
 from prompt_lab.methods.method import PromptMethod
 from prompt_lab.methods.starts import InitConfig
@@ -159,10 +160,6 @@ class Attempt(PromptMethod):
         ]
         return adamw_with_warmup(groups, self.warmup, self.total_steps)
 
-    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
-        if self.clip is not None:
-            nn.utils.clip_grad_norm_([self.prompt, *self.attention.parameters()], self.clip)
-
     def draw(self, data: PromptDataModule) -> Draw:
         given = (self.mixing, self.batch_size, data.order_seed)
         return mixture_draw(self.train_rows(data), *given, data.layout, self.row_share)
@@ -243,7 +240,6 @@ class Attempt(PromptMethod):
         super().write()
 
     def report_test(self, scores: Tensor) -> None:
-        """Write results, predictions, target prompts and the attention's weights."""
         super().report_test(scores)
         size = (len(self.runs), 3, len(self.sources) + 1)
         sums = torch.zeros(size, dtype=torch.float64, device=self.device)
@@ -304,5 +300,4 @@ class Attempt(PromptMethod):
 def _one_each(batch: Batch) -> Batch:
     """The same rows, each naming a prompt of its own, in their order."""
     own = list(range(len(batch)))
-    index = index_tensor(own, batch.prompt_index.device)
-    return Batch(**{**vars(batch), "prompts": own, "prompt_index": index})
+    return replace(batch, prompts=own, prompt_index=index_tensor(own, batch.prompt_index.device))

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from prompt_lab.core.text import some
 from prompt_lab.files.peft import read_pickle
-from prompt_lab.methods.checks import some
 
 if TYPE_CHECKING:
     from prompt_lab.methods.method import PromptMethod

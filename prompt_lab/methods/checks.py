@@ -111,9 +111,3 @@ def hold_out(tasks: Iterable[str], setting: str, held_out: Sequence[str]) -> lis
     if left := [task for task in tasks if task not in held_out]:
         return left
     raise ValueError(f"model.{setting} has every task of data.tasks: leave some to learn from")
-
-
-def some(names: list[str], most: int = 3) -> str:
-    """The first few names and how many more there are, for a sentence."""
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest

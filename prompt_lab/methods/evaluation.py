@@ -21,9 +21,7 @@ from prompt_lab.core.bank import Prefixes, is_out_of_memory
 from prompt_lab.core.batch import Batch
 from prompt_lab.core.candidates import LabelScore
 from prompt_lab.core.metrics import BankMetric, chance_score, majority_score
-from prompt_lab.core.run import Run
 from prompt_lab.core.text import Frame
-from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.files import SPLITS, SplitName
 from prompt_lab.data.sampling import EvaluationBatch, Key
 from prompt_lab.files.results import RESULT_COLUMNS, STARTS, write_predictions
@@ -90,37 +88,26 @@ def answers(backbone: Backbone, prefix_of: PrefixOf, step: EvaluationBatch, way:
 
 
 class Evaluation:
-    """Answers and scores of the runs of a bank on one split; metrics' states are on ``device``.
+    """Answers and scores of the runs of a method's bank on one split."""
 
-    With ``shared_rows`` several processes answer rows of the same runs.
-    """
-
-    def __init__(
-        self,
-        data: PromptDataModule,
-        runs: Sequence[Run],
-        split: SplitName,
-        metric_variant: str,
-        device: torch.device,
-        shared_rows: bool,
-    ) -> None:
-        self.data, self.runs = data, runs
+    def __init__(self, method: PromptMethod, split: SplitName) -> None:
+        self.data, self.runs = method.datamodule, method.runs
         self.split: SplitName = split
         # Apple's GPUs have no float64, in which scores are summed.
-        self.device = torch.device("cpu") if device.type == "mps" else device
+        self.device = torch.device("cpu") if method.device.type == "mps" else method.device
         self.members: dict[Key, list[int]] = defaultdict(list)
-        for i, run in enumerate(runs):
-            if (run.task, run.sample) in data.splits:
+        for i, run in enumerate(self.runs):
+            if (run.task, run.sample) in self.data.splits:
                 self.members[run.task, run.sample].append(i)
         self.place = {i: at for of_key in self.members.values() for at, i in enumerate(of_key)}
         self.metrics = {
             key: BankMetric(
-                data.tasks[key[0]].metric,
+                self.data.tasks[key[0]].metric,
                 len(members),
                 self.references(key),
-                data.tasks[key[0]].labels,
-                metric_variant,
-                sync_on_compute=shared_rows,
+                self.data.tasks[key[0]].labels,
+                method.metric_variant,
+                sync_on_compute=method.row_share[1] > 1,
             ).to(self.device)
             for key, members in self.members.items()
         }
@@ -132,13 +119,12 @@ class Evaluation:
 
     def add(self, step: EvaluationBatch, texts: Sequence[str], keep: bool = True) -> None:
         """Take the answers to a batch; ``keep`` them as predictions too."""
-        by_key: dict[Key, list[tuple[int, int, str]]] = defaultdict(list)
-        for i, row, text in zip(step.batch.prompts, step.batch.rows, texts, strict=True):
-            by_key[self.runs[i].task, self.runs[i].sample].append((i, row, text))
-        for key, found in by_key.items():
-            runs, *answered = zip(*found, strict=True)
-            self.metrics[key].update([self.place[i] for i in runs], *answered)
-            self.predictions += found if keep else []
+        prompts, rows = step.batch.prompts, step.batch.rows  # all of one task and sample
+        run = self.runs[prompts[0]]
+        places = [self.place[i] for i in prompts]
+        self.metrics[run.task, run.sample].update(places, rows, texts)
+        if keep:
+            self.predictions += zip(prompts, rows, texts, strict=True)
 
     def scores(self) -> Tensor:
         """Score of every run (R,), float64, over the rows seen; NaN where there is none."""
@@ -189,7 +175,7 @@ class Report:
     def write(self, scores: Tensor) -> None:
         """Print the table; on ``test`` also write results, predictions and scored prompts."""
         method, folder = self.method, self.method.run_dir if self.testing else None
-        rows = [row for row in method.shares.join(self._result_rows(scores)) if row is not None]
+        rows = method.shares.join_some(self._result_rows(scores))
         shown = rows if self.testing else [{**row, "test": row["dev"]} for row in rows]
         if self.testing and method.test_baselines:
             rows += self._baseline_rows()
@@ -214,14 +200,14 @@ class Report:
             kept = "predictions and prompts" if method.stores_prompts else "predictions"
             say(f"results, {kept} are in {folder}", flush=True)
 
-    def _result_rows(self, scores: Tensor) -> list[dict[str, Any] | None]:
-        """A line of results per own run; None for one that was not evaluated."""
+    def _result_rows(self, scores: Tensor) -> dict[int, dict[str, Any]]:
+        """A line of results per own run that was evaluated, by its place."""
         method, place_of = self.method, self.method.shares.own
         seen = self.evaluation.rows_seen()
         found: dict[int, list[tuple[int, str]]] = defaultdict(list)
         for i, row, text in self.evaluation.predictions:
             found[i].append((row, text))
-        lines: list[dict[str, Any] | None] = [None] * len(method.runs)
+        lines: dict[int, dict[str, Any]] = {}
         for i, prompt in zip(method.evaluated, method.best_prompts(), strict=True):
             run, score = method.runs[i], scores[i].item()
             line = self._common((run.task, run.sample)) | {
@@ -286,7 +272,7 @@ class Report:
                 for i, row, text in other.predictions
             ]
             scores = other.scores()
-            own: list[dict[str, Any] | None] = [None] * len(method.runs)
+            own: dict[int, dict[str, Any]] = {}
             for i in chosen:
                 run = method.runs[i]
                 line = self._common((run.task, run.sample)) | {"variant": variant}
@@ -294,7 +280,7 @@ class Report:
                     line["init_seed"] = run.init_seed
                     line |= {name: getattr(best[i], name) for name in STARTS}
                 own[i] = line | {"test": scores[i].item()}
-            lines += [line for line in method.shares.join(own) if line is not None]
+            lines += method.shares.join_some(own)
         keys = dict.fromkeys((run.task, run.sample) for run in method.all_runs)
         for key in keys if method.guess_baselines else ():
             if key in data.splits:

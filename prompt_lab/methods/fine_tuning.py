@@ -84,7 +84,6 @@ class FineTuning(PromptMethod):
         self.best_weights: dict[str, Tensor] = {}  # a copy of that on the host, at the best step
 
     def make_runs(self, data: PromptDataModule) -> list[Run]:
-        """The run of the settings."""
         axes = {
             "data.tasks": list(data.tasks),
             "data.samples": data.samples,
@@ -212,7 +211,6 @@ class FineTuning(PromptMethod):
         return self.file("best.safetensors")
 
     def _belongs_to(self) -> dict[str, Any]:
-        """What weights must have in common with the settings: for files and checkpoints."""
         run = self.runs[0]
         return {
             "backbone_digest": self.backbone.digest,

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +38,7 @@ from prompt_lab.files.results import Start
 from prompt_lab.files.tensors import save_network
 from prompt_lab.methods.checks import hold_out
 from prompt_lab.methods.configs import as_list
-from prompt_lab.methods.method import STATUS, PromptMethod
+from prompt_lab.methods.method import PromptMethod
 from prompt_lab.methods.starts import load_subspace
 
 
@@ -182,7 +183,7 @@ class IntrinsicSubspace(PromptMethod):
         share = source.new_zeros(len(used)).index_add(0, batch.prompt_index, batch.weight)
         if self.lm_reduction == "sum":  # of a row's tokens and of the rows, not the mean of both
             tokens = (batch.target_ids != IGNORE).sum(1).to(batch.weight.dtype)
-            batch = Batch(**{**vars(batch), "weight": tokens})
+            batch = replace(batch, weight=tokens)
         world = self.trainer.world_size
         total = source.new_zeros(())
         for at, subspace in enumerate(self.subspaces):
@@ -232,21 +233,11 @@ class IntrinsicSubspace(PromptMethod):
     def curve_lines(
         self, losses: list[float], scores: Tensor, lines: list[int]
     ) -> list[dict[str, Any]]:
-        means, made = self.unit_scores(scores).tolist(), self._mean_reconstruction()
-        best, steps = self.keeper.score.tolist(), self.keeper.step.tolist()
-        return [
-            {
-                "step": self.trainer.global_step,
-                "run": name,
-                "train_loss": losses[at],
-                "reconstruction": made[at],
-                "dev": means[at],
-                "best_dev": best[at] if best[at] > -torch.inf else None,
-                "best_step": steps[at],
-                "status": STATUS[int(self.status[at])],
-            }
-            for at, name in enumerate(self.line_names())
-        ]
+        return super().curve_lines(losses, self.unit_scores(scores), [*range(len(self.dims))])
+
+    def curve(self) -> dict[str, list[Any]]:
+        best = [score if score > -torch.inf else None for score in self.keeper.score.tolist()]
+        return {"best_dev": best, "reconstruction": self._mean_reconstruction()}
 
     def after_evaluation(self, scores: Tensor, lines: list[int]) -> None:
         self.reconstruction_sum.zero_()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -10,13 +11,11 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
-from prompt_lab.core.bank import renumber
-from prompt_lab.core.batch import Batch
 from prompt_lab.core.optim import BankOptimizer
 from prompt_lab.core.run import Run
+from prompt_lab.core.text import some
 from prompt_lab.data.sampling import bank_draw
 from prompt_lab.files.results import append_curves, start_curves
-from prompt_lab.methods.checks import some
 from prompt_lab.methods.configs import flag_names
 from prompt_lab.methods.identity import settings_of
 
@@ -70,9 +69,7 @@ def log_evaluation(method: PromptMethod, scores: Tensor, lines: list[int]) -> No
         )
     rows = method.curve_lines(method.mean_losses().tolist(), scores, lines)
     if shares.divided:  # those of all processes, in the order of the grid
-        own = dict(zip(lines, rows, strict=True))
-        joined = shares.join([own.get(i) for i in range(len(method.runs))])
-        rows = [row for row in joined if row is not None]
+        rows = shares.join_some(dict(zip(lines, rows, strict=True)))
     best = [x for x in shares.gather(method.keeper.score.tolist()) if x > -torch.inf]
     losses = [row["train_loss"] for row in rows if row.get("train_loss") is not None]
     logged = {"best/val_score": fmean(best) if best else float("nan")}
@@ -109,8 +106,8 @@ def dev_loss(method: PromptMethod, lines: list[int]) -> float:
         whole = Run(run.task, run.sample, 0, 1.0, len(rows))  # one step reads every row once
         drawn = bank_draw([whole], {(run.task, run.sample): rows}, 0, data.layout, method.row_share)
         batch = drawn.batch(0, [0]).to(method.device)
-        batch = Batch(**{**vars(batch), "prompts": [i] * len(batch)})
-        batch = renumber(batch, list(range(len(method.runs))))
+        index = batch.prompt_index.new_full((len(batch),), i)
+        batch = replace(batch, prompts=[i] * len(batch), prompt_index=index)
         count = method.num_virtual_tokens
         for part in method.backbone.micro_batches(batch, method.tokens_per_forward, count):
             prefix, part = method.prefix_of(method._prefixes, part)

@@ -23,12 +23,13 @@ from prompt_lab.core.batch import Batch
 from prompt_lab.core.meta_gradient import InnerConfig, MetaGradient, maml, multitask, reptile
 from prompt_lab.core.optim import OptimConfig
 from prompt_lab.core.run import Run
+from prompt_lab.core.text import some
 from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.partitions import expand_sets
 from prompt_lab.data.sampling import Draw, Episodes, Key, episode_draw
 from prompt_lab.files.prompts import Prompt, load_prompt, save_prompt
 from prompt_lab.files.results import Start
-from prompt_lab.methods.checks import hold_out, some
+from prompt_lab.methods.checks import hold_out
 from prompt_lab.methods.configs import as_config
 from prompt_lab.methods.method import STATUS, PromptMethod
 from prompt_lab.methods.starts import InitConfig
@@ -272,7 +273,6 @@ class MetaPrompt(PromptMethod):
         return self.optim_config.build([self.prompt, *learned], *given)
 
     def draw(self, data: PromptDataModule) -> Draw:
-        """Episodes of the source tasks."""
         support = {key: data.tokens(*key, "train") for key in self.keys}
         query = {key: data.tokens(*key, "dev") for key in self.keys}
         sides = (("train", support, self.support_size), ("dev", query, self.query_size))
@@ -299,24 +299,22 @@ class MetaPrompt(PromptMethod):
         """
         rate, scale = self.rate, self.trainer.world_size / self.episodes
         found, finite = None, self.moves.new_ones(1)
+        gradient, value = torch.zeros_like(self.prompt), self.prompt.new_zeros(())
+        of_rate = None if self.log_rate is None else torch.zeros_like(self.log_rate)
         if batch.keys:
             found = self.meta_gradient(batch, rate)
             finite = (found.finite() & (found.moved <= MOST_MOVED)).all(0, keepdim=True)
-            if found.rate_gradient is not None:
+            gradient = found.gradient.sum(0, keepdim=True) * scale
+            value = found.losses.sum() * scale
+            if of_rate is not None and found.rate_gradient is not None:
                 finite = finite & found.rate_gradient.isfinite().all()
+                of_rate = (found.rate_gradient * rate).reshape(of_rate.shape) * scale
         finite = self.finite_everywhere(finite)
         place = batch_idx % self.trainer.accumulate_grad_batches
         self.moves.copy_(self.moves & finite if place else finite)
         self._count(found, finite, is_last=place + 1 == self.trainer.accumulate_grad_batches)
-        gradient, value = torch.zeros_like(self.prompt), self.prompt.new_zeros(())
-        if found is not None:
-            gradient = found.gradient.sum(0, keepdim=True) * scale
-            value = found.losses.sum() * scale
         loss = with_gradient(value, self.prompt, torch.where(finite, gradient, 0))
-        if self.log_rate is not None:
-            of_rate = torch.zeros_like(self.log_rate)
-            if found is not None and found.rate_gradient is not None:
-                of_rate = (found.rate_gradient * rate).reshape(self.log_rate.shape) * scale
+        if self.log_rate is not None and of_rate is not None:
             of_rate = torch.where(finite, of_rate, 0)
             loss = loss + with_gradient(value.new_zeros(()), self.log_rate, of_rate)
         return loss
@@ -345,7 +343,6 @@ class MetaPrompt(PromptMethod):
         return self.within_memory(max(parts, key=longest), made)
 
     def _count(self, found: MetaGradient | None, finite: Tensor, is_last: bool) -> None:
-        """Sum what is logged; nothing waits for the device."""
         values = self.sums.new_zeros(len(SUMS))
         if found is not None:
             improved = found.losses.new_zeros(())

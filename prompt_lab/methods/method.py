@@ -30,6 +30,7 @@ from prompt_lab.core.candidates import LabelScore, check_label_score
 from prompt_lab.core.optim import OptimConfig
 from prompt_lab.core.pretrained import tensor_digest
 from prompt_lab.core.run import Run
+from prompt_lab.core.text import some
 from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.files import SplitName
 from prompt_lab.data.sampling import Draw, EvaluationBatch, Key, Progress, Rows, bank_draw
@@ -37,13 +38,8 @@ from prompt_lab.data.tasks import Task
 from prompt_lab.files.prompts import Prompt, PromptStore, source_prompts
 from prompt_lab.files.results import Start, summary_table
 from prompt_lab.files.tensors import write_atomically
-from prompt_lab.methods.checkpoints import (
-    change_runs,
-    check_identity,
-    fill_checkpoint,
-    kind_of,
-)
-from prompt_lab.methods.checks import check_settings, check_trainer, some
+from prompt_lab.methods.checkpoints import change_runs, check_identity, fill_checkpoint, kind_of
+from prompt_lab.methods.checks import check_settings, check_trainer
 from prompt_lab.methods.configs import BackboneConfig, as_config, plain
 from prompt_lab.methods.evaluation import Evaluation, Report, Way, answers
 from prompt_lab.methods.identity import trainer_settings
@@ -111,6 +107,7 @@ class PromptMethod(LightningModule):
     fixed: tuple[str, ...] = ()  # arguments of its parents that a class sets itself
     prompts_at_once: int | None = None  # most that an evaluation holds side by side; None for all
     patience: int | None = None
+    clip: float | None = None  # largest gradient norm over all that is trained together
     init_config: InitConfig | None = None
     optim_config: OptimConfig | None = None
     folders: Sequence[str] = ()
@@ -292,7 +289,6 @@ class PromptMethod(LightningModule):
         self.datamodule.connect(self.backbone)
 
     def configure_model(self) -> None:
-        """Make what is trained, where a trainer brings data; a checkpoint brings its own runs."""
         if self._trainer is None or self.backbone is None:
             return
         self.check_trainer()  # some callbacks call this before setup
@@ -558,9 +554,9 @@ class PromptMethod(LightningModule):
         self, split: SplitName, chosen: list[int], prefixes: Prefixes, keep: bool = True
     ) -> Evaluation:
         """An evaluation of some runs outside Lightning's loop, in the trainer's precision."""
-        data, made = self.datamodule, self.new_evaluation(split)
+        made = Evaluation(self, split)
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            for step in data.evaluation_steps(split, lambda: chosen):
+            for step in self.datamodule.evaluation_steps(split, lambda: chosen):
                 step = step.to(self.device)
                 made.add(step, self.answer(prefixes, step), keep)
         return made
@@ -586,6 +582,13 @@ class PromptMethod(LightningModule):
                 self.warn_once(said, said)
 
     # ---- training -------------------------------------------------------------------------------
+
+    def configure_gradient_clipping(self, optimizer: Any, *given: Any, **named: Any) -> None:
+        if self.clip is None:
+            super().configure_gradient_clipping(optimizer, *given, **named)
+        else:  # not Lightning's clipping, which refuses fused optimizers under bf16-mixed
+            trained = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(trained, self.clip)
 
     def bank_gradient(self, bank: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Losses (R,) and gradient (R, N, D); micro-batches are halved when memory runs out."""
@@ -669,11 +672,6 @@ class PromptMethod(LightningModule):
     def _fitting(self) -> bool:
         return self.trainer.state.fn == "fit"
 
-    def new_evaluation(self, split: SplitName) -> Evaluation:
-        """What gathers the answers to a split."""
-        known = (self.datamodule, self.runs, split, self.metric_variant, self.device)
-        return Evaluation(*known, shared_rows=self.row_share[1] > 1)
-
     def prefixes(self, current: bool) -> Prefixes:
         """What answers: the current prompts, or the best."""
         return Prefixes(self.backbone, self.bank().detach() if current else self.best)
@@ -683,7 +681,7 @@ class PromptMethod(LightningModule):
             self.restore_best()
             self._tell_of_rows(split)
             check_lengths(self, self.datamodule, split)
-        self.evaluation = self.new_evaluation(split)
+        self.evaluation = Evaluation(self, split)
         self._prefixes = self.prefixes(self._fitting)
 
     def restore_best(self) -> None:
@@ -775,12 +773,13 @@ class PromptMethod(LightningModule):
     ) -> list[dict[str, Any]]:
         """A line of ``curves.csv`` for each run that was evaluated."""
         dev, best, further = scores.tolist(), self.keeper.dev.tolist(), self.curve()
-        each = len(self.runs) // max(1, len(self.status))
+        names = self.line_names()
+        each = len(names) // max(1, len(self.status))
         steps, status = self.keeper.step.tolist(), self.status.tolist()
         return [
             {
                 "step": self.trainer.global_step,
-                "run": self.runs[i].name,
+                "run": names[i],
                 "train_loss": losses[i],
                 "dev": dev[i],
                 "best_dev": best[i] if best[i] == best[i] else None,
@@ -894,6 +893,8 @@ class PromptMethod(LightningModule):
         from prompt_lab import __version__
 
         fields = {
+            "prompt": prompt.detach().cpu(),
+            "init": init.detach().cpu(),
             **self.origin(),
             "name": run.name,
             "task": run.task,
@@ -910,8 +911,7 @@ class PromptMethod(LightningModule):
             "version": __version__,
             **self.way_of_answering(run.task, run.sample),
         }
-        kept = {"prompt": prompt.detach().cpu(), "init": init.detach().cpu()}
-        return Prompt(**kept, **(fields | facts))
+        return Prompt(**fields | facts)
 
     def origin(self, unit: int | None = None) -> dict[str, Any]:
         """What every file says of where it is from; with a unit, of its best evaluation too."""

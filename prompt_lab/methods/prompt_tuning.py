@@ -23,19 +23,14 @@ from prompt_lab.core.optim import OptimConfig
 from prompt_lab.core.pretrained import weights_digest
 from prompt_lab.core.run import Run, grid
 from prompt_lab.core.subspace import Subspace
+from prompt_lab.core.text import some
 from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.files.prompts import PromptStore
 from prompt_lab.files.tensors import read_metadata
-from prompt_lab.methods.checks import some
 from prompt_lab.methods.configs import as_config, as_list
 from prompt_lab.methods.logs import warn_of_answers
 from prompt_lab.methods.method import STATUS, TRAINING, PromptMethod
-from prompt_lab.methods.starts import (
-    InitConfig,
-    SubspaceConfig,
-    initial_codes,
-    scale_ratio,
-)
+from prompt_lab.methods.starts import InitConfig, SubspaceConfig, initial_codes, scale_ratio
 
 
 class PromptTuning(PromptMethod):
@@ -162,10 +157,12 @@ class PromptTuning(PromptMethod):
         return self.optim_config.build(own, rates, self.active, self.total_steps)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of all live runs; a run whose loss or gradient is not finite rests from here on."""
+        """Loss of all live runs; one whose loss or gradient is not finite rests from here on."""
         bank = self.bank()
         losses, gradient = self.bank_gradient(bank, batch)
         finite = losses.isfinite() & gradient.flatten(1).isfinite().all(1)
+        if self.joint:
+            finite = finite.all(0, keepdim=True)
         self.active &= self.finite_everywhere(finite)
         losses = torch.where(self.active, losses, 0)
         gradient = torch.where(self.active[:, None, None], gradient, 0)

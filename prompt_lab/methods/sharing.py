@@ -3,14 +3,11 @@
 Each process trains and scores the runs that it has as a bank of its own, and holds nothing of the
 others: a bank may be larger than the memory of one device. What is told of all runs is joined in
 the order of the grid, so it does not depend on the number of processes.
-
-Left out: moving runs between processes when others have stopped; sharing the rows of a run, which
-is what methods do where there are fewer runs than processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -77,9 +74,11 @@ class RunShares:
 
     def join(self, values: Sequence[T]) -> list[T]:
         """One value for each run, from those of this process's runs, in the order of the grid."""
-        if not self.divided:
-            return list(values)
-        pairs = self.gather(list(zip(self.own, values, strict=True)))
+        return self.join_some(dict(enumerate(values))) if self.divided else list(values)
+
+    def join_some(self, values: Mapping[int, T]) -> list[T]:
+        """Values of some runs, each process's by their places in its bank, as :meth:`join`."""
+        pairs = self.gather([(self.own[place], value) for place, value in values.items()])
         return [value for _, value in sorted(pairs, key=lambda pair: pair[0])]
 
     def stream(self, values: Iterable[T]) -> Iterator[T]:
@@ -101,25 +100,14 @@ class RunShares:
     def join_tensor(self, own: Tensor) -> Tensor:
         """Own rows (R_own, ...) of all processes as (R, ...) on the host of the first process.
 
-        The others get their own rows back. A device holds no more of it than one process's rows.
+        The others get their own rows back. A device holds no more than one process's rows.
         """
-        if not self.divided:
-            return own
-        if self.rank != 0:
-            dist.send(own.contiguous(), dst=0)
-            return own
-        whole = torch.empty(sum(map(len, self.shares)), *own.shape[1:], dtype=own.dtype)
-        for rank, share in enumerate(self.shares):
-            part = own
-            if rank != 0:
-                part = own.new_empty(len(share), *own.shape[1:])
-                dist.recv(part, src=rank)
-            whole[share] = part.cpu()
-        return whole
+        joined = list(self.stream(row.clone() for row in own.cpu()))
+        return torch.stack(joined) if self.rank == 0 else own
 
     def take(self, whole: Tensor) -> Tensor:
         """Own rows (R_own, ...) of (R, ...)."""
-        return whole[self.own] if self.divided else whole
+        return whole[self.own]
 
 
 def left_out_of_ddp(method: PromptMethod) -> list[str]:

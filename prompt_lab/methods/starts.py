@@ -117,10 +117,10 @@ def initial_prompts(
             found |= zip(own, starts_of(Path(path), own), strict=True)
         each = [found[run] for run in runs]
         read = {one: one.load(backbone).prompt for one in dict.fromkeys(each)}
-        for run, prompt in zip(runs, (read[one] for one in each), strict=True):
-            if len(prompt) != num_virtual_tokens:
+        for run, one in zip(runs, each, strict=True):
+            if len(read[one]) != num_virtual_tokens:
                 raise ValueError(
-                    f"run {run.name}: the prompt in {config.path} has {len(prompt)} virtual "
+                    f"run {run.name}: the prompt in {config.path} has {len(read[one])} virtual "
                     f"tokens, model.num_virtual_tokens is {num_virtual_tokens}"
                 )
         for one in read:
@@ -132,8 +132,8 @@ def initial_prompts(
                     f"{known['system']!r}"
                 )
                 break
-        starts = {one: start_from(one.metadata, one.path) for one in read}
-        return torch.stack([read[one] for one in each]), [starts[one] for one in each]
+        starts = [start_from(one.metadata, one.path) for one in each]
+        return torch.stack([read[one] for one in each]), starts
     keys = [(run.init_seed, run.task if config.name == "labels" else "") for run in runs]
     unique = {
         key: _make(config, backbone, key[0], tasks.get(key[1]), num_virtual_tokens)

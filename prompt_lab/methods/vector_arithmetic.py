@@ -21,6 +21,7 @@ from torch import Tensor
 
 from prompt_lab.core.backbone import Backbone
 from prompt_lab.core.run import Run
+from prompt_lab.core.text import some
 from prompt_lab.core.vectors import parse_expression
 from prompt_lab.data.datamodule import PromptDataModule
 from prompt_lab.data.sampling import EvaluationBatch
@@ -35,7 +36,6 @@ from prompt_lab.files.vectors import (
     complete,
     find_vectors,
 )
-from prompt_lab.methods.checks import some
 from prompt_lab.methods.configs import as_list
 from prompt_lab.methods.evaluation import Report
 from prompt_lab.methods.method import PromptMethod
@@ -263,7 +263,6 @@ class VectorArithmetic(PromptMethod):
     def _groups(
         self, names: list[str], data: PromptDataModule, found: Found
     ) -> list[tuple[int, int, dict[str, FoundPrompt]]]:
-        """Sample, seed and prompts of some tasks, wherever all of them have one."""
         groups, left_out = complete(found, names, self.folders)
         if absent := [str(n) for n in data.samples if n not in {sample for sample, _ in groups}]:
             raise ValueError(
