@@ -155,7 +155,6 @@ def read_lines(places: Mapping[str, str | Path]) -> pd.DataFrame:
 
 
 def _refuse_mixtures(runs: pd.DataFrame) -> None:
-    """Stop where the runs of a line differ in a column or flag that is no axis."""
     own = runs[~runs["variant"].isin(SHARED)]
     table = own.join(flags := flag_table(own))
     facts = {x: ["line"] for x in _PER_LINE} | {x: ["line", "task"] for x in _PER_TASK}
@@ -244,7 +243,6 @@ def _labels(runs: pd.DataFrame, without: str) -> pd.Series:
 
 
 def _told(point: pd.Series, telling: set[str]) -> Iterator[str]:
-    """A point in words, by the axes in which it may differ from others."""
     if "variant" in telling and point["variant"] != "tuned":
         yield point["variant"].replace("_", " ")
     if "stage" in telling:
@@ -258,7 +256,6 @@ def _told(point: pd.Series, telling: set[str]) -> Iterator[str]:
 
 
 def _in_order(runs: pd.DataFrame) -> pd.DataFrame:
-    """Lines as named, their points, then tasks by group and name."""
     order = runs[["order", "variant", "stage", "start", "start_of"]].assign(
         dim=runs["intrinsic_dim"].fillna(0),
         shots=runs["shots"].map(shots_rank),
