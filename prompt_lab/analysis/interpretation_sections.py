@@ -49,11 +49,8 @@ def interpret_prompts(
 ) -> list[Section]:
     """All sections of a report on prompts; the tokens, which are many, come last.
 
-    Arguments are those of the functions of `interpretation`, by their names.
-
-    Raises:
-        ValueError: prompts of another backbone, ``top`` out of range, or several lengths where
-            all rows are compared.
+    Arguments are those of the functions of `interpretation`, by their names, and so are errors; a
+    ``ValueError`` too for prompts of another backbone.
     """
     points = prompt_points(prompts, compare)
     for one in prompts.itertuples():

@@ -61,10 +61,8 @@ def make_report(
     """All sections that the runs, as `tables.read_lines` gives them, have something for.
 
     ``references`` are lines to compare with; tests of each task are against the first.
-    ``partition`` has tasks by the name of their set.
-
-    Raises:
-        ValueError: a reference that is no line, or is several on one task; a K that is none.
+    ``partition`` has tasks by the name of their set. Errors are those of `tables.relate`, and a
+    ``ValueError`` for a K that is none.
     """
     compared = runs[~runs["variant"].isin(SUMS)]
     scores = task_scores(compared)
@@ -431,12 +429,9 @@ def _tests_section(runs: pd.DataFrame, references: Sequence[str]) -> Iterator[Se
 
 
 def compare_runs(one: pd.DataFrame, other: pd.DataFrame) -> dict[str, Any]:
-    """The t-test of two groups of runs, paired where both have the same samples and seeds.
-
-    The seed of a run that starts from a prompt is that of the prompt.
-    """
+    """The t-test of two groups of runs, paired where both have the same samples and seeds."""
     sides = []
-    for side in (one, other):
+    for side in (one, other):  # the seed of a run that starts from a prompt is that of the prompt
         of_source = (side["start"] == "prompt") & (side["start_seed"] != "")
         seed = side["start_seed"].where(of_source, side["init_seed"])
         keys = pd.MultiIndex.from_arrays([side["sample"], seed, side["order_seed"]])

@@ -128,11 +128,8 @@ def evaluate(transfer: pd.DataFrame, rankings: pd.DataFrame, seeds: Seeds = "mea
 
     Returns:
         A row for each ranking and target: ``sources``, ``first`` (the name), ``baseline``, and the
-        columns of `judge`.
-
-    Raises:
-        ValueError: similarities that are missing or not finite, or with "each" a target without a
-            seed that all its sources have.
+        columns of `judge`. A ``ValueError`` for similarities that are missing or not finite, or
+        with "each" for a target without a seed that all its sources have.
     """
     pairs, grids, rows = transfer[["target", "source"]].drop_duplicates(), {}, []
     for target, own in transfer.groupby("target", sort=False):
@@ -241,11 +238,8 @@ def _check_scores(table: pd.DataFrame) -> None:
 def read_table(path: str | Path) -> pd.DataFrame:
     """A CSV table of numbers for pairs of tasks, scores or similarities, as in the module.
 
-    Returns:
-        Columns ``source``, ``target``, ``sample``, ``seed``, ``score`` and ``size``.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, or it is no such table.
+    Columns ``source``, ``target``, ``sample``, ``seed``, ``score`` and ``size``. A
+    ``FileNotFoundError`` for no such file, a ``ValueError`` for no such table.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}: give a CSV table")

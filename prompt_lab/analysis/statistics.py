@@ -25,12 +25,9 @@ Floats = NDArray[np.float64]
 def t_test(one: ArrayLike, other: ArrayLike, paired: bool) -> dict[str, float]:
     """Two-sided t-test of the scores of ``one`` against ``other``: Student's of pairs, or Welch's.
 
-    Values that are not finite are left out, in a paired test with their partners. Without two
-    values a side, or without any spread, there is no test.
-
-    Returns:
-        ``n`` and ``n_other`` (values that count), ``difference`` of the means with its 95 %
-        interval ``low`` to ``high``, ``t``, ``df`` and ``p`` (not corrected); NaN where unknown.
+    Values that are not finite are left out, in a paired test with their partners. Gives ``n`` and
+    ``n_other`` (values that count), ``difference`` of the means with its 95 % interval ``low`` to
+    ``high``, ``t``, ``df`` and ``p`` (not corrected); NaN without two values a side or any spread.
     """
     from scipy.stats import ttest_ind, ttest_rel
 
@@ -38,7 +35,7 @@ def t_test(one: ArrayLike, other: ArrayLike, paired: bool) -> dict[str, float]:
     if paired:
         whole = np.isfinite(a) & np.isfinite(b)
         a, b = a[whole], b[whole]
-    a, b = a[np.isfinite(a)], b[np.isfinite(b)]
+    a, b = _finite(a), _finite(b)
     difference = float(a.mean() - b.mean()) if len(a) and len(b) else np.nan
     found = {"n": len(a), "n_other": len(b), "difference": difference}
     nothing = dict.fromkeys(("low", "high", "t", "df", "p"), np.nan)

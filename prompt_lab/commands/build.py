@@ -83,7 +83,7 @@ def build_tasks(
             f"samples and apart_from both name {', '.join(map(str, both))}: a sample is not apart "
             "from itself"
         )
-    sizes: list[Shots | None] = [None] if shots is None else [_shots(text) for text in shots]
+    sizes: list[Shots | None] = [None] if shots is None else [read_shots(text) for text in shots]
     _make_writable(Path(out))
     disable_progress_bars()  # one bar for the tasks; downloads keep theirs
     build = partial(
@@ -177,7 +177,8 @@ def _make_writable(out: Path) -> None:
         raise OSError(f"cannot write to {out}: {error.strerror}; give another out") from None
 
 
-def _shots(text: str) -> Shots:
+def read_shots(text: str) -> Shots:
+    """K as a flag gives it; a ``ValueError`` for what is neither a number above 0 nor all."""
     if text != "all" and not (text.isdecimal() and int(text)):
         raise ValueError(f"shots has {text!r}; allowed: a whole number above 0, or all")
     return "all" if text == "all" else int(text)

@@ -134,7 +134,7 @@ class FitReport(Callback):
         """Print the line and log the figures."""
         if not trainer.is_global_zero or not self.steps:
             return
-        seconds = time.monotonic() - self.started
+        seconds, whole = time.monotonic() - self.started, ""
         rates = {
             "steps_per_second": self.steps / self.training,
             "tokens_per_second": self.tokens / self.training,
@@ -144,8 +144,8 @@ class FitReport(Callback):
         start = f"from step {self.first_step} " if self.first_step else ""
         if self.runs and not self.first_step:
             rates["runs_per_second"] = self.runs / seconds
+            whole = f", {_short(rates['runs_per_second'])} runs/s"
         said = {name: _short(rate) for name, rate in rates.items()}
-        whole = f", {said['runs_per_second']} runs/s" if "runs_per_second" in said else ""
         self.figures = {f"fit/{name}": rate for name, rate in rates.items()}
         print(
             f"trained {what}{start}in {_short(seconds)} s{whole}: {self.steps} steps in "

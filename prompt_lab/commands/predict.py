@@ -172,11 +172,9 @@ def _check_input(given: str | None) -> Path | None:
 def read_lines(raw: Iterable[bytes], path: Path | None = None) -> Iterator[Line]:
     r"""The inputs of a file or stream whose lines end in ``\n`` or ``\r\n``.
 
-    They are bytes, JSON objects if ``path`` ends with .jsonl; without it from standard input.
-
-    Raises:
-        ValueError: a line that is not UTF-8, has a tab (text) or is not an object with the text
-            "input" (jsonl); naming file, line and reason.
+    They are bytes, JSON objects if ``path`` ends with .jsonl; without it from standard input. A
+    ``ValueError`` for a line that is not UTF-8, has a tab (text) or is no object with the text
+    "input" (jsonl).
     """
     is_json = path is not None and path.suffix == ".jsonl"
     for number, data in enumerate(raw, 1):
@@ -236,8 +234,7 @@ def _ways(
         ways.append((list(choice) if choice else None, own))
         if task and known is None and not row.get("decoding"):
             unknown.add(task)
-    frames = {(own["template"], own["system"]) for _, own in ways}
-    if len(frames) > 1:
+    if len({(own["template"], own["system"]) for _, own in ways}) > 1:
         print(
             "the prompts were trained with different templates or system texts, and each answers "
             "with its own: give --template, and --system for a chat, to answer with one",

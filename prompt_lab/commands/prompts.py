@@ -170,7 +170,6 @@ def import_prompts(
 
 
 def _from_elsewhere(source: str, task_index: int | None) -> Prompt:
-    """The prompt of a PEFT folder, of which it may be one of several, or of a file."""
     from prompt_lab.files.peft import is_peft, load_peft, read_prompt
 
     place = Path(source)

@@ -58,19 +58,15 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file that was read and checked; ``program`` stands for its macro.
-
-    ``parameters`` are sorted by name, level by level, as wandb sorts them; ``notes`` are lines that
-    tell what has no effect here.
-    """
+    """A sweep file that was read and checked."""
 
     name: str
     method: str
     command: tuple[str, ...]
-    program: str | None
-    parameters: tuple[Parameter, ...]
+    program: str | None  # what stands for its macro
+    parameters: tuple[Parameter, ...]  # sorted by name, level by level, as wandb sorts them
     run_cap: int | None
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # what has no effect here, in lines
 
 
 @dataclass(frozen=True)
@@ -87,12 +83,7 @@ class Trial:
 
 
 def read_sweep(path: Path) -> Sweep:
-    """Read and check a sweep file.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not YAML, an unknown key, or something that only the service can do.
-    """
+    """Read and check a sweep file; a ``ValueError`` for all that cannot be run here."""
     if not path.is_file():
         raise FileNotFoundError(f"no sweep file {path}")
     try:

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from prompt_lab.commands.build import read_shots
 from prompt_lab.files.vectors import listed
 from prompt_lab.sandbox import SANDBOX
 
@@ -180,11 +181,7 @@ def _with_shots(names: Sequence[str], shots: str | None, task_file: str | None) 
     from prompt_lab.data.tasks import find_tasks
 
     found = find_tasks(names, task_file)
-    if shots is None:
-        return found
-    if shots != "all" and not (shots.isdecimal() and int(shots)):
-        raise ValueError(f"shots is {shots!r}: give a whole number above 0, or all")
-    return [replace(task, shots="all" if shots == "all" else int(shots)) for task in found]
+    return found if shots is None else [replace(task, shots=read_shots(shots)) for task in found]
 
 
 def _facts_of(task: Task) -> Iterator[tuple[str, str]]:
