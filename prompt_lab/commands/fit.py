@@ -362,7 +362,8 @@ class ParseOnly(PromptLabCLI):
             self._made.update(vars(self))
         vars(self).update(self._made)
 
-    def _nothing(self, *args: Any, **settings: Any) -> None: ...
+    def _nothing(self, *args: Any, **settings: Any) -> None:
+        """Do nothing."""
 
     _parse_ckpt_path = _set_seed = before_instantiate_classes = _nothing
     instantiate_classes = _run_subcommand = _nothing
