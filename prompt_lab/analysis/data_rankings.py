@@ -1,8 +1,7 @@
 """Rankings of source tasks that need no prompts (Lin et al. 2024): SIZE, SEMB and RANDOM.
 
-SIZE is the rows of the source's training set, SEMB the cosine of mean sentence embeddings of
-training inputs (section 4.2, after Poth et al. 2021), RANDOM numbers of a seed. A task's training
-file is that of the largest K, of its samples the first.
+SEMB is the cosine of mean sentence embeddings (section 4.2, after Poth et al. 2021). A task's
+training file is that of the largest K, of its samples the first.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from prompt_lab.data.files import list_files, read_lines
+from prompt_lab.data.files import file_name, list_files, read_lines
 from prompt_lab.sandbox import SANDBOX, TASKS, rows
 
 CHUNK = 1024
@@ -27,10 +26,8 @@ def rank_by_data(
     """Similarities of pairs (columns target and source) by size, semb or random; how to read them.
 
     ``root`` is the folder of few-shot files or sandbox, ``encoder`` the id or folder of a
-    sentence-transformers model.
-
-    Raises:
-        FileNotFoundError, ValueError: no such folder or training file; no encoder, or no package.
+    sentence-transformers model. A ``FileNotFoundError`` for no such folder or training file, a
+    ``ValueError`` for no encoder or no package.
     """
     if method == "random":
         legend = f"random numbers of seed {seed}, which know nothing of the tasks"
@@ -52,9 +49,7 @@ def rank_by_data(
         parts = [own[at : at + CHUNK] for at in range(0, len(own), CHUNK)]
         sums = [np.sum(model.encode(x, show_progress_bar=False), 0, dtype=float) for x in parts]
         units[task] = np.sum(sums, 0) / np.linalg.norm(np.sum(sums, 0))
-    values = [
-        float(units[a] @ units[b]) for a, b in zip(pairs["target"], pairs["source"], strict=True)
-    ]
+    values = [float(units[a] @ units[b]) for a, b in pairs[["target", "source"]].to_numpy()]
     legend = f"cosine of the mean embeddings of training inputs by {encoder}, -1 to 1"
     return pd.Series(values, pairs.index), legend
 
@@ -71,10 +66,10 @@ def _training_inputs(root: str | None, tasks: Iterable[str]) -> dict[str, list[s
         if root == SANDBOX and task in TASKS:
             found[task] = [row[0] for row in rows(task, 100, "train")]
         elif root != SANDBOX and folder.is_dir():
-            files = [(k, sample) for k, sample, split in list_files(folder) if split == "train"]
+            files = [key for key in list_files(folder) if key[2] == "train"]
             if files:
-                k, sample = next(one for one in files if one[0] == files[-1][0])
-                path = folder / f"{task}_{k}_{sample}_train.tsv"
+                key = next(key for key in files if key[0] == files[-1][0])
+                path = folder / file_name(task, *key)
                 found[task] = [fields[0] for fields in read_lines(path, path.read_bytes())]
     if missing := [task for task in names if task not in found]:
         raise FileNotFoundError(

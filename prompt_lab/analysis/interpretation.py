@@ -1,10 +1,8 @@
 """What tuned prompts say: nearest tokens, drift, spread of repeated runs, distances, transfer.
 
 The questions are those of Dayton, O'Rahilly and Werner, "Interpreting Prompt-Tuning Across
-SuperGLUE Tasks" (sections 5 and 6), who leave open how norm and variance of their table 1 are
-defined, how prompts of 12 to 20 rows are subtracted, and how strong the correlation of distance and
-transfer is; here each is a formula. Of the model only embeddings and tokenizer are used.
-`interpretation_sections` lays the tables out.
+SuperGLUE Tasks" (sections 5 and 6); what they leave open is a formula here. Of the model only
+embeddings and tokenizer are used. `interpretation_sections` lays the tables out.
 """
 
 from __future__ import annotations
@@ -54,8 +52,7 @@ def find_tuned(places: Sequence[str]) -> pd.DataFrame:
         ValueError: a damaged file, numbers that are not finite, or several backbones.
     """
 
-    def cell(known: dict[str, Any]) -> tuple[Any, ...] | None:
-        """What the prompts of a grid share; None for one that was not tuned for a task."""
+    def cell(known: dict[str, Any]) -> tuple[Any, ...] | None:  # what the prompts of a grid share
         if not known.get("task") or known.get("made_from"):
             return None
         return tuple(known.get(name) for name in ("task", *_SEEDS, "start", "start_of"))
@@ -77,14 +74,13 @@ def find_tuned(places: Sequence[str]) -> pd.DataFrame:
         row |= {name: getattr(tuned, name) for name in _SEEDS}
         rows.append(row | {"file": one.where, "tuned": tuned})
     table = pd.DataFrame(rows).astype(dict.fromkeys(_SEEDS, "Int64"))
-    first_seen = dict.fromkeys(table["task"])
-    table = table.sort_values("task", key=lambda x: x.map([*first_seen].index), kind="stable")
+    first_seen = table["task"].unique().tolist().index
+    table = table.sort_values("task", key=lambda x: x.map(first_seen), kind="stable")
     table.attrs["left_out"] = left_out
     return table.reset_index(drop=True)
 
 
 def _labels(found: Sequence[FoundPrompt]) -> list[str]:
-    """The name of each prompt, with as many of its folders as tell it apart."""
     parts = [[*(x for x in one.path.parts[:-1] if x != "prompts"), one.stem] for one in found]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(own[-depth:]) for own in parts]
@@ -181,9 +177,7 @@ def initial_tokens(init: Tensor, table: Tensor, ids: Tensor) -> Tensor:
 def token_table(
     prompts: pd.DataFrame, vocabulary: Vocabulary, top: int = 5, measure: str = "cosine"
 ) -> pd.DataFrame:
-    """A row for each row of each prompt: its initial token and the place of that now, drift, norms.
-
-    ``measure`` is as of `closeness`; scores of "l2" are distances.
+    """A row for each row of each prompt; ``measure`` as of `closeness`, "l2" scored by distances.
 
     Columns: ``prompt``, ``task``, ``row`` (from 1); ``initial_id``, ``initial_token``,
     ``initial_rank`` (1 is the nearest) and ``survived`` (whether it is), empty for a row that
@@ -284,10 +278,7 @@ def spread_table(prompts: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
 
 
 def task_distances(prompts: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
-    """Mean distance between the prompts of every two tasks (T, T).
-
-    On the diagonal it is the mean over two different prompts of a task; NaN where it has one.
-    """
+    """Mean distance (T, T) of the prompts of two tasks, and of different prompts of one; or NaN."""
     means = _both_ways(pairs).groupby(["task", "other_task"])["distance"].mean().unstack()
     tasks = prompts["task"].unique()
     return means.reindex(index=tasks, columns=tasks)
@@ -310,8 +301,8 @@ def read_transfer(places: Sequence[str], prompts: pd.DataFrame) -> pd.DataFrame:
     """Measured zero-shot transfer between the tasks of some prompts, from tables and from results.
 
     Of results the lines count in which ``VectorArithmetic`` has tested the vector of one task at
-    scale 1, which on its own initial prompt is the tuned prompt, beside the score without prompt.
-    Tables have at least the columns `TRANSFER`; a source is a task or the name of a prompt.
+    scale 1, beside the score without prompt. Tables have at least the columns `TRANSFER`; a source
+    is a task or the name of a prompt.
 
     Returns:
         A row for each pair of tasks that is known: ``source``, ``target``, means of ``score`` and

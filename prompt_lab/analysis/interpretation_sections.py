@@ -49,11 +49,8 @@ def interpret_prompts(
 ) -> list[Section]:
     """All sections of a report on prompts; the tokens, which are many, come last.
 
-    Arguments are those of the functions of `interpretation`, by their names.
-
-    Raises:
-        ValueError: prompts of another backbone, ``top`` out of range, or several lengths where
-            all rows are compared.
+    Arguments are those of the functions of `interpretation`, by their names, and so are errors; a
+    ``ValueError`` too for prompts of another backbone.
     """
     points = prompt_points(prompts, compare)
     for one in prompts.itertuples():
@@ -110,17 +107,15 @@ def _prompts_section(
 
 
 def _drift_figures(tokens: pd.DataFrame) -> dict[str, Figure]:
-    """Drift of each row, thirty prompts a page."""
     marks = np.where((tokens["survived"] == 0).fillna(False), "•", "")
     order = tokens["prompt"].unique()
     whole = tokens.assign(mark=marks).pivot(index="prompt", columns="row", values=["drift", "mark"])
     whole = whole.loc[order].set_axis(_short_names(order))
-    figures = {}
-    for at in range(0, len(whole), 30):
+    figures, words = {}, {"label": "distance from initial row", "xlabel": "row of the prompt"}
+    for at in range(0, len(whole), 30):  # thirty prompts a page
         page = whole.iloc[at : at + 30]
         stem = "drift" if len(whole) <= 30 else f"drift-{at // 30 + 1}"
-        texts, label = page["mark"].fillna(""), "distance from initial row"
-        figures[stem] = plots.heatmap(page["drift"], label, texts=texts, xlabel="row of the prompt")
+        figures[stem] = plots.heatmap(page["drift"], texts=page["mark"].fillna(""), **words)
     return figures
 
 
@@ -133,7 +128,6 @@ def _short_names(labels: Sequence[str]) -> list[str]:
 
 
 def _norms_figure(tokens: pd.DataFrame, prompts: pd.DataFrame, vocabulary: Vocabulary) -> Figure:
-    """Norms of rows: of the vocabulary, the initial prompts, and the prompts of each task."""
     again = prompts["tuned"].map(lambda one: one.init.numpy().tobytes()).duplicated()
     inits = tokens.loc[~tokens["prompt"].isin(prompts.loc[again, "prompt"]), "initial_norm"]
     quantiles = np.quantile(vocabulary.norms, np.linspace(0, 1, 201))  # for any vocabulary
@@ -187,11 +181,10 @@ def _distances_section(
     if len(prompts) >= 4 and pairs["distance"].any():
         (pca, shares), (near, perplexity) = principal_components(points), tsne(points)
         words = (f"first component ({shares[0]:.0%} of the variance)", f"second ({shares[1]:.0%})")
-        for name, (x, y), axes in (
-            ("map-pca", pca.T, words),
-            ("map-tsne", near.T, ("first coordinate of t-SNE", "second coordinate")),
-        ):
-            table = pd.DataFrame({"x": x, "y": y, "task": prompts["task"]})
+        maps = {"map-pca": (pca, *words)}
+        maps["map-tsne"] = (near, "first coordinate of t-SNE", "second coordinate")
+        for name, (places, *axes) in maps.items():
+            table = pd.DataFrame(places, columns=["x", "y"]).assign(task=prompts["task"])
             figures[name] = plots.scatter(table, "x", "y", "task", *axes)
         legend += (
             " The maps show each prompt as a point: on its principal components, and by t-SNE "
@@ -214,36 +207,38 @@ def _transfer_section(transfer: pd.DataFrame, distances: pd.DataFrame) -> Sectio
     gains = transfer.pivot(index="source", columns="target", values="gain")
     gains = gains.reindex(index=tasks, columns=tasks)
     far = distances.stack(future_stack=True).rename("distance").rename_axis(TRANSFER[:2])
-    table = transfer.join(far, on=TRANSFER[:2])[
-        [*TRANSFER[:2], "distance", *TRANSFER[2:], "gain", "lines"]
-    ]
+    table = transfer.join(far, on=TRANSFER[:2])
+    table = table[[*TRANSFER[:2], "distance", *TRANSFER[2:], "gain", "lines"]]
     table = table.sort_values(TRANSFER[:2], key=lambda x: x.map(tasks.index), ignore_index=True)
     shown = table.rename(columns={"no_prompt": "no prompt"})
     shown["distance"] = _digits(table["distance"])
     for name, form in (("score", ".3f"), ("no prompt", ".3f"), ("gain", "+.3f")):
         shown[name] = shown[name].map(lambda x, form=form: f"{x:{form}}")
-    found, orders = mantel(distances, gains), math.factorial(len(tasks))
-    is_all = found["permutations"] == orders - 1
-    how = f"all others; p cannot be below 1/{orders}" if is_all else "random, seed 0"
-    words = (
-        f"Spearman's rho {found['rho']:+.3f}, p = {found['p']:.3g} (two-sided, Mantel's test; "
-        f"{found['cells']:g} pairs of different tasks, {found['permutations']:g} permutations of "
-        f"the tasks, {how})."
-    )
-    if math.isnan(found["rho"]):
-        words = (
-            "No rank correlation with distance: it needs three tasks, three pairs of different "
-            "tasks, and distances and gains that are not all equal."
-        )
     legend = (
         "Score on the target under prompts of the source, less the score without any prompt. If "
         "near prompts serve each other's tasks, gain falls with distance: a negative correlation. "
-        f"Means over lines of results, such as runs. {words}"
+        f"Means over lines of results, such as runs. {_correlation(distances, gains)}"
     )
     labels = {"xlabel": "target", "ylabel": "source of the prompt"}
     texts = _cells(gains, "+.3f")
     figures = {"transfer": plots.heatmap(gains, "gain over no prompt", 0.0, texts, **labels)}
     return Section("transfer", "Transfer", legend, table, shown, figures)
+
+
+def _correlation(distances: pd.DataFrame, gains: pd.DataFrame) -> str:
+    found, orders = mantel(distances, gains), math.factorial(len(gains))
+    if math.isnan(found["rho"]):
+        return (
+            "No rank correlation with distance: it needs three tasks, three pairs of different "
+            "tasks, and distances and gains that are not all equal."
+        )
+    is_all = found["permutations"] == orders - 1
+    how = f"all others; p cannot be below 1/{orders}" if is_all else "random, seed 0"
+    return (
+        f"Spearman's rho {found['rho']:+.3f}, p = {found['p']:.3g} (two-sided, Mantel's test; "
+        f"{found['cells']:g} pairs of different tasks, {found['permutations']:g} permutations of "
+        f"the tasks, {how})."
+    )
 
 
 def _tokens_section(tokens: pd.DataFrame, top: int, measure: str, note: str) -> Section:

@@ -4,8 +4,7 @@ The table has a row for each mark; ``x``, ``y``, ``value``, ``place``, ``label``
 ``looks`` is how labels are drawn, ``level`` where a line goes across all of them.
 
 A line of a report has one colour (Okabe and Ito's, safe for colour-blind eyes) in all figures; its
-points differ in marker and dash. Sizes are those of a paper's column or page, so that the text
-needs no scaling. Equal tables give equal files. No window and no global state is used.
+points differ in marker and dash. Equal tables give equal files; no window or global state is used.
 """
 
 from __future__ import annotations
@@ -56,12 +55,7 @@ _LEVEL = {"color": "#444444", "linewidth": 0.8, "dashes": (3, 2), "zorder": 1}
 
 
 def looks(points: pd.DataFrame, label: str = "label") -> dict[str, dict[str, Any]]:
-    """How each point is drawn: the colour of its ``line``, and a marker and dash of its label.
-
-    Args:
-        points: columns ``line`` and ``label``, in the order of tables.
-        label: column of the labels.
-    """
+    """How each point (columns ``line`` and ``label``) is drawn: colour by line, marker by label."""
     found = {}
     for place, (_, of_line) in enumerate(points.groupby("line", sort=False)):
         for at, name in enumerate(dict.fromkeys(of_line[label])):

@@ -1,7 +1,6 @@
 """The report of results: lines, scores, relative gains, sets, dimensions, tasks, tests, curves.
 
-Each section is made of the runs that `tables.read_lines` gives; one that is of all runs counts them
-out again. `make_report` has the order of the sections.
+Each section is made of the runs that `tables.read_lines` gives; one of all runs counts them again.
 """
 
 from __future__ import annotations
@@ -62,14 +61,9 @@ def make_report(
     """All sections that the runs, as `tables.read_lines` gives them, have something for.
 
     ``references`` are lines to compare with; tests of each task are against the first.
-    ``partition`` has tasks by the name of their set.
-
-    Raises:
-        ValueError: a reference that is no line, or is several on one task; a K that is none.
+    ``partition`` has tasks by the name of their set. Errors are those of `tables.relate`, and a
+    ``ValueError`` for a K that is none.
     """
-    known = runs["line"].unique()
-    if missing := [name for name in references if name not in known]:
-        raise ValueError(f"no reference {missing[0]!r} among the lines {', '.join(known)}")
     compared = runs[~runs["variant"].isin(SUMS)]
     scores = task_scores(compared)
     ratios = [relate(scores, name) for name in references]
@@ -97,7 +91,6 @@ _FACTS = [
 
 
 def _lines_section(runs: pd.DataFrame) -> Section:
-    """What each line is: how many runs of what, and the settings in which lines differ."""
     own = runs[~runs["line"].isin(SHARED)]
     flags = flag_table(own)
     facts = pd.concat([own[_FACTS], flags.loc[:, flags.nunique() > 1]], axis=1)
@@ -134,7 +127,6 @@ def _values(column: pd.Series) -> str:
 
 
 def _scores_section(runs: pd.DataFrame, scores: pd.DataFrame) -> Section:
-    """Mean test score of each point over its tasks, with dots for each task."""
     table = mean_over_tasks(scores)
     ends = {
         label: bootstrap([tests for _, tests in own.groupby("task", sort=False)["test"]])
@@ -195,7 +187,6 @@ def _few(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _gains_section(runs: pd.DataFrame, ratios: pd.DataFrame) -> Section:
-    """E_rel and ARG of each point against a reference, with a test and the gains of each task."""
     reference = ratios["reference"].iloc[0]
     table = relative_means(runs, ratios)
     count_out(runs, table)
@@ -279,7 +270,6 @@ def relative_means(runs: pd.DataFrame, ratios: pd.DataFrame) -> pd.DataFrame:
 def _sets_sections(
     kind: str, scores: pd.DataFrame, sets: pd.Series, ratios: Sequence[pd.DataFrame]
 ) -> Iterator[Section]:
-    """Means over the tasks of each set, such as an ontology group: scores, then each E_rel."""
     order = sorted(sets.unique(), key=group_rank)
     for table, value, title, name in _valued(scores.assign(set=sets), ratios):
         means = mean_over_tasks(table, value, "spread", [*POINT, "set"])
@@ -295,7 +285,6 @@ def _sets_sections(
 
 
 def _dimension_sections(scores: pd.DataFrame, ratios: Sequence[pd.DataFrame]) -> Iterator[Section]:
-    """Means over the intrinsic dimension, as a table and as curves."""
     order = sorted(scores["intrinsic_dim"].dropna().unique())
     drawn = plots.looks(scores, "family")
     for table, value, title, name in _valued(scores, ratios) if order else ():
@@ -309,9 +298,10 @@ def _dimension_sections(scores: pd.DataFrame, ratios: Sequence[pd.DataFrame]) ->
             figures[stem] = plots.lines(means, "intrinsic_dim", "mean", "family", drawn, *style)
         whole = table[~has & is_method(table)].groupby("label", sort=False)[value].mean().dropna()
         beside = ", ".join(f"{label} {x:.3f}" for label, x in whole.items())
-        legend = f"{title} in a subspace, ± standard deviation over runs, mean over tasks. {words}"
-        legend += f" {BOLD}"
-        legend += f" Without a subspace: {beside}." if beside else ""
+        legend = (
+            f"{title} in a subspace, ± standard deviation over runs, mean over tasks. {words} "
+            f"{BOLD}{f' Without a subspace: {beside}.' if beside else ''}"
+        )
         yield Section(stem, f"{title} by intrinsic dimension", legend, means, shown, figures)
 
 
@@ -405,7 +395,6 @@ def _initial_prompts(tuned: pd.DataFrame, runs: pd.DataFrame) -> Iterator[pd.Dat
 
 
 def _tests_section(runs: pd.DataFrame, references: Sequence[str]) -> Iterator[Section]:
-    """t-tests of each task and K: against the reference, or of the two that dev puts first."""
     chosen = chosen_runs(runs[is_method(runs)])
     rows = []
     for (task, shots, _), own in chosen.groupby(["task", "shots", "metric"], sort=False):
@@ -446,12 +435,9 @@ def _tests_section(runs: pd.DataFrame, references: Sequence[str]) -> Iterator[Se
 
 
 def compare_runs(one: pd.DataFrame, other: pd.DataFrame) -> dict[str, Any]:
-    """The t-test of two groups of runs, paired where both have the same samples and seeds.
-
-    The seed of a run that starts from a prompt is that of the prompt.
-    """
+    """The t-test of two groups of runs, paired where both have the same samples and seeds."""
     sides = []
-    for side in (one, other):
+    for side in (one, other):  # the seed of a run that starts from a prompt is that of the prompt
         of_source = (side["start"] == "prompt") & (side["start_seed"] != "")
         seed = side["start_seed"].where(of_source, side["init_seed"])
         keys = pd.MultiIndex.from_arrays([side["sample"], seed, side["order_seed"]])
@@ -466,7 +452,6 @@ def compare_runs(one: pd.DataFrame, other: pd.DataFrame) -> dict[str, Any]:
 
 
 def _adaptation_section(runs: pd.DataFrame) -> Iterator[Section]:
-    """Mean dev score over the steps of training, on the tasks and samples that all lines have."""
     chosen = chosen_runs(runs[is_method(runs) & (runs["prompt_file"] != "")])
     read = [*_curves(chosen)]
     if not read:
@@ -505,12 +490,11 @@ def _adaptation_section(runs: pd.DataFrame) -> Iterator[Section]:
     shown = pd.DataFrame({"line": last["label"], "last step": last["step"]})
     shown["dev score"] = plus_minus(last["mean_dev"], last["std"])
     shown["runs"] = last["runs"]
-    figures = {}
+    drawn, figures = plots.looks(runs), {}
     if table["step"].nunique() > 1:
         words = ("step", "mean dev score", "std" if table["std"].notna().any() else None)
-        figures["adaptation"] = plots.lines(
-            table, "step", "mean_dev", "label", plots.looks(runs), *words, steps=True
-        )
+        figure = plots.lines(table, "step", "mean_dev", "label", drawn, *words, steps=True)
+        figures["adaptation"] = figure
     yield Section("adaptation", "Adaptation curves", legend, table, shown, figures)
 
 
@@ -533,7 +517,6 @@ def _curves(chosen: pd.DataFrame) -> Iterator[pd.DataFrame]:
 
 
 def _codes_section(runs: pd.DataFrame) -> Iterator[Section]:
-    """The codes of each subspace on their first two principal components."""
     chosen = chosen_runs(runs[is_method(runs) & (runs["intrinsic_dim"] >= 2)])
     tables, figures = [], {}
     for label, own in chosen.groupby("label", sort=False):

@@ -1,9 +1,9 @@
 """How well a ranking of source tasks finds those that help a target task most.
 
 nDCG and Regret@k are those of Lin et al. 2024, "Exploring the Effectiveness and Consistency of Task
-Selection in Intermediate-Task Transfer Learning", equations 5 to 7, on scores in percent: a point
-of score doubles the gain 2^score - 1. Sources of equal similarity are in random order: every
-measure is its exact expected value over all orders, and RANDOM the ranking in which all are equal.
+Selection in Intermediate-Task Transfer Learning", equations 5 to 7, on scores in percent. Sources
+of equal similarity are in random order: every measure is its exact expected value over all orders,
+and RANDOM the ranking in which all are equal.
 
 **Transfer** is a DataFrame with a row for each score: ``target``, ``source``, ``sample`` and
 ``seed`` (text, what tells scores of a pair apart), ``score`` in percent, ``baseline`` (mean score
@@ -12,8 +12,7 @@ of the target without transfer) and ``size`` (rows of the source's training set)
 
 **A table of one's own** is a CSV file: wide, a row for each source, named in the first column, and
 a column for each target; or long, with the columns source, target, score and perhaps sample and
-seed. The source no-transfer has the scores without transfer. Either may have a column size. Empty
-cells are missing numbers, and what follows a # is a comment.
+seed. Either may have a column size. Empty cells are missing, and what follows a # is a comment.
 """
 
 from __future__ import annotations
@@ -124,17 +123,13 @@ def judge(
 def evaluate(transfer: pd.DataFrame, rankings: pd.DataFrame, seeds: Seeds = "mean") -> pd.DataFrame:
     """Judge rankings of sources by measured transfer; both are tables as in the module.
 
-    Scores of seeds are averaged before ranking ("mean": the equations), or each seed is judged by
-    itself and the measures are averaged ("each": the authors' code and published figures; a seed
-    counts for a target where all its sources have it).
+    Scores of seeds are averaged before ranking ("mean": the equations), or each seed that all
+    sources of a target have is judged and the measures are averaged ("each": the authors' code).
 
     Returns:
         A row for each ranking and target: ``sources``, ``first`` (the name), ``baseline``, and the
-        columns of `judge`.
-
-    Raises:
-        ValueError: similarities that are missing or not finite, or with "each" a target without a
-            seed that all its sources have.
+        columns of `judge`. A ``ValueError`` for similarities that are missing or not finite, or
+        with "each" for a target without a seed that all its sources have.
     """
     pairs, grids, rows = transfer[["target", "source"]].drop_duplicates(), {}, []
     for target, own in transfer.groupby("target", sort=False):
@@ -187,11 +182,11 @@ def read_transfer(places: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
         ValueError: a table that cannot be read, results of several settings, no transfer in them, a
             score twice, scores that are no percent, or a target without any source.
     """
-    tables, files, notes = [], [], []
+    tables, files, notes = [], {}, []
     for place in places:
         path = PAPER_TABLE if place == "paper" else Path(place)
         if path.is_dir() or (path.is_file() and b"fit_id" in path.open("rb").readline()):
-            files += [file for file in find_results(path) if file not in files]
+            files |= dict.fromkeys(find_results(path))
         else:
             tables.append(read_table(path))
     if files:
@@ -243,11 +238,8 @@ def _check_scores(table: pd.DataFrame) -> None:
 def read_table(path: str | Path) -> pd.DataFrame:
     """A CSV table of numbers for pairs of tasks, scores or similarities, as in the module.
 
-    Returns:
-        Columns ``source``, ``target``, ``sample``, ``seed``, ``score`` and ``size``.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, or it is no such table.
+    Columns ``source``, ``target``, ``sample``, ``seed``, ``score`` and ``size``. A
+    ``FileNotFoundError`` for no such file, a ``ValueError`` for no such table.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}: give a CSV table")
@@ -271,8 +263,8 @@ def read_table(path: str | Path) -> pd.DataFrame:
     if (table[["source", "target"]] == "").any(axis=None):
         raise ValueError(f"{path}: a row without source or target; {NO_TRANSFER} stands for none")
     for name in ("score", "size"):
-        numbers = pd.to_numeric(table[name], errors="coerce")
-        numbers = numbers.astype(float).where(np.isfinite(numbers))
+        numbers = pd.to_numeric(table[name], errors="coerce").astype(float)
+        numbers = numbers.where(np.isfinite(numbers))
         if (wrong := numbers.isna() & (table[name] != "")).any():
             source, target, cell = table.loc[wrong, ["source", "target", name]].iloc[0]
             raise ValueError(
@@ -320,11 +312,7 @@ def _from_results(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
 
 
 def load_prompts(files: Mapping[Key, FoundPrompt]) -> dict[Key, Tensor]:
-    """The prompts (N, D) of some files, float32.
-
-    Raises:
-        ValueError: prompts of several backbones or widths, with NaN, or all zeros.
-    """
+    """Prompts (N, D); a ``ValueError`` for several backbones or widths, NaN, or only zeros."""
     check_compatible(*files.values(), any_length=True)
     for one in files.values():
         if not one.prompt.prompt.any():
@@ -340,10 +328,7 @@ def rank_by_prompts(
     Tasks that have samples in common are compared on those, sample by sample; others by all pairs
     of their prompts (N, D). ``subspace`` are ``energy`` and ``rank`` of `core.similarity`. A row
     for each target and source has ``similarity`` (mean), ``std`` (ddof 1), ``count`` of pairs, and
-    ``same_sample``.
-
-    Raises:
-        ValueError: prompts that cannot be compared so, or a rank or an energy out of range.
+    ``same_sample``. A ``ValueError`` for several lengths where rows are compared, or as there.
     """
     import torch
 
@@ -400,7 +385,7 @@ def find_steps(folders: Sequence[str], targets: Sequence[str]) -> tuple[pd.DataF
         FileNotFoundError: a folder without saved steps, or a step without a prompt of some target.
         ValueError: a damaged prompt file.
     """
-    every: list[tuple[int, FoundPrompt]] = []
+    rows = []
     for folder in {Path(x).resolve(): Path(x) for x in folders}.values():
         places = {int(x.name): x for x in folder.glob("steps/*") if x.name.isdecimal()}
         if not places:
@@ -408,14 +393,13 @@ def find_steps(folders: Sequence[str], targets: Sequence[str]) -> tuple[pd.DataF
                 f"no saved steps in {folder}: give folders of fits of the target tasks with "
                 "model.save_steps"
             )
-        every += [(step, one) for step in sorted(places) for one in find_prompts(places[step])]
-    rows = [
-        {**one.metadata, "step": step, "dev": one.dev, "found": one, "file": one.path.name}
-        for step, one in every
-    ]
-    table = pd.DataFrame(rows, columns=[*_RUN, "start", "run", "step", "dev", "file", "found"])
-    table["fit"] = [str(one.path.parents[1] / one.path.name) for _, one in every]
-    table = table[table["task"].isin(targets) & table["start"].isin(PLAIN_STARTS)]
+        for step in sorted(places):
+            for one in find_prompts(places[step]):
+                fit = str(one.path.parents[1] / one.path.name)
+                facts = {"step": step, "dev": one.dev, "found": one, "fit": fit}
+                rows.append({**one.metadata, **facts})
+    every = pd.DataFrame(rows, columns=[*_RUN, "start", "run", "step", "dev", "found", "fit"])
+    table = every[every["task"].isin(targets) & every["start"].isin(PLAIN_STARTS)].copy()
     others = len(every) - len(table)
     table[_RUN[1:]] = table[_RUN[1:]].fillna(-1).astype(int)
     runs = table.groupby([*_RUN, "fit"], sort=False)[["dev", "run"]]
@@ -423,7 +407,7 @@ def find_steps(folders: Sequence[str], targets: Sequence[str]) -> tuple[pd.DataF
     table = table[table["fit"].isin(choose_by_dev(runs, _RUN)["fit"])]
     table = table.sort_values("step", kind="stable", ignore_index=True)
     lacks = []
-    for step in sorted({step for step, _ in every}):
+    for step in sorted(every["step"].unique()):
         held = {*table.loc[table["step"] == step, "task"]}
         if names := listed(x for x in targets if x not in held):
             lacks.append(f"step {step} lacks {names}")
@@ -449,11 +433,8 @@ def evaluate_steps(
     With "mean" the similarities of a target's prompts are averaged, and the ranking is judged by
     the mean scores. With "each" every prompt is judged by the scores of its own sample (their means
     over seeds), and the measures are averaged. ``steps`` are as `find_steps` gives them,
-    ``sources`` the best prompts by task and sample. As `evaluate`, with a column ``step``.
-
-    Raises:
-        ValueError: prompts of several backbones or lengths, with NaN, or all zeros; with "each" a
-            sample of which a source has no score.
+    ``sources`` the best prompts by task and sample. As `evaluate`, with a column ``step``; errors
+    as `load_prompts`, and with "each" for a sample of which a source has no score.
     """
     steps = steps.assign(prompt=[x.where for x in steps["found"]])
     own = {(x.prompt, x.sample): x.found for x in steps.itertuples()}

@@ -72,6 +72,14 @@ def selection_sections(
     if steps is not None:
         level = found.loc[found["ranking"] == "random", "nDCG"].mean()
         yield _steps_section(steps, level, looks)
+    yield _similarities_section(transfer, rankings, found)
+    if prompts:
+        yield from _token_section(transfer, prompts)
+
+
+def _similarities_section(
+    transfer: pd.DataFrame, rankings: pd.DataFrame, found: pd.DataFrame
+) -> Section:
     pairs = transfer[["target", "source"]].drop_duplicates()
     known = pairs.merge(rankings)[["ranking", "target", "source", "similarity"]]
     figures = {}
@@ -81,9 +89,7 @@ def selection_sections(
             figures[f"similarity-{file_name(name)}"] = plots.heatmap(grid, f"similarity, {name}")
     shown = _grid(found, "target", "ranking", "first").reset_index()
     legend = "The first source of each ranking."
-    yield Section("similarities", "Similarities", legend, known, shown, figures)
-    if prompts:
-        yield from _token_section(transfer, prompts)
+    return Section("similarities", "Similarities", legend, known, shown, figures)
 
 
 def mean_measures(
@@ -200,8 +206,7 @@ def _steps_section(steps: pd.DataFrame, level: float, looks: plots.Looks) -> Sec
         "nDCG in percent of the rankings by the target prompts of each step, mean over targets; "
         f"dashed: random, {level:.2f}. The file has a row for each target."
     )
-    shown = shown.reset_index()
-    title = "Rankings over the steps of the target prompts"
+    title, shown = "Rankings over the steps of the target prompts", shown.reset_index()
     return Section("steps", title, legend, steps, shown, {"steps-ndcg": figure})
 
 

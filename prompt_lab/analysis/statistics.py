@@ -1,7 +1,6 @@
 """Statistics of tables: t-tests, Holm's correction, bootstrap, Mantel's test, PCA and t-SNE.
 
-Numbers in, numbers out: what cannot be said is NaN. SciPy makes the tests. Left out: tests that do
-not assume normal scores.
+Numbers in, numbers out: what cannot be said is NaN. SciPy makes the tests.
 """
 
 from __future__ import annotations
@@ -26,12 +25,9 @@ Floats = NDArray[np.float64]
 def t_test(one: ArrayLike, other: ArrayLike, paired: bool) -> dict[str, float]:
     """Two-sided t-test of the scores of ``one`` against ``other``: Student's of pairs, or Welch's.
 
-    Values that are not finite are left out, in a paired test with their partners. Without two
-    values a side, or without any spread, there is no test.
-
-    Returns:
-        ``n`` and ``n_other`` (values that count), ``difference`` of the means with its 95 %
-        interval ``low`` to ``high``, ``t``, ``df`` and ``p`` (not corrected); NaN where unknown.
+    Values that are not finite are left out, in a paired test with their partners. Gives ``n`` and
+    ``n_other`` (values that count), ``difference`` of the means with its 95 % interval ``low`` to
+    ``high``, ``t``, ``df`` and ``p`` (not corrected); NaN without two values a side or any spread.
     """
     from scipy.stats import ttest_ind, ttest_rel
 
@@ -39,7 +35,7 @@ def t_test(one: ArrayLike, other: ArrayLike, paired: bool) -> dict[str, float]:
     if paired:
         whole = np.isfinite(a) & np.isfinite(b)
         a, b = a[whole], b[whole]
-    a, b = a[np.isfinite(a)], b[np.isfinite(b)]
+    a, b = _finite(a), _finite(b)
     difference = float(a.mean() - b.mean()) if len(a) and len(b) else np.nan
     found = {"n": len(a), "n_other": len(b), "difference": difference}
     nothing = dict.fromkeys(("low", "high", "t", "df", "p"), np.nan)
@@ -88,12 +84,10 @@ def bootstrap(
     if not pairs or (len(pairs) == 1 and len(pairs[0][0]) < 2):
         return np.nan, np.nan
     draw = np.random.default_rng(seed)
-    means = np.stack(
-        [_means(draw, x, resamples) / _means(draw, y, resamples) for x, y in pairs], axis=1
-    )
+    means = [_means(draw, x, resamples) / _means(draw, y, resamples) for x, y in pairs]
     tasks = draw.integers(len(pairs), size=(resamples, len(pairs)))
     places = draw.integers(resamples, size=(resamples, len(pairs)))
-    drawn = means[places, tasks]
+    drawn = np.stack(means)[tasks, places]
     drawn = drawn[np.isfinite(drawn).all(axis=1)].mean(axis=1)
     low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (np.nan, np.nan)
     return float(low), float(high)
@@ -105,7 +99,6 @@ def _finite(values: ArrayLike) -> Floats:
 
 
 def _means(draw: np.random.Generator, values: Floats, resamples: int) -> Floats:
-    """Means of resamples of some values."""
     places = draw.integers(len(values), size=(resamples, len(values)))
     with np.errstate(divide="ignore", invalid="ignore"):
         return values[places].mean(axis=1)
@@ -140,12 +133,11 @@ def mantel(
     if size < 3 or cells < 3 or np.isnan(own := rho(range(size))):
         return found
     if math.factorial(size) - 1 <= permutations:
-        made = [
-            rho(order) for order in itertools.islice(itertools.permutations(range(size)), 1, None)
-        ]
+        orders = itertools.islice(itertools.permutations(range(size)), 1, None)
     else:
         draw = np.random.default_rng(seed)
-        made = [rho(draw.permutation(size)) for _ in range(permutations)]
+        orders = (draw.permutation(size) for _ in range(permutations))
+    made = [rho(order) for order in orders]
     beyond = (np.abs(np.nan_to_num(made)) >= abs(own) - ROUNDING).sum()
     p = float(beyond + 1) / (len(made) + 1)
     return found | {"rho": own, "p": p, "permutations": len(made)}

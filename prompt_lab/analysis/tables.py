@@ -68,11 +68,7 @@ _CELL = ["line", *AXES, "expression", "task", "sample", *SEEDS]
 
 
 def find_results(place: str | Path) -> list[Path]:
-    """The ``results.csv`` files of a folder and of those in it, or the file itself.
-
-    Raises:
-        FileNotFoundError: no such place, or no result file in it.
-    """
+    """The ``results.csv`` files in a folder, or the file itself; ``FileNotFoundError`` for none."""
     place = Path(place)
     if not place.exists():
         raise FileNotFoundError(f"no file or folder {place}: name the run_dir of a fit")
@@ -95,8 +91,7 @@ def read_text(file: str | Path, what: str, **how: Any) -> pd.DataFrame:
 def read_results(file: str | Path) -> pd.DataFrame:
     """One ``results.csv``: names and seeds as text, numbers as numbers; a column ``folder``.
 
-    Raises:
-        ValueError: no such table, one of another version, or a cell that is no number.
+    A ``ValueError`` for another table, another version, or a cell that is no number.
     """
     frame = read_text(file, "results.csv of prompt-lab")
     if not {"fit_id", "test"} <= {*frame}:
@@ -124,13 +119,10 @@ def read_lines(places: Mapping[str, str | Path]) -> pd.DataFrame:
     """All runs of the named folders or files: ``read_results`` with ``line`` and ``label``.
 
     ``label`` names a point in words: the line, and those of its axes that have several values;
-    ``name`` does so without K, and ``family`` without the intrinsic dimension.
-    Runs that stand in two files of a line with the same scores are taken once, as are the
-    baselines that need no method where all lines agree about them; ``attrs["twice"]`` counts both.
-
-    Raises:
-        FileNotFoundError: as `find_results`.
-        ValueError: as `read_results`; no runs; or what differs within a line, naming the folders.
+    ``name`` does so without K, and ``family`` without the intrinsic dimension. Runs that stand in
+    two files of a line with the same scores are taken once, as are the baselines that need no
+    method where all lines agree about them; ``attrs["twice"]`` counts both. Errors are those of
+    `find_results` and `read_results`, and a ``ValueError`` for no runs or what differs in a line.
     """
     frames = [
         read_results(file).assign(line=line)
@@ -155,7 +147,6 @@ def read_lines(places: Mapping[str, str | Path]) -> pd.DataFrame:
 
 
 def _refuse_mixtures(runs: pd.DataFrame) -> None:
-    """Stop where the runs of a line differ in a column or flag that is no axis."""
     own = runs[~runs["variant"].isin(SHARED)]
     table = own.join(flags := flag_table(own))
     facts = {x: ["line"] for x in _PER_LINE} | {x: ["line", "task"] for x in _PER_TASK}
@@ -244,7 +235,6 @@ def _labels(runs: pd.DataFrame, without: str) -> pd.Series:
 
 
 def _told(point: pd.Series, telling: set[str]) -> Iterator[str]:
-    """A point in words, by the axes in which it may differ from others."""
     if "variant" in telling and point["variant"] != "tuned":
         yield point["variant"].replace("_", " ")
     if "stage" in telling:
@@ -258,7 +248,6 @@ def _told(point: pd.Series, telling: set[str]) -> Iterator[str]:
 
 
 def _in_order(runs: pd.DataFrame) -> pd.DataFrame:
-    """Lines as named, their points, then tasks by group and name."""
     order = runs[["order", "variant", "stage", "start", "start_of"]].assign(
         dim=runs["intrinsic_dim"].fillna(0),
         shots=runs["shots"].map(shots_rank),
@@ -310,9 +299,8 @@ def chosen_runs(runs: pd.DataFrame) -> pd.DataFrame:
 def task_scores(runs: pd.DataFrame) -> pd.DataFrame:
     """A row for each point and task: mean over seeds, then samples, of the chosen test scores.
 
-    Returns:
-        Columns `POINT`, `TASK`, ``score``, ``std`` (ddof 1 over the chosen runs), ``scored``
-        (chosen runs with a score), ``failed`` (of the chosen) and ``runs`` (all, counted out).
+    Columns `POINT`, `TASK`, ``score``, ``std`` (ddof 1 over the chosen runs), ``scored`` (chosen
+    runs with a score), ``failed`` (of the chosen) and ``runs`` (all, counted out).
     """
     by, how = [*POINT, *TASK], {"dropna": False, "sort": False}
     chosen = chosen_runs(runs)
@@ -352,10 +340,8 @@ def relate(scores: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Every task's score beside that of a reference: ``ratio`` is what E_rel is the mean of.
 
     A task is left out, and ``left_out`` says why, where its score or its reference is missing, and
-    where its reference is zero or negative, for which a ratio says nothing.
-
-    Raises:
-        ValueError: no such line, or several of its points have a score of one task and K.
+    where its reference is zero or negative, for which a ratio says nothing. A ``ValueError`` for no
+    such line, or several of its points with a score of one task and K.
     """
     base = scores[(scores["line"] == reference) & is_method(scores)]
     if base.empty:

@@ -1,8 +1,7 @@
 """Sections of task prompt vectors: on other initial prompts, sums of two, other sums, cosines.
 
 The tables of Belanec et al. 2024 (arXiv 2408.01119): table 1, figure 4, their future work, and
-figures 2 and 3. The code of the paper averages vectors into the entries between tasks of the
-prompts' figure (2) too; here that is made of prompts, and the vectors' of vectors.
+figures 2 and 3; between tasks the code of the paper averages vectors into figure 2 of prompts too.
 """
 
 from __future__ import annotations

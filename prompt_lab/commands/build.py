@@ -1,15 +1,14 @@
 """The command ``prompt-lab tasks build``: the few-shot files of many tasks, several at a time.
 
-Tasks are downloaded and built side by side in threads, each on its own: one that fails is reported
-at the end and the others are kept. A second run finds what is finished and makes the rest. How the
-files of one task are made stands in `prompt_lab.data.build`.
+Tasks are built side by side in threads, each by `prompt_lab.data.build`: one that fails is reported
+at the end and the others are kept. A second run finds what is finished and makes the rest.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
@@ -64,7 +63,6 @@ def build_tasks(
         task_file: YAML file with rows for your own tasks.
     """
     from datasets import disable_progress_bars
-    from tqdm import tqdm
 
     from prompt_lab.data.build import build_task
     from prompt_lab.data.partitions import expand_sets
@@ -85,7 +83,7 @@ def build_tasks(
             f"samples and apart_from both name {', '.join(map(str, both))}: a sample is not apart "
             "from itself"
         )
-    sizes: list[Shots | None] = [None] if shots is None else [_shots(text) for text in shots]
+    sizes: list[Shots | None] = [None] if shots is None else [read_shots(text) for text in shots]
     _make_writable(Path(out))
     disable_progress_bars()  # one bar for the tasks; downloads keep theirs
     build = partial(
@@ -98,44 +96,54 @@ def build_tasks(
         overwrite=overwrite,
         has_lines=lines,
     )
+    done, failed = _build_all(chosen, sizes, build, workers)
+    _report(done, failed, out)
+    return int(bool(failed))
+
+
+def _build_all(
+    tasks: Sequence[Task],
+    sizes: Sequence[Shots | None],
+    build: Callable[..., Built],
+    workers: int,
+) -> tuple[list[Built], list[str]]:
+    """Build every task for every K, several tasks at a time; what was made, and what failed why."""
+    from tqdm import tqdm
+
     done: list[Built] = []
-    failed: list[str] = []
+    failed: dict[str, None] = {}
 
     def build_sizes(task: Task) -> str:
-        """Build one task for every K; its name."""
         for size in sizes:
             try:
                 done.append(build(task, shots=size))
             except (ValueError, OSError) as error:
                 text = " ".join(str(error).split())
-                failed.append(text if text.startswith(task.name) else f"{task.name}: {text}")
+                failed[text if text.startswith(task.name) else f"{task.name}: {text}"] = None
         return task.name
 
     with (
         ThreadPoolExecutor(workers) as pool,
-        tqdm(total=len(chosen), unit="task", disable=None) as bar,
+        tqdm(total=len(tasks), unit="task", disable=None) as bar,
     ):
         try:
-            for job in as_completed([pool.submit(build_sizes, task) for task in chosen]):
+            for job in as_completed([pool.submit(build_sizes, task) for task in tasks]):
                 bar.set_postfix_str(job.result())
                 bar.update()
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             print(
-                f"interrupted; {len({built.task for built in done})} of {len(chosen)} tasks are "
+                f"interrupted; {len({built.task for built in done})} of {len(tasks)} tasks are "
                 "finished, run the command again for the rest",
                 file=sys.stderr,
             )
             os._exit(INTERRUPTED)  # threads in a download would hold the process
-    _report(done, list(dict.fromkeys(failed)), out)
-    return int(bool(failed))
+    return done, list(failed)
 
 
 def _report(done: Sequence[Built], failed: Sequence[str], out: str) -> None:
-    """Print a line for each task that has something to say, and the sums."""
     for built in done:
-        other = [name for name, same in built.published.items() if not same]
-        if other:
+        if other := [name for name, same in built.published.items() if not same]:
             print(
                 f"note: {built.task}: {len(other)} of {len(built.published)} files are not those "
                 f"that CrossFit published ({other[0]} ...)"
@@ -144,14 +152,12 @@ def _report(done: Sequence[Built], failed: Sequence[str], out: str) -> None:
             print(f"note: {built.task}, K = {built.shots}: {note}")
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
-    files = sum(len(built.files) for built in done)
-    fresh = sum(built.is_new for built in done)
-    same = [match for built in done for match in built.published.values()]
+    files, fresh = sum(len(built.files) for built in done), sum(built.is_new for built in done)
     print(
         f"{len({built.task for built in done})} tasks, {files} files in {out}: {fresh} sets built "
         f"now, {len(done) - fresh} there before and kept (a set is a task and a K)"
     )
-    if same:
+    if same := [match for built in done for match in built.published.values()]:
         print(f"{sum(same)} of {len(same)} digests that CrossFit published agree")
     if failed:
         tasks = {line.partition(":")[0] for line in failed}
@@ -171,7 +177,8 @@ def _make_writable(out: Path) -> None:
         raise OSError(f"cannot write to {out}: {error.strerror}; give another out") from None
 
 
-def _shots(text: str) -> Shots:
+def read_shots(text: str) -> Shots:
+    """K as a flag gives it; a ``ValueError`` for what is neither a number above 0 nor all."""
     if text != "all" and not (text.isdecimal() and int(text)):
         raise ValueError(f"shots has {text!r}; allowed: a whole number above 0, or all")
     return "all" if text == "all" else int(text)

@@ -74,10 +74,9 @@ class FitReport(Callback):
       each row once, however many passes a method makes over it; processes of a job sum theirs.
     - Steps and tokens per second are over the time from the first step to the last, evaluations
       left out; making batches and writing checkpoints is in it.
-    - Runs per second are over the whole fit but loading backbone and data. A fit that was resumed
-      has none, as methods that train something else than runs.
-    - Memory is what tensors took on a GPU, else the peak resident size of the process, libraries
-      included; of several processes, that of the largest.
+    - Runs per second are over the whole fit but loading backbone and data; none if it was resumed.
+    - Memory is what tensors took on a GPU, else the peak resident size of the process; of several
+      processes, that of the largest.
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -123,12 +122,10 @@ class FitReport(Callback):
         self.training = time.monotonic() - self.train_started - evaluating
         is_bank = "runs_alive" in trainer.callback_metrics
         self.runs = len(pl_module.all_runs) if is_bank else 0
-        if self.on_gpu:
-            self.memory = torch.cuda.max_memory_allocated(pl_module.device)
-        else:
-            self.memory = _resident_memory()
+        on_gpu, device = self.on_gpu, pl_module.device
+        self.memory = torch.cuda.max_memory_allocated(device) if on_gpu else _resident_memory()
         if trainer.world_size > 1:
-            both = torch.tensor([self.tokens, self.memory], device=pl_module.device).double()
+            both = torch.tensor([self.tokens, self.memory], device=device).double()
             reduce = trainer.strategy.reduce
             self.tokens = int(reduce(both.clone(), reduce_op="sum")[0])
             self.memory = int(reduce(both, reduce_op="max")[1])
@@ -137,7 +134,7 @@ class FitReport(Callback):
         """Print the line and log the figures."""
         if not trainer.is_global_zero or not self.steps:
             return
-        seconds = time.monotonic() - self.started
+        seconds, whole = time.monotonic() - self.started, ""
         rates = {
             "steps_per_second": self.steps / self.training,
             "tokens_per_second": self.tokens / self.training,
@@ -147,8 +144,8 @@ class FitReport(Callback):
         start = f"from step {self.first_step} " if self.first_step else ""
         if self.runs and not self.first_step:
             rates["runs_per_second"] = self.runs / seconds
+            whole = f", {_short(rates['runs_per_second'])} runs/s"
         said = {name: _short(rate) for name, rate in rates.items()}
-        whole = f", {said['runs_per_second']} runs/s" if "runs_per_second" in said else ""
         self.figures = {f"fit/{name}": rate for name, rate in rates.items()}
         print(
             f"trained {what}{start}in {_short(seconds)} s{whole}: {self.steps} steps in "
@@ -212,7 +209,6 @@ def _wait(device: torch.device) -> None:
 
 
 def _resident_memory() -> int:
-    """Most bytes that the process had; 0 where nothing tells."""
     try:
         import resource
     except ImportError:  # Windows

@@ -1,15 +1,9 @@
 """The commands ``fit``, ``validate`` and ``test``: LightningCLI with the traps taken out.
 
-Flags and files are LightningCLI's; what is different: everything of a run lands in ``--run_dir``;
-a used folder is refused without ``--resume`` or ``--overwrite``; one process at a time has it;
-checkpoints are written whole or not at all; a checkpoint never overrides flags and is never
-unpickled; the saved config never aborts a second run; ``--dry_run`` shows the grid; errors are
-sentences.
-
-``model.class_path`` is one of the methods here or another subclass of ``PromptMethod``; ``data`` is
-always the package's. Callbacks, loggers, plugins and what else Lightning lets a config name may be
-any class of the right kind that can be imported: a config is to be read before it is run, like a
-program.
+Everything of a run lands in ``--run_dir``; a used folder is refused without ``--resume`` or
+``--overwrite``, and one process at a time has it. Checkpoints are written whole or not at all,
+never override flags and are never unpickled. Errors are sentences. A config may name any class that
+can be imported, as Lightning lets it: it is to be read before it is run, like a program.
 """
 
 from __future__ import annotations
@@ -103,8 +97,7 @@ OUTPUTS += tuple(
 class AtomicCheckpoints(TorchCheckpointIO):
     """Writes checkpoints whole or not at all, and reads nothing but tensors and plain values.
 
-    Lightning moves them from the folder for temporary files. From another disk that is a copy into
-    place, of which a killed process leaves a part.
+    Lightning copies them from the folder for temporary files; a killed process leaves a part.
     """
 
     def save_checkpoint(
@@ -211,11 +204,9 @@ class PromptLabCLI(LightningCLI):
 
     @property
     def _settings(self) -> Any:
-        """The settings of the command."""
         return self.config[self.config.subcommand]
 
     def _dumped(self) -> dict[str, Any]:
-        """The same as plain values."""
         dumped = self.parser.dump(self.config, skip_unset=False)
         return yaml.safe_load(dumped)[self.config.subcommand]
 
@@ -240,23 +231,20 @@ class PromptLabCLI(LightningCLI):
             raise ValueError(f"{path} is not the checkpoint of a fit: leave --ckpt_path out")
         settings = saved["hyper_parameters"].items()
         old = flag_names({k: v for k, v in settings if not k.startswith("_")})
-        new = flag_names(self._dumped()["model"]["init_args"])
-        changed = [f"{k} {old[k]!r} -> {new[k]!r}" for k in old if k in new and old[k] != new[k]]
+        new = old | flag_names(self._dumped()["model"]["init_args"])
+        changed = [f"{k} {old[k]!r} -> {new[k]!r}" for k in old if old[k] != new[k]]
         if changed and rank_zero_only.rank == 0:
             print(f"the checkpoint had other settings: {', '.join(changed)}", file=sys.stderr)
 
     def _resume(self, config: Any) -> None:
-        """Go on from the last checkpoint of ``run_dir``, if there is one and it is of this fit.
-
-        A larger ``trainer.max_steps`` is allowed; all other settings must be those of the fit.
-        """
+        """Go on from the last checkpoint of ``run_dir``, if there is one and it is of this fit."""
         if config.run_dir is None or config.get("ckpt_path") or config.overwrite:
             raise ValueError(
                 "--resume goes on with the fit in --run_dir: give that, and neither --ckpt_path "
                 "nor --overwrite"
             )
         run_dir = Path(config.run_dir)
-        last, known = run_dir / "checkpoints" / "last.ckpt", run_dir / "config-fit.yaml"
+        last, known = run_dir / "checkpoints/last.ckpt", run_dir / "config-fit.yaml"
         record = run_dir / FIT_RECORD
         if last.is_file():
             config.ckpt_path = str(last)
@@ -374,17 +362,11 @@ class ParseOnly(PromptLabCLI):
             self._made.update(vars(self))
         vars(self).update(self._made)
 
-    def _parse_ckpt_path(self) -> None: ...
+    def _nothing(self, *args: Any, **settings: Any) -> None:
+        """Do nothing."""
 
-    def _set_seed(self) -> None: ...
-
-    def before_instantiate_classes(self) -> None:
-        """Nothing."""
-
-    def instantiate_classes(self) -> None:
-        """Nothing."""
-
-    def _run_subcommand(self, subcommand: str) -> None: ...
+    _parse_ckpt_path = _set_seed = before_instantiate_classes = _nothing
+    instantiate_classes = _run_subcommand = _nothing
 
 
 def run(args: list[str] | None = None) -> int:
@@ -427,7 +409,6 @@ def _new_run_dir() -> str:
 
 
 def _of_fit(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a fit must be resumed with, by flag."""
     trainer = {name: settings["trainer"].get(name) for name in TRAINER_SETTINGS}
     kept = {"model": settings["model"], "data": settings["data"], "trainer": trainer}
     return flag_names({**kept, "seed_everything": settings.get("seed_everything")})
@@ -454,7 +435,7 @@ def _clear(run_dir: Path, checkpoint: str | None, allowed: bool) -> None:
 
 
 def _given(words: list[str], subcommand: str) -> list[tuple[str, Any]]:
-    """The settings that files and flags give, in their order, by the names of their flags."""
+    """The settings that files and flags give, by the names of their flags."""
     given: list[tuple[str, Any]] = []
     for word, following in zip(words, [*words[1:], ""], strict=True):
         name, equals, value = word.partition("=")
@@ -482,22 +463,22 @@ def _dropped(given: list[tuple[str, Any]], config: dict[str, Any]) -> list[str]:
     """
     settings, last = flag_names(config), dict(given)
     nulled = tuple(f"{name}." for name, value in last.items() if value is None)
+
+    def is_lost(name: str) -> bool:
+        is_group = any(other.startswith(f"{name}.") for other in settings)
+        if is_group or name.startswith(nulled):
+            return False
+        new, old = settings.get(name, ...), last[name]
+        return new != old and str(new) != str(old)
+
     lines = []
     for key, kind in settings.items():
         own = [name for name, _ in given if name == key or name.startswith(f"{key}.")]
         classes = [str(value).rpartition(".")[2] for name, value in given if name == key]
         if key == "model" and own[:1] != [key]:  # the default had settings already
             classes.insert(0, "PromptTuning")
-        lost = []
-        for name in dict.fromkeys(own):
-            is_group = any(other.startswith(f"{name}.") for other in settings)
-            is_kept = is_group or (
-                name in settings
-                and (settings[name] == last[name] or str(settings[name]) == str(last[name]))
-            )
-            if name != key and not name.startswith(nulled) and not is_kept:
-                lost.append(name.removeprefix(f"{key}."))
         others = [name for name in classes if name != kind]
+        lost = [x.removeprefix(f"{key}.") for x in dict.fromkeys(own) if x != key and is_lost(x)]
         if others and lost:
             lines.append(f"{key} is {kind} instead of {others[-1]}: dropped {', '.join(lost)}")
     return lines
@@ -506,13 +487,9 @@ def _dropped(given: list[tuple[str, Any]], config: dict[str, Any]) -> list[str]:
 def _quieten() -> None:
     """Silence what Lightning and transformers print that says nothing about the run."""
     plain_warnings()
-
-    def says_something(record: logging.LogRecord) -> bool:
-        noise = r"💡|GPU available|TPU available|HPU available|`Trainer.fit` stopped: `max_"
-        return not re.match(noise, record.getMessage())
-
+    noise = re.compile(r"💡|[GTH]PU available|`Trainer.fit` stopped: `max_")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(says_something)
+        logging.getLogger(name).addFilter(lambda record: not noise.match(record.getMessage()))
     for pattern in (
         r"Found \d+ module\(s\) in eval mode",
         r".*LeafSpec.*",

@@ -112,10 +112,10 @@ def predict_command(
 
     numbers = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
     numbers |= {"max_input_length": max_input_length, "tokens_per_forward": tokens_per_forward}
-    check_at_least_one(**{k: number for k, number in numbers.items() if number is not None})
-    given: dict[str, Any] = {**numbers, "truncation_side": truncation_side, "template": template}
-    given |= {"system": system, "label_score": label_score}
-    given = {name: value for name, value in given.items() if value is not None}
+    words = {"truncation_side": truncation_side, "template": template, "system": system}
+    words |= {"label_score": label_score}
+    given: dict[str, Any] = {k: v for k, v in (numbers | words).items() if v is not None}
+    check_at_least_one(**{name: given[name] for name in numbers if name in given})
     if labels is not None:
         labels = tidy_labels(labels)
         if decoding == "generate":
@@ -132,11 +132,10 @@ def predict_command(
     if len({*names}) < len(names):  # then they are told apart by their places
         names = [one.where for one in found]
     ways = _ways(found, labels, decoding, given)
-    has_gpu = torch.cuda.is_available()
-    if device == "cuda" and not has_gpu:
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    if (device, best) == ("cuda", "cpu"):
         raise ValueError("device is cuda, but there is no GPU that torch can use: use cpu or auto")
-    if device == "auto":
-        device = "cuda" if has_gpu else "cpu"
+    device = best if device == "auto" else device
     model = Backbone.load(backbone or _common_backbone(names, found), dtype).to(device)
     bank = [one.load(model).prompt for one in found]
     as_json = format == "jsonl" or (format == "auto" and (out or "").endswith(".jsonl"))
@@ -158,7 +157,6 @@ def predict_command(
 
 
 def _check_input(given: str | None) -> Path | None:
-    """The file of the inputs, None for standard input."""
     if given is None and sys.stdin.isatty():
         raise ValueError("no input: name a file with --input, or pipe lines in")
     if given is None or given == "-":
@@ -174,11 +172,9 @@ def _check_input(given: str | None) -> Path | None:
 def read_lines(raw: Iterable[bytes], path: Path | None = None) -> Iterator[Line]:
     r"""The inputs of a file or stream whose lines end in ``\n`` or ``\r\n``.
 
-    They are bytes, JSON objects if ``path`` ends with .jsonl; without it from standard input.
-
-    Raises:
-        ValueError: a line that is not UTF-8, has a tab (text) or is not an object with the text
-            "input" (jsonl); naming file, line and reason.
+    They are bytes, JSON objects if ``path`` ends with .jsonl; without it from standard input. A
+    ``ValueError`` for a line that is not UTF-8, has a tab (text) or is no object with the text
+    "input" (jsonl).
     """
     is_json = path is not None and path.suffix == ".jsonl"
     for number, data in enumerate(raw, 1):
@@ -199,7 +195,6 @@ def read_lines(raw: Iterable[bytes], path: Path | None = None) -> Iterator[Line]
 
 
 def _fields(text: str) -> dict[str, Any]:
-    """The fields of a line of JSON."""
     try:
         fields = json.loads(text) if text.strip() else {"input": ""}
     except json.JSONDecodeError as error:
@@ -239,8 +234,7 @@ def _ways(
         ways.append((list(choice) if choice else None, own))
         if task and known is None and not row.get("decoding"):
             unknown.add(task)
-    frames = {(own["template"], own["system"]) for _, own in ways}
-    if len(frames) > 1:
+    if len({(own["template"], own["system"]) for _, own in ways}) > 1:
         print(
             "the prompts were trained with different templates or system texts, and each answers "
             "with its own: give --template, and --system for a chat, to answer with one",
@@ -278,10 +272,11 @@ def _answers(
 ) -> list[list[Answer]]:
     """For every text its R answers; prompts that answer in one way do so together."""
     answers: list[list[Answer]] = [[(None, None)] * len(bank) for _ in texts]
-    for at, (labels, own) in enumerate(ways):
-        if (labels, own) in ways[:at] or not texts:
+    for at, way in enumerate(ways if texts else ()):
+        if way in ways[:at]:
             continue
-        places = [place for place, way in enumerate(ways) if way == (labels, own)]
+        labels, own = way
+        places = [place for place, other in enumerate(ways) if other == way]
         prompts = [bank[place] for place in places]
         if labels is not None and with_scores:
             own = {k: v for k, v in own.items() if k not in ("max_new_tokens", "num_beams")}
@@ -297,7 +292,6 @@ def _answers(
 
 
 def _best(labels: Sequence[str], scores: Sequence[float]) -> Answer:
-    """The label of highest score, with all scores."""
     told = [round(score, 6) if math.isfinite(score) else None for score in scores]
     return labels[scores.index(max(scores))], dict(zip(labels, told, strict=True))
 
@@ -314,5 +308,6 @@ def _written(
             continue
         for name, (text, scores) in zip(names, answers, strict=True):
             row = {**fields, "prompt": name, "prediction": text}
-            row |= {"scores": scores} if scores else {}
+            if scores:
+                row["scores"] = scores
             yield json.dumps(row, ensure_ascii=False) + "\n"

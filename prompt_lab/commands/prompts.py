@@ -3,9 +3,7 @@
 ``vectors apply`` makes sums of task prompt vectors (Belanec et al. 2024, arXiv 2408.01119), ``mix``
 a start for a target task from source prompts (SPoT, Vu et al. 2022, arXiv 2110.07904, section 3).
 Everything is checked before the first file is written, and nothing that is there is overwritten.
-Prompts combine by the digests in their files; ``import`` alone loads a backbone, to write its
-digests down. Files from elsewhere do not say for which weights they were made: their width is
-checked, no more.
+Prompts combine by the digests in their files; ``import`` alone loads a backbone, to note these.
 """
 
 from __future__ import annotations
@@ -81,9 +79,8 @@ def export_prompts(
         )
     for name in chosen:
         known[name].check_answers_alone()
-    prompts = [replace(known[name].load(), name=name) for name in chosen]
-    if backbone is not None:
-        prompts = [replace(prompt, backbone=backbone) for prompt in prompts]
+    told = {} if backbone is None else {"backbone": backbone}
+    prompts = [replace(known[name].load(), name=name, **told) for name in chosen]
     targets = _targets(out, list(chosen), single, as_tensor=format == "tensor")
     if format == "tensor":
         for prompt, target in zip(prompts, targets, strict=True):
@@ -103,7 +100,6 @@ def export_prompts(
 
 
 def _targets(out: str, names: Sequence[str], single: bool, as_tensor: bool) -> list[Path]:
-    """Where the prompts of these names go; a ``ValueError`` where something is."""
     folder, is_file = Path(out), out.endswith(".safetensors")
     if is_file and not (single and as_tensor):
         raise ValueError(f"{out}: give a folder; only a single prompt as a tensor becomes a file")
@@ -157,8 +153,9 @@ def import_prompts(
     name = name or (target.stem if is_file else prompt.name)
     prompt = replace(prompt, name=name, task=task or prompt.task)
     if template is not None or system is not None:
-        check_template(template or prompt.template, system)
-        prompt = replace(prompt, template=template or prompt.template, system=system)
+        frame = {"template": template or prompt.template, "system": system}
+        check_template(**frame)
+        prompt = replace(prompt, **frame)
     path = target if is_file else PromptStore(target).path(name)
     if path.exists():
         raise ValueError(f"{path} is there and is not overwritten: choose another name")
@@ -173,7 +170,6 @@ def import_prompts(
 
 
 def _from_elsewhere(source: str, task_index: int | None) -> Prompt:
-    """The prompt of a PEFT folder, of which it may be one of several, or of a file."""
     from prompt_lab.files.peft import is_peft, load_peft, read_prompt
 
     place = Path(source)
@@ -190,7 +186,6 @@ def _from_elsewhere(source: str, task_index: int | None) -> Prompt:
 
 
 def _of_backbone(prompt: Prompt, name: str, source: str) -> Prompt:
-    """The prompt, checked against a backbone and with its digests."""
     from prompt_lab.core.backbone import Backbone
 
     if not name:
@@ -203,7 +198,6 @@ def _of_backbone(prompt: Prompt, name: str, source: str) -> Prompt:
 
 
 def _model_facts(name: str) -> tuple[int, Literal["SEQ_2_SEQ_LM", "CAUSAL_LM"], int, int]:
-    """Width, kind for PEFT, layers and heads of a backbone, by its config."""
     from transformers import AutoConfig
 
     from prompt_lab.sandbox import ASSETS, SANDBOX
@@ -373,15 +367,15 @@ def _warn_of_vectors(vectors: Sequence[FoundPrompt]) -> None:
 def _answers(task: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """How a sum answers: as the task's own prompt, or where all prompts agree.
 
-    A task that has no part in the sum has its own labels and metric, which are not known here; its
-    name stands in front of inputs where all prompts had theirs there.
+    Labels and metric of a task that has no part in the sum are not known here.
     """
     own = [prompt for prompt in prompts if prompt.task == task] or prompts
     names = ANSWERS if own is prompts and task else (*ANSWERS, *OF_TASK)
     values = {name: [getattr(prompt, name) for prompt in own] for name in names}
     agreed = {name: found[0] for name, found in values.items() if found.count(found[0]) == len(own)}
     if not {"template", "system"} <= {*agreed}:  # half a frame is none
-        agreed = {k: v for k, v in agreed.items() if k not in ("template", "system")}
+        agreed.pop("template", None)
+        agreed.pop("system", None)
     return {**agreed, "task_prefix": bool(task) and all(prompt.task_prefix for prompt in own)}
 
 
@@ -447,7 +441,6 @@ def mix_prompts(
 
 
 def _place(known: dict[str, Any]) -> tuple[str, int, int]:
-    """Task, sample and seed of a prompt; -1 for a number that its file does not say."""
     sample, seed = (known.get(name) for name in ("sample", "init_seed"))
     return known.get("task") or "", -1 if sample is None else sample, -1 if seed is None else seed
 
@@ -457,7 +450,6 @@ def _place_of_task(known: dict[str, Any]) -> tuple[str, int, int] | None:
 
 
 def _weights(target: FoundPrompt, sources: dict[str, FoundPrompt]) -> dict[str, float]:
-    """How alike each source prompt is to the target, over their sum."""
     import torch
 
     from prompt_lab.core.attention_mixture import similarity_weights

@@ -48,7 +48,6 @@ def report_command(
 
 
 def _places(words: list[str]) -> dict[str, Path]:
-    """The folders by the names of their lines."""
     places: dict[str, Path] = {}
     for word in words:
         name, sign, folder = word.partition("=")

@@ -1,8 +1,7 @@
 """The commands ``prompt-lab select`` and ``select evaluate``: which source tasks to learn from.
 
 Rankings by tuned prompts and measures of rankings are in `prompt_lab.analysis.selection`, rankings
-that need no prompts in `prompt_lab.analysis.data_rankings`. No model is loaded but a sentence
-encoder.
+that need no prompts in `prompt_lab.analysis.data_rankings`.
 """
 
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportReturnType=false
@@ -13,7 +12,7 @@ from __future__ import annotations
 import math
 import random
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -83,8 +82,10 @@ def select_command(
     Raises:
         FileNotFoundError, ValueError, IsADirectoryError: tasks or files that lack, in a sentence.
     """
+    import pandas as pd
     import yaml
 
+    from prompt_lab.analysis.data_rankings import rank_by_data
     from prompt_lab.analysis.selection import PROMPT_RANKINGS
 
     if out is not None and Path(out).is_dir():
@@ -109,20 +110,20 @@ def select_command(
         subspace = {"energy": energy, "rank": rank} if method == "subspace" else {}
         ranked, legend = _by_prompts(method, _loaded(files, wanted, names), subspace)
     else:
-        ranked, legend = _by_data(method, wanted, names, root, encoder, seed)
+        pairs = pd.MultiIndex.from_product([wanted, names], names=["target", "source"])
+        ranked = pairs.to_frame(index=False).assign(std=math.nan, count=1, same_sample=True)
+        ranked["similarity"], legend = rank_by_data(method, ranked, root, encoder, seed)
     means = ranked.groupby("source")["similarity"].agg(similarity="mean", std="std", count="size")
     means = _sorted(means.reset_index().assign(same_sample=True))
-    order = means["source"].tolist()
-    chosen = order[::-1] if choose == "lowest" else order
-    if choose == "random":
-        chosen = random.Random(seed).sample(sorted(order), number)
-    chosen = chosen[:number]
     print(f"{legend}\n")
     for target in wanted:
         print(f"{target}\n{_ranking_text(_sorted(ranked[ranked['target'] == target]))}\n")
     if len(wanted) > 1:
         print(f"mean over {len(wanted)} targets\n{_ranking_text(means, 'targets')}\n")
-    how = f"{choose} with seed {seed}" if choose == "random" else choose
+    order, how = means["source"].tolist(), choose
+    chosen = order[-number:][::-1] if choose == "lowest" else order[:number]
+    if choose == "random":
+        chosen, how = random.Random(seed).sample(sorted(order), number), f"random with seed {seed}"
     summary = f"{number} of {len(names)} source tasks, {how}, for {', '.join(wanted)}"
     print(summary)
     for task in chosen:
@@ -182,48 +183,30 @@ def evaluate_command(
     Raises:
         FileNotFoundError, ValueError, NotADirectoryError: what lacks or is wrong, in a sentence.
     """
-    import pandas as pd
-
     from prompt_lab.analysis import selection, selection_sections
-    from prompt_lab.analysis.data_rankings import rank_by_data
     from prompt_lab.analysis.sections import check_folder, write_report
 
     folder = None if out is None else check_folder(out)
     if steps and not prompts:
         raise ValueError("--steps needs prompts of the source tasks: give their stores: --prompts")
     table, notes = selection.read_transfer(transfer)
-    pairs = table[["target", "source"]].drop_duplicates()
     targets, sources = table["target"].unique().tolist(), table["source"].unique().tolist()
-    found = [pairs.assign(ranking="random", similarity=0.0)]
-    sizes = table.set_index("source")["size"].dropna().to_dict()
-    if sizes:
-        found.append(pairs.assign(ranking="size", similarity=pairs["source"].map(sizes)))
-    for method in ["size"] * bool(root and not sizes) + ["semb"] * bool(encoder):
-        values, _ = rank_by_data(method, pairs, root, encoder)
-        found.append(pairs.assign(ranking=method, similarity=values))
     files = best_prompts(prompts or [])
     untuned = [task for task in targets if steps and task not in {tuned for tuned, _ in files}]
     if prompts:
         _check_prompts("evaluate", [] if untuned else targets, sources, files, prompts)
-    if prompts and not untuned:
-        found.append(selection.prompt_rankings(*_loaded(files, targets, sources)))
-    for file in similarity or []:
-        name = Path(file).stem
-        if any(name in {*own["ranking"]} for own in found):
-            raise ValueError(f"{file}: there is a method {name} already; rename the file")
-        means = selection.read_table(file).groupby(["target", "source"])["score"].mean()
-        found.append(means.rename("similarity").reset_index().assign(ranking=name))
-    rankings = pd.concat(found, ignore_index=True)
+    tuned = files if prompts and not untuned else None
+    rankings = _rankings(table, tuned, similarity or (), root, encoder)
     judged, by_step, more = selection.evaluate(table, rankings, seeds), None, []
     if steps:
         saved, more = selection.find_steps(steps, targets)
         by_step = selection.evaluate_steps(table, saved, files, seeds)
-    count = table.groupby(["target", "source"]).size().max()
+    counts = table.groupby(["target", "source"]).size()
     how = {"mean": "their mean scores", "each": "each by itself, then averaged"}[seeds]
     print(
-        f"{len(pairs)} pairs of {len(sources)} sources and {len(targets)} targets"
-        f"{f', {count} seeds ({how})' if count > 1 else ''}; percent, mean ± standard deviation "
-        "over targets"
+        f"{len(counts)} pairs of {len(sources)} sources and {len(targets)} targets"
+        f"{f', {counts.max()} seeds ({how})' if counts.max() > 1 else ''}; percent, mean ± "
+        "standard deviation over targets"
     )
     print("".join(f"  {note}\n" for note in notes))
     shown = selection_sections.mean_measures(judged)[1].astype(str)
@@ -237,7 +220,6 @@ def evaluate_command(
         _tell_steps(selection_sections.mean_measures(by_step, ("step", "ranking"))[0], more)
     if folder is None:
         return []
-    tuned = files if prompts and not untuned else None
     sections = selection_sections.selection_sections(table, rankings, judged, by_step, tuned)
     return write_report([*sections], folder)
 
@@ -264,20 +246,18 @@ def _check_prompts(
 
 
 def _loaded(
-    files: dict[TaskSample, FoundPrompt], *sides: list[str]
+    files: dict[TaskSample, FoundPrompt], targets: Collection[str], sources: Collection[str]
 ) -> list[dict[TaskSample, Tensor]]:
-    """The prompts of targets and of sources."""
     from prompt_lab.analysis.selection import load_prompts
 
-    asked = {task for side in sides for task in side}
+    asked = {*targets, *sources}
     found = load_prompts({key: one for key, one in files.items() if key[0] in asked})
-    return [{key: x for key, x in found.items() if key[0] in side} for side in sides]
+    return [{key: x for key, x in found.items() if key[0] in side} for side in (targets, sources)]
 
 
 def _by_prompts(
     method: str, sides: list[dict[TaskSample, Tensor]], subspace: dict[str, Any]
 ) -> tuple[pd.DataFrame, str]:
-    """The pairs of targets and sources with their similarity, and how to read it."""
     import numpy as np
 
     from prompt_lab.analysis.selection import PROMPT_RANKINGS, rank_by_prompts
@@ -285,31 +265,46 @@ def _by_prompts(
 
     ranked, legend = rank_by_prompts(method, *sides, **subspace), PROMPT_RANKINGS[method][2]
     if subspace:
-        ours, theirs = (
-            [subspaces(prompt[None], **subspace)[0].shape for prompt in side.values()]
-            for side in sides
-        )
-        width, sizes = ours[0][0], sorted({size for _, size in (*ours, *theirs)})
-        largest = np.maximum.outer([size for _, size in ours], [size for _, size in theirs])
+        found = [[subspaces(x[None], **subspace)[0] for x in side.values()] for side in sides]
+        ours, theirs = ([basis.shape[1] for basis in side] for side in found)
+        width, sizes = len(found[0][0]), sorted({*ours, *theirs})
         legend += (
             f": {' to '.join(map(str, dict.fromkeys((sizes[0], sizes[-1]))))} of {width} "
             "dimensions; between random subspaces of these sizes about "
-            f"{math.sqrt(largest.mean() / width):.3f}"
+            f"{math.sqrt(np.maximum.outer(ours, theirs).mean() / width):.3f}"
         )
     return ranked, legend
 
 
-def _by_data(
-    method: str, targets: list[str], sources: list[str], root: str | None, *given: Any
-) -> tuple[pd.DataFrame, str]:
+def _rankings(
+    table: pd.DataFrame,
+    files: dict[TaskSample, FoundPrompt] | None,
+    similarity: Sequence[str],
+    root: str | None,
+    encoder: str | None,
+) -> pd.DataFrame:
     import pandas as pd
 
     from prompt_lab.analysis.data_rankings import rank_by_data
+    from prompt_lab.analysis.selection import prompt_rankings, read_table
 
-    pairs = pd.MultiIndex.from_product([targets, sources], names=["target", "source"])
-    ranked = pairs.to_frame(index=False).assign(std=math.nan, count=1, same_sample=True)
-    ranked["similarity"], legend = rank_by_data(method, ranked, root, *given)
-    return ranked, legend
+    pairs = table[["target", "source"]].drop_duplicates()
+    found = [pairs.assign(ranking="random", similarity=0.0)]
+    sizes = table.set_index("source")["size"].dropna().to_dict()
+    if sizes:
+        found.append(pairs.assign(ranking="size", similarity=pairs["source"].map(sizes)))
+    for method in ["size"] * bool(root and not sizes) + ["semb"] * bool(encoder):
+        values, _ = rank_by_data(method, pairs, root, encoder)
+        found.append(pairs.assign(ranking=method, similarity=values))
+    if files is not None:
+        found.append(prompt_rankings(*_loaded(files, {*pairs["target"]}, {*pairs["source"]})))
+    for file in similarity:
+        name = Path(file).stem
+        if any(name in {*own["ranking"]} for own in found):
+            raise ValueError(f"{file}: there is a method {name} already; rename the file")
+        means = read_table(file).groupby(["target", "source"])["score"].mean()
+        found.append(means.rename("similarity").reset_index().assign(ranking=name))
+    return pd.concat(found, ignore_index=True)
 
 
 # ---- what is told --------------------------------------------------------------------------------

@@ -1,21 +1,17 @@
 """The command ``prompt-lab sweep``: the trials of a wandb sweep file, one after another, here.
 
-It starts each trial (``sweep_trials.py``) with the words that a wandb agent would give it, plus a
-folder of its own by ``--run_dir``. The folder has a digest of the settings as name and holds a
-marker once the fit has ended, so that the same command run again skips what is done, resumes a fit
-that was interrupted and goes on. The digest does not cover the content of a config file that the
-command names: after a change of it take another folder.
+Each trial (``sweep_trials.py``) has a folder, named by a digest of its settings, with a marker once
+its fit has ended: the same command again skips what is done and resumes what was interrupted. The
+digest does not cover what is in a config file that the command names.
 
-``PromptTuning`` trains a bank: every run of the product of its lists follows the run alone, up to
-the rounding of float32. So trials that are equal in all but :data:`AXES`, and a full product of
-these, are one fit with lists, where the command line's own parser says that its runs are theirs. It
-is itself a trial, done, interrupted or failed as one; ``bank.json`` tells whose runs are whose.
+Trials of ``PromptTuning`` that are equal in all but :data:`AXES`, and a full product of these, are
+one fit with lists, where the command line's own parser says that its runs are theirs: a bank, done,
+interrupted or failed as one; ``bank.json`` tells whose runs are whose.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import shlex
 import shutil
@@ -49,17 +45,11 @@ PATIENCE = 10.0
 
 @dataclass(frozen=True)
 class Fit:
-    """One process of a sweep: a trial alone, or a bank of several.
+    """One process of a sweep: a trial alone, or a bank of several."""
 
-    Attributes:
-        whole: what is run: the trial, or one whose settings have lists for the bank.
-        trials: the trials that it trains, at least one.
-        runs: of a bank, the names of each trial's runs by the digest of the trial; else None.
-    """
-
-    whole: Trial
-    trials: tuple[Trial, ...]
-    runs: dict[str, list[str]] | None = None
+    whole: Trial  # what is run: the trial, or one whose settings have lists for the bank
+    trials: tuple[Trial, ...]  # those that it trains, at least one
+    runs: dict[str, list[str]] | None = None  # of a bank: names of each trial's runs by its digest
 
 
 def sweep_command(
@@ -134,9 +124,9 @@ def trial_state(folder: Path) -> tuple[str, float | None]:
 def plan_fits(sweep: Sweep, trials: Sequence[Trial], root: Path) -> list[Fit]:
     """The fits that train the trials, each trial in one of them, in the order of the trials.
 
-    Banks and trials that have a folder below ``root`` keep it, whatever else the file asks for by
-    now; a bank only while all its trials are in the file. The trials of a bank that failed are then
-    alone, since one of them may have failed it. A ``ValueError`` for a damaged ``bank.json``.
+    Banks and trials that have a folder below ``root`` keep it, a bank only while all its trials are
+    in the file. The trials of a bank that failed are alone from then on, since one of them may have
+    failed it. A ``ValueError`` for a damaged ``bank.json``.
     """
     fits, failed = _kept_banks(sweep, trials, root)
     kept = {trial.digest for fit in fits for trial in fit.trials}
@@ -154,10 +144,7 @@ def plan_fits(sweep: Sweep, trials: Sequence[Trial], root: Path) -> list[Fit]:
 
 
 def _kept_banks(sweep: Sweep, trials: Sequence[Trial], root: Path) -> tuple[list[Fit], set[str]]:
-    """The banks of earlier sweeps all of whose trials are still asked for.
-
-    Those that failed are left out; the digests of their trials come second.
-    """
+    """Banks of earlier sweeps whose trials are all still asked for; digests of what failed."""
     left, failed = {trial.digest: trial for trial in trials}, set[str]()
     fits = []
     for path in sorted(root.glob(f"*/{BANK}")):
@@ -185,14 +172,14 @@ def _kept_banks(sweep: Sweep, trials: Sequence[Trial], root: Path) -> tuple[list
 
 def _bank(sweep: Sweep, members: Sequence[Trial]) -> Fit | None:
     """The bank of trials that are equal in all but the axes, if they are a full product."""
-    settings, sizes = dict(members[0].settings), []
+    settings, size = dict(members[0].settings), 1
     for name in settings:
         values = {str(trial.settings[name]): trial.settings[name] for trial in members}.values()
-        sizes.append(len(values))
+        size *= len(values)
         if len(values) > 1:
             lists = [value if isinstance(value, list) else [value] for value in values]
             settings[name] = [item for own in lists for item in own]
-    if len(members) == 1 or math.prod(sizes) != len(members):
+    if len(members) == 1 or size != len(members):
         return None
     whole = make_trial(sweep, members[0].number, list(settings.values()))
     runs = runs_of_trials(whole, members)
@@ -204,18 +191,16 @@ def runs_of_trials(whole: Trial, members: Sequence[Trial]) -> dict[str, list[str
 
     None where they are not, together, those of the bank, or nobody can say.
     """
-    every = _run_names(whole.words)
-    own = [_run_names(trial.words) for trial in members] if every else []
-    if not every or None in own or sorted(n for runs in own for n in runs or ()) != sorted(every):
-        return None
-    return {trial.digest: runs or [] for trial, runs in zip(members, own, strict=True)}
+    every = _run_names(whole.words) or []
+    own = {trial.digest: _run_names(trial.words) or [] for trial in members} if every else {}
+    names = [name for runs in own.values() for name in runs]
+    return own if every and sorted(names) == sorted(every) else None
 
 
 def _run_names(words: Sequence[str]) -> list[str] | None:
     """The names of the runs of a fit of ``PromptTuning``, as the real command line makes them."""
-    program = [sys.executable, "-m", "prompt_lab"]
     launched = _launched(words)
-    if launched[:3] != program:
+    if launched[:3] != [sys.executable, "-m", "prompt_lab"]:
         return None
     from prompt_lab.commands.fit import ParseOnly
     from prompt_lab.data.datamodule import CrossFitDataModule
@@ -240,7 +225,6 @@ def _run_names(words: Sequence[str]) -> list[str] | None:
 def _run_all(
     sweep: Sweep, trials: Sequence[Trial], fits: Sequence[Fit], root: Path, lock: int
 ) -> bool:
-    """Run what is not done, and tell; whether nobody stopped it."""
     placed = [(fit, trial_folder(root, fit.whole)) for fit in fits]
     done = sum(len(fit.trials) for fit, folder in placed if trial_state(folder)[0] == "done")
     count = "1 fit" if len(fits) == 1 else f"{len(fits)} fits"
@@ -271,10 +255,8 @@ def _run_all(
 
 
 def _run_fit(fit: Fit, folder: Path, lock: int) -> str:
-    """Run one trial, or a bank of them, and leave its marker; returns how its process ended.
-
-    Only a fit that was interrupted is resumed: what led a failed one astray may be in its state.
-    """
+    """Run one trial, or a bank of them, and leave its marker; returns how its process ended."""
+    # What led a failed one astray may be in its state, so it is not resumed.
     again = {"interrupted": ["--resume=true"], "failed": ["--overwrite=true"]}
     words = [*fit.whole.words, f"--run_dir={folder}"]
     if "fit" in fit.whole.words:
@@ -314,8 +296,8 @@ def _run_fit(fit: Fit, folder: Path, lock: int) -> str:
 
 def _launched(words: Sequence[str]) -> list[str]:
     """The words with ``prompt-lab`` as that of this interpreter, whatever the search path says."""
-    own = [sys.executable, "-m", "prompt_lab"]
-    return [*own, *words[1:]] if words[0] == "prompt-lab" else list(words)
+    own = [sys.executable, "-m", "prompt_lab"] if words[0] == "prompt-lab" else [words[0]]
+    return [*own, *words[1:]]
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -337,8 +319,7 @@ def read_scores(
 ) -> tuple[float | None, float | None]:
     """Mean dev and test score of a trial: over its tasks, samples and seeds, the run best on dev.
 
-    They are those of ``results.csv`` in the folder of its fit; without it those of its prompt
-    store, which has no test score unless the prompts were tested. None where there is no score.
+    From the ``results.csv`` of its fit, else from its prompt store; None where there is no score.
     ``runs`` are the names of the trial's runs in a bank, None for all. A ``ValueError`` for a
     damaged file.
     """
@@ -364,13 +345,11 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 
 def _varying(trials: Sequence[Trial]) -> list[str]:
-    """Names of the parameters that differ between trials."""
     names = trials[0].settings
     return [name for name in names if len({str(t.settings[name]) for t in trials}) > 1]
 
 
 def _outcome(fit: Fit, folder: Path) -> str:
-    """State, seconds and scores of a trial, in a line; of a bank the number of its trials."""
     state, seconds = trial_state(folder)
     cells = [state] if seconds is None else [state, f"{seconds:.0f} s"]
     if fit.runs is not None:
@@ -382,7 +361,6 @@ def _outcome(fit: Fit, folder: Path) -> str:
 
 
 def _tail(path: Path) -> str:
-    """The last lines that the last process wrote to a log."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL_BYTES))
         lines = file.read().decode("utf-8", errors="replace").splitlines()
@@ -393,7 +371,6 @@ def _tail(path: Path) -> str:
 def _report(
     sweep: Sweep, trials: Sequence[Trial], fits: Sequence[Fit], root: Path, stopped: bool
 ) -> int:
-    """Write ``sweep.csv`` and ``results.csv``, print the table; returns the exit status."""
     rows, results = [], []
     for fit in fits:
         folder = trial_folder(root, fit.whole)
@@ -405,7 +382,7 @@ def _report(
             rows.append(row | {"state": state, "seconds": seconds, "folder": folder.name})
         for line in _rows(folder / "results.csv") if state == "done" else ():
             name = line.get("prompt_file")  # as seen from the folder of the sweep
-            results.append({**line, "prompt_file": f"{folder.name}/{name}" if name else ""})
+            results.append(line | {"prompt_file": f"{folder.name}/{name}" if name else ""})
     rows.sort(key=lambda row: row["trial"])
     head = ["trial", *_varying(trials), "dev", "test", "state"]
     write_csv(root / "sweep.csv", [*head, "seconds", "folder"], rows)

@@ -1,11 +1,8 @@
 """The file of a sweep: what it says, and the trials that it asks for.
 
-It is the YAML that ``wandb sweep FILE`` reads. A trial gets the words that a wandb agent would give
-it, of null the word ``None``, which this package's commands read as null. Left out: Bayesian
-search, early termination and targets, which need the service (``wandb agent``).
-
-scikit-learn's ``ParameterSampler`` is not used: it draws all parameters from one stream, while here
-a draw stays the same when a parameter or a trial is added, so that what is done stays done.
+It is the YAML that ``wandb sweep FILE`` reads, and a trial gets the words that a wandb agent would
+give it; Bayesian search, early termination and targets need the service. A draw stays the same when
+a parameter or a trial is added (scikit-learn's ``ParameterSampler`` has one stream for all).
 """
 
 from __future__ import annotations
@@ -61,48 +58,32 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file that was read and checked; ``program`` stands for its macro.
-
-    ``parameters`` are sorted by name, level by level, as wandb sorts them; ``notes`` are lines that
-    tell what has no effect here.
-    """
+    """A sweep file that was read and checked."""
 
     name: str
     method: str
     command: tuple[str, ...]
-    program: str | None
-    parameters: tuple[Parameter, ...]
+    program: str | None  # what stands for its macro
+    parameters: tuple[Parameter, ...]  # sorted by name, level by level, as wandb sorts them
     run_cap: int | None
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # what has no effect here, in lines
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting of all parameters.
+    """One setting of all parameters."""
 
-    Attributes:
-        number: its place in the sweep, from 1.
-        settings: the value of each parameter by its name.
-        words: the command without folder.
-        digest: eight hexadecimal digits of command and settings.
-    """
-
-    number: int
-    settings: dict[str, Any]
-    words: tuple[str, ...]
-    digest: str
+    number: int  # its place in the sweep, from 1
+    settings: dict[str, Any]  # the value of each parameter by its name
+    words: tuple[str, ...]  # the command without folder
+    digest: str  # eight hexadecimal digits of command and settings
 
 
 # ---- the file ------------------------------------------------------------------------------------
 
 
 def read_sweep(path: Path) -> Sweep:
-    """Read and check a sweep file.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not YAML, an unknown key, or something that only the service can do.
-    """
+    """Read and check a sweep file; a ``ValueError`` for all that cannot be run here."""
     if not path.is_file():
         raise FileNotFoundError(f"no sweep file {path}")
     try:
@@ -135,7 +116,6 @@ def read_sweep(path: Path) -> Sweep:
 
 
 def _parameters(section: Any, method: str, outer: tuple[str, ...] = ()) -> Iterator[Parameter]:
-    """The parameters of a section and of those nested in it."""
     place = ".".join(("parameters", *outer))
     if not isinstance(section, dict) or not section:
         raise ValueError(f"{place} is {section!r}: give a mapping of names to values")
@@ -146,15 +126,15 @@ def _parameters(section: Any, method: str, outer: tuple[str, ...] = ()) -> Itera
             raise ValueError(f"{place}: {name} is set for each trial by the sweep; leave it out")
         if not isinstance(given, dict):
             raise ValueError(f"{place}.{name} is {given!r}: write value: or values: before it")
-        if "parameters" in given:
-            if len(given) > 1:
-                raise ValueError(f"{place}.{name}: beside nested parameters nothing else can stand")
+        if "parameters" not in given:
+            try:
+                yield Parameter((*outer, name), _distribution(given, method), given)
+            except ValueError as error:
+                raise ValueError(f"{place}.{name}: {error}") from None
+        elif len(given) > 1:
+            raise ValueError(f"{place}.{name}: beside nested parameters nothing else can stand")
+        else:
             yield from _parameters(given["parameters"], method, (*outer, name))
-            continue
-        try:
-            yield Parameter((*outer, name), _distribution(given, method), given)
-        except ValueError as error:
-            raise ValueError(f"{place}.{name}: {error}") from None
 
 
 def _distribution(given: Mapping[str, Any], method: str) -> str:
@@ -214,7 +194,6 @@ def _is_number(value: Any, kind: Any = (int, float)) -> bool:
 
 
 def _command(content: Mapping[str, Any]) -> tuple[str, ...]:
-    """The words of the command."""
     command, program = content.get("command", list(MACROS)), content.get("program")
     if not isinstance(command, list) or not command:
         raise ValueError(f"command is {command!r}: give a list of words")
@@ -264,16 +243,16 @@ def make_trials(sweep: Sweep, seed: int = 0, run_cap: int | None = None) -> list
     for a bad number of trials, or none for random draws.
     """
     cap = sweep.run_cap if run_cap is None else _run_cap(run_cap)
-    if sweep.method == "random" and cap is None:
+    if sweep.method == "grid":
+        values = (p.given.get("values") or [p.given["value"]] for p in sweep.parameters)
+        points = itertools.product(*values)
+    elif cap is None:
         raise ValueError("method random never ends by itself: give run_cap")
-    if sweep.method == "random":
+    else:
         points = (
             [draw(p, random.Random(f"{seed}/{number}/{p.name}").random()) for p in sweep.parameters]
             for number in itertools.count(1)
         )
-    else:
-        values = (p.given.get("values") or [p.given["value"]] for p in sweep.parameters)
-        points = itertools.product(*values)
     trials: dict[str, Trial] = {}
     for number, point in enumerate(itertools.islice(points, cap), 1):
         trial = make_trial(sweep, number, point)
@@ -309,6 +288,7 @@ def draw(parameter: Parameter, u: float) -> Any:
 def make_trial(sweep: Sweep, number: int, point: Sequence[Any]) -> Trial:
     """The trial with these values of the parameters, in the order of ``sweep.parameters``."""
     nested: dict[str, Any] = {}
+    settings = {p.name: value for p, value in zip(sweep.parameters, point, strict=True)}
     for parameter, value in zip(sweep.parameters, point, strict=True):
         *outer, last = parameter.path
         level = nested
@@ -324,5 +304,4 @@ def make_trial(sweep: Sweep, number: int, point: Sequence[Any]) -> Trial:
     words = [new for word in sweep.command for new in replaced.get(word, [word])]
     identity = json.dumps([sweep.command, sweep.program, nested])
     digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
-    settings = {p.name: value for p, value in zip(sweep.parameters, point, strict=True)}
     return Trial(number, settings, tuple(words), digest)

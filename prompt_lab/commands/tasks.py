@@ -1,9 +1,7 @@
 """The commands ``prompt-lab tasks list``, ``show`` and ``check``.
 
 They say what the task table and a folder of few-shot files hold, before a fit reads them. ``check``
-goes through every file and reports all that it finds, where a fit stops at the first fault. Rows
-are read by the functions that a fit uses. Left out: any change to a file, and files of another K
-than the table's, which a fit reads with ``data.shots``.
+reports all that it finds, where a fit stops at the first fault; rows are read as a fit does.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from prompt_lab.commands.build import read_shots
 from prompt_lab.files.vectors import listed
 from prompt_lab.sandbox import SANDBOX
 
@@ -179,19 +178,13 @@ def _check_known(flag: str, given: str, known: set[str]) -> None:
 
 
 def _with_shots(names: Sequence[str], shots: str | None, task_file: str | None) -> list[Task]:
-    """Tasks by name, with another K than the table's if one is given."""
     from prompt_lab.data.tasks import find_tasks
 
     found = find_tasks(names, task_file)
-    if shots is None:
-        return found
-    if shots != "all" and not (shots.isdecimal() and int(shots)):
-        raise ValueError(f"shots is {shots!r}: give a whole number above 0, or all")
-    return [replace(task, shots="all" if shots == "all" else int(shots)) for task in found]
+    return found if shots is None else [replace(task, shots=read_shots(shots)) for task in found]
 
 
 def _facts_of(task: Task) -> Iterator[tuple[str, str]]:
-    """What the table says of a task: names of fields and their texts."""
     yield "ontology", task.ontology
     yield "metric", task.metric
     yield "K", "any" if task.shots is None else str(task.shots)
@@ -215,7 +208,6 @@ def _facts_of(task: Task) -> Iterator[tuple[str, str]]:
 
 
 def _sets(reference: str, known: set[str]) -> dict[str, str]:
-    """The set of each task of a partition, or of the one set that is named behind it."""
     from prompt_lab.data.partitions import partition
 
     name, _, only = reference.rpartition("/")
@@ -245,7 +237,6 @@ def _held(root: str, tasks: Sequence[Task]) -> dict[str, str]:
 
 
 def _train_rows(root: str, task: Task, sample: int) -> list[tuple[str, list[str]]]:
-    """Input and references of the training rows of a sample."""
     from prompt_lab.data.files import read_split
     from prompt_lab.sandbox import TASKS, rows
 
@@ -258,7 +249,6 @@ def _train_rows(root: str, task: Task, sample: int) -> list[tuple[str, list[str]
 
 
 def _print_field(name: str, text: str) -> None:
-    """Print a name and a text beside it, wrapped to the terminal."""
     start, width = f"  {name:<10}", max(shutil.get_terminal_size((100, 24)).columns, 40)
     wrapper = textwrap.TextWrapper(width, start, " " * len(start), break_on_hyphens=False)
     print(wrapper.fill(text))
@@ -319,12 +309,9 @@ def _folders(root: str) -> list[str]:
 
 def _few_shot_files(folder: Path) -> tuple[list[tuple[Shots, int, str]], list[str]]:
     """K, sample and split of the few-shot files of a task, sorted, and the names of all others."""
-    from prompt_lab.data.files import list_files
+    from prompt_lab.data.files import file_name, list_files
 
-    keys: dict[str, tuple[Shots, int, str]] = {
-        f"{folder.name}_{k}_{sample}_{split}.tsv": (k, sample, split)
-        for k, sample, split in list_files(folder)
-    }
+    keys = {file_name(folder.name, *key): key for key in list_files(folder)}
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     others = {name for name in names - keys.keys() if not name.endswith("_build.json")}
     return [key for name, key in keys.items() if (folder / name).is_file()], sorted(others)
@@ -356,15 +343,14 @@ def _check_task(folder: Path, task: Task) -> Iterator[Finding]:
 def _check_shots(
     folder: Path, task: Task, shots: Shots, held: list[tuple[Shots, int, str]]
 ) -> Iterator[Finding]:
-    """Findings in the samples of one K of a task."""
-    from prompt_lab.data.files import SPLITS, overlaps
+    from prompt_lab.data.files import SPLITS, file_name, overlaps
 
     tests: dict[int, list[tuple[str, list[str]]]] = {}
     for sample in sorted({sample for k, sample, _ in held if k == shots}):
         splits: dict[SplitName, Split] = {}
         for split in SPLITS:
             at = partial(Finding, task.name, shots=shots, sample=sample, split=split)
-            path = folder / f"{task.name}_{shots}_{sample}_{split}.tsv"
+            path = folder / file_name(task.name, shots, sample, split)
             if (shots, sample, split) not in held:
                 yield at(f"no file {path.name}")
                 continue
@@ -388,27 +374,22 @@ def _check_rows(path: Path, task: Task, at: Callable[..., Finding]) -> tuple[Spl
     """The rows of a file, without any text where one cannot be read, and findings about them."""
     from prompt_lab.data.files import Split, faults
 
-    inputs: list[str] = []
-    references: list[list[str]] = []
+    rows = [*faults(path.read_bytes(), task)]
     found: dict[str, tuple[str, list[int]]] = {}
-    for line, fields, what in faults(path.read_bytes(), task):
-        inputs.append(fields[0] if fields else "")
-        references.append(fields[1:])
+    for line, _, what in rows:
         if what:
             found.setdefault(what.partition(":")[0], (what, []))[1].append(line)
     findings = [at(_counted(what, lines), line=lines[0]) for what, lines in found.values()]
-    more = [line for line, answers in enumerate(references, 1) if len(answers) > 1]
+    more = [line for line, fields, _ in rows if len(fields) > 2]
     if more and task.labels is not None:
         what = "more than one answer, which a task with labels rarely has"
         findings.append(at(_counted(what, more), is_error=False, line=more[0]))
-    return Split(inputs, references, path, ""), findings
+    inputs = [fields[0] if fields else "" for _, fields, _ in rows]
+    return Split(inputs, [fields[1:] for _, fields, _ in rows], path, ""), findings
 
 
 def _off_counts(split: Split, task: Task, shots: Shots) -> str:
-    """Where there are neither K rows of each label nor K in all, or no row of a label.
-
-    Where K is all, only the latter.
-    """
+    """Where there are neither K rows of each label nor K in all, or no row of a label."""
     rows = [answers[0] for answers in split.references if answers]
     counts, labels = Counter(rows), task.labels or ()
     if shots in ("all", len(rows)):
@@ -421,5 +402,4 @@ def _off_counts(split: Split, task: Task, shots: Shots) -> str:
 
 
 def _counted(what: str, lines: Sequence[int]) -> str:
-    """What was found, with the number of lines if there is more than one."""
     return what if len(lines) == 1 else f"{what} ({len(lines)} lines)"

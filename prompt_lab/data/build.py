@@ -1,10 +1,9 @@
 """Build the few-shot files of one task from the rows of its data set.
 
-Rows become lines (`prompt_lab.data.templates`), lines become splits (`prompt_lab.data.few_shot`),
-and each file is written whole or not at all. Lines that are there already, as whole sets in the
-gym's form, are drawn from without templates. Where CrossFit published the MD5 digest of a file, the
-new one is compared with it. Beside the files stands ``<task>_<K>_build.json``: settings, digests,
-and what to know; it is written last, so that a task without it is not finished.
+Rows become lines (`prompt_lab.data.templates`), lines become splits (`prompt_lab.data.few_shot`).
+Where CrossFit published the MD5 digest of a file, the new one is compared with it. Beside the files
+stands ``<task>_<K>_build.json``: settings, digests, and what to know; it is written last, so that a
+task without it is not finished.
 """
 
 from __future__ import annotations
@@ -122,8 +121,7 @@ def build_task(
     apart = {str(sample): sorted(apart_from) for sample in samples if apart_from}
     built = Built(task.name, shots, sampling_law, apart, {} if has_lines else _made_from(task))
     earlier = None
-    missing = (FileNotFoundError, NotADirectoryError)
-    with suppress(*missing, TypeError, ValueError):  # none, or none that can be read
+    with suppress(FileNotFoundError, NotADirectoryError, TypeError, ValueError):  # none to be read
         earlier = Built(**json.loads(record.read_text(encoding="utf-8")), is_new=False)
     if earlier is not None and not overwrite:
         if earlier.sampling != sampling_law:
@@ -246,7 +244,6 @@ def _contents(
 def _draw(
     lines: Sequence[Line], task: Task, built: Built, sample: int
 ) -> tuple[list[int], list[int]]:
-    """Row numbers of train and dev of a sample."""
     labels = [line[1:] if task.kind == "classification" else () for line in lines]
     if built.shots == "all":
         return few_shot.draw_all(labels, sample)
@@ -279,7 +276,6 @@ def _encode(lines: Sequence[Line], where: str, notes: list[str], keeps_breaks: b
 
 
 def _digest(path: Path) -> str | None:
-    """MD5 digest of a file, or None where there is none."""
     try:
         return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
     except (FileNotFoundError, NotADirectoryError):
