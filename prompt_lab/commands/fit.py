@@ -86,7 +86,7 @@ DESCRIPTIONS = {
     "test": "Score the best prompts of a fit on test, and write results.csv.",
 }
 RUN_DIR_VARIABLE = "PROMPT_LAB_RUN_DIR"
-OF_TEST = ("results.csv", "predictions.jsonl", "digests.json")
+OF_TEST = ("predictions.jsonl", "digests.json", "results.csv")  # in the order of writing
 OUTPUTS = ("prompts", "target_prompts", "steps", "checkpoints", "logs", "config-*.yaml")
 OUTPUTS += ("curves.csv", "attention.csv", SCALES, FIT_RECORD, *OF_TEST)
 OUTPUTS += tuple(
@@ -199,7 +199,9 @@ class PromptLabCLI(LightningCLI):
         given = sys.argv[1:] if args is None else list(args)
         self.config = parser.parse_args(given)
         if rank_zero_only.rank == 0 and self.config.get("subcommand"):
-            for line in _dropped(_given(given, self.config.subcommand), self._dumped()):
+            command = self.config.subcommand
+            dropped = _dropped(_given(given, command), self._dumped())
+            for line in [*_overridden(given, command), *dropped]:
                 print(f"prompt-lab: {line}", file=sys.stderr)
 
     @property
@@ -454,6 +456,23 @@ def _given(words: list[str], subcommand: str) -> list[tuple[str, Any]]:
             short = long.replace(".init_args.", ".").removesuffix(".class_path")
             given.append((short, setting))
     return given
+
+
+def _overridden(words: list[str], subcommand: str) -> list[str]:
+    """A line for each flag that a config behind it sets to something else, which counts."""
+    flags: dict[str, Any] = {}
+    lines, last = [], dict(_given(words, subcommand))
+    for place, word in enumerate(words):
+        value = [x for x in words[place + 1 : place + 2] if not x.startswith("-")]
+        found = dict(_given([word, *value], subcommand))
+        if word.partition("=")[0] not in ("-c", "--config"):
+            flags |= found
+            continue
+        for name in found.keys() & flags.keys():
+            if str(flags[name]) != str(found[name]) == str(last[name]):
+                told = f"--{name} {flags[name]} stands before --config, which sets it to"
+                lines.append(f"{told} {found[name]}: put --config first")
+    return sorted(lines)
 
 
 def _dropped(given: list[tuple[str, Any]], config: dict[str, Any]) -> list[str]:

@@ -187,7 +187,6 @@ class Report:
         say = method.print  # which puts a progress bar out of the way
         say(f"\n{self.evaluation.split} scores\n{method.score_table(shown)}\n", flush=True)
         if folder:
-            write_csv(folder / "results.csv", RESULT_COLUMNS, rows)
             lines = []
             for variant, place, row, name, text in predictions:
                 run = method.all_runs[place]
@@ -197,6 +196,7 @@ class Report:
             write_predictions(folder / "predictions.jsonl", lines)
             digests = json.dumps(self.digests, indent=1).encode()
             write_atomically(folder / "digests.json", digests)
+            write_csv(folder / "results.csv", RESULT_COLUMNS, rows)
             kept = "predictions and prompts" if method.stores_prompts else "predictions"
             say(f"results, {kept} are in {folder}", flush=True)
 

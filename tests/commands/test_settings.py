@@ -223,6 +223,32 @@ def test_null_in_a_sweep_is_null(parameters):
     assert clips == [None, 1.0]
 
 
+OVERRIDDEN = "--model.patience 4 stands before --config, which sets it to 9"
+
+
+@pytest.mark.parametrize(
+    ("before", "behind", "said"),
+    [
+        (
+            ["--model.patience=4"],
+            [],
+            "--model.patience 4 stands before --config, which sets it to 9",
+        ),
+        (["--model.patience", "4"], ["--model.patience=4"], ""),
+        (["--model.patience=9"], [], ""),
+        (["--model.num_virtual_tokens=3"], [], ""),
+        ([], ["--model.patience=4"], ""),
+    ],
+)
+@pytest.mark.parametrize("config", [["-c", "a.yaml"], ["--config=a.yaml"]])
+def test_a_flag_that_a_later_config_overrides_is_told(before, behind, said, config, capsys):
+    Path("a.yaml").write_text("model: {class_path: PromptTuning, init_args: {patience: 9}}\n")
+    settings = parsed(*before, *config, *behind)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "stands before" in line]
+    assert lines == [f"prompt-lab: {said}: put --config first"] * bool(said)
+    assert found(settings, "model.patience") == (4 if behind else 9)
+
+
 # ---- a class instead of another ------------------------------------------------------------------
 
 TUNING = {
