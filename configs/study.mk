@@ -28,7 +28,6 @@ evaluations = $(shell awk 'BEGIN {q = $(call quarter,$(1)); n = $(call scaled,$(
 fit = prompt-lab fit $(1) --resume --run_dir $(@D) --trainer.max_steps $(call scaled,$(2)) \
 	--trainer.val_check_interval $(call quarter,$(2))
 
-.SECONDARY:
 .PHONY: all
 all: $(RUNS)/report/report.md
 
@@ -46,6 +45,7 @@ model := --model.backbone.name $(BACKBONE) --data.root $(ROOT)
 endif
 
 $(RUNS)/data/done:
-	cd $(ROOT) && for file in $(samples:%=*/*_*_%_*.tsv); do mkdir -p $(@D)/$$(dirname $$file) || exit 1; case $$file in \
+	cd $(ROOT) && for file in $(samples:%=*/*_*_%_*.tsv); do test -f $$file || continue; \
+		mkdir -p $(@D)/$$(dirname $$file) || exit 1; case $$file in \
 		*_test.tsv) head -n $(test_rows) $$file;; *) cat $$file;; esac > $(@D)/$$file || exit 1; done
 	touch $@

@@ -38,3 +38,27 @@ def test_a_killed_study_goes_on_and_skips_what_is_done(make):
     assert [line.partition(",")[0] for line in lines] == ["10", "20", "30", "40"]
     assert not (target.parent / "checkpoints").exists()
     assert subprocess.run([*words, "--question"], timeout=30, **settings).returncode == 0
+
+
+def test_a_study_reads_copies_of_its_samples_with_cut_test_sets(tmp_path):
+    files = tmp_path / "root" / "mine"
+    files.mkdir(parents=True)
+    rows = {"train": 300, "dev": 300, "test": 300}
+    for split, count in rows.items():
+        text = "".join(f"text {i}\tyes\n" for i in range(count))
+        (files / f"mine_16_13_{split}.tsv").write_text(text)
+        (files / f"mine_16_42_{split}.tsv").write_text(text)
+    target = tmp_path / "runs" / "data" / "done"
+    words = [
+        "make",
+        "-C",
+        str(ROOT / "configs" / "meta"),
+        "BACKBONE=x",
+        f"ROOT={tmp_path / 'root'}",
+    ]
+    subprocess.run([*words, f"RUNS={tmp_path / 'runs'}", str(target)], check=True, timeout=30)
+    for split, count in {**rows, "test": 200}.items():
+        made = target.parent / "mine" / f"mine_16_13_{split}.tsv"
+        whole = (files / made.name).read_text().splitlines()
+        assert made.read_text().splitlines() == whole[:count]
+    assert len([*made.parent.iterdir()]) == len(rows)  # not of sample 42
