@@ -102,8 +102,17 @@ class RunShares:
 
         The others get their own rows back. A device holds no more than one process's rows.
         """
-        joined = list(self.stream(row.clone() for row in own.cpu()))
-        return torch.stack(joined) if self.rank == 0 else own
+        if self.rank != 0:
+            dist.send(own.contiguous(), dst=0)
+            return own
+        whole = torch.empty(sum(map(len, self.shares)), *own.shape[1:], dtype=own.dtype)
+        for rank, share in enumerate(self.shares):
+            part = own
+            if rank != 0:
+                part = own.new_empty(len(share), *own.shape[1:])
+                dist.recv(part, src=rank)
+            whole[share] = part.cpu()
+        return whole
 
     def take(self, whole: Tensor) -> Tensor:
         """Own rows (R_own, ...) of (R, ...)."""
